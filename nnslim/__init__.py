@@ -1,0 +1,32 @@
+"""nnslim makes trained nnU-Net v2 and TotalSegmentator models smaller and faster, and shows what it cost.
+
+with NNSlimContext("tucker-balanced") as slim:
+    totalsegmentator(input="ct.nii.gz", output="seg")
+print(slim.report)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nnslim._version import __version__
+
+if TYPE_CHECKING:
+    from nnslim.context import NNSlimContext
+    from nnslim.work.config import SlimConfig, load_config
+
+__all__ = ["NNSlimContext", "SlimConfig", "__version__", "load_config"]
+_HOMES = {
+    "NNSlimContext": "nnslim.context",
+    "SlimConfig": "nnslim.work.config",
+    "load_config": "nnslim.work.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that `import nnslim` imports neither torch nor nnU-Net.
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'nnslim' has no attribute '{name}'")

@@ -1,0 +1,180 @@
+"""The `nnslim` command. Exit codes: 0 done, 1 a case or check failed and the rest is done, 2 bad arguments or input."""
+
+from __future__ import annotations
+
+import logging
+import runpy
+import shutil
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from nnslim._version import __version__
+from nnslim.errors import HostError, NNSlimError
+
+app = typer.Typer(
+    help="Make trained nnU-Net v2 and TotalSegmentator models smaller and faster, and see what it costs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+_errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+ConfigOption = Annotated[str, typer.Option("-c", "--config", help="preset name or YAML file")]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="no progress bar, warnings and errors only")]
+
+
+def _start(quiet: bool) -> None:
+    handler = RichHandler(console=_errors, show_time=False, show_path=False, markup=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("nnslim").setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def _progress(quiet: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    return Progress(*columns, TimeElapsedColumn(), console=_errors, disable=quiet, transient=True)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(context: typer.Context, config: ConfigOption, quiet: QuietOption = False) -> None:
+    """Run nnUNetv2_predict, TotalSegmentator or any Python script unchanged, inside the context.
+
+    Example: nnslim run -c tucker-balanced -- TotalSegmentator -i ct.nii.gz -o seg
+    """
+    from nnslim.context import NNSlimContext
+
+    _start(quiet)
+    if not context.args:
+        raise NNSlimError("nothing to run: give a command after --, for example: -- nnUNetv2_predict -h")
+    target, *arguments = context.args
+    saved = sys.argv
+    with NNSlimContext(config) as slim:
+        try:
+            sys.argv = [target, *arguments]
+            _run_command(target)
+        finally:
+            sys.argv = saved
+            if slim.report.models and not quiet:
+                _errors.print(str(slim.report), markup=False)
+
+
+def _run_command(target: str) -> None:
+    """Run a console script of an installed package, or a .py file, in this process, with sys.argv as it is."""
+    found = [entry for entry in entry_points(group="console_scripts") if entry.name == target]
+    if found:
+        found[0].load()()
+    elif target.endswith(".py") and Path(target).is_file():
+        sys.path.insert(0, str(Path(target).resolve().parent))
+        runpy.run_path(target, run_name="__main__")
+    else:
+        where = shutil.which(target)
+        hint = f"{where} is not a Python program" if where else "no such Python command or .py file is installed"
+        raise HostError(f"cannot run '{target}' inside the context: {hint}")
+
+
+@app.command()
+def compress(
+    model: Annotated[Path, typer.Option("-m", "--model", help="trained model folder: trainer__plans__configuration")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder to write; must not exist")],
+    config: ConfigOption,
+    fold: Annotated[list[str] | None, typer.Option("-f", "--fold", help="fold, repeatable; default: all")] = None,
+    checkpoint: Annotated[str | None, typer.Option("-chk", help="default: checkpoint_final.pth, else _best")] = None,
+    trust: Annotated[bool, typer.Option("--trust-checkpoint", help="load as nnU-Net does, code included")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Compress a trained model into a folder that stock nnU-Net loads."""
+    from nnslim.hosts.nnunet.folder import read_model_folder
+    from nnslim.hosts.nnunet.write import compress_folder
+    from nnslim.work.config import load_config
+    from nnslim.work.report import ModelReport
+
+    _start(quiet)
+    settings = load_config(config)
+    source = read_model_folder(model, fold, checkpoint, trust=trust)
+    with _progress(quiet) as bar:
+        task = bar.add_task("folds", total=len(source.checkpoints))
+        slimmed = compress_folder(
+            source, output, settings, progress=lambda done, total: bar.update(task, completed=done)
+        )
+        seconds = bar.tasks[0].elapsed or 0.0
+    for line in ModelReport(str(model), len(source.checkpoints), slimmed, seconds).lines():
+        typer.echo(line)
+    typer.echo(f"written: {output}")
+
+
+@app.command()
+def predict(
+    images: Annotated[Path, typer.Option("-i", "--input", help="folder of images, or one image")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder for the segmentations")],
+    model: Annotated[Path, typer.Option("-m", "--model", help="model folder, dense or slim")],
+    config: Annotated[str | None, typer.Option("-c", "--config", help="compress on the fly with this config")] = None,
+    fold: Annotated[list[str] | None, typer.Option("-f", "--fold", help="fold, repeatable; default: all")] = None,
+    checkpoint: Annotated[str | None, typer.Option("-chk", help="default: checkpoint_final.pth, else _best")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps")] = "cpu",
+    step_size: Annotated[float, typer.Option(help="tile step as a share of the patch, 0..1")] = 0.5,
+    mirroring: Annotated[bool, typer.Option(help="test-time mirroring, up to 8x the time")] = False,
+    overwrite: Annotated[bool, typer.Option(help="predict again what is there already")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Predict a folder case by case: a bad case is reported and the others go on, results are never half-written."""
+    from nnslim.hosts.nnunet.predict import PredictSettings, predict_folder
+
+    _start(quiet)
+    settings = PredictSettings(
+        device=device, step_size=step_size, mirroring=mirroring, overwrite=overwrite, folds=fold, checkpoint=checkpoint
+    )
+    with _progress(quiet) as bar:
+        task = bar.add_task("cases", total=None)
+        results = predict_folder(
+            images, output, model, config, settings, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    failed = [case for case in results if case.status == "failed"]
+    for case in failed:
+        _errors.print(f"nnslim: {case.name}: {case.error}", markup=False)
+    done = sum(case.status == "done" for case in results)
+    there = sum(case.status == "there" for case in results)
+    typer.echo(f"{done} predicted, {there} there already, {len(failed)} failed: {output}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor() -> None:
+    """Explain this machine: versions, what is compatible, which CPU and GPU features there are, where files go."""
+    from nnslim.doctor import examine
+
+    findings = examine()
+    for line in findings.lines():
+        typer.echo(line)
+    if not findings.usable:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend become one line and exit code 2."""
+    try:
+        app()
+    except NNSlimError as error:
+        _errors.print(f"nnslim: {error}", markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _errors.print("nnslim: interrupted")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""NNSlimContext: everything that loads a model inside the `with` block gets the slim one."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from nnslim.errors import HostError
+from nnslim.hosts.nnunet.predictor import predictor_patches
+from nnslim.methods.base import MethodConfig
+from nnslim.work.config import SlimConfig, load_config
+from nnslim.work.report import Report
+
+_log = logging.getLogger("nnslim")
+_lock = threading.RLock()
+_active: list[tuple[int, NNSlimContext]] = []
+_installed: ExitStack | None = None
+
+
+class NNSlimContext:
+    """Compress every nnU-Net model that is loaded while the context is active.
+
+        with NNSlimContext("tucker-balanced") as slim:
+            totalsegmentator(input="ct.nii.gz", output="seg")
+        print(slim.report)
+
+    Works for TotalSegmentator and for any code that uses nnUNetPredictor in this process. Contexts nest: the inner one
+    counts. The patches are on nnU-Net's class and so concern the whole process; a thread that has entered a context of
+    its own uses that one, any other thread the one entered last. Models loaded before the block stay dense, and models
+    loaded inside it stay slim after it.
+
+    Attributes:
+        config: the SlimConfig in force.
+        report: what was done, model by model.
+    """
+
+    def __init__(self, config: SlimConfig | MethodConfig | Mapping[str, Any] | str | Path) -> None:
+        """Read the configuration; nothing is imported or patched before `with`.
+
+        Args:
+            config: SlimConfig, a method's configuration, a dictionary (the predecessor's is accepted), the path of a
+                YAML file, or a preset name.
+        Raises:
+            ConfigError: the configuration cannot be used.
+        """
+        self.config = load_config(config)
+        self.report = Report()
+        self._entered = False
+
+    def __enter__(self) -> NNSlimContext:
+        """Patch nnU-Net.
+
+        Raises:
+            HostError: nnU-Net is missing or not one that we know, or this context is active already. Nothing changes.
+        """
+        global _installed
+        with _lock:
+            if self._entered:
+                raise HostError("this NNSlimContext is active already; make a new one for another block")
+            if _installed is None:
+                with ExitStack() as stack:  # leaves nothing behind if a later patch fails
+                    for patch in predictor_patches(_current):
+                        patch.apply()
+                        stack.callback(patch.undo)
+                    _installed = stack.pop_all()
+            _active.append((threading.get_ident(), self))
+            self._entered = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the patches back with the last context; never hides an exception of the block."""
+        global _installed
+        with _lock:
+            _active[:] = [(thread, context) for thread, context in _active if context is not self]
+            self._entered = False
+            if not _active and _installed is not None:
+                stack, _installed = _installed, None
+                stack.close()
+        if error is None and not self.report.models:
+            _log.warning("NNSlimContext: no nnU-Net model was loaded inside the block, so nothing was compressed")
+
+
+def _current() -> NNSlimContext | None:
+    with _lock:
+        own = [context for thread, context in _active if thread == threading.get_ident()]
+        if own:
+            return own[-1]
+        return _active[-1][1] if _active else None

@@ -1,0 +1,123 @@
+"""Exact counts of multiply-accumulates (MACs) and parameters, in named conventions.
+
+Convention "macs": products with weights only: convolutions, transposed convolutions, linear layers. Padding counts as
+data, biases and norms count nothing. A transposed convolution costs C_in * C_out * prod(K) * voxels of its *input*.
+
+Convention "fvcore": the above plus what fvcore adds for normalisation, 5 per element (4 without affine weights) of each
+instance, group or layer norm. The predecessor's published "GFLOPs" are in this convention.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nnslim.errors import SpecError
+from nnslim.surgery.walk import LayerIndex, unwrap
+
+Convention = Literal["macs", "fvcore"]
+_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORM = (nn.modules.instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm)
+
+
+@dataclass
+class LayerCost:
+    """What one leaf module did in one forward pass: shapes without the batch axis, MACs for the whole batch."""
+
+    name: str
+    macs: int
+    norm_ops: int
+    parameters: int
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+
+@dataclass
+class Cost:
+    """Counts of one forward pass.
+
+    Attributes:
+        layers: the leaf modules that ran, by canonical name, in order of execution.
+        registered_parameters: parameters of all modules, each tensor once.
+        heads: names of the modules whose output *is* an output of the network (segmentation heads).
+    """
+
+    layers: dict[str, LayerCost] = field(default_factory=dict)
+    registered_parameters: int = 0
+    heads: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Parameters that the forward pass reaches: without unused deep-supervision heads."""
+        return sum(layer.parameters for layer in self.layers.values())
+
+    def macs(self, convention: Convention = "macs") -> int:
+        """Return the multiply-accumulates of the pass in the named convention."""
+        extra = sum(layer.norm_ops for layer in self.layers.values()) if convention == "fvcore" else 0
+        return sum(layer.macs for layer in self.layers.values()) + extra
+
+
+def module_macs(module: nn.Module, inputs: Tensor, output: Tensor) -> int:
+    """Return the MACs of one leaf module on the given tensors, 0 for modules without weight products."""
+    if isinstance(module, _TRANSPOSED):
+        return inputs.shape[0] * module.weight.numel() * math.prod(inputs.shape[2:])
+    if isinstance(module, _CONV):
+        return output.shape[0] * module.weight.numel() * math.prod(output.shape[2:])
+    if isinstance(module, nn.Linear):
+        return output.numel() * module.in_features
+    return 0
+
+
+def _norm_ops(module: nn.Module, inputs: Tensor) -> int:
+    if not isinstance(module, _NORM):
+        return 0
+    return inputs.numel() * (5 if getattr(module, "weight", None) is not None else 4)
+
+
+def measure_cost(network: nn.Module, input_shape: Sequence[int]) -> Cost:
+    """Count one forward pass without computing it (shapes only, on torch's meta device).
+
+    Args:
+        network: any module tree; not modified. Wrappers of torch.compile and DDP are looked through.
+        input_shape: (batch, channels, *spatial), voxels.
+    Raises:
+        SpecError: the network cannot take an input of that shape.
+    """
+    twin = copy.deepcopy(unwrap(network)).to("meta").eval()
+    cost = Cost(registered_parameters=sum(p.numel() for p in twin.parameters()))
+    counted: set[int] = set()
+    outputs: dict[int, str] = {}
+    alive: list[Tensor] = []  # keeps ids unique while the pass runs
+
+    def record(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(output, Tensor) or not inputs or not isinstance(inputs[0], Tensor):
+            return
+        alive.append(output)
+        outputs[id(output)] = name
+        fresh = [p for p in module.parameters() if id(p) not in counted]
+        counted.update(id(p) for p in fresh)
+        layer = cost.layers.setdefault(
+            name, LayerCost(name, 0, 0, 0, tuple(inputs[0].shape[1:]), tuple(output.shape[1:]))
+        )
+        layer.macs += module_macs(module, inputs[0], output)
+        layer.norm_ops += _norm_ops(module, inputs[0])
+        layer.parameters += sum(p.numel() for p in fresh)
+
+    for layer in LayerIndex(twin).values():
+        if not layer.module._modules:
+            layer.module.register_forward_hook(lambda m, i, o, name=layer.name: record(name, m, i, o))
+    try:
+        with torch.no_grad():
+            result = twin(torch.empty(tuple(input_shape), device="meta"))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise SpecError(f"the network cannot run on an input of shape {tuple(input_shape)}: {error}") from error
+    results = result if isinstance(result, (list, tuple)) else [result]
+    cost.heads = tuple(outputs[id(item)] for item in results if id(item) in outputs)
+    return cost

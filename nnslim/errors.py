@@ -1,0 +1,51 @@
+"""What can go wrong for a user: each message says what was asked, where, what was found and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class NNSlimError(Exception):
+    """Base of all errors that a user can cause or mend. The command line prints the message and exits with 2."""
+
+
+class ConfigError(NNSlimError):
+    """A configuration, preset or key that cannot be used."""
+
+
+class SpecError(NNSlimError):
+    """A SlimSpec that cannot be read, or that does not fit the network."""
+
+
+class RankError(SpecError):
+    """A rank outside 1..channels."""
+
+
+class ModelFolderError(NNSlimError):
+    """A folder, plans file or checkpoint that is not a usable nnU-Net model."""
+
+
+class HostError(NNSlimError):
+    """nnU-Net, TotalSegmentator or torch is missing, or of a version whose methods we do not know."""
+
+
+class InputError(NNSlimError):
+    """An image that cannot be read, or does not fit the model."""
+
+
+class OutputError(NNSlimError):
+    """A file or folder that cannot be written."""
+
+
+class DownloadError(NNSlimError):
+    """Something that could not be fetched, or that arrived damaged."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return a hint that names the known words closest to `word`, for the end of an error message."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    if close:
+        return f"nearest: {', '.join(close)}"
+    return f"known: {', '.join(known)}" if known else "none are known"

@@ -1,0 +1,127 @@
+"""Files that are whole or not there at all, and one wording for disk errors."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from nnslim.errors import OutputError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_BLOCK = 1 << 20
+
+
+def output_error(path: Path, error: OSError) -> OutputError:
+    """Say in one line why `path` could not be written; a full disk gets its own remedy."""
+    if error.errno in _FULL:
+        return OutputError(f"cannot write {path}: the disk is full; free some space there or choose another folder")
+    return OutputError(f"cannot write {path}: {error.strerror or error}; check the folder and its permissions")
+
+
+def make_folder(folder: Path) -> None:
+    """Create `folder` with its parents.
+
+    Raises:
+        OutputError: it cannot be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(folder, error) from error
+
+
+def read_json(path: Path) -> dict:
+    """Return the object in `path`; an absent, unreadable or non-object file gives {}."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write `content` beside `path`, then move it into place, so that a reader sees the old or the new file only.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    write_bytes(path, (json.dumps(content, indent=4) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` beside `path`, then move it into place.
+
+    Raises:
+        OutputError: it cannot be written; `path` is as it was.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(content)
+        if path.exists():
+            shutil.copymode(path, beside)
+        beside.replace(path)
+    except OSError as error:
+        raise output_error(path, error) from error
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def save_checkpoint(content: dict[str, Any], path: Path) -> None:
+    """Write what `torch.save` gives, whole or not at all.
+
+    It is serialised in memory first, because torch reports a full disk as a RuntimeError without an errno.
+
+    Raises:
+        OutputError: it cannot be written; `path` is as it was.
+    """
+    import torch  # here, so that small tools that only write JSON start fast
+
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `target` and move it to `target` when the block ends without an exception.
+
+    Raises:
+        OutputError: `target` exists and is not an empty folder, or something cannot be written. Nothing is left then.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise OutputError(f"{target} exists and is not overwritten; remove it first, or choose another folder")
+    make_folder(target.parent)
+    try:
+        # The leading dot hides the side folder from nnU-Net, which looks for folders by their first letters.
+        side = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise output_error(target.parent, error) from error
+    try:
+        yield side
+        side.chmod(0o755)  # mkdtemp makes it private
+        if target.exists():
+            target.rmdir()
+        side.replace(target)
+    except OSError as error:
+        raise output_error(target, error) from error
+    finally:
+        shutil.rmtree(side, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, 64 lower-case hexadecimal digits. Cost: one read of the file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""The programs that nnslim works inside: the only modules that import or patch them."""

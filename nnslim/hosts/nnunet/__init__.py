@@ -1,0 +1,1 @@
+"""nnU-Net v2: its model folders, its predictor, its trainer."""

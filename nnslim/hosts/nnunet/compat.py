@@ -1,0 +1,95 @@
+"""Which nnU-Net is installed, and whether its methods are the ones that we know."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+from nnslim.errors import HostError
+
+OLDEST, NEWEST = (2, 3, 1), (2, 8)
+_KNOWN = {
+    "initialize_from_trained_model_folder": ("self", "model_training_output_dir", "use_folds", "checkpoint_name"),
+    "manual_initialization": (
+        "self",
+        "network",
+        "plans_manager",
+        "configuration_manager",
+        "parameters",
+        "dataset_json",
+        "trainer_name",
+        "inference_allowed_mirroring_axes",
+    ),
+    "_internal_predict_sliding_window_return_logits": ("self", "data", "slicers", "do_on_device"),
+}
+
+
+def nnunet_version() -> str:
+    """Return the version of the installed nnU-Net.
+
+    Raises:
+        HostError: it is not installed.
+    """
+    try:
+        return importlib.metadata.version("nnunetv2")
+    except importlib.metadata.PackageNotFoundError:
+        raise HostError("nnU-Net v2 is not installed; run pip install nnunetv2") from None
+
+
+def check_version(version: str) -> None:
+    """Refuse an nnU-Net outside the versions whose source was read.
+
+    Raises:
+        HostError: older than 2.3.1, or newer than 2.8.x.
+    """
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    if numbers < OLDEST or numbers[:2] > NEWEST:
+        raise HostError(
+            f"nnU-Net {version} is installed; nnslim knows 2.3.1 to 2.8.x. Run pip install 'nnunetv2>=2.3.1,<2.9'"
+        )
+
+
+def check_signature(function: Callable[..., Any], name: str) -> None:
+    """Refuse a method that does not take the arguments that our replacement takes.
+
+    Wrappers that other tools put around a method are looked through (functools.wraps); extra arguments with defaults
+    are no obstacle.
+
+    Raises:
+        HostError: the arguments differ.
+    """
+    parameters = inspect.signature(function).parameters
+    found = tuple(parameters)
+    known = _KNOWN[name]
+    extra = [
+        p
+        for p in list(parameters.values())[len(known) :]
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    if found[: len(known)] != known or extra:
+        raise HostError(
+            f"nnUNetPredictor.{name} takes ({', '.join(found)}), but ({', '.join(known)}) is expected; "
+            f"nnslim changes nothing and refuses this nnU-Net ({nnunet_version()})"
+        )
+
+
+def predictor_class() -> type:
+    """Import nnU-Net's predictor and check it.
+
+    Raises:
+        HostError: nnU-Net is missing, of another version, or its methods differ. Nothing was changed.
+    """
+    check_version(nnunet_version())
+    try:
+        from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+    except ImportError as error:
+        raise HostError(f"nnU-Net {nnunet_version()} is installed but cannot be imported: {error}") from error
+    for name in _KNOWN:
+        method = getattr(nnUNetPredictor, name, None)
+        if method is None:
+            raise HostError(f"nnUNetPredictor has no method {name}; nnslim refuses this nnU-Net ({nnunet_version()})")
+        check_signature(method, name)
+    return nnUNetPredictor

@@ -1,0 +1,208 @@
+"""Predict a folder with one loaded model, case by case."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnslim.errors import InputError, ModelFolderError, NNSlimError, OutputError
+from nnslim.files import make_folder, output_error
+from nnslim.hosts.nnunet.compat import predictor_class
+from nnslim.hosts.nnunet.folder import read_model_folder
+from nnslim.hosts.nnunet.predictor import slim_predictor
+from nnslim.work.config import SlimConfig, load_config
+from nnslim.work.report import Report
+
+_log = logging.getLogger("nnslim")
+
+
+@dataclass(frozen=True)
+class PredictSettings:
+    """How to predict; the defaults are nnU-Net's, but on the CPU and without mirroring."""
+
+    device: str = "cpu"
+    step_size: float = 0.5
+    mirroring: bool = False
+    overwrite: bool = False
+    folds: list[str] | None = None
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One line of manifest.jsonl.
+
+    Attributes:
+        name: case identifier (file name without channel and ending).
+        status: "done", "there" (was predicted before) or "failed".
+        seconds: from reading to writing.
+        error: why it failed, one line.
+    """
+
+    name: str
+    status: str
+    seconds: float = 0.0
+    error: str = ""
+
+
+@dataclass
+class _Session:
+    config: SlimConfig
+    report: Report
+
+
+def load_predictor(model: Path, config: Any, settings: PredictSettings) -> Any:
+    """Return an initialised nnUNetPredictor, compressed by `config` where one is given.
+
+    Raises:
+        ModelFolderError, ConfigError, HostError: what cannot be used.
+    """
+    cls = predictor_class()
+    slim = None if config is None else load_config(config)
+    # Reads and checks everything before nnU-Net does, which reports faults as bare KeyErrors and stack traces.
+    source = read_model_folder(model, settings.folds, settings.checkpoint)
+    device = torch.device(settings.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelFolderError("device cuda was asked for, but torch finds no CUDA device; use --device cpu")
+    with open(os.devnull, "w") as sink, redirect_stdout(sink):  # noqa: PTH123  nnU-Net prints
+        predictor = cls(
+            tile_step_size=settings.step_size,
+            use_mirroring=settings.mirroring,
+            device=device,
+            allow_tqdm=False,
+        )
+        folds = tuple(int(fold) if fold.isdigit() else fold for fold in source.checkpoints)
+        predictor.initialize_from_trained_model_folder(str(model), folds, source.checkpoint_name)
+    if slim is not None:
+        session = _Session(slim, Report())
+        slim_predictor(predictor, session, str(model))
+    return predictor
+
+
+def predict_folder(
+    images: Path,
+    output: Path,
+    model: Path,
+    config: Any = None,
+    settings: PredictSettings | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[CaseResult]:
+    """Predict every case of a folder; a case that fails is reported and the rest goes on.
+
+    Args:
+        images: folder of `<case>_0000<ending>` files, one per channel, or one such file.
+        output: folder for `<case><ending>` and manifest.jsonl (one line per case and run).
+        model: model folder, dense or slim.
+        config: what NNSlimContext takes, to compress on the fly.
+        settings: device, tiles, mirroring, folds.
+        progress: called with (cases done, cases in all).
+    Raises:
+        InputError: no images. ModelFolderError, ConfigError: unusable model or config. OutputError: the output folder
+        cannot be written. A single bad case raises nothing.
+    """
+    settings = settings or PredictSettings()
+    images, output = Path(images), Path(output)
+    predictor = load_predictor(Path(model), config, settings)
+    ending = predictor.dataset_json["file_ending"]
+    cases = find_cases(images, ending)
+    make_folder(output)
+    manifest = output / "manifest.jsonl"
+    results = []
+    for number, (name, files) in enumerate(cases.items(), start=1):
+        results.append(_one_case(predictor, name, files, output, ending, settings.overwrite))
+        try:
+            with manifest.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(asdict(results[-1])) + "\n")
+        except OSError as error:
+            raise output_error(manifest, error) from error
+        if progress is not None:
+            progress(number, len(cases))
+    return results
+
+
+def find_cases(images: Path, ending: str) -> dict[str, list[Path]]:
+    """Return the files of each case, one per channel, in channel order.
+
+    Raises:
+        InputError: nothing fits `<case>_0000<ending>`.
+    """
+    if not images.exists():
+        raise InputError(f"{images} does not exist; expected a folder of images or one image")
+    files = [images] if images.is_file() else sorted(images.glob(f"*{ending}"))
+    cases: dict[str, list[Path]] = {}
+    for file in files:
+        stem = file.name.removesuffix(ending)
+        if file.name.endswith(ending) and len(stem) > 5 and stem[-5] == "_" and stem[-4:].isdigit():
+            cases.setdefault(stem[:-5], []).append(file)
+    if not cases:
+        raise InputError(f"{images} holds no image named <case>_0000{ending}, as nnU-Net and this model expect")
+    return cases
+
+
+def _one_case(predictor: Any, name: str, files: list[Path], output: Path, ending: str, overwrite: bool) -> CaseResult:
+    target = output / f"{name}{ending}"
+    if target.exists() and not overwrite:
+        return CaseResult(name, "there")
+    started = time.perf_counter()
+    beside = output / f".{name}.{os.getpid()}"
+    try:
+        _check_channels(predictor, files)
+        _predict_case(predictor, files, beside)
+        Path(f"{beside}{ending}").replace(target)
+    except NNSlimError as error:
+        return CaseResult(name, "failed", error=str(error))
+    except OSError as error:
+        return CaseResult(name, "failed", error=str(output_error(target, error)))
+    finally:
+        for leftover in output.glob(f"{beside.name}*"):
+            leftover.unlink(missing_ok=True)
+    return CaseResult(name, "done", round(time.perf_counter() - started, 3))
+
+
+def _check_channels(predictor: Any, files: list[Path]) -> None:
+    described = predictor.dataset_json.get("channel_names") or predictor.dataset_json.get("modality")
+    if len(files) != len(described):
+        names = ", ".join(str(value) for value in described.values())
+        found = ", ".join(file.name for file in files)
+        raise InputError(f"the model needs {len(described)} channel(s) ({names}), found {len(files)} file(s): {found}")
+
+
+def _predict_case(predictor: Any, files: list[Path], truncated: Path) -> None:
+    """Read, preprocess, predict and write one case with nnU-Net's own parts, in this process."""
+    from nnunetv2.inference.export_prediction import export_prediction_from_logits
+
+    preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
+    quiet = open(os.devnull, "w")  # noqa: PTH123, SIM115
+    with quiet, redirect_stdout(quiet):
+        try:
+            data, _, properties = preprocessor.run_case(
+                [str(file) for file in files],
+                None,
+                predictor.plans_manager,
+                predictor.configuration_manager,
+                predictor.dataset_json,
+            )
+        except Exception as error:  # readers raise whatever their format library raises
+            text = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"{', '.join(file.name for file in files)} cannot be read: {text[:300]}") from error
+        logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data))
+        try:
+            export_prediction_from_logits(
+                logits.numpy(),
+                properties,
+                predictor.configuration_manager,
+                predictor.plans_manager,
+                predictor.dataset_json,
+                str(truncated),
+            )
+        except RuntimeError as error:  # SimpleITK's way to report a failed write
+            raise OutputError(f"cannot write {truncated}: {' '.join(str(error).split())[-300:]}") from error

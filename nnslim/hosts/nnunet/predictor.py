@@ -1,0 +1,158 @@
+"""The patches on nnUNetPredictor: every model that it loads is compressed by the context in force."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from nnslim.errors import OutputError
+from nnslim.hosts.nnunet.compat import predictor_class
+from nnslim.hosts.nnunet.window import batched_window_logits
+from nnslim.spec import spec_of
+from nnslim.surgery.patching import AttributePatch
+from nnslim.surgery.walk import unwrap
+from nnslim.work.cache import cache_folder, cache_key, recall, store
+from nnslim.work.compress import Slimmed, StateDict, compress
+from nnslim.work.config import SlimConfig
+from nnslim.work.report import ModelReport, Report
+
+_log = logging.getLogger("nnslim")
+
+
+class Session(Protocol):
+    """What the patches need of a context."""
+
+    config: SlimConfig
+    report: Report
+
+
+def predictor_patches(current: Callable[[], Session | None]) -> list[AttributePatch]:
+    """Return the patches, not yet applied.
+
+    Only methods that TotalSegmentator leaves alone are replaced, and on the class: whoever imported the class before
+    gets them, too. Each replacement asks `current` at call time, so one set of patches serves nested contexts and
+    several threads.
+
+    Args:
+        current: returns the session in force for the calling thread, or None to leave the model as it is.
+    Raises:
+        HostError: nnU-Net is missing or not one that we know; nothing is changed.
+    """
+    cls = predictor_class()
+
+    def from_folder(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def initialize_from_trained_model_folder(
+            self: Any, model_training_output_dir: str, use_folds: Any, checkpoint_name: str = "checkpoint_final.pth"
+        ) -> Any:
+            result = original(self, model_training_output_dir, use_folds, checkpoint_name)
+            if (session := current()) is not None:
+                slim_predictor(self, session, str(model_training_output_dir))
+            return result
+
+        return initialize_from_trained_model_folder
+
+    def manually(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def manual_initialization(
+            self: Any,
+            network: nn.Module,
+            plans_manager: Any,
+            configuration_manager: Any,
+            parameters: Sequence[StateDict] | None,
+            dataset_json: dict[str, Any],
+            trainer_name: str,
+            inference_allowed_mirroring_axes: Any,
+        ) -> Any:
+            result = original(
+                self,
+                network,
+                plans_manager,
+                configuration_manager,
+                parameters,
+                dataset_json,
+                trainer_name,
+                inference_allowed_mirroring_axes,
+            )
+            if (session := current()) is not None:
+                slim_predictor(self, session, f"{plans_manager.dataset_name} ({trainer_name}, in memory)")
+            return result
+
+        return manual_initialization
+
+    def window(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def _internal_predict_sliding_window_return_logits(
+            self: Any, data: torch.Tensor, slicers: Sequence[Any], do_on_device: bool = True
+        ) -> torch.Tensor:
+            session = current()
+            if session is None or session.config.run.tile_batch == 1:
+                return original(self, data, slicers, do_on_device)
+            return batched_window_logits(self, data, slicers, do_on_device, session.config.run.tile_batch)
+
+        return _internal_predict_sliding_window_return_logits
+
+    return [
+        AttributePatch(cls, "initialize_from_trained_model_folder", from_folder),
+        AttributePatch(cls, "manual_initialization", manually),
+        AttributePatch(cls, "_internal_predict_sliding_window_return_logits", window),
+    ]
+
+
+def slim_predictor(predictor: Any, session: Session, source: str) -> None:
+    """Replace the network and the fold weights of an initialised predictor, and report it.
+
+    nnU-Net loads `list_of_parameters` into the network again for every case and fold, so both are replaced together.
+    A trainer hands over its own network and no parameters: the predictor then gets a slim copy, and the trainer's
+    network is not touched.
+    """
+    compiled = hasattr(predictor.network, "_orig_mod")
+    network = unwrap(predictor.network)
+    # A DataParallel-trained checkpoint may carry "module." prefixes; nnU-Net would refuse it before us.
+    given = predictor.list_of_parameters
+    folds: list[StateDict] = list(given) if given else [network.state_dict()]
+    if not session.config.active:
+        session.report.models.append(ModelReport(source, len(folds), None, 0.0, note="compression is switched off"))
+        return
+    if spec_of(network) is not None:
+        session.report.models.append(ModelReport(source, len(folds), None, 0.0, note="it is a slim model already"))
+        return
+    started = time.perf_counter()
+    shape = (1, _input_channels(predictor), *predictor.configuration_manager.patch_size)
+    slimmed, cached = _compress_or_recall(network, folds, session.config, shape)
+    predictor.network = torch.compile(slimmed.network) if compiled else slimmed.network
+    if given:
+        predictor.list_of_parameters = list(slimmed.weights)
+    seconds = time.perf_counter() - started
+    session.report.models.append(ModelReport(source, len(folds), slimmed, seconds, cached))
+    for line in session.report.models[-1].lines():
+        _log.info(line)
+
+
+def _input_channels(predictor: Any) -> int:
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+
+    return determine_num_input_channels(
+        predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
+    )
+
+
+def _compress_or_recall(
+    network: nn.Module, folds: Sequence[StateDict], config: SlimConfig, shape: Sequence[int]
+) -> tuple[Slimmed, bool]:
+    folder, key = cache_folder(config), cache_key(network, folds, config, shape)
+    if config.cache.read and (found := recall(network, key, folder)) is not None:
+        return found, True
+    slimmed = compress(network, folds, config, shape)
+    if config.cache.write:
+        try:
+            store(slimmed, key, folder)
+        except OutputError as error:  # a full or read-only cache must not stop a prediction
+            _log.warning("compressed weights are not kept: %s", error)
+    return slimmed, False

@@ -1,0 +1,117 @@
+"""Write a compressed model as an ordinary nnU-Net model folder, which stock nnU-Net loads."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nnslim._version import __version__
+from nnslim.errors import ModelFolderError
+from nnslim.files import save_checkpoint, whole_folder
+from nnslim.hosts.nnunet.folder import ModelFolder, build_network, builds_from_plans, input_shape, trainer_class
+from nnslim.hosts.nnunet.network import BASE_KEY, NETWORK_CLASS_NAME, SPEC_KEY
+from nnslim.spec import SlimSpec
+from nnslim.work.compress import Slimmed, compress
+from nnslim.work.config import SlimConfig
+
+
+def compress_folder(
+    model: ModelFolder, target: Path, config: SlimConfig, *, progress: Callable[[int, int], None] | None = None
+) -> Slimmed:
+    """Compress all folds of a model with one spec and write the slim model folder.
+
+    The folder holds plans.json (the architecture names nnslim and carries the spec), dataset.json, the checkpoints
+    under the names they had, and nnslim.json (what was done, per layer). Optimiser state is left out: it belongs to
+    tensors that are gone.
+
+    Args:
+        model: from `read_model_folder`.
+        target: folder to write; must not exist, or be empty.
+        config: the methods.
+        progress: called with (folds done, folds in all).
+    Raises:
+        ModelFolderError: already slim, or a trainer that builds its network without the plans.
+        OutputError: the target exists or cannot be written; nothing half-written is left.
+    """
+    if model.is_slim:
+        raise ModelFolderError(f"{model.path} is already a slim model; compress the model that it was made from")
+    trainer = trainer_class(model.trainer_name)
+    if not builds_from_plans(trainer):
+        raise ModelFolderError(
+            f"{model.path}: trainer {model.trainer_name} builds its network itself, not from plans.json, so stock "
+            "nnU-Net could not load a slim folder; use NNSlimContext (or nnslim run) for this model"
+        )
+    with whole_folder(Path(target)) as side:
+        slimmed = compress(build_network(model), model.weights, config, input_shape(model), progress=progress)
+        plans = slim_plans(model, slimmed.spec, Path(target).name)
+        _write_json(side / "plans.json", plans)
+        _write_json(side / "dataset.json", model.dataset)
+        for (fold, checkpoint), weights in zip(model.checkpoints.items(), slimmed.weights, strict=True):
+            (side / f"fold_{fold}").mkdir()
+            path = side / f"fold_{fold}" / model.checkpoint_name
+            save_checkpoint(slim_checkpoint(checkpoint, weights, plans), path)
+        _write_json(side / "nnslim.json", record(model, slimmed, config))
+    return slimmed
+
+
+def slim_plans(model: ModelFolder, spec: SlimSpec, folder_name: str) -> dict[str, Any]:
+    """Return the plans with the slim architecture in the trained configuration.
+
+    Inheritance is resolved in all configurations first, since others may inherit from the one that changes; an old
+    plans format is written in the new one. A target named trainer__plans__configuration gives the plans their name,
+    so that `totalsegmentator(plans=...)` and `nnUNetv2_predict -p` find the folder.
+    """
+    plans = copy.deepcopy(model.plans)
+    plans["configurations"] = {name: _resolved(plans["configurations"], name) for name in plans["configurations"]}
+    settings = copy.deepcopy(model.configuration_manager.configuration)
+    settings.pop("inherits_from", None)
+    architecture = settings["architecture"]
+    architecture["arch_kwargs"] = {
+        **architecture["arch_kwargs"],
+        BASE_KEY: architecture["network_class_name"],
+        SPEC_KEY: spec.to_dict(),
+    }
+    architecture["network_class_name"] = NETWORK_CLASS_NAME
+    plans["configurations"][model.configuration] = settings
+    parts = folder_name.split("__")
+    if len(parts) == 3 and parts[1]:
+        plans["plans_name"] = parts[1]
+    return plans
+
+
+def _resolved(configurations: dict[str, Any], name: str) -> dict[str, Any]:
+    own = copy.deepcopy(configurations[name])
+    parent = own.pop("inherits_from", None)
+    return {**_resolved(configurations, parent), **own} if parent else own
+
+
+def slim_checkpoint(checkpoint: dict[str, Any], weights: dict[str, Any], plans: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint with slim weights, everything else of nnU-Net's as it was but for the optimiser's state."""
+    made = {**checkpoint, "network_weights": weights, "optimizer_state": None, "grad_scaler_state": None}
+    init = made["init_args"]
+    if isinstance(init, dict) and "plans" in init:
+        made["init_args"] = {**init, "plans": plans}
+    return made
+
+
+def record(model: ModelFolder, slimmed: Slimmed, config: SlimConfig) -> dict[str, Any]:
+    """Return the content of nnslim.json: versions, source, settings, spec, counts and decisions."""
+    return {
+        "nnslim": __version__,
+        "source": model.path.name,
+        "dataset": model.plans.get("dataset_name"),
+        "configuration": model.configuration,
+        "checkpoint": model.checkpoint_name,
+        "folds": list(model.checkpoints),
+        "config": config.model_dump(mode="json"),
+        "spec": slimmed.spec.to_dict(),
+        **slimmed.summary(),
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    # Key order is kept: nnU-Net reads channel and label order from it.
+    path.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")

@@ -1,0 +1,88 @@
+"""What a method is: a name, a configuration class, and a plan made from a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from nnslim.cost import Cost
+from nnslim.errors import ConfigError, nearest
+from nnslim.spec import Edit
+
+
+class MethodConfig(BaseModel):
+    """Base of all method configurations: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a plan decided for one layer, and why.
+
+    Attributes:
+        layer: canonical name.
+        action: name of the edit kind, or "dense".
+        shape: (outputs, inputs, *kernel) of the dense layer.
+        ranks: (R_out, R_in), None where the layer stays dense.
+        macs_before, macs_after: for one patch, convention "macs".
+        parameters_before, parameters_after: with bias.
+        reason: why the layer stays dense; empty if it does not.
+    """
+
+    layer: str
+    action: str
+    shape: tuple[int, ...]
+    ranks: tuple[int, int] | None
+    macs_before: int
+    macs_after: int
+    parameters_before: int
+    parameters_after: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Edits to make, and a decision for every layer that was looked at."""
+
+    edits: tuple[Edit, ...]
+    decisions: tuple[Decision, ...]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method. `plan(network, config, cost)` reads only; `cost` is of the network at its patch shape."""
+
+    name: str
+    config_class: type[MethodConfig]
+    plan: Callable[[nn.Module, Any, Cost], Plan]
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register_method(method: Method) -> None:
+    """Make a method known by name.
+
+    Raises:
+        ConfigError: the name is taken, or is not lower case.
+    """
+    if method.name in _METHODS or method.name != method.name.lower():
+        raise ConfigError(f"method name '{method.name}' is taken or not lower case")
+    _METHODS[method.name] = method
+
+
+def method_named(name: str) -> Method:
+    """Return the method of that name, or raise a ConfigError that lists the nearest."""
+    if name not in _METHODS:
+        raise ConfigError(f"unknown method '{name}'; {nearest(name, _METHODS)}")
+    return _METHODS[name]
+
+
+def methods() -> dict[str, Method]:
+    """Return all registered methods by name."""
+    return dict(_METHODS)

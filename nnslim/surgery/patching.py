@@ -1,0 +1,57 @@
+"""Replace an attribute of a class at run time and put the very same object back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+_ABSENT = object()
+_log = logging.getLogger("nnslim")
+
+
+class AttributePatch:
+    """One attribute of one class or module, replaced between `apply` and `undo`.
+
+    The raw object is saved from the owner's own `__dict__` (a staticmethod stays a staticmethod; an inherited
+    attribute is deleted again at undo). If somebody else has replaced our object by the time of `undo`, theirs is left
+    in place and a warning says so: taking it away would break them.
+    """
+
+    def __init__(self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Prepare, without touching anything.
+
+        Args:
+            owner: class or module that holds the attribute.
+            name: attribute name.
+            make: called with the plain function in force, returns the replacement.
+        """
+        self.owner = owner
+        self.name = name
+        self._make = make
+        self._saved: Any = _ABSENT
+        self._ours: Any = None
+
+    def apply(self) -> None:
+        """Install the replacement; it carries the original as `__nnslim_original__`."""
+        self._saved = vars(self.owner).get(self.name, _ABSENT)
+        wrapper = type(self._saved) if isinstance(self._saved, (staticmethod, classmethod)) else None
+        original = self._saved.__func__ if wrapper else getattr(self.owner, self.name)
+        made = self._make(original)
+        made.__nnslim_original__ = original
+        self._ours = wrapper(made) if wrapper else made
+        setattr(self.owner, self.name, self._ours)
+
+    def undo(self) -> None:
+        """Put the saved object back, if ours is still the one in force."""
+        if vars(self.owner).get(self.name) is not self._ours:
+            _log.warning(
+                "%s.%s was replaced by somebody else while nnslim was active; left as it is",
+                getattr(self.owner, "__name__", self.owner),
+                self.name,
+            )
+            return
+        if self._saved is _ABSENT:
+            delattr(self.owner, self.name)
+        else:
+            setattr(self.owner, self.name, self._saved)

@@ -1,0 +1,1 @@
+"""The work that methods are put to: compressing, caching, comparing, reporting."""

@@ -1,0 +1,104 @@
+"""Compressed weights on disk, by the hash of what they were made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnslim.errors import NNSlimError
+from nnslim.files import make_folder, save_checkpoint
+from nnslim.methods.base import Decision
+from nnslim.spec import SPEC_VERSION, SlimSpec
+from nnslim.work.compress import Counts, Slimmed, StateDict, rebuild
+from nnslim.work.config import SlimConfig
+
+# Raise this when a method computes other weights from the same input, so that old files are not used.
+CACHE_VERSION = 1
+_log = logging.getLogger("nnslim")
+
+
+def cache_folder(config: SlimConfig) -> Path:
+    """Return the cache folder: of the config, else NNSLIM_CACHE, else nnslim in the user's cache folder."""
+    if config.cache.folder is not None:
+        return config.cache.folder.expanduser()
+    if "NNSLIM_CACHE" in os.environ:
+        return Path(os.environ["NNSLIM_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nnslim"
+
+
+def cache_key(network: nn.Module, weights: Sequence[StateDict], config: SlimConfig, shape: Sequence[int]) -> str:
+    """Return 40 hexadecimal digits that change with the weights, the architecture, the settings or the patch.
+
+    Cost: one pass over the bytes of the weights (about a second per GB).
+    """
+    digest = hashlib.blake2b(digest_size=20)
+    head = [CACHE_VERSION, SPEC_VERSION, config.identity(), list(shape), str(network)]
+    digest.update(json.dumps(head, sort_keys=True).encode())
+    for fold in weights:
+        seen: set[int] = set()
+        for name, tensor in fold.items():
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            if tensor.data_ptr() not in seen:  # nnU-Net lists the same tensor under several names
+                seen.add(tensor.data_ptr())
+                flat = tensor.detach().cpu().contiguous().flatten()
+                digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def store(slimmed: Slimmed, key: str, folder: Path) -> Path:
+    """Write a compressed network, whole or not at all.
+
+    Raises:
+        OutputError: the folder cannot be written, or the disk is full.
+    """
+    make_folder(folder)
+    path = folder / f"{key}.pt"
+    save_checkpoint(
+        {
+            "spec": json.dumps(slimmed.spec.to_dict()),
+            "summary": json.dumps(slimmed.summary()),
+            "weights": list(slimmed.weights),
+        },
+        path,
+    )
+    return path
+
+
+def recall(network: nn.Module, key: str, folder: Path) -> Slimmed | None:
+    """Return what `store` kept under the key, or None. A damaged file is reported, ignored and later replaced."""
+    path = folder / f"{key}.pt"
+    if not path.is_file():
+        return None
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        spec = SlimSpec.from_dict(json.loads(content["spec"]))
+        summary = json.loads(content["summary"])
+        weights = tuple(content["weights"])
+        return Slimmed(
+            rebuild(network, spec, weights[0]),
+            weights,
+            spec,
+            tuple(_decision(layer) for layer in summary["layers"]),
+            Counts(**summary["dense"]),
+            Counts(**summary["slim"]),
+            tuple(summary["input_shape"]),
+        )
+    except (NNSlimError, OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError) as error:
+        _log.warning("%s is damaged (%s); compressing again", path, str(error).splitlines()[0])
+    except Exception as error:  # torch raises pickle.UnpicklingError and others on damaged files
+        _log.warning("%s cannot be read (%s); compressing again", path, type(error).__name__)
+    return None
+
+
+def _decision(values: dict[str, Any]) -> Decision:
+    tuples = {field.name for field in dataclasses.fields(Decision) if field.name in ("shape", "ranks")}
+    return Decision(**{k: tuple(v) if k in tuples and v is not None else v for k, v in values.items()})

@@ -1,0 +1,196 @@
+"""SlimConfig: which methods, with which settings, and how the slim network is run and kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
+
+from nnslim.errors import ConfigError, nearest
+from nnslim.methods.base import MethodConfig, method_named, methods
+
+CONFIG_VERSION = 1
+_LEGACY = {"tucker_args", "apply_tucker", "inference_bs", "ckpt_path", "save_model", "load_model"}
+_log = logging.getLogger("nnslim")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunConfig(_Section):
+    """How the network runs."""
+
+    tile_batch: int = Field(1, ge=1, description="tiles per forward pass; 1 leaves nnU-Net's own sliding window")
+
+
+class CacheConfig(_Section):
+    """Where compressed weights are kept between runs."""
+
+    folder: Path | None = Field(None, description="default: NNSLIM_CACHE, else nnslim in the user's cache folder")
+    read: bool = Field(True, description="use weights that are already there")
+    write: bool = Field(True, description="keep what was compressed")
+
+
+class MethodEntry(_Section):
+    """One step: the name of a method and its settings, e.g. {"method": "tucker", "rank_factor": 0.5}."""
+
+    method: str
+    settings: SerializeAsAny[MethodConfig]
+
+
+class SlimConfig(_Section):
+    """The whole configuration. `methods` are applied in order; an empty list, or apply: false, leaves models dense."""
+
+    version: int = CONFIG_VERSION
+    apply: bool = Field(True, description="false: the context is entered, but models stay as they are")
+    methods: tuple[MethodEntry, ...] = ()
+    run: RunConfig = RunConfig()
+    cache: CacheConfig = CacheConfig()
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _read_methods(cls, raw: Any) -> Any:
+        if not isinstance(raw, (list, tuple)):
+            raise ConfigError(f"'methods' is a list of objects with a 'method' each, found {raw!r}")
+        return tuple(_method_entry(item) for item in raw)
+
+    @property
+    def active(self) -> bool:
+        """Whether networks change."""
+        return self.apply and bool(self.methods)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the compressed weights, as JSON values: the methods and their settings."""
+        return {"methods": [entry.model_dump(mode="json") for entry in self.methods] if self.active else []}
+
+
+def tucker(**settings: Any) -> SlimConfig:
+    """Return a configuration with the Tucker method alone: `tucker(rank_factor=0.5)`."""
+    return from_dict({"methods": [{"method": "tucker", **settings}]})
+
+
+def _method_entry(item: Any) -> MethodEntry:
+    if isinstance(item, MethodEntry):
+        return item
+    if isinstance(item, MethodConfig):
+        for method in methods().values():
+            if type(item) is method.config_class:
+                return MethodEntry(method=method.name, settings=item)
+    if not isinstance(item, Mapping) or "method" not in item:
+        raise ConfigError(f"each of 'methods' is an object with a 'method', found {item!r}")
+    method = method_named(str(item["method"]))
+    settings = {key: value for key, value in item.items() if key != "method"}
+    return MethodEntry(method=method.name, settings=_validated(method.config_class, settings, f"method {method.name}"))
+
+
+def _validated(model: type[BaseModel], values: Mapping[str, Any], where: str) -> Any:
+    try:
+        return model.model_validate(dict(values))
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"]) or where
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(model, problem["loc"])
+            raise ConfigError(f"{where}: unknown key '{key}'; {nearest(str(problem['loc'][-1]), known)}") from None
+        raise ConfigError(f"{where}: {key}: {problem['msg']}, found {problem.get('input')!r}") from None
+
+
+def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    for part in location[:-1]:
+        inner = model.model_fields[str(part)].annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        model = inner
+    return list(model.model_fields)
+
+
+def from_dict(raw: Mapping[str, Any], where: str = "config") -> SlimConfig:
+    """Read a configuration dictionary, ours or the predecessor's.
+
+    Raises:
+        ConfigError: an unknown method or key (the nearest are named), or a value out of bounds.
+    """
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{where}: expected keys and values, found {raw!r}")
+    if _LEGACY & set(raw):
+        return _from_legacy(raw, where)
+    if raw.get("version", CONFIG_VERSION) != CONFIG_VERSION:
+        raise ConfigError(f"{where}: version {raw['version']!r} found, this nnslim reads version {CONFIG_VERSION}")
+    return _validated(SlimConfig, raw, where)
+
+
+def _from_legacy(raw: Mapping[str, Any], where: str) -> SlimConfig:
+    """Translate the dictionary of the predecessor (tucker-cnn's TuckerContext).
+
+    Its `ckpt_path` names a TorchScript file; here the folder of that file becomes the cache, which also keeps apart
+    folds and models. `save_model` and `load_model` then say whether the cache is written and read.
+    """
+    if unknown := set(raw) - _LEGACY:
+        word = sorted(unknown)[0]
+        raise ConfigError(f"{where}: unknown key '{word}' beside the predecessor's; {nearest(word, _LEGACY)}")
+    path = raw.get("ckpt_path") or ""
+    cache: dict[str, Any] = {}
+    if path:
+        cache = {
+            "folder": Path(path).parent / "nnslim",
+            "read": bool(raw.get("load_model", False)),
+            "write": bool(raw.get("save_model", False)),
+        }
+    return _validated(
+        SlimConfig,
+        {
+            "apply": bool(raw.get("apply_tucker", True)),
+            "methods": [{"method": "tucker", **(raw.get("tucker_args") or {})}],
+            "run": {"tile_batch": raw.get("inference_bs", 1)},
+            "cache": cache,
+        },
+        where,
+    )
+
+
+def preset_folder() -> Path:
+    """Return the folder of the presets: inside an installed package, or `configs/` of the source tree."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def presets() -> dict[str, Path]:
+    """Return the presets that ship with nnslim, by name."""
+    return {path.stem: path for path in sorted(preset_folder().glob("*.yml"))}
+
+
+def load_config(config: SlimConfig | MethodConfig | Mapping[str, Any] | str | Path) -> SlimConfig:
+    """Return a SlimConfig from whatever a user may hand over.
+
+    Args:
+        config: a SlimConfig, the configuration of one method, a dictionary (ours or the predecessor's), the path of a
+            YAML file, or the name of a preset.
+    Raises:
+        ConfigError: no such preset or file, unreadable YAML, unknown key, value out of bounds.
+    """
+    if isinstance(config, SlimConfig):
+        return config
+    if isinstance(config, MethodConfig):
+        return SlimConfig(methods=(config,))
+    if isinstance(config, Mapping):
+        return from_dict(config)
+    if not isinstance(config, (str, Path)):
+        raise ConfigError(f"a config is a preset name, YAML path, dictionary or SlimConfig, found {config!r}")
+    known = presets()
+    name = str(config)
+    path = known.get(name, Path(name))
+    if not path.is_file():
+        kind = "file" if "/" in name or path.suffix in (".yml", ".yaml") else "preset or file"
+        raise ConfigError(f"no config {kind} '{name}'; {nearest(name, known)}")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from error
+    return from_dict(raw if raw is not None else {}, str(path))

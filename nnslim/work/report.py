@@ -1,0 +1,82 @@
+"""What was done to each model, as text and as JSON values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from nnslim.work.compress import Slimmed
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """One model that was loaded while a context was active.
+
+    Attributes:
+        source: its folder, or a name for a network that was handed over in memory.
+        folds: number of folds.
+        slimmed: what compression gave; None where the model was left as it was.
+        seconds: spent on compressing or on reading the cache.
+        from_cache: whether the weights came from the cache.
+        note: why the model was left as it was.
+    """
+
+    source: str
+    folds: int
+    slimmed: Slimmed | None
+    seconds: float
+    from_cache: bool = False
+    note: str = ""
+
+    def lines(self) -> list[str]:
+        """Return the report as lines of text."""
+        if self.slimmed is None:
+            return [f"{self.source}: left as it is ({self.note})"]
+        before, after = self.slimmed.dense, self.slimmed.slim
+        changed = sum(decision.action != "dense" for decision in self.slimmed.decisions)
+        kept: dict[str, int] = {}
+        for decision in self.slimmed.decisions:
+            if decision.action == "dense":
+                reason = decision.reason.split(" (")[0]
+                kept[reason] = kept.get(reason, 0) + 1
+        patch = "x".join(str(size) for size in self.slimmed.input_shape[2:])
+        how = "read from the cache" if self.from_cache else "compressed"
+        lines = [
+            f"{self.source}: {self.folds} fold(s), {how} in {self.seconds:.1f} s",
+            f"  parameters {before.parameters:,} -> {after.parameters:,} "
+            f"({before.parameters / after.parameters:.2f}x fewer)",
+            f"  MACs per {patch} patch {before.macs / 1e9:.2f} G -> {after.macs / 1e9:.2f} G "
+            f"({before.macs / after.macs:.2f}x fewer)",
+            f"  layers changed {changed}, kept dense {sum(kept.values())}"
+            + (f" ({', '.join(f'{reason}: {count}' for reason, count in kept.items())})" if kept else ""),
+        ]
+        if not changed:
+            lines.append("  nothing changed: no layer would get cheaper with these settings")
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {
+            "source": self.source,
+            "folds": self.folds,
+            "seconds": round(self.seconds, 3),
+            "from_cache": self.from_cache,
+            "note": self.note,
+            "spec": self.slimmed.spec.to_dict() if self.slimmed else None,
+            **(self.slimmed.summary() if self.slimmed else {}),
+        }
+
+
+@dataclass
+class Report:
+    """All models of one context, in the order of loading. `str(report)` is for people, `to_dict` for programs."""
+
+    models: list[ModelReport] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [line for model in self.models for line in model.lines()]
+        return "\n".join(lines) if lines else "no model was loaded inside the context"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {"models": [model.to_dict() for model in self.models]}
