@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--pretrained", type=Path, help="checkpoint to start from")
     parser.add_argument("--resume", action="store_true", help="go on from checkpoint_latest.pth")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--ship", type=Path, help="also write the half-precision copy to this new folder")
     parser.add_argument("--threads", type=int, help="torch threads (default: all)")
     args = parser.parse_args()
 
@@ -46,6 +47,11 @@ def main() -> None:
         4, "3d_fullres", args.fold, length, pretrained=args.pretrained, resume=args.resume, device=args.device
     )
     print(f"trained: {folder}")
+    if args.ship:
+        from nnslim.hosts.nnunet.shipped import write_for_shipping
+
+        write_for_shipping(folder.parent, args.ship)
+        print(f"to ship: {args.ship}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nnslim.cost import Cost, measure_cost
+from nnslim.errors import SpecError
 from nnslim.methods.base import Decision, method_named
 from nnslim.spec import SlimSpec, apply_spec
 from nnslim.surgery.walk import unwrap
@@ -98,9 +99,13 @@ def compress(
     slim, states = structure, []
     for done, fold in enumerate(weights):
         dense = copy.deepcopy(base)
-        dense.load_state_dict({key: value.float() for key, value in fold.items()})
+        try:
+            dense.load_state_dict({key: value.float() for key, value in fold.items()})
+        except RuntimeError as error:
+            reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+            raise SpecError(f"the weights of fold number {done + 1} of {len(weights)} do not fit: {reason}") from error
         filled = apply_spec(spec, dense, fill=True)
-        states.append(filled.state_dict())
+        states.append(_copied(filled.state_dict()))
         if done == 0:
             slim = filled
         if progress is not None:
@@ -114,6 +119,12 @@ def compress(
         Counts.of(measure_cost(slim, input_shape)),
         tuple(input_shape),
     )
+
+
+def _copied(state: StateDict) -> StateDict:
+    """Return tensors of their own: nnU-Net loads one fold after the other into the network that is handed out."""
+    copies: dict[int, Tensor] = {}
+    return {name: copies.setdefault(tensor.data_ptr(), tensor.detach().clone()) for name, tensor in state.items()}
 
 
 def rebuild(network: nn.Module, spec: SlimSpec, weights: StateDict) -> nn.Module:

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 
 from nnslim.errors import ConfigError, DownloadError, HostError, OutputError
+from nnslim.files import write_json
 from nnslim.hosts.totalseg import fetch as fetch_module
 from nnslim.hosts.totalseg import standin, weights
 from nnslim.hosts.totalseg.fetch import fetch
-from nnslim.files import write_json
 from nnslim.hosts.totalseg.unpack import unpack_dataset
 
 pytest.importorskip("totalsegmentator")

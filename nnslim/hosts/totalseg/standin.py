@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnslim.errors import ConfigError, HostError
 from nnslim.files import read_json, save_checkpoint, whole_folder, write_json
+from nnslim.hosts.nnunet.weights import half_precision
 from nnslim.hosts.totalseg.weights import STAND_IN_NOTE, task_source
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def write_stand_in(
     plans = stand_in_plans(layout, name, base_features, patch)
     labels = {"background": 0, **{organ: label for label, organ in part_classes(task_id).items()}}
     dataset = {"channel_names": {"0": "CT"}, "labels": labels, "numTraining": 0, "file_ending": ".nii.gz"}
-    weights = _half_state(build_network(plans, len(labels), seed=seed))
+    weights = half_precision(build_network(plans, len(labels), seed=seed).state_dict())
     with whole_folder(target) as made:
         _write(made, plans, dataset, weights, layout.trainer)
         note = _NOTE.format(seed=seed, base=base_features, task=task_id)
@@ -220,15 +221,6 @@ def _checked(task_id: int, base_features: int, patch_size: Sequence[int] | None)
             f"multiples of {step}, at least one of them {2 * step} or more"
         )
     return layout, patch
-
-
-def _half_state(network: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict in float16; names that share one tensor go on sharing it, so that it is stored once."""
-    halves: dict[int, Tensor] = {}
-    return {
-        name: halves.setdefault(tensor.data_ptr(), tensor.detach().half())
-        for name, tensor in network.state_dict().items()
-    }
 
 
 def _write(made: Path, plans: dict, dataset: dict, weights: dict[str, Tensor], trainer: str) -> None:

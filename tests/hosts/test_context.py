@@ -1,0 +1,399 @@
+"""NNSlimContext on the real predictor: what it changes, what it puts back, and what it refuses."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_predictor, random_data
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+import nnslim.lowrank
+from nnslim import NNSlimContext
+from nnslim.errors import ConfigError, HostError
+from nnslim.hosts.nnunet.folder import read_model_folder
+from nnslim.hosts.nnunet.window import batched_window_logits
+from nnslim.hosts.nnunet.write import compress_folder
+from nnslim.spec import spec_of
+from nnslim.work.config import from_dict, tucker
+
+HALF = {"methods": [{"method": "tucker", "rank_factor": 0.5, "rank_min": 2}]}
+QUARTER = {"methods": [{"method": "tucker", "rank_factor": 0.25, "rank_min": 2}]}
+
+
+def _load(folder, folds=(0,), **options):
+    predictor = make_predictor(**options)
+    predictor.initialize_from_trained_model_folder(str(folder), folds)
+    return predictor
+
+
+def _parameters(predictor):
+    return sum(p.numel() for p in predictor.network.parameters())
+
+
+def _logits(predictor):
+    return predictor.predict_logits_from_preprocessed_data(random_data(predictor)).float()
+
+
+def test_context_all_folds_give_logits_of_the_compressed_folder(make_model, tmp_path):
+    source = make_model("residual", folds=(0, 1))
+    compress_folder(read_model_folder(source), tmp_path / "slim", from_dict(HALF))
+    with NNSlimContext(HALF) as slim:
+        inside = _load(source, (0, 1))
+    assert torch.equal(_logits(inside), _logits(_load(tmp_path / "slim", (0, 1))))
+    assert len(inside.list_of_parameters) == 2
+    report = slim.report.models[0]
+    assert report.folds == 2 and report.slimmed.slim.macs < report.slimmed.dense.macs
+    assert str(source) in str(slim.report) and "fewer" in str(slim.report)
+
+
+def test_context_case_after_case_reloads_slim_weights(make_model):
+    with NNSlimContext(HALF):
+        predictor = _load(make_model(folds=(0, 1)), (0, 1))
+    first = _logits(predictor)
+    assert spec_of(predictor.network) is not None
+    assert torch.equal(first, _logits(predictor))  # nnU-Net loads both folds again for each case
+
+
+def test_context_normal_exit_puts_the_very_same_objects_back(make_model):
+    before = dict(vars(nnUNetPredictor))
+    with NNSlimContext(HALF):
+        assert nnUNetPredictor.manual_initialization is not before["manual_initialization"]
+        _load(make_model())
+    assert dict(vars(nnUNetPredictor)) == before
+    assert all(vars(nnUNetPredictor)[name] is value for name, value in before.items())
+
+
+def test_context_exception_in_body_puts_everything_back_and_is_not_hidden():
+    before = dict(vars(nnUNetPredictor))
+    with pytest.raises(ZeroDivisionError), NNSlimContext(HALF):
+        _ = 1 / 0
+    assert dict(vars(nnUNetPredictor)) == before
+
+
+def test_context_outside_models_are_dense(make_model):
+    source = make_model()
+    with NNSlimContext(HALF):
+        slim = _load(source)
+    dense = _load(source)
+    assert spec_of(dense.network) is None
+    assert _parameters(slim) < _parameters(dense)
+
+
+def test_context_nested_inner_configuration_counts(make_model):
+    source = make_model()
+    before = dict(vars(nnUNetPredictor))
+    with NNSlimContext(HALF) as outer:
+        with NNSlimContext(QUARTER) as inner:
+            quarter = _load(source)
+        half = _load(source)
+        with NNSlimContext({"apply": False, **HALF}) as off:
+            dense = _load(source)
+    assert _parameters(quarter) < _parameters(half) < _parameters(dense)
+    assert [len(context.report.models) for context in (outer, inner, off)] == [1, 1, 1]
+    assert "switched off" in str(off.report)
+    assert dict(vars(nnUNetPredictor)) == before
+
+
+def test_context_contexts_closed_out_of_order_leave_nothing_behind(make_model):
+    before = dict(vars(nnUNetPredictor))
+    first, second = NNSlimContext(HALF), NNSlimContext(QUARTER)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert _parameters(_load(make_model())) > 0 and len(second.report.models) == 1
+    second.__exit__(None, None, None)
+    assert dict(vars(nnUNetPredictor)) == before
+
+
+def test_context_entered_twice_is_refused():
+    context = NNSlimContext(HALF)
+    with context, pytest.raises(HostError, match="active already"):
+        context.__enter__()
+
+
+def test_context_threads_each_use_their_own_and_cannot_corrupt_each_other(make_model):
+    source = make_model()
+    before = dict(vars(nnUNetPredictor))
+    sizes: dict[str, list[int]] = {"half": [], "quarter": []}
+    expected = {}
+    for name, config in (("half", HALF), ("quarter", QUARTER)):
+        with NNSlimContext(config):
+            expected[name] = _parameters(_load(source))
+    gate = threading.Barrier(2)
+
+    def work(name, config):
+        gate.wait()
+        for _ in range(6):
+            with NNSlimContext(config):
+                sizes[name].append(_parameters(_load(source)))
+
+    threads = [threading.Thread(target=work, args=item) for item in (("half", HALF), ("quarter", QUARTER))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {name: set(values) for name, values in sizes.items()} == {n: {v} for n, v in expected.items()}
+    assert dict(vars(nnUNetPredictor)) == before
+
+
+def test_context_worker_thread_without_its_own_uses_the_active_one(make_model):
+    source, found = make_model(), []
+    with NNSlimContext(HALF) as slim:
+        thread = threading.Thread(target=lambda: found.append(spec_of(_load(source).network)))
+        thread.start()
+        thread.join()
+    assert found[0] is not None and len(slim.report.models) == 1
+
+
+def test_context_unknown_signature_is_refused_and_nothing_changed(monkeypatch):
+    def initialize_from_trained_model_folder(self, folder, folds, name="x"):
+        raise AssertionError("must not run")
+
+    name = "initialize_from_trained_model_folder"
+    monkeypatch.setattr(nnUNetPredictor, name, initialize_from_trained_model_folder)
+    before = dict(vars(nnUNetPredictor))
+    with pytest.raises(HostError, match=r"takes \(self, folder, folds, name\), but \(self, model_training_output_dir"):
+        NNSlimContext(HALF).__enter__()
+    assert dict(vars(nnUNetPredictor)) == before
+
+
+@pytest.mark.parametrize("version", ["2.1", "2.2.1", "2.3.0", "2.9.0", "3.0"])
+def test_context_unknown_version_is_refused(monkeypatch, version):
+    monkeypatch.setattr("nnslim.hosts.nnunet.compat.nnunet_version", lambda: version)
+    with pytest.raises(HostError, match=rf"nnU-Net {version} is installed; nnslim knows 2\.3\.1 to 2\.8\.x"):
+        NNSlimContext(HALF).__enter__()
+
+
+def test_context_failing_patch_takes_earlier_ones_back(monkeypatch):
+    from nnslim.surgery.patching import AttributePatch
+
+    before = dict(vars(nnUNetPredictor))
+    calls = []
+    real = AttributePatch.apply
+
+    def apply(self):
+        calls.append(self.name)
+        if len(calls) == 3:
+            raise RuntimeError("third patch fails")
+        real(self)
+
+    monkeypatch.setattr(AttributePatch, "apply", apply)
+    with pytest.raises(RuntimeError, match="third patch"):
+        NNSlimContext(HALF).__enter__()
+    assert len(calls) == 3 and dict(vars(nnUNetPredictor)) == before
+
+
+def test_context_second_load_reads_the_cache_and_decomposes_nothing(make_model, monkeypatch, tmp_path):
+    monkeypatch.setenv("NNSLIM_CACHE", str(tmp_path / "cache"))
+    source = make_model(folds=(0, 1))
+    calls = []
+    real = nnslim.lowrank.partial_tucker
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr("nnslim.methods.tucker.edit.partial_tucker", counted)
+    with NNSlimContext(HALF) as slim:
+        first = _load(source, (0, 1))
+        decompositions = len(calls)
+        second = _load(source, (0, 1))
+    layers = sum(decision.action == "tucker" for decision in slim.report.models[0].slimmed.decisions)
+    assert decompositions == 2 * layers and len(calls) == decompositions
+    assert [model.from_cache for model in slim.report.models] == [False, True]
+    assert torch.equal(_logits(first), _logits(second))
+
+
+def test_context_cache_that_cannot_be_written_is_a_warning(make_model, tmp_path, caplog):
+    (tmp_path / "file").write_text("not a folder")
+    config = {**HALF, "cache": {"folder": str(tmp_path / "file" / "cache")}}
+    with NNSlimContext(config) as slim, caplog.at_level(logging.WARNING, "nnslim"):
+        assert spec_of(_load(make_model()).network) is not None
+    assert "compressed weights are not kept" in caplog.text and slim.report.models[0].from_cache is False
+
+
+def test_context_predecessors_dictionary_works_and_apply_tucker_false_leaves_dense(make_model, tmp_path):
+    source = make_model()
+    legacy = {
+        "tucker_args": {"rank_mode": "relative", "rank_factor": 0.5, "rank_min": 2, "decompose": True, "verbose": True},
+        "apply_tucker": True,
+        "inference_bs": 3,
+        "ckpt_path": str(tmp_path / "kept" / "net.pt"),
+        "save_model": True,
+        "load_model": True,
+    }
+    with NNSlimContext(legacy) as slim:
+        predictor = _load(source)
+        logits = _logits(predictor)
+    assert slim.report.models[0].slimmed is not None and torch.isfinite(logits).all()
+    assert len(list((tmp_path / "kept" / "nnslim").glob("*.pt"))) == 1
+    with NNSlimContext({**legacy, "apply_tucker": False}) as off:
+        assert spec_of(_load(source).network) is None
+    assert off.report.models[0].slimmed is None
+
+
+def test_context_slim_folder_inside_context_is_left_as_it_is(make_model, tmp_path):
+    compress_folder(read_model_folder(make_model()), tmp_path / "slim", from_dict(HALF))
+    with NNSlimContext(QUARTER) as slim:
+        predictor = _load(tmp_path / "slim")
+    assert "slim model already" in str(slim.report)
+    assert torch.equal(_logits(predictor), _logits(_load(tmp_path / "slim")))
+
+
+def test_context_trainer_with_own_network_is_compressed_in_memory(make_model, tmp_path):
+    from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainerBN import nnUNetTrainerBN
+
+    source = make_model()
+    model = read_model_folder(source)
+    from nnslim.hosts.nnunet.folder import channels_and_heads
+
+    inputs, heads = channels_and_heads(model)
+    network = nnUNetTrainerBN.build_network_architecture(
+        model.plans_manager, model.configuration_manager, inputs, heads, False
+    )
+    content = torch.load(source / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    content |= {"network_weights": network.state_dict(), "trainer_name": "nnUNetTrainerBN"}
+    torch.save(content, source / "fold_0" / "checkpoint_final.pth")
+    with NNSlimContext(HALF) as slim:
+        assert torch.isfinite(_logits(_load(source))).all()
+    assert slim.report.models[0].slimmed.slim.macs < slim.report.models[0].slimmed.dense.macs
+
+
+@pytest.mark.parametrize("with_parameters", [True, False])
+def test_context_manual_initialization_slims_a_copy(make_model, with_parameters):
+    dense = _load(make_model(folds=(0, 1)), (0, 1))
+    network = dense.network
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    predictor = make_predictor()
+    with NNSlimContext(HALF) as slim:
+        predictor.manual_initialization(
+            network,
+            dense.plans_manager,
+            dense.configuration_manager,
+            dense.list_of_parameters if with_parameters else None,
+            dense.dataset_json,
+            "nnUNetTrainer",
+            None,
+        )
+    assert spec_of(predictor.network) is not None and spec_of(network) is None
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert (len(predictor.list_of_parameters) == 2) if with_parameters else (predictor.list_of_parameters is None)
+    assert slim.report.models[0].folds == (2 if with_parameters else 1)
+    assert torch.isfinite(predictor.predict_sliding_window_return_logits(random_data(predictor))).all()
+
+
+def test_context_compiled_network_is_unwrapped_slimmed_and_compiled_again(make_model, monkeypatch):
+    monkeypatch.setenv("nnUNet_compile", "true")
+    with NNSlimContext(HALF):
+        predictor = _load(make_model())
+    assert hasattr(predictor.network, "_orig_mod")
+    assert spec_of(predictor.network._orig_mod) is not None
+
+
+@pytest.mark.parametrize("kind", ["plain", "2d", "regions"])
+@pytest.mark.parametrize("batch", [2, 3, 64])
+def test_T5_tile_batch_not_dividing_the_tiles_drops_none(make_model, kind, batch):
+    """The predecessor dropped the last incomplete group of tiles, which left 0/0 = NaN."""
+    source = make_model(kind)
+    one = {"methods": HALF["methods"], "run": {"tile_batch": 1}}
+    with NNSlimContext(one):
+        # Even weights: in the corners of a tile the half-precision Gaussian underflows in nnU-Net's own sums.
+        predictor = _load(source, use_gaussian=False)
+        stock = _logits(predictor)
+    with NNSlimContext({**one, "run": {"tile_batch": batch}}):
+        batched = _logits(predictor)
+    slicers = predictor._internal_get_sliding_window_slicers((20, 20, 20))
+    assert len(slicers) % 3 != 0 and len(slicers) > 2
+    assert torch.isfinite(batched).all()
+    # nnU-Net sums in half precision, so the difference is one of its rounding steps.
+    torch.testing.assert_close(batched, stock, rtol=0, atol=4e-3 * float(stock.abs().max()))
+
+
+def test_T5_tile_batch_with_mirroring_equals_one_by_one(make_model):
+    source = make_model()
+    with NNSlimContext({"apply": False, "run": {"tile_batch": 3}}):
+        predictor = _load(source, use_mirroring=True, use_gaussian=False)
+        batched = _logits(predictor)
+    stock = _logits(predictor)
+    torch.testing.assert_close(batched, stock, rtol=0, atol=4e-3 * float(stock.abs().max()))
+
+
+def test_T5_tile_batch_gaussian_weights_do_not_depend_on_the_batch(make_model):
+    predictor = _load(make_model())
+    data = random_data(predictor)
+    slicers = predictor._internal_get_sliding_window_slicers(tuple(data.shape[1:]))
+    one, three = (batched_window_logits(predictor, data, slicers, False, batch) for batch in (1, 3))
+    torch.testing.assert_close(three, one, rtol=1e-4, atol=1e-4)
+    stock = predictor._internal_predict_sliding_window_return_logits(data, slicers, False).float()
+    inner = (slice(None), *[slice(6, 14)] * 3)  # away from the corners, see above
+    torch.testing.assert_close(one[inner], stock[inner], rtol=0, atol=2e-2 * float(stock[inner].abs().max()))
+
+
+def test_context_nothing_loaded_says_so(caplog):
+    with caplog.at_level(logging.WARNING, "nnslim"), NNSlimContext(HALF) as slim:
+        pass
+    assert "nothing was compressed" in caplog.text and "no model was loaded" in str(slim.report)
+
+
+def test_context_bad_config_fails_before_anything_is_patched():
+    before = dict(vars(nnUNetPredictor))
+    with pytest.raises(ConfigError, match="nearest: tucker-balanced"):
+        NNSlimContext("tucker-balancd")
+    assert dict(vars(nnUNetPredictor)) == before
+
+
+def test_T3_context_class_in_place_of_instance_is_a_clear_type_error():
+    """The predecessor's README handed the class itself to `with`."""
+    with pytest.raises(TypeError, match="context manager"), NNSlimContext:
+        pass
+
+
+@pytest.mark.parametrize("first", ["nnslim.context", "totalsegmentator.nnunet"])
+def test_context_import_order_with_totalsegmentator_both_patches_act(first):
+    pytest.importorskip("totalsegmentator")
+    code = f"""
+import importlib, sys
+order = ["nnslim.context", "totalsegmentator.nnunet"]
+order.remove({first!r})
+for name in [{first!r}, *order]:
+    importlib.import_module(name)
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor as P
+from nnslim import NNSlimContext
+import inspect
+before = dict(vars(P))
+assert P._totalseg_cropped_logits_resampling_patch
+with NNSlimContext({HALF!r}):
+    assert hasattr(P.initialize_from_trained_model_folder, "__nnslim_original__")
+    assert "use_cropped_logits_resampling" in inspect.signature(P.predict_from_files).parameters
+    assert vars(P)["predict_from_files"] is before["predict_from_files"]
+assert dict(vars(P)) == before
+print("both")
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip().endswith("both"), done.stderr[-800:]
+
+
+def test_context_predict_from_files_through_worker_processes(make_model, case_folder, tmp_path):
+    """nnU-Net's own file pipeline, spawned export workers included, runs on the slim network."""
+    import nibabel as nib
+
+    source = make_model()
+    with NNSlimContext(HALF) as slim:
+        predictor = _load(source)
+        predictor.predict_from_files(
+            str(case_folder), str(tmp_path / "out"), num_processes_preprocessing=1, num_processes_segmentation_export=1
+        )
+    labels = nib.load(tmp_path / "out" / "a.nii.gz")
+    image = nib.load(case_folder / "a_0000.nii.gz")
+    assert labels.shape == image.shape and np.allclose(labels.affine, image.affine)
+    assert set(np.unique(np.asarray(labels.dataobj))) <= {0, 1, 2} and len(slim.report.models) == 1
+
+
+def test_tucker_helper_and_dictionary_give_the_same_configuration():
+    assert tucker(rank_factor=0.5, rank_min=2) == from_dict(HALF)
