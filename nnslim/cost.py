@@ -29,14 +29,24 @@ _NORM = (nn.modules.instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 
 @dataclass
 class LayerCost:
-    """What one leaf module did in one forward pass: shapes without the batch axis, MACs for the whole batch."""
+    """What one leaf module did in one forward pass.
+
+    Attributes:
+        name: canonical name; "" for a network that is a single layer.
+        macs, norm_ops: for all samples of the batch and all calls.
+        parameters: of tensors that no earlier layer of the pass has.
+        input_shape, output_shape: of the first call, without the batch axis.
+        voxels_in, voxels_out: spatial positions, summed over samples and calls.
+    """
 
     name: str
-    macs: int
-    norm_ops: int
-    parameters: int
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
+    macs: int = 0
+    norm_ops: int = 0
+    parameters: int = 0
+    voxels_in: int = 0
+    voxels_out: int = 0
 
 
 @dataclass
@@ -90,8 +100,12 @@ def measure_cost(network: nn.Module, input_shape: Sequence[int]) -> Cost:
     Raises:
         SpecError: the network cannot take an input of that shape.
     """
-    twin = copy.deepcopy(unwrap(network)).to("meta").eval()
-    cost = Cost(registered_parameters=sum(p.numel() for p in twin.parameters()))
+    network = unwrap(network)
+    cost = Cost(registered_parameters=sum(p.numel() for p in network.parameters()))
+    twin = copy.deepcopy(network).to("meta").eval()
+    # Moving to meta gives tied weights one tensor each: go by the identity in the original.
+    originals = dict(network.named_parameters(remove_duplicate=False))
+    identity = {id(p): id(originals[name]) for name, p in twin.named_parameters(remove_duplicate=False)}
     counted: set[int] = set()
     outputs: dict[int, str] = {}
     alive: list[Tensor] = []  # keeps ids unique while the pass runs
@@ -101,18 +115,18 @@ def measure_cost(network: nn.Module, input_shape: Sequence[int]) -> Cost:
             return
         alive.append(output)
         outputs[id(output)] = name
-        fresh = [p for p in module.parameters() if id(p) not in counted]
-        counted.update(id(p) for p in fresh)
-        layer = cost.layers.setdefault(
-            name, LayerCost(name, 0, 0, 0, tuple(inputs[0].shape[1:]), tuple(output.shape[1:]))
-        )
+        fresh = [p for p in module.parameters() if identity[id(p)] not in counted]
+        counted.update(identity[id(p)] for p in fresh)
+        layer = cost.layers.setdefault(name, LayerCost(name, tuple(inputs[0].shape[1:]), tuple(output.shape[1:])))
+        layer.voxels_in += inputs[0].shape[0] * math.prod(inputs[0].shape[2:])
+        layer.voxels_out += output.shape[0] * math.prod(output.shape[2:])
         layer.macs += module_macs(module, inputs[0], output)
         layer.norm_ops += _norm_ops(module, inputs[0])
         layer.parameters += sum(p.numel() for p in fresh)
 
-    for layer in LayerIndex(twin).values():
-        if not layer.module._modules:
-            layer.module.register_forward_hook(lambda m, i, o, name=layer.name: record(name, m, i, o))
+    leaves = {layer.name: layer.module for layer in LayerIndex(twin).values() if not layer.module._modules}
+    for name, module in (leaves or {"": twin}).items():
+        module.register_forward_hook(lambda m, i, o, name=name: record(name, m, i, o))
     try:
         with torch.no_grad():
             result = twin(torch.empty(tuple(input_shape), device="meta"))

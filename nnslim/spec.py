@@ -59,11 +59,11 @@ def register_edit(cls: type[Edit]) -> type[Edit]:
 
 def _edit_from_dict(raw: Any, position: int) -> Edit:
     where = f"spec edit {position}"
-    if not isinstance(raw, dict) or "kind" not in raw:
+    if not isinstance(raw, dict) or not isinstance(raw.get("kind"), str):
         raise SpecError(f"{where}: expected an object with a 'kind', found {raw!r}")
     cls = _KINDS.get(raw["kind"])
     if cls is None:
-        raise SpecError(f"{where}: unknown kind '{raw['kind']}'; {nearest(str(raw['kind']), _KINDS)}")
+        raise SpecError(f"{where}: unknown kind '{raw['kind']}'; {nearest(raw['kind'], _KINDS)}")
     values = {key: value for key, value in raw.items() if key != "kind"}
     fields = {field.name for field in dataclasses.fields(cls)}
     if unknown := set(values) - fields:

@@ -91,6 +91,12 @@ def data_root() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Tiny tensors: a second thread only costs time, above all on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """Keep every test, and every process that a test starts, away from the user's cache."""
     with pytest.MonkeyPatch.context() as patch:

@@ -129,7 +129,7 @@ def test_measure_cost_wrapped_network_equals_the_plain_one(tiny_net, tiny_shape)
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((1, 2, 16, 16, 16), r"cannot run on an input of shape \(1, 2, 16, 16, 16\): .*channels"),
+        ((1, 2, 16, 16, 16), r"cannot run on an input of shape \(1, 2, 16, 16, 16\): .*channel"),
         ((1, 1, 15, 16, 16), r"cannot run on an input of shape \(1, 1, 15, 16, 16\): .*[Ss]izes"),
         ((1, 1, 16), r"cannot run on an input of shape \(1, 1, 16\)"),
     ],

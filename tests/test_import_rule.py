@@ -132,12 +132,3 @@ def test_import_nnslim_fresh_process_loads_neither_torch_nor_hosts():
     code = f"import sys, nnslim; print(sorted({{'torch', 'numpy', *{HOST_PACKAGES!r}}} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     assert ran.stdout.strip() == "[]"
-
-
-def test_import_work_fresh_process_loads_no_host():
-    code = (
-        "import sys, nnslim.work.cache, nnslim.work.report, nnslim.methods.tucker;"
-        f"print(sorted({HOST_PACKAGES!r} & set(sys.modules)))"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
-    assert ran.stdout.strip() == "[]"

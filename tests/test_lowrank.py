@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -73,7 +75,7 @@ def test_partial_tucker_error_equals_the_true_one(shape, ranks):
 def test_partial_tucker_error_falls_with_rank():
     kernel = made((12, 12, 3, 3, 3))
     errors = [partial_tucker(kernel, (rank, rank)).error for rank in range(1, 13)]
-    assert all(later < earlier for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(errors))
     assert errors[0] > 0.9
     assert errors[-1] < 1e-7
 
@@ -172,3 +174,15 @@ def test_partial_tucker_non_contiguous_input_gives_the_same_result():
         rtol=0,
         atol=1e-12,
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "sweeps"), [({"tolerance": 1.0}, 3), ({"max_sweeps": 1}, 1), ({"tolerance": 0.0, "max_sweeps": 7}, 7)]
+)
+def test_partial_tucker_sweeps_are_at_least_three_unless_capped(monkeypatch, settings, sweeps):
+    calls = []
+    leading = lowrank._leading
+    monkeypatch.setattr(lowrank, "_leading", lambda gram, count: calls.append(count) or leading(gram, count))
+    factors = partial_tucker(made((6, 5, 3, 3)), (3, 2), **settings)
+    assert calls == [3, 2] * (1 + sweeps)  # the start, then each sweep, over both sides
+    assert 0 < factors.error < 1

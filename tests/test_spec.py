@@ -170,7 +170,7 @@ def test_apply_spec_later_edit_may_name_a_layer_that_an_earlier_one_made(tiny_ne
 def test_apply_spec_failing_edit_on_a_made_layer_undoes_both(tiny_net):
     network = tiny_net("plain3d")
     conv = network.get_submodule(FIRST)
-    with pytest.raises(SpecError, match="output rank 7 is outside 1..6"):
+    with pytest.raises(SpecError, match=r"output rank 7 is outside 1\.\.6"):
         apply_spec(SlimSpec((TuckerEdit(FIRST, 6, 5), TuckerEdit(f"{FIRST}.core", 7, 2))), network)
     assert network.get_submodule(FIRST) is conv
     assert not any(isinstance(module, TuckerConv) for module in network.modules())

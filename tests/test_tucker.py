@@ -95,7 +95,7 @@ def test_tucker_transposed_conv_equals_dense(dims, stride, bias, dilation, outpu
     [
         (nn.Conv3d(4, 6, (1, 3, 3), (1, 2, 2), (0, 1, 1)), 3),
         (nn.Conv3d(4, 6, (3, 1, 5), padding=(2, 0, 1)), 3),
-        (nn.Conv3d(4, 6, (3, 3, 2), padding="same"), 3),
+        (nn.Conv3d(4, 6, (3, 3, 1), padding="same"), 3),
         (nn.Conv2d(4, 6, (3, 5), padding="same", padding_mode="reflect"), 2),
         (nn.Conv2d(4, 6, 3, padding="valid"), 2),
         (nn.Conv2d(4, 6, 1, 2), 2),
@@ -280,7 +280,7 @@ def test_plan_chain_that_saves_nothing_stays_dense_with_reason(tiny_net, tiny_sh
 
 def test_plan_reused_layer_counts_all_of_its_calls():
     conv = nn.Conv2d(16, 16, 3, padding=1)
-    network = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), conv, nn.ReLU(), conv)
+    network = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), conv, nn.ReLU(), conv, nn.ReLU())
     plan, decisions = planned(network, (1, 1, 8, 8), rank_factor=0.5, rank_min=2)
     slim = measure_cost(apply_spec(SlimSpec(plan.edits), network), (1, 1, 8, 8))
     assert decisions["1"].macs_before == 2 * 16 * 16 * 9 * 64
@@ -288,7 +288,7 @@ def test_plan_reused_layer_counts_all_of_its_calls():
 
 
 def test_plan_one_sided_leaves_out_the_factor_of_full_rank():
-    network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 16, 3, padding=1))
+    network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 16, 3, padding=1), nn.ReLU())
     plan, decisions = planned(network, (1, 1, 8, 8), rank_factor=0.25, rank_min=4)
     assert plan.edits == (TuckerEdit("1", 4, None),)
     assert decisions["1"].ranks == (4, 4)

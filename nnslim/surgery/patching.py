@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -35,8 +36,9 @@ class AttributePatch:
     def apply(self) -> None:
         """Install the replacement; it carries the original as `__nnslim_original__`."""
         self._saved = vars(self.owner).get(self.name, _ABSENT)
-        wrapper = type(self._saved) if isinstance(self._saved, (staticmethod, classmethod)) else None
-        original = self._saved.__func__ if wrapper else getattr(self.owner, self.name)
+        raw = inspect.getattr_static(self.owner, self.name)  # finds inherited descriptors, too
+        wrapper = type(raw) if isinstance(raw, (staticmethod, classmethod)) else None
+        original = raw.__func__ if wrapper else getattr(self.owner, self.name)
         made = self._make(original)
         made.__nnslim_original__ = original
         self._ours = wrapper(made) if wrapper else made

@@ -70,6 +70,10 @@ class LayerIndex(Mapping[str, Layer]):
         except KeyError:
             raise SpecError(f"no layer named '{name}' in the network; {nearest(name, self._layers)}") from None
 
+    def get(self, name: str, default: Layer | None = None) -> Layer | None:  # type: ignore[override]
+        """Return the layer of that name, or the default."""
+        return self._by_alias.get(name, default)
+
     def __contains__(self, name: object) -> bool:
         return name in self._by_alias
 

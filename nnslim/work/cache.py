@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def cache_key(network: nn.Module, weights: Sequence[StateDict], config: SlimConf
     Cost: one pass over the bytes of the weights (about a second per GB).
     """
     digest = hashlib.blake2b(digest_size=20)
-    head = [CACHE_VERSION, SPEC_VERSION, config.identity(), list(shape), str(network)]
+    head = [CACHE_VERSION, SPEC_VERSION, config.identity(), list(shape), str(network), _switches(network)]
     digest.update(json.dumps(head, sort_keys=True).encode())
     for fold in weights:
         seen: set[int] = set()
@@ -52,6 +53,16 @@ def cache_key(network: nn.Module, weights: Sequence[StateDict], config: SlimConf
                 flat = tensor.detach().cpu().contiguous().flatten()
                 digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
     return digest.hexdigest()
+
+
+def _switches(network: nn.Module) -> list[str]:
+    """Return the boolean attributes of all modules: deep supervision, for one, is not in their printed form."""
+    return [
+        f"{name}.{key}={value}"
+        for name, module in network.named_modules()
+        for key, value in sorted(vars(module).items())
+        if isinstance(value, bool) and key != "training"
+    ]
 
 
 def store(slimmed: Slimmed, key: str, folder: Path) -> Path:
@@ -92,9 +103,10 @@ def recall(network: nn.Module, key: str, folder: Path) -> Slimmed | None:
             Counts(**summary["slim"]),
             tuple(summary["input_shape"]),
         )
-    except (NNSlimError, OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError) as error:
-        _log.warning("%s is damaged (%s); compressing again", path, str(error).splitlines()[0])
-    except Exception as error:  # torch raises pickle.UnpicklingError and others on damaged files
+    except (NNSlimError, OSError, RuntimeError, LookupError, AttributeError, ValueError, TypeError, EOFError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        _log.warning("%s is damaged (%s); compressing again", path, reason)
+    except pickle.PickleError as error:  # its text is a page of advice for programmers
         _log.warning("%s cannot be read (%s); compressing again", path, type(error).__name__)
     return None
 

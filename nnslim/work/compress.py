@@ -84,6 +84,8 @@ def compress(
     Raises:
         SpecError, ConfigError: the network or the configuration does not fit.
     """
+    if not weights:
+        raise SpecError("compress needs the weights of at least one fold")
     base = copy.deepcopy(unwrap(network)).to("cpu", torch.float32).eval()
     dense_cost = measure_cost(base, input_shape)
     edits, decisions = [], []
@@ -123,8 +125,11 @@ def compress(
 
 def _copied(state: StateDict) -> StateDict:
     """Return tensors of their own: nnU-Net loads one fold after the other into the network that is handed out."""
-    copies: dict[int, Tensor] = {}
-    return {name: copies.setdefault(tensor.data_ptr(), tensor.detach().clone()) for name, tensor in state.items()}
+    copies: dict[tuple[int, torch.Size], Tensor] = {}
+    return {
+        name: copies.setdefault((tensor.data_ptr(), tensor.shape), tensor.detach().clone())
+        for name, tensor in state.items()
+    }
 
 
 def rebuild(network: nn.Module, spec: SlimSpec, weights: StateDict) -> nn.Module:

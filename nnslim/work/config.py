@@ -134,6 +134,9 @@ def _from_legacy(raw: Mapping[str, Any], where: str) -> SlimConfig:
     if unknown := set(raw) - _LEGACY:
         word = sorted(unknown)[0]
         raise ConfigError(f"{where}: unknown key '{word}' beside the predecessor's; {nearest(word, _LEGACY)}")
+    arguments = raw.get("tucker_args") or {}
+    if not isinstance(arguments, Mapping):
+        raise ConfigError(f"{where}: 'tucker_args' holds keys and values, found {arguments!r}")
     path = raw.get("ckpt_path") or ""
     cache: dict[str, Any] = {}
     if path:
@@ -146,7 +149,7 @@ def _from_legacy(raw: Mapping[str, Any], where: str) -> SlimConfig:
         SlimConfig,
         {
             "apply": bool(raw.get("apply_tucker", True)),
-            "methods": [{"method": "tucker", **(raw.get("tucker_args") or {})}],
+            "methods": [{"method": "tucker", **arguments}],
             "run": {"tile_batch": raw.get("inference_bs", 1)},
             "cache": cache,
         },

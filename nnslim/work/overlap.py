@@ -22,10 +22,8 @@ def dice_per_label(first: np.ndarray, second: np.ndarray, labels: Sequence[int])
     """
     if first.shape != second.shape:
         raise InputError(f"label maps of different shapes cannot be compared: {first.shape} and {second.shape}")
-    size = int(max(first.max(initial=0), second.max(initial=0), *labels, 0)) + 1
-    pairs = np.bincount(first.ravel().astype(np.int64) * size + second.ravel(), minlength=size * size)
-    table = pairs.reshape(size, size)
-    total = table.sum(0) + table.sum(1)
-    return {
-        int(label): float(2 * table[label, label] / total[label]) if total[label] else float("nan") for label in labels
-    }
+    first, second = first.ravel().astype(np.int64), second.ravel().astype(np.int64)
+    size = max(int(first.max(initial=0)), int(second.max(initial=0)), *labels, 0) + 1
+    both = np.bincount(first[first == second], minlength=size)
+    total = np.bincount(first, minlength=size) + np.bincount(second, minlength=size)
+    return {int(label): float(2 * both[label] / total[label]) if total[label] else float("nan") for label in labels}

@@ -8,6 +8,10 @@ from typing import Any
 from nnslim.work.compress import Slimmed
 
 
+def _times(before: int, after: int) -> str:
+    return f"{before / after:.2f}x fewer" if after <= before else f"{after / before:.2f}x more"
+
+
 @dataclass(frozen=True)
 class ModelReport:
     """One model that was loaded while a context was active.
@@ -44,9 +48,9 @@ class ModelReport:
         lines = [
             f"{self.source}: {self.folds} fold(s), {how} in {self.seconds:.1f} s",
             f"  parameters {before.parameters:,} -> {after.parameters:,} "
-            f"({before.parameters / after.parameters:.2f}x fewer)",
+            f"({_times(before.parameters, after.parameters)})",
             f"  MACs per {patch} patch {before.macs / 1e9:.2f} G -> {after.macs / 1e9:.2f} G "
-            f"({before.macs / after.macs:.2f}x fewer)",
+            f"({_times(before.macs, after.macs)})",
             f"  layers changed {changed}, kept dense {sum(kept.values())}"
             + (f" ({', '.join(f'{reason}: {count}' for reason, count in kept.items())})" if kept else ""),
         ]

@@ -40,6 +40,11 @@ class TuckerConfig(MethodConfig):
     def _check(self) -> TuckerConfig:
         if self.rank_mode == "fixed" and self.rank_min is None:
             raise ValueError("rank_mode 'fixed' needs rank_min, which is the rank itself")
+        for pattern, wanted in self.overrides.items():
+            if isinstance(wanted, float) and not 0 < wanted <= 1:
+                raise ValueError(
+                    f"the rank factor of override '{pattern}' is {wanted}; it must be above 0 and at most 1"
+                )
         return self
 
     @classmethod
@@ -61,7 +66,8 @@ class TuckerConfig(MethodConfig):
             rank = self.rank_min or 1
         else:
             # Rounding before ceil keeps 0.1 * 30 at 3, which binary floats would make 4.
-            rank = max(self.rank_min or 1, math.ceil(round(channels * (factor or self.rank_factor), 9)))
+            share = self.rank_factor if factor is None else factor
+            rank = max(self.rank_min or 1, math.ceil(round(channels * share, 9)))
         multiple = self.rank_multiple
         rounded = max(multiple, multiple * math.floor(rank / multiple + 0.5))
         return min(channels, rounded)

@@ -103,7 +103,7 @@ def _kept_dense(layer: Layer, config: TuckerConfig, cost: Cost, is_first: bool) 
 
 
 def chain_macs(conv: nn.Module, rank_out: int | None, rank_in: int | None, v_in: int, v_out: int) -> int:
-    """Return the MACs of a Tucker chain on v_in input and v_out output voxels, for one sample."""
+    """Return the MACs of a Tucker chain on v_in input and v_out output voxels, samples and calls counted in."""
     inputs, outputs = conv.in_channels, conv.out_channels
     core_voxels = v_in if is_transposed(conv) else v_out
     core = (rank_in or inputs) * (rank_out or outputs) * math.prod(conv.kernel_size) * core_voxels
@@ -136,8 +136,7 @@ def _decide(layer: Layer, config: TuckerConfig, cost: Cost, *, is_first: bool) -
     )
     if sides == (None, None):
         return dense("full rank")
-    v_in, v_out = math.prod(ran.input_shape[1:]), math.prod(ran.output_shape[1:])
-    macs_after = chain_macs(conv, *sides, v_in, v_out)
+    macs_after = chain_macs(conv, *sides, ran.voxels_in, ran.voxels_out)
     parameters_after = chain_parameters(conv, *sides)
     if config.only_if_cheaper and macs_after >= macs:
         return dense(f"would not get cheaper ({macs_after:,} MACs against {macs:,})")
