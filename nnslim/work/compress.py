@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,7 @@ def compress(
 
     Args:
         network: dense network of the folds; wrappers of torch.compile and DDP are looked through.
-        weights: state dicts of the folds, at least one. Half precision is computed on in float32.
+        weights: state dicts of the folds, at least one. Half precision is computed on in float32 and kept.
         config: the methods, in order.
         input_shape: (1, channels, *patch) in voxels.
         progress: called with (folds done, folds in all).
@@ -107,7 +107,13 @@ def compress(
             reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
             raise SpecError(f"the weights of fold number {done + 1} of {len(weights)} do not fit: {reason}") from error
         filled = apply_spec(spec, dense, fill=True)
-        states.append(_copied(filled.state_dict()))
+        if all(value.dtype == torch.half for value in fold.values()):
+            # Kept in the precision that the model was stored in: half the file, and the same result from a folder,
+            # from the cache and in memory.
+            filled = filled.half().float()
+            states.append(half_precision(filled.state_dict()))
+        else:
+            states.append(_copied(filled.state_dict()))
         if done == 0:
             slim = filled
         if progress is not None:
@@ -121,6 +127,18 @@ def compress(
         Counts.of(measure_cost(slim, input_shape)),
         tuple(input_shape),
     )
+
+
+def half_precision(weights: Mapping[str, Tensor]) -> StateDict:
+    """Return the weights in float16; names that share one tensor go on sharing it, so that it is stored once.
+
+    Stock nnU-Net loads the result: `load_state_dict` copies into the network's float32 parameters.
+    """
+    halves: dict[tuple[int, torch.Size], Tensor] = {}
+    return {
+        name: halves.setdefault((tensor.data_ptr(), tensor.shape), tensor.detach().half())
+        for name, tensor in weights.items()
+    }
 
 
 def _copied(state: StateDict) -> StateDict:

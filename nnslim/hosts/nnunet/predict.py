@@ -20,6 +20,7 @@ from nnslim.hosts.nnunet.compat import predictor_class
 from nnslim.hosts.nnunet.folder import read_model_folder
 from nnslim.hosts.nnunet.predictor import slim_predictor
 from nnslim.work.config import SlimConfig, load_config
+from nnslim.work.images import check_complete
 from nnslim.work.report import Report
 
 _log = logging.getLogger("nnslim")
@@ -156,6 +157,8 @@ def _one_case(predictor: Any, name: str, files: list[Path], output: Path, ending
     beside = output / f".{name}.{os.getpid()}"
     try:
         _check_channels(predictor, files)
+        for file in files:
+            check_complete(file)
         _predict_case(predictor, files, beside)
         Path(f"{beside}{ending}").replace(target)
     except NNSlimError as error:

@@ -8,14 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nnslim._version import __version__
 from nnslim.errors import ModelFolderError
 from nnslim.files import save_checkpoint, whole_folder
 from nnslim.hosts.nnunet.folder import ModelFolder, build_network, builds_from_plans, input_shape, trainer_class
 from nnslim.hosts.nnunet.network import BASE_KEY, NETWORK_CLASS_NAME, SPEC_KEY
-from nnslim.hosts.nnunet.weights import half_precision
 from nnslim.spec import SlimSpec
 from nnslim.work.compress import Slimmed, compress
 from nnslim.work.config import SlimConfig
@@ -55,8 +52,6 @@ def compress_folder(
         for (fold, checkpoint), weights in zip(model.checkpoints.items(), slimmed.weights, strict=True):
             (side / f"fold_{fold}").mkdir()
             path = side / f"fold_{fold}" / model.checkpoint_name
-            if all(tensor.dtype == torch.half for tensor in checkpoint["network_weights"].values()):
-                weights = half_precision(weights)  # keep the precision that the model was stored in
             save_checkpoint(slim_checkpoint(checkpoint, weights, plans), path)
         _write_json(side / "nnslim.json", record(model, slimmed, config))
     return slimmed

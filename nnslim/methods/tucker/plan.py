@@ -59,10 +59,11 @@ def _check_patterns(config: TuckerConfig, layers: list[Layer]) -> None:
     ):
         for pattern in patterns:
             if layers and not any(_matches(layer, pattern) for layer in layers):
-                names = [alias for layer in layers for alias in layer.aliases]
-                raise ConfigError(
-                    f"tucker: no convolution matches {key} pattern '{pattern}'; {nearest(pattern, names)}"
-                )
+                # Compared with whole names and with their beginnings: "encodr.*" is nearest to "encoder".
+                parts = [layer.name.split(".") for layer in layers]
+                names = {".".join(part[:depth]) for part in parts for depth in range(1, len(part) + 1)}
+                hint = nearest(pattern.strip("*."), names)
+                raise ConfigError(f"tucker: no convolution matches {key} pattern '{pattern}'; {hint}")
 
 
 def _ranks(layer: Layer, config: TuckerConfig) -> tuple[int, int]:

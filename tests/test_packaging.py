@@ -1,0 +1,108 @@
+"""What is installed, and what the README promises."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel, built by the project's own back end without a network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("*.whl"))
+
+
+def test_T2_wheel_holds_every_module_preset_and_the_model(wheel):
+    """The predecessor's wheel lacked a sub-package that its main module imports."""
+    names = set(zipfile.ZipFile(wheel).namelist())
+    sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "nnslim").rglob("*.py")}
+    assert sources <= names
+    assert {f"nnslim/configs/{p.name}" for p in (ROOT / "configs").glob("*.yml")} <= names
+    assert any(name.endswith("fold_0/checkpoint_final.pth") for name in names)
+    assert wheel.stat().st_size < 15e6
+
+
+def test_T2_unpacked_wheel_imports_and_finds_presets_and_model_without_the_source_tree(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import nnslim; assert nnslim.__file__.startswith(sys.argv[1]), nnslim.__file__\n"
+        "from nnslim.work.config import load_config, presets\n"
+        "assert load_config('tucker-balanced').active and 'tucker-small' in presets()\n"
+        "from nnslim.hosts.nnunet.shipped import shipped_model\n"
+        "assert str(shipped_model()).startswith(sys.argv[1])\n"
+        "assert 'totalsegmentator' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(tmp_path / "site")], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_metadata_names_python_versions_extras_and_licence(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(n for n in archive.namelist() if n.endswith("METADATA"))
+        text = archive.read(name).decode()
+    assert "Requires-Python: <3.14,>=3.10" in text and "License-Expression: Apache-2.0" in text
+    assert {"ts", "openvino", "ray", "example", "test"} <= set(re.findall(r"Provides-Extra: (\S+)", text))
+    for package in ("nnunetv2", "torch", "tensorly", "monai", "batchgenerators", "simpleitk", "pandas"):
+        assert re.search(rf"Requires-Dist: {package}\b", text, re.IGNORECASE), package
+
+
+def test_shipped_model_is_small_and_has_a_card():
+    folder = ROOT / "nnslim" / "models" / "hippocampus"
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= 12e6
+    card = (folder / "MODEL_CARD.md").read_text()
+    for word in ("CC-BY-SA 4.0", "Medical Segmentation Decathlon", "07_train_example_model.py", "Dice"):
+        assert word in card, word
+
+
+def test_readme_shows_both_commands_and_its_first_code_within_15_lines():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert any(line.startswith("```") for line in lines[:15])
+    text = "\n".join(lines)
+    assert "./run.sh example/example.py" in text and "./run.sh -m pytest" in text
+    assert "./run.sh -m pytest" in (ROOT / ".ci" / "run").read_text()
+
+
+def _python_blocks(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+
+
+def test_T3_readme_python_blocks_run(tmp_path, monkeypatch):
+    """The predecessor's README raised. Every block of ours runs, with a stand-in for the one download it needs."""
+    blocks = _python_blocks("README.md")
+    assert len(blocks) >= 2
+    prelude = (
+        "import os, sys\n"
+        f"os.chdir({str(tmp_path)!r})\n"
+        "from unittest import mock\n"
+        "import totalsegmentator.python_api as api\n"
+        # TotalSegmentator's weights are no part of a test machine: its call is recorded, all else is real.
+        "api.totalsegmentator = mock.Mock()\n"
+    )
+    for block in blocks:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", prelude + block], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{block}\n{done.stderr[-1500:]}"
+
+
+def test_run_sh_help_of_every_script():
+    for script in sorted((ROOT / "scripts").glob("*.py")):
+        done = subprocess.run(
+            [sys.executable, str(script), "--help"], capture_output=True, text=True, timeout=120, cwd=ROOT
+        )
+        assert done.returncode == 0 and "usage:" in done.stdout, script
