@@ -110,8 +110,7 @@ def compress(
         slimmed = compress_folder(
             source, output, settings, progress=lambda done, total: bar.update(task, completed=done)
         )
-        seconds = bar.tasks[0].elapsed or 0.0
-    for line in ModelReport(str(model), len(source.checkpoints), slimmed, seconds).lines():
+    for line in ModelReport(str(model), len(source.checkpoints), slimmed, slimmed.seconds).lines():
         typer.echo(line)
     typer.echo(f"written: {output}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import nibabel as nib
 import numpy as np
 import pytest
-import SimpleITK as sitk
+import SimpleITK
 
 from nnslim.errors import InputError
 from nnslim.work.images import check_complete
@@ -43,5 +43,5 @@ def test_check_complete_damaged_byte_is_refused(tmp_path):
 
 
 def test_check_complete_other_formats_pass_unchecked(tmp_path):
-    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((3, 3, 3), np.uint8)), str(tmp_path / "image.mha"))
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.zeros((3, 3, 3), np.uint8)), str(tmp_path / "image.mha"))
     assert check_complete(tmp_path / "image.mha") is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,7 @@ class Slimmed:
         decisions: one per layer that a method looked at.
         dense, slim: counts for one patch.
         input_shape: (1, channels, *patch) in voxels, for which the counts hold.
+        seconds: spent on planning and computing weights; not part of the summary, which is reproducible.
     """
 
     network: nn.Module
@@ -54,6 +56,7 @@ class Slimmed:
     dense: Counts
     slim: Counts
     input_shape: tuple[int, ...]
+    seconds: float = 0.0
 
     def summary(self) -> dict[str, Any]:
         """Return what is worth keeping beside the weights, as JSON values."""
@@ -84,6 +87,7 @@ def compress(
     Raises:
         SpecError, ConfigError: the network or the configuration does not fit.
     """
+    started = time.perf_counter()
     if not weights:
         raise SpecError("compress needs the weights of at least one fold")
     base = copy.deepcopy(unwrap(network)).to("cpu", torch.float32).eval()
@@ -126,6 +130,7 @@ def compress(
         Counts.of(dense_cost),
         Counts.of(measure_cost(slim, input_shape)),
         tuple(input_shape),
+        time.perf_counter() - started,
     )
 
 
