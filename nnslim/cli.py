@@ -28,6 +28,7 @@ app = typer.Typer(
 _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 ConfigOption = Annotated[str, typer.Option("-c", "--config", help="preset name or YAML file")]
+TrustOption = Annotated[bool, typer.Option("--trust-checkpoint", help="load as nnU-Net does, code included")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="no progress bar, warnings and errors only")]
 
 
@@ -93,7 +94,7 @@ def compress(
     config: ConfigOption,
     fold: Annotated[list[str] | None, typer.Option("-f", "--fold", help="fold, repeatable; default: all")] = None,
     checkpoint: Annotated[str | None, typer.Option("-chk", help="default: checkpoint_final.pth, else _best")] = None,
-    trust: Annotated[bool, typer.Option("--trust-checkpoint", help="load as nnU-Net does, code included")] = False,
+    trust: TrustOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Compress a trained model into a folder that stock nnU-Net loads."""
@@ -127,6 +128,7 @@ def predict(
     step_size: Annotated[float, typer.Option(help="tile step as a share of the patch, 0..1")] = 0.5,
     mirroring: Annotated[bool, typer.Option(help="test-time mirroring, up to 8x the time")] = False,
     overwrite: Annotated[bool, typer.Option(help="predict again what is there already")] = False,
+    trust: TrustOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Predict a folder case by case: a bad case is reported and the others go on, results are never half-written."""
@@ -134,7 +136,13 @@ def predict(
 
     _start(quiet)
     settings = PredictSettings(
-        device=device, step_size=step_size, mirroring=mirroring, overwrite=overwrite, folds=fold, checkpoint=checkpoint
+        device=device,
+        step_size=step_size,
+        mirroring=mirroring,
+        overwrite=overwrite,
+        folds=fold,
+        checkpoint=checkpoint,
+        trust=trust,
     )
     with _progress(quiet) as bar:
         task = bar.add_task("cases", total=None)

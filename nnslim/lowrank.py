@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,16 +32,20 @@ class TuckerFactors:
         return torch.einsum("oa,ab...,ib->oi...", self.out, self.core, self.in_)
 
 
+_decomposing = threading.Lock()
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
     # One thread gives the same bytes on every machine, and small symmetric eigenproblems are up to 400 times slower
     # with several threads when the machine is busy (measured: 4 s against 10 ms for 320 x 320).
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    with _decomposing:  # the count is partly global: two threads must not restore each other's
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _leading(gram: Tensor, count: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -230,6 +231,22 @@ def test_read_checkpoint_with_code_is_refused_and_code_does_not_run(make_model, 
     assert "code ran" not in capsys.readouterr().out
     assert read_model_folder(source, trust=True).trainer_name == "nnUNetTrainer"
     assert "code ran" in capsys.readouterr().out
+
+
+def test_read_checkpoint_of_numpy_1_is_read_without_trust(make_model):
+    """TotalSegmentator's weights were written with numpy 1, which names its scalars by another module."""
+    source = make_model()
+    path = source / "fold_0" / "checkpoint_final.pth"
+    with zipfile.ZipFile(path) as archive:
+        entries = {info.filename: archive.read(info) for info in archive.infolist()}
+    name = next(name for name in entries if name.endswith("data.pkl"))
+    for new in (b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"):
+        entries[name] = entries[name].replace(new, b"cnumpy.core.multiarray\n")
+    assert b"cnumpy.core.multiarray\nscalar" in entries[name]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for filename, content in entries.items():
+            archive.writestr(filename, content)
+    assert float(read_model_folder(source).checkpoints["0"]["_best_ema"]) == 0.5
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def _load_safe(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([*allowed, *named]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except TypeError:  # torch 2.4 takes no (object, name) pairs
+    except (TypeError, AttributeError):  # torch 2.4 and 2.5 take no (object, name) pairs
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
 

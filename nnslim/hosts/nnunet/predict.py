@@ -36,6 +36,7 @@ class PredictSettings:
     overwrite: bool = False
     folds: list[str] | None = None
     checkpoint: str | None = None
+    trust: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def load_predictor(model: Path, config: Any, settings: PredictSettings) -> Any:
     cls = predictor_class()
     slim = None if config is None else load_config(config)
     # Reads and checks everything before nnU-Net does, which reports faults as bare KeyErrors and stack traces.
-    source = read_model_folder(model, settings.folds, settings.checkpoint)
+    source = read_model_folder(model, settings.folds, settings.checkpoint, trust=settings.trust)
     device = torch.device(settings.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelFolderError("device cuda was asked for, but torch finds no CUDA device; use --device cpu")
