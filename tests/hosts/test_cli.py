@@ -111,8 +111,12 @@ def test_predict_equals_stock_nnunet(make_model, case_folder, tmp_path, nnslim):
     nnslim("predict", "-i", case_folder, "-o", tmp_path / "ours", "-m", source, "-q", expect=0)
     predictor = make_predictor()
     predictor.initialize_from_trained_model_folder(str(source), (0,))
-    (tmp_path / "stock").mkdir()
-    predictor.predict_from_files_sequential(str(case_folder), str(tmp_path / "stock"))
+    predictor.predict_from_files(
+        str(case_folder),
+        str(tmp_path / "stock"),
+        num_processes_preprocessing=1,
+        num_processes_segmentation_export=1,
+    )
     for name in "abc":
         ours, stock = (np.asarray(nib.load(tmp_path / k / f"{name}.nii.gz").dataobj) for k in ("ours", "stock"))
         assert np.array_equal(ours, stock) and len(np.unique(ours)) > 1

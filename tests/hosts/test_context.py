@@ -16,7 +16,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 import nnslim.lowrank
 from nnslim import NNSlimContext
 from nnslim.errors import ConfigError, HostError
-from nnslim.hosts.nnunet.folder import read_model_folder
+from nnslim.hosts.nnunet.folder import build_untrained, read_model_folder
 from nnslim.hosts.nnunet.window import batched_window_logits
 from nnslim.hosts.nnunet.write import compress_folder
 from nnslim.spec import spec_of
@@ -247,16 +247,11 @@ def test_context_slim_folder_inside_context_is_left_as_it_is(make_model, tmp_pat
 
 
 def test_context_trainer_with_own_network_is_compressed_in_memory(make_model, tmp_path):
-    from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainerBN import nnUNetTrainerBN
-
     source = make_model()
     model = read_model_folder(source)
-    from nnslim.hosts.nnunet.folder import channels_and_heads
-
-    inputs, heads = channels_and_heads(model)
-    network = nnUNetTrainerBN.build_network_architecture(
-        model.plans_manager, model.configuration_manager, inputs, heads, False
-    )
+    model.trainer_name = "nnUNetTrainerBN"
+    network = build_untrained(model)
+    assert any(isinstance(module, torch.nn.BatchNorm3d) for module in network.modules())
     content = torch.load(source / "fold_0" / "checkpoint_final.pth", weights_only=False)
     content |= {"network_weights": network.state_dict(), "trainer_name": "nnUNetTrainerBN"}
     torch.save(content, source / "fold_0" / "checkpoint_final.pth")
@@ -356,7 +351,8 @@ def test_T3_context_class_in_place_of_instance_is_a_clear_type_error():
 
 @pytest.mark.parametrize("first", ["nnslim.context", "totalsegmentator.nnunet"])
 def test_context_import_order_with_totalsegmentator_both_patches_act(first):
-    pytest.importorskip("totalsegmentator")
+    reason = "TotalSegmentator is not installed, or not made for this nnU-Net"
+    pytest.importorskip("totalsegmentator.custom_trainers", reason=reason, exc_type=ImportError)
     code = f"""
 import importlib, sys
 order = ["nnslim.context", "totalsegmentator.nnunet"]

@@ -140,7 +140,7 @@ def test_slim_network_is_instance_of_base_and_carries_spec(make_model, tmp_path)
     kwargs = dict(settings.network_arch_init_kwargs)
     for key in settings.network_arch_init_kwargs_req_import:
         kwargs[key] = pydoc.locate(kwargs[key]) if kwargs[key] else None
-    network = slim_network(1, 3, deep_supervision=True, **kwargs)
+    network = slim_network(1, 3, **{**kwargs, "deep_supervision": True})
     assert type(network).__name__ == "PlainConvUNet" and network.decoder.deep_supervision is True
     assert len(spec_of(network).edits) > 5
     assert len(network(torch.zeros(1, 1, 16, 16, 16))) == 2  # deep supervision still gives one output per stage

@@ -9,7 +9,7 @@ import logging
 import os
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nnslim.errors import HostError, ModelFolderError
+from nnslim.errors import ModelFolderError
 from nnslim.hosts.nnunet.compat import check_version, nnunet_version
 from nnslim.hosts.nnunet.network import NETWORK_CLASS_NAME, base_class, locate_trusted
 
@@ -138,14 +138,23 @@ def _load_safe(path: Path) -> Any:
     scalar = np.float64(0).__reduce__()[0]
     rebuild = np.zeros(0).__reduce__()[0]
     kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
-    named = [(scalar, "numpy.core.multiarray.scalar"), (rebuild, "numpy.core.multiarray._reconstruct")]
-    allowed = [scalar, rebuild, np.dtype, np.ndarray, *kinds, torch.device]
-    try:
-        with torch.serialization.safe_globals([*allowed, *named]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (TypeError, AttributeError):  # torch 2.4 and 2.5 take no (object, name) pairs
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
+    numpy_1 = [_under_name(scalar, "numpy.core.multiarray"), _under_name(rebuild, "numpy.core.multiarray")]
+    numpy_2 = [_under_name(scalar, "numpy._core.multiarray"), _under_name(rebuild, "numpy._core.multiarray")]
+    with torch.serialization.safe_globals([*numpy_1, *numpy_2, np.dtype, np.ndarray, *kinds, torch.device]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _under_name(function: Callable[..., Any], module: str) -> Callable[..., Any]:
+    """Return a function that torch's allow-list files under another module: numpy 1 and 2 name theirs differently.
+
+    torch 2.6 takes (function, name) pairs for this; 2.4 and 2.5 do not.
+    """
+
+    def alias(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    alias.__module__, alias.__name__, alias.__qualname__ = module, function.__name__, function.__name__
+    return alias
 
 
 def read_model_folder(
@@ -250,38 +259,51 @@ def channels_and_heads(model: ModelFolder) -> tuple[int, int]:
     return inputs, model.plans_manager.get_label_manager(model.dataset).num_segmentation_heads
 
 
+def build_untrained(model: ModelFolder) -> nn.Module:
+    """Build the network of a model folder through its trainer, as nnU-Net's predictor does.
+
+    Raises:
+        ModelFolderError: the trainer is unknown, or the architecture cannot be built.
+    """
+    inputs, heads = channels_and_heads(model)
+    build = trainer_class(model.trainer_name).build_network_architecture
+    settings = model.configuration_manager
+    try:
+        if "plans_manager" in inspect.signature(build).parameters:
+            return build(model.plans_manager, settings, inputs, heads, enable_deep_supervision=False)
+        # nnU-Net 2.3.1 to 2.6; some of them write into the arguments
+        return build(
+            settings.network_arch_class_name,
+            copy.deepcopy(settings.network_arch_init_kwargs),
+            settings.network_arch_init_kwargs_req_import,
+            inputs,
+            heads,
+            enable_deep_supervision=False,
+        )
+    except (ImportError, TypeError, KeyError, RuntimeError, AssertionError) as error:
+        raise _does_not_fit(model, error) from error
+
+
 def build_network(model: ModelFolder) -> nn.Module:
-    """Build the network of a model folder as nnU-Net's predictor does, with the weights of the first fold.
+    """Build the network of a model folder, with the weights of the first fold, in eval mode.
 
     Raises:
         ModelFolderError: the architecture cannot be built, or the weights do not fit it.
     """
-    inputs, heads = channels_and_heads(model)
-    trainer = trainer_class(model.trainer_name)
-    build = trainer.build_network_architecture
-    settings = model.configuration_manager
+    network = build_untrained(model)
     try:
-        if "plans_manager" in inspect.signature(build).parameters:
-            network = build(model.plans_manager, settings, inputs, heads, enable_deep_supervision=False)
-        else:  # nnU-Net 2.3.1 to 2.6
-            network = build(
-                settings.network_arch_class_name,
-                settings.network_arch_init_kwargs,
-                settings.network_arch_init_kwargs_req_import,
-                inputs,
-                heads,
-                enable_deep_supervision=False,
-            )
         network.load_state_dict({key: value.float() for key, value in model.weights[0].items()})
-    except (ImportError, TypeError, KeyError, RuntimeError, AssertionError) as error:
-        if isinstance(error, HostError):
-            raise
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise ModelFolderError(
-            f"{model.path}: the network '{settings.network_arch_class_name}' cannot be built or does not fit its "
-            f"checkpoint: {' '.join(line.strip() for line in lines[:2])}"
-        ) from error
+    except RuntimeError as error:
+        raise _does_not_fit(model, error) from error
     return network.eval()
+
+
+def _does_not_fit(model: ModelFolder, error: Exception) -> ModelFolderError:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return ModelFolderError(
+        f"{model.path}: the network '{model.configuration_manager.network_arch_class_name}' cannot be built or does "
+        f"not fit its checkpoint: {' '.join(line.strip() for line in lines[:2])}"
+    )
 
 
 def input_shape(model: ModelFolder) -> tuple[int, ...]:

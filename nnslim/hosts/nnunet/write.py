@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nnslim._version import __version__
 from nnslim.errors import ModelFolderError
-from nnslim.files import save_checkpoint, whole_folder
+from nnslim.files import save_checkpoint, whole_folder, write_json
 from nnslim.hosts.nnunet.folder import ModelFolder, build_network, builds_from_plans, input_shape, trainer_class
 from nnslim.hosts.nnunet.network import BASE_KEY, NETWORK_CLASS_NAME, SPEC_KEY
 from nnslim.spec import SlimSpec
@@ -47,13 +46,13 @@ def compress_folder(
     with whole_folder(Path(target)) as side:
         slimmed = compress(build_network(model), model.weights, config, input_shape(model), progress=progress)
         plans = slim_plans(model, slimmed.spec, Path(target).name)
-        _write_json(side / "plans.json", plans)
-        _write_json(side / "dataset.json", model.dataset)
+        write_json(side / "plans.json", plans)
+        write_json(side / "dataset.json", model.dataset)
         for (fold, checkpoint), weights in zip(model.checkpoints.items(), slimmed.weights, strict=True):
             (side / f"fold_{fold}").mkdir()
             path = side / f"fold_{fold}" / model.checkpoint_name
             save_checkpoint(slim_checkpoint(checkpoint, weights, plans), path)
-        _write_json(side / "nnslim.json", record(model, slimmed, config))
+        write_json(side / "nnslim.json", record(model, slimmed, config))
     return slimmed
 
 
@@ -110,8 +109,3 @@ def record(model: ModelFolder, slimmed: Slimmed, config: SlimConfig) -> dict[str
         "spec": slimmed.spec.to_dict(),
         **slimmed.summary(),
     }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    # Key order is kept: nnU-Net reads channel and label order from it.
-    path.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
