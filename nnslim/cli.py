@@ -128,6 +128,9 @@ def predict(
     step_size: Annotated[float, typer.Option(help="tile step as a share of the patch, 0..1")] = 0.5,
     mirroring: Annotated[bool, typer.Option(help="test-time mirroring, up to 8x the time")] = False,
     overwrite: Annotated[bool, typer.Option(help="predict again what is there already")] = False,
+    previous_stage: Annotated[
+        Path | None, typer.Option(help="for a cascade: folder of the segmentations of the stage before")
+    ] = None,
     trust: TrustOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -143,6 +146,7 @@ def predict(
         folds=fold,
         checkpoint=checkpoint,
         trust=trust,
+        previous_stage=previous_stage,
     )
     with _progress(quiet) as bar:
         task = bar.add_task("cases", total=None)

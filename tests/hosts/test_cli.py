@@ -122,6 +122,32 @@ def test_predict_equals_stock_nnunet(make_model, case_folder, tmp_path, nnslim):
         assert np.array_equal(ours, stock) and len(np.unique(ours)) > 1
 
 
+def test_predict_cascade_equals_stock_nnunet_and_asks_for_the_stage_before(
+    make_model, case_folder, tmp_path, nnslim, fault
+):
+    source, stage = make_model("cascade"), tmp_path / "stage"
+    stage.mkdir()
+    for name in "abc":
+        image = nib.load(case_folder / f"{name}_0000.nii.gz")
+        labels = (image.get_fdata() > 1).astype(np.uint8) + (image.get_fdata() > 2)
+        nib.save(nib.Nifti1Image(labels.astype(np.uint8), image.affine), stage / f"{name}.nii.gz")
+    common = ("predict", "-q", "-i", case_folder, "-o", tmp_path / "ours", "-m", source)
+    assert "needs the segmentations of '3d_lowres'" in fault(*common)
+    nnslim(*common, "--previous-stage", stage, expect=0)
+    predictor = make_predictor()
+    predictor.initialize_from_trained_model_folder(str(source), (0,))
+    predictor.predict_from_files(
+        str(case_folder),
+        str(tmp_path / "stock"),
+        num_processes_preprocessing=1,
+        num_processes_segmentation_export=1,
+        folder_with_segs_from_prev_stage=str(stage),
+    )
+    for name in "abc":
+        ours, stock = (np.asarray(nib.load(tmp_path / k / f"{name}.nii.gz").dataobj) for k in ("ours", "stock"))
+        assert np.array_equal(ours, stock) and len(np.unique(ours)) > 1
+
+
 def test_run_stock_command_inside_the_context_equals_compressed_folder(make_model, half, case_folder, tmp_path, nnslim):
     source = make_model()
     stock = ("-i", case_folder, "-f", "0", "-device", "cpu", "--disable_tta", "-npp", "1", "-nps", "1")

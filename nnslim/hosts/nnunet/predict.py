@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nnslim.errors import InputError, ModelFolderError, NNSlimError, OutputError
@@ -28,7 +29,14 @@ _log = logging.getLogger("nnslim")
 
 @dataclass(frozen=True)
 class PredictSettings:
-    """How to predict; the defaults are nnU-Net's, but on the CPU and without mirroring."""
+    """How to predict; the defaults are nnU-Net's, but on the CPU and without mirroring.
+
+    Attributes:
+        device: cpu, cuda or mps. step_size: tile step as a share of the patch. mirroring: at test time.
+        overwrite: predict again what is there. folds: all that have the checkpoint if None.
+        checkpoint: checkpoint_final.pth, else checkpoint_best.pth, if None. trust: see `load_checkpoint`.
+        previous_stage: for a cascade, folder of the segmentations of the stage before.
+    """
 
     device: str = "cpu"
     step_size: float = 0.5
@@ -37,6 +45,7 @@ class PredictSettings:
     folds: list[str] | None = None
     checkpoint: str | None = None
     trust: bool = False
+    previous_stage: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -115,12 +124,13 @@ def predict_folder(
     images, output = Path(images), Path(output)
     predictor = load_predictor(Path(model), config, settings)
     ending = predictor.dataset_json["file_ending"]
+    _check_stage(predictor, settings)
     cases = find_cases(images, ending)
     make_folder(output)
     manifest = output / "manifest.jsonl"
     results = []
     for number, (name, files) in enumerate(cases.items(), start=1):
-        results.append(_one_case(predictor, name, files, output, ending, settings.overwrite))
+        results.append(_one_case(predictor, name, files, output, settings))
         try:
             with manifest.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(asdict(results[-1])) + "\n")
@@ -150,9 +160,19 @@ def find_cases(images: Path, ending: str) -> dict[str, list[Path]]:
     return cases
 
 
-def _one_case(predictor: Any, name: str, files: list[Path], output: Path, ending: str, overwrite: bool) -> CaseResult:
+def _check_stage(predictor: Any, settings: PredictSettings) -> None:
+    stage = predictor.configuration_manager.previous_stage_name
+    if stage is not None and settings.previous_stage is None:
+        raise ModelFolderError(
+            f"the model is the second stage of a cascade and needs the segmentations of '{stage}'; "
+            "name their folder with --previous-stage"
+        )
+
+
+def _one_case(predictor: Any, name: str, files: list[Path], output: Path, settings: PredictSettings) -> CaseResult:
+    ending = predictor.dataset_json["file_ending"]
     target = output / f"{name}{ending}"
-    if target.exists() and not overwrite:
+    if target.exists() and not settings.overwrite:
         return CaseResult(name, "there")
     started = time.perf_counter()
     beside = output / f".{name}.{os.getpid()}"
@@ -160,12 +180,15 @@ def _one_case(predictor: Any, name: str, files: list[Path], output: Path, ending
         _check_channels(predictor, files)
         for file in files:
             check_complete(file)
-        _predict_case(predictor, files, beside)
+        previous = settings.previous_stage and settings.previous_stage / f"{name}{ending}"
+        _predict_case(predictor, files, previous, beside)
         Path(f"{beside}{ending}").replace(target)
     except NNSlimError as error:
         return CaseResult(name, "failed", error=str(error))
     except OSError as error:
         return CaseResult(name, "failed", error=str(output_error(target, error)))
+    except (RuntimeError, MemoryError) as error:  # torch: out of memory, among others
+        return CaseResult(name, "failed", error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
     finally:
         for leftover in output.glob(f"{beside.name}*"):
             leftover.unlink(missing_ok=True)
@@ -180,24 +203,29 @@ def _check_channels(predictor: Any, files: list[Path]) -> None:
         raise InputError(f"the model needs {len(described)} channel(s) ({names}), found {len(files)} file(s): {found}")
 
 
-def _predict_case(predictor: Any, files: list[Path], truncated: Path) -> None:
+def _predict_case(predictor: Any, files: list[Path], previous: Path | None, truncated: Path) -> None:
     """Read, preprocess, predict and write one case with nnU-Net's own parts, in this process."""
     from nnunetv2.inference.export_prediction import export_prediction_from_logits
+    from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
     preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
     quiet = open(os.devnull, "w")  # noqa: PTH123, SIM115
     with quiet, redirect_stdout(quiet):
         try:
-            data, _, properties = preprocessor.run_case(
+            data, stage, properties = preprocessor.run_case(
                 [str(file) for file in files],
-                None,
+                None if previous is None else str(previous),
                 predictor.plans_manager,
                 predictor.configuration_manager,
                 predictor.dataset_json,
             )
         except Exception as error:  # readers raise whatever their format library raises
             text = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"{', '.join(file.name for file in files)} cannot be read: {text[:300]}") from error
+            names = [file.name for file in files] + ([previous.name] if previous else [])
+            raise InputError(f"{', '.join(names)} cannot be read: {text[:300]}") from error
+        if previous is not None:  # a cascade sees the stage before it as one channel per label
+            labels = predictor.label_manager.foreground_labels
+            data = np.vstack((data, convert_labelmap_to_one_hot(stage[0], labels, data.dtype)))
         logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data))
         try:
             export_prediction_from_logits(
