@@ -36,7 +36,8 @@ _decomposing = threading.Lock()
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Run small dense algebra on one thread, one caller at a time."""
     # One thread gives the same bytes on every machine, and small symmetric eigenproblems are up to 400 times slower
     # with several threads when the machine is busy (measured: 4 s against 10 ms for 320 x 320).
     with _decomposing:  # the count is partly global: two threads must not restore each other's
@@ -48,7 +49,7 @@ def _one_thread() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _leading(gram: Tensor, count: int) -> Tensor:
+def leading_eigenvectors(gram: Tensor, count: int) -> Tensor:
     """Return the `count` leading eigenvectors of a symmetric matrix as columns, each with its largest entry positive.
 
     The left singular vectors of a short, wide unfolding M are the eigenvectors of M M^T. In float64 the squared
@@ -82,16 +83,16 @@ def partial_tucker(
         if not 1 <= rank <= size:
             raise RankError(f"{side} rank {rank} is outside 1..{size} for a kernel of shape {tuple(kernel.shape)}")
     weight = kernel.detach().to("cpu", torch.float64).flatten(2)
-    with _one_thread():
+    with one_thread():
         total = float(weight.square().sum())
-        out = _leading(torch.einsum("oik,pik->op", weight, weight), ranks[0])
-        in_ = _leading(torch.einsum("oik,ojk->ij", weight, weight), ranks[1])
+        out = leading_eigenvectors(torch.einsum("oik,pik->op", weight, weight), ranks[0])
+        in_ = leading_eigenvectors(torch.einsum("oik,ojk->ij", weight, weight), ranks[1])
         previous = float("inf")
         for sweep in range(max_sweeps):
             by_input = torch.einsum("oik,ib->obk", weight, in_)
-            out = _leading(torch.einsum("obk,pbk->op", by_input, by_input), ranks[0])
+            out = leading_eigenvectors(torch.einsum("obk,pbk->op", by_input, by_input), ranks[0])
             by_output = torch.einsum("oik,oa->aik", weight, out)
-            in_ = _leading(torch.einsum("aik,ajk->ij", by_output, by_output), ranks[1])
+            in_ = leading_eigenvectors(torch.einsum("aik,ajk->ij", by_output, by_output), ranks[1])
             core = torch.einsum("aik,ib->abk", by_output, in_)
             # Orthonormal factors: the error follows from the norm of the core alone.
             error = (max(0.0, 1 - float(core.square().sum()) / total) if total else 0.0) ** 0.5

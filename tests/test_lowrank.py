@@ -140,7 +140,7 @@ def test_partial_tucker_failure_inside_restores_the_thread_count(threads, monkey
         assert torch.get_num_threads() == 1
         raise RuntimeError("no eigenvectors")
 
-    monkeypatch.setattr(lowrank, "_leading", broken)
+    monkeypatch.setattr(lowrank, "leading_eigenvectors", broken)
     torch.set_num_threads(2)
     with pytest.raises(RuntimeError, match="no eigenvectors"):
         partial_tucker(made((4, 4, 3, 3)), (2, 2))
@@ -181,8 +181,8 @@ def test_partial_tucker_non_contiguous_input_gives_the_same_result():
 )
 def test_partial_tucker_sweeps_are_at_least_three_unless_capped(monkeypatch, settings, sweeps):
     calls = []
-    leading = lowrank._leading
-    monkeypatch.setattr(lowrank, "_leading", lambda gram, count: calls.append(count) or leading(gram, count))
+    leading = lowrank.leading_eigenvectors
+    monkeypatch.setattr(lowrank, "leading_eigenvectors", lambda gram, count: calls.append(count) or leading(gram, count))
     factors = partial_tucker(made((6, 5, 3, 3)), (3, 2), **settings)
     assert calls == [3, 2] * (1 + sweeps)  # the start, then each sweep, over both sides
     assert 0 < factors.error < 1

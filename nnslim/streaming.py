@@ -1,0 +1,159 @@
+"""Run tiles through a dense and a slim network side by side and stream what chosen layers see and make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nnslim.moments import ChannelMoments, Moments, choose_places, sample_inputs, sample_outputs
+from nnslim.surgery.walk import LayerIndex
+
+_NORM = (nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
+_PASSING = (nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.Identity)
+
+
+class Tiles(Protocol):
+    """Calibration input: any number of tiles, the same ones in the same order each time, one in memory at a time."""
+
+    def __len__(self) -> int:
+        """Return the number of tiles."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield (1, C, *patch) float32 tensors on the CPU."""
+
+
+class _Enough(Exception):  # noqa: N818  not an error: ends a forward pass early
+    pass
+
+
+@contextmanager
+def hooked(network: nn.Module, before: Mapping[str, Callable], after: Mapping[str, Callable]) -> Iterator[None]:
+    """Attach hooks by layer name: before(module, inputs), after(module, inputs, output); take them off at the end."""
+    layers = LayerIndex(network)
+    handles = [layers[name].module.register_forward_pre_hook(hook) for name, hook in before.items()]
+    handles += [layers[name].module.register_forward_hook(hook) for name, hook in after.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def following_norms(network: nn.Module, tile: Tensor) -> dict[str, str]:
+    """Return the norm layer that takes each convolution's output, by name, where there is one (dropout may lie between).
+
+    Args:
+        network: in eval mode. tile: (1, C, *patch).
+    """
+    index = LayerIndex(network)
+    made: dict[int, str] = {}
+    alive: list[Tensor] = []
+    found: dict[str, str] = {}
+
+    def record(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        source = made.get(id(inputs[0])) if inputs else None
+        if isinstance(module, _NORM):
+            if source is not None:
+                found[source] = name
+        elif isinstance(output, Tensor) and not (isinstance(module, _PASSING) and source is None):
+            alive.append(output)  # keeps ids unique while the pass runs
+            made[id(output)] = source if isinstance(module, _PASSING) else name
+
+    leaves = [layer for layer in index.values() if not layer.module._modules]
+    hooks = {
+        layer.name: lambda module, inputs, output, name=layer.name: record(name, module, inputs, output)
+        for layer in leaves
+    }
+    with hooked(network, {}, hooks), torch.no_grad():
+        network(tile)
+    return found
+
+
+@dataclass(frozen=True)
+class Request:
+    """One layer to sample.
+
+    Attributes:
+        layer: name, the same in both networks. conv: the dense convolution, for its geometry.
+        moments: where its samples go.
+        project: (I, R) input factor that is already known: moments of R channels instead of I.
+    """
+
+    layer: str
+    conv: nn.Module
+    moments: Moments | ChannelMoments
+    project: Tensor | None = None
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Take the rows of one tile."""
+        if self.project is not None:
+            x = torch.einsum("nik,ib->nbk", x.unflatten(1, (len(self.project), -1)), self.project).flatten(1)
+        self.moments.add(x, y)
+
+
+def stream_moments(
+    dense: nn.Module,
+    slim: nn.Module,
+    tiles: Tiles,
+    requests: Sequence[Request],
+    *,
+    samples: int,
+    seed: int,
+    on_tile: Callable[[], None] | None = None,
+) -> None:
+    """Fill the moments of each requested layer: inputs from the slim network, outputs from the dense one.
+
+    Both passes end at the last layer that is needed. Memory: the moments, and the activations of one tile.
+
+    Args:
+        dense, slim: in eval mode, on one device; `slim` may be `dense` itself.
+        tiles: calibration tiles.
+        requests: layers to sample.
+        samples: positions for each layer, over all tiles.
+        seed: decides the positions; each layer and tile has its own stream, so the grouping of layers does not matter.
+        on_tile: called after each tile.
+    """
+    device = next(dense.parameters()).device
+    each = -(-samples // len(tiles))
+    order = {layer.name: number for number, layer in enumerate(LayerIndex(dense).values())}
+    for number, tile in enumerate(tiles):
+        tile = tile.to(device)
+        places, outputs = {}, {}
+
+        def after(request: Request, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, number: int = number) -> None:
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + number) * 10_007 + order[request.layer])
+            places[request.layer] = choose_places(request.conv, inputs[0], output, each, generator)
+            outputs[request.layer] = sample_outputs(request.conv, output, places[request.layer])
+            if len(outputs) == len(requests):
+                raise _Enough
+
+        seen: set[str] = set()
+
+        def before(request: Request, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows = sample_inputs(request.conv, inputs[0], places[request.layer])
+            request.add(rows, outputs[request.layer])
+            seen.add(request.layer)
+            if len(seen) == len(requests):
+                raise _Enough
+
+        _run(dense, tile, {}, {r.layer: _bound(after, r) for r in requests})
+        _run(slim, tile, {r.layer: _bound(before, r) for r in requests}, {})
+        if on_tile is not None:
+            on_tile()
+
+
+def _bound(function: Callable[..., None], request: Request) -> Callable[..., None]:
+    return lambda *arguments: function(request, *arguments)
+
+
+def _run(network: nn.Module, tile: Tensor, before: Mapping[str, Callable], after: Mapping[str, Callable]) -> None:
+    with hooked(network, before, after), torch.inference_mode():
+        try:
+            network(tile)
+        except _Enough:
+            pass
