@@ -92,6 +92,9 @@ def compress(
     model: Annotated[Path, typer.Option("-m", "--model", help="trained model folder: trainer__plans__configuration")],
     output: Annotated[Path, typer.Option("-o", "--output", help="folder to write; must not exist")],
     config: ConfigOption,
+    images: Annotated[
+        Path | None, typer.Option("-i", "--images", help="folder of unlabelled calibration images")
+    ] = None,
     fold: Annotated[list[str] | None, typer.Option("-f", "--fold", help="fold, repeatable; default: all")] = None,
     checkpoint: Annotated[str | None, typer.Option("-chk", help="default: checkpoint_final.pth, else _best")] = None,
     trust: TrustOption = False,
@@ -107,9 +110,13 @@ def compress(
     settings = load_config(config)
     source = read_model_folder(model, fold, checkpoint, trust=trust)
     with _progress(quiet) as bar:
-        task = bar.add_task("folds", total=len(source.checkpoints))
+        task = bar.add_task("reading", total=None)
         slimmed = compress_folder(
-            source, output, settings, progress=lambda done, total: bar.update(task, completed=done)
+            source,
+            output,
+            settings,
+            images=images,
+            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
         )
     for line in ModelReport(str(model), len(source.checkpoints), slimmed, slimmed.seconds).lines():
         typer.echo(line)
@@ -161,6 +168,82 @@ def predict(
     typer.echo(f"{done} predicted, {there} there already, {len(failed)} failed: {output}")
     if failed:
         raise typer.Exit(1)
+
+
+@app.command()
+def agree(
+    model: Annotated[Path, typer.Option("-m", "--model", help="slim model folder")],
+    dense: Annotated[Path, typer.Option("--dense", help="model folder that the slim one was made from")],
+    images: Annotated[Path, typer.Option("-i", "--input", help="folder of images, or one image")],
+    labels: Annotated[Path | None, typer.Option("-l", "--labels", help="folder of label maps <case><ending>")] = None,
+    fold: Annotated[list[str] | None, typer.Option("-f", "--fold", help="default: those of the slim model")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps")] = "cpu",
+    previous_stage: Annotated[
+        Path | None, typer.Option(help="for a cascade: folder of the segmentations of the stage before")
+    ] = None,
+    trust: TrustOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Compare a slim model with the dense one on your images, per class; kept in nnslim.json and agreement.png."""
+    from nnslim.hosts.nnunet.agree import agreement_of_folders, slim_record, write_agreement
+    from nnslim.hosts.nnunet.predict import PredictSettings
+
+    _start(quiet)
+    slim_record(model)  # a wrong folder is named before the images are predicted
+    settings = PredictSettings(device=device, folds=fold, trust=trust, previous_stage=previous_stage)
+    with _progress(quiet) as bar:
+        task = bar.add_task("cases", total=None)
+        agreement = agreement_of_folders(
+            dense, model, images, labels, settings, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    write_agreement(model, agreement)
+    for line in agreement.lines():
+        typer.echo(line)
+    typer.echo(f"written: {model / 'nnslim.json'}, {model / 'agreement.png'}")
+    if agreement.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def finetune(
+    model: Annotated[Path, typer.Option("-m", "--model", help="model folder to start from, slim or dense")],
+    dataset: Annotated[str, typer.Option("-d", "--dataset", help="number or name, raw or preprocessed")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="model folder to write")],
+    fold: Annotated[list[str] | None, typer.Option("-f", "--fold", help="fold, repeatable; default: all")] = None,
+    epochs: Annotated[int, typer.Option(help="epochs in all")] = 50,
+    iterations: Annotated[int | None, typer.Option(help="per epoch; default: the trainer's")] = None,
+    validation_iterations: Annotated[int | None, typer.Option(help="per epoch; default: the trainer's")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="default: the plans'")] = None,
+    optimizer: Annotated[str, typer.Option(help="adamw or sgd")] = "adamw",
+    learning_rate: Annotated[float, typer.Option(help="of the first epoch")] = 1e-4,
+    schedule: Annotated[str, typer.Option(help="of the learning rate: constant or poly")] = "constant",
+    weight_decay: Annotated[float | None, typer.Option(help="default: the trainer's")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="dense model folder to distil from as well")] = None,
+    distill: Annotated[float, typer.Option(help="weight of the distillation term, with --teacher")] = 1.0,
+    trainer: Annotated[str | None, typer.Option(help="class name; default: the one of the checkpoint")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps")] = "cpu",
+    num_gpus: Annotated[int, typer.Option(help="CUDA devices to train on together")] = 1,
+    resume: Annotated[bool, typer.Option("--continue", help="go on where the output folder stopped")] = False,
+    validate: Annotated[bool, typer.Option(help="then predict the validation cases, as nnUNetv2_train does")] = False,
+    seed: Annotated[int, typer.Option(help="of the augmentation")] = 0,
+    checkpoint: Annotated[str | None, typer.Option("-chk", help="default: checkpoint_final.pth, else _best")] = None,
+    processes: Annotated[int, typer.Option(help="that preprocess, where that has not been done")] = 2,
+    previous_stage: Annotated[Path | None, typer.Option(help="for a cascade: the stage before's segmentations")] = None,
+    trust: TrustOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a slim model further on a dataset with labels, inside nnU-Net's own trainer."""
+    from nnslim.hosts.nnunet.finetune import FinetuneSettings, finetune_folder
+
+    given = {key: value for key, value in locals().items() if key in FinetuneSettings.__dataclass_fields__}
+    _start(quiet)
+    settings = FinetuneSettings(folds=fold, **given)
+    with _progress(quiet) as bar:
+        task = bar.add_task("epochs", total=None)
+        finetune_folder(
+            model, output, dataset, settings, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    typer.echo(f"written: {output}")
 
 
 @app.command()

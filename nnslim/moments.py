@@ -131,8 +131,8 @@ def _rows(values: Tensor) -> Tensor:
 class Moments:
     """Centred second moments of one layer over many tiles.
 
-    Instance normalisation takes each tile's mean away, so what varies *within* a tile is what counts; `per_tile` centres
-    by each tile's own mean. A layer that no norm follows is centred by the mean over all tiles.
+    Instance normalisation takes each tile's mean away, so what varies *within* a tile is what counts; `per_tile`
+    centres by each tile's own mean. A layer that no norm follows is centred by the mean over all tiles.
     """
 
     def __init__(self, view: LinearView, *, per_tile: bool) -> None:

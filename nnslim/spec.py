@@ -128,10 +128,17 @@ def apply_spec(spec: SlimSpec, network: nn.Module, *, fill: bool = False) -> nn.
     """
     if spec_of(network) is not None:
         raise SpecError("the network already carries a SlimSpec; apply edits to its base network instead")
+    return extend_spec(spec.edits, network, fill=fill)
+
+
+def extend_spec(edits: tuple[Edit, ...], network: nn.Module, *, fill: bool = False) -> nn.Module:
+    """Apply more edits to a network, in place, after those that it already carries; else as `apply_spec`."""
+    before = spec_of(network)
     with ExitStack() as undo:
-        for edit in spec.edits:
+        for edit in edits:
             # A new index for each edit: a later edit may name a layer that an earlier one made.
             undo.callback(edit.apply(LayerIndex(network), fill=fill))
         undo.pop_all()
-    object.__setattr__(network, _SPEC_ATTRIBUTE, spec)
+    done = () if before is None else before.edits
+    object.__setattr__(network, _SPEC_ATTRIBUTE, SlimSpec((*done, *edits)))
     return network

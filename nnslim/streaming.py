@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from nnslim.moments import ChannelMoments, Moments, choose_places, sample_inputs, sample_outputs
+from nnslim.moments import ChannelMoments, Moments, Places, choose_places, sample_inputs, sample_outputs
 from nnslim.surgery.walk import LayerIndex
 
 _NORM = (nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
@@ -45,7 +46,7 @@ def hooked(network: nn.Module, before: Mapping[str, Callable], after: Mapping[st
 
 
 def following_norms(network: nn.Module, tile: Tensor) -> dict[str, str]:
-    """Return the norm layer that takes each convolution's output, by name, where there is one (dropout may lie between).
+    """Return the norm layer that takes each layer's output, by name, where there is one (dropout may lie between).
 
     Args:
         network: in eval mode. tile: (1, C, *patch).
@@ -122,38 +123,37 @@ def stream_moments(
     each = -(-samples // len(tiles))
     order = {layer.name: number for number, layer in enumerate(LayerIndex(dense).values())}
     for number, tile in enumerate(tiles):
+        pair = _TilePair(requests, each, {name: (seed * 1_000_003 + number) * 10_007 + n for name, n in order.items()})
         tile = tile.to(device)
-        places, outputs = {}, {}
-
-        def after(request: Request, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, number: int = number) -> None:
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + number) * 10_007 + order[request.layer])
-            places[request.layer] = choose_places(request.conv, inputs[0], output, each, generator)
-            outputs[request.layer] = sample_outputs(request.conv, output, places[request.layer])
-            if len(outputs) == len(requests):
-                raise _Enough
-
-        seen: set[str] = set()
-
-        def before(request: Request, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = sample_inputs(request.conv, inputs[0], places[request.layer])
-            request.add(rows, outputs[request.layer])
-            seen.add(request.layer)
-            if len(seen) == len(requests):
-                raise _Enough
-
-        _run(dense, tile, {}, {r.layer: _bound(after, r) for r in requests})
-        _run(slim, tile, {r.layer: _bound(before, r) for r in requests}, {})
+        with torch.inference_mode():
+            with hooked(dense, {}, {r.layer: partial(pair.take_output, r) for r in requests}), suppress(_Enough):
+                dense(tile)
+            with hooked(slim, {r.layer: partial(pair.take_input, r) for r in requests}, {}), suppress(_Enough):
+                slim(tile)
         if on_tile is not None:
             on_tile()
 
 
-def _bound(function: Callable[..., None], request: Request) -> Callable[..., None]:
-    return lambda *arguments: function(request, *arguments)
+class _TilePair:
+    """Samples of one tile: first the dense network's outputs, then the slim one's inputs at the same places."""
 
+    def __init__(self, requests: Sequence[Request], count: int, seeds: Mapping[str, int]) -> None:
+        self._wanted, self._count, self._seeds = len(requests), count, seeds
+        self._places: dict[str, Places] = {}
+        self._outputs: dict[str, Tensor] = {}
+        self._taken = 0
 
-def _run(network: nn.Module, tile: Tensor, before: Mapping[str, Callable], after: Mapping[str, Callable]) -> None:
-    with hooked(network, before, after), torch.inference_mode():
-        try:
-            network(tile)
-        except _Enough:
-            pass
+    def take_output(self, request: Request, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        generator = torch.Generator().manual_seed(self._seeds[request.layer])
+        places = choose_places(request.conv, inputs[0], output, self._count, generator)
+        self._places[request.layer] = places
+        self._outputs[request.layer] = sample_outputs(request.conv, output, places)
+        if len(self._outputs) == self._wanted:
+            raise _Enough
+
+    def take_input(self, request: Request, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows = sample_inputs(request.conv, inputs[0], self._places[request.layer])
+        request.add(rows, self._outputs[request.layer])
+        self._taken += 1
+        if self._taken == self._wanted:
+            raise _Enough

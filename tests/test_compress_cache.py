@@ -150,8 +150,8 @@ def test_compress_two_methods_plan_on_what_the_first_one_left(model):
 
 def test_compress_reports_progress_per_fold(model):
     seen = []
-    compress(model[0], model[1], CONFIG, model[2], progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 2), (2, 2)]
+    compress(model[0], model[1], CONFIG, model[2], progress=lambda *step: seen.append(step))
+    assert seen == [("folds", 1, 2), ("folds", 2, 2)]
 
 
 def test_compress_wrapped_network_equals_the_plain_one(model, slimmed):

@@ -182,7 +182,9 @@ def test_partial_tucker_non_contiguous_input_gives_the_same_result():
 def test_partial_tucker_sweeps_are_at_least_three_unless_capped(monkeypatch, settings, sweeps):
     calls = []
     leading = lowrank.leading_eigenvectors
-    monkeypatch.setattr(lowrank, "leading_eigenvectors", lambda gram, count: calls.append(count) or leading(gram, count))
+    monkeypatch.setattr(
+        lowrank, "leading_eigenvectors", lambda gram, count: calls.append(count) or leading(gram, count)
+    )
     factors = partial_tucker(made((6, 5, 3, 3)), (3, 2), **settings)
     assert calls == [3, 2] * (1 + sweeps)  # the start, then each sweep, over both sides
     assert 0 < factors.error < 1

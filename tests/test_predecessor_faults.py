@@ -127,7 +127,7 @@ def test_T9_no_layer_gets_more_expensive_and_sensitive_ones_stay_dense(tiny_net,
         kept = {d.reason for d in plan.decisions if d.action == "dense"}
         assert {"first layer", "segmentation head", "1x1 kernel"} <= kept
         assert measure_cost(slim, shape).macs() <= measure_cost(network, shape).macs()
-    _, plan = slim_of(network, TuckerConfig(rank_factor=0.9, rank_min=None), shape)
+    _, plan = slim_of(network, TuckerConfig(rank_factor=0.9, rank_min=None, transposed=True), shape)
     upsampling = next(d for d in plan.decisions if d.layer == "decoder.transpconvs.0")
     assert upsampling.reason == "would not get cheaper (53,504 MACs against 49,152)"
 

@@ -191,7 +191,7 @@ def test_config_rank_stays_within_channels_and_grows_with_them(factor):
         ({"rank_factor": 1.01}, "less than or equal to 1"),
         ({"rank_min": 0}, "greater than or equal to 1"),
         ({"rank_multiple": 0}, "greater than or equal to 1"),
-        ({"rank_mode": "vmbf"}, "'relative' or 'fixed'"),
+        ({"rank_mode": "vmbf"}, "'relative', 'fixed'"),
         ({"rank_mode": "fixed", "rank_min": None}, "rank_mode 'fixed' needs rank_min"),
         ({"overrides": {"*": 0.0}}, "overrides"),
         ({"overrides": {"*": 1.5}}, "overrides"),
@@ -209,7 +209,14 @@ def planned(network, shape, **settings):
     return plan, {decision.layer: decision for decision in plan.decisions}
 
 
-EVERYTHING = {"first_layer": True, "pointwise": True, "heads": True, "only_if_cheaper": False, "one_sided": False}
+EVERYTHING = {
+    "transposed": True,
+    "first_layer": True,
+    "pointwise": True,
+    "heads": True,
+    "only_if_cheaper": False,
+    "one_sided": False,
+}
 ENCODER_CONV = "encoder.stages.1.0.convs.0.conv"
 
 

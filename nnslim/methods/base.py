@@ -12,6 +12,7 @@ from torch import nn
 from nnslim.cost import Cost
 from nnslim.errors import ConfigError, nearest
 from nnslim.spec import Edit
+from nnslim.streaming import Tiles
 
 
 class MethodConfig(BaseModel):
@@ -32,6 +33,7 @@ class Decision:
         macs_before, macs_after: for one patch, convention "macs".
         parameters_before, parameters_after: with bias.
         reason: why the layer stays dense; empty if it does not.
+        error: relative error of the outputs (of the weights, without calibration images), where it is known.
     """
 
     layer: str
@@ -43,6 +45,7 @@ class Decision:
     parameters_before: int
     parameters_after: int
     reason: str = ""
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,19 @@ class Plan:
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method. `plan(network, config, cost)` reads only; `cost` is of the network at its patch shape."""
+    """A registered method.
+
+    Attributes:
+        plan: (network, config, cost, tiles) -> Plan; reads only. `cost` is of the network at its patch shape; `tiles`
+            are calibration tiles or None.
+        fit: (dense, slim, config, cost, tiles, compensate, on_layer) -> relative output error by layer; sets the
+            weights of the slim network, in place, from data. None for a method that has no use for data.
+    """
 
     name: str
     config_class: type[MethodConfig]
-    plan: Callable[[nn.Module, Any, Cost], Plan]
+    plan: Callable[[nn.Module, Any, Cost, Tiles | None], Plan]
+    fit: Callable[..., dict[str, float]] | None = None
 
 
 _METHODS: dict[str, Method] = {}

@@ -23,7 +23,7 @@ from nnslim.work.compress import Counts, Slimmed, StateDict, rebuild
 from nnslim.work.config import SlimConfig
 
 # Raise this when a method computes other weights from the same input, so that old files are not used.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 _log = logging.getLogger("nnslim")
 
 
@@ -36,13 +36,21 @@ def cache_folder(config: SlimConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nnslim"
 
 
-def cache_key(network: nn.Module, weights: Sequence[StateDict], config: SlimConfig, shape: Sequence[int]) -> str:
-    """Return 40 hexadecimal digits that change with the weights, the architecture, the settings or the patch.
+def cache_key(
+    network: nn.Module,
+    weights: Sequence[StateDict],
+    config: SlimConfig,
+    shape: Sequence[int],
+    images: str = "",
+) -> str:
+    """Return 40 hexadecimal digits that change with the weights, the architecture, the settings, the patch or images.
+
+    `images` is the fingerprint of the calibration images.
 
     Cost: one pass over the bytes of the weights (about a second per GB).
     """
     digest = hashlib.blake2b(digest_size=20)
-    head = [CACHE_VERSION, SPEC_VERSION, config.identity(), list(shape), str(network), _switches(network)]
+    head = [CACHE_VERSION, SPEC_VERSION, config.identity(), list(shape), str(network), _switches(network), images]
     digest.update(json.dumps(head, sort_keys=True).encode())
     for fold in weights:
         seen: set[int] = set()
@@ -102,6 +110,7 @@ def recall(network: nn.Module, key: str, folder: Path) -> Slimmed | None:
             Counts(**summary["dense"]),
             Counts(**summary["slim"]),
             tuple(summary["input_shape"]),
+            tuple(summary["recovery"]),
         )
     except (NNSlimError, OSError, RuntimeError, LookupError, AttributeError, ValueError, TypeError, EOFError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nnslim.cost import Cost, measure_cost
-from nnslim.errors import SpecError
-from nnslim.methods.base import Decision, method_named
-from nnslim.spec import SlimSpec, apply_spec
+from nnslim.errors import ConfigError, SpecError
+from nnslim.methods.base import Decision, Plan, method_named
+from nnslim.spec import SlimSpec, apply_spec, extend_spec, spec_of
 from nnslim.surgery.walk import unwrap
+from nnslim.work.calibration import Calibration
 from nnslim.work.config import SlimConfig
+from nnslim.work.recover import Progress, Recovery, recover
 
 StateDict = dict[str, Tensor]
 
@@ -46,6 +51,7 @@ class Slimmed:
         decisions: one per layer that a method looked at.
         dense, slim: counts for one patch.
         input_shape: (1, channels, *patch) in voxels, for which the counts hold.
+        recovery: how recovery went for each fold, see `Recovery.to_dict`; empty without calibration images.
         seconds: spent on planning and computing weights; not part of the summary, which is reproducible.
     """
 
@@ -56,6 +62,7 @@ class Slimmed:
     dense: Counts
     slim: Counts
     input_shape: tuple[int, ...]
+    recovery: tuple[dict[str, Any], ...] = ()
     seconds: float = 0.0
 
     def summary(self) -> dict[str, Any]:
@@ -65,6 +72,7 @@ class Slimmed:
             "dense": vars(self.dense),
             "slim": vars(self.slim),
             "layers": [vars(decision) for decision in self.decisions],
+            "recovery": list(self.recovery),
         }
 
 
@@ -74,64 +82,179 @@ def compress(
     config: SlimConfig,
     input_shape: Sequence[int],
     *,
-    progress: Callable[[int, int], None] | None = None,
+    data: Calibration | None = None,
+    progress: Progress | None = None,
+    checkpoint: Path | None = None,
 ) -> Slimmed:
     """Plan once, then compute the weights of each fold; `network` and `weights` are not modified.
 
     Args:
         network: dense network of the folds; wrappers of torch.compile and DDP are looked through.
         weights: state dicts of the folds, at least one. Half precision is computed on in float32 and kept.
-        config: the methods, in order.
+        config: the methods, in order, and how data are used.
         input_shape: (1, channels, *patch) in voxels.
-        progress: called with (folds done, folds in all).
+        data: calibration images; without them the weights alone decide, and nothing is recovered.
+        progress: called with (what is done, units done, units in all).
+        checkpoint: file beside which the state of an interrupted recovery is kept (`<name>.fold<N>`).
     Raises:
-        SpecError, ConfigError: the network or the configuration does not fit.
+        SpecError, ConfigError, RankError: the network or the configuration does not fit.
     """
     started = time.perf_counter()
     if not weights:
         raise SpecError("compress needs the weights of at least one fold")
+    if spec_of(unwrap(network)) is not None:
+        raise SpecError("the network already carries a SlimSpec; compress the network that it was made from")
     base = copy.deepcopy(unwrap(network)).to("cpu", torch.float32).eval()
     dense_cost = measure_cost(base, input_shape)
-    edits, decisions = [], []
-    structure = copy.deepcopy(base)
-    for entry in config.methods if config.apply else ():
-        # Later methods plan on the structure that earlier ones leave.
-        cost = dense_cost if not edits else measure_cost(structure, input_shape)
-        plan = method_named(entry.method).plan(structure, entry.settings, cost)
-        edits += plan.edits
-        decisions += plan.decisions
-        structure = apply_spec(SlimSpec(tuple(edits)), copy.deepcopy(base))
-    spec = SlimSpec(tuple(edits))
-    slim, states = structure, []
-    for done, fold in enumerate(weights):
-        dense = copy.deepcopy(base)
-        try:
-            dense.load_state_dict({key: value.float() for key, value in fold.items()})
-        except RuntimeError as error:
-            reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
-            raise SpecError(f"the weights of fold number {done + 1} of {len(weights)} do not fit: {reason}") from error
-        filled = apply_spec(spec, dense, fill=True)
-        if all(value.dtype == torch.half for value in fold.values()):
+    device = _device(config) if data is not None else torch.device("cpu")
+    first = _with_weights(base, weights, 0).to(device)
+    config, plans = resolve(first, config, dense_cost, input_shape, data, progress)
+    slims, states, recoveries = [], [], []
+    for number in range(len(weights)):
+        fold = _Fold(config, plans, input_shape, data, progress, _beside(checkpoint, number))
+        dense = _with_weights(base, weights, number).to(device)
+        slim, recovery = fold.compress(dense)
+        slim = slim.to("cpu").eval()
+        if all(value.dtype == torch.half for value in weights[number].values()):
             # Kept in the precision that the model was stored in: half the file, and the same result from a folder,
             # from the cache and in memory.
-            filled = filled.half().float()
-            states.append(half_precision(filled.state_dict()))
+            slim = slim.half().float()
+            states.append(half_precision(slim.state_dict()))
         else:
-            states.append(_copied(filled.state_dict()))
-        if done == 0:
-            slim = filled
+            states.append(_copied(slim.state_dict()))
+        slims.append(slim)
+        slims = slims[:1]  # the first fold's network is handed out
+        recoveries.append(recovery)
         if progress is not None:
-            progress(done + 1, len(weights))
+            progress("folds", number + 1, len(weights))
     return Slimmed(
-        slim.eval(),
+        slims[0],
         tuple(states),
-        spec,
-        tuple(decisions),
+        spec_of(slims[0]) or SlimSpec(),
+        tuple(decision for plan in plans for decision in plan.decisions),
         Counts.of(dense_cost),
-        Counts.of(measure_cost(slim, input_shape)),
+        Counts.of(measure_cost(slims[0], input_shape)),
         tuple(input_shape),
+        tuple(recovery.to_dict() for recovery in recoveries if recovery is not None),
         time.perf_counter() - started,
     )
+
+
+def plan_methods(
+    dense: nn.Module, config: SlimConfig, cost: Cost, input_shape: Sequence[int], data: Calibration | None
+) -> tuple[Plan, ...]:
+    """Return the plan of each method; later methods plan on what earlier ones leave.
+
+    Args:
+        dense: with the weights of the first fold. cost: of it.
+    """
+    plans: list[Plan] = []
+    structure = dense
+    for entry in config.methods if config.apply else ():
+        if plans:
+            structure = extend_spec(plans[-1].edits, copy.deepcopy(structure), fill=True)
+            cost = measure_cost(structure, input_shape)
+        tiles = None if data is None else data.tiles
+        plans.append(method_named(entry.method).plan(structure, entry.settings, cost, tiles))
+    return tuple(plans)
+
+
+def resolve(
+    dense: nn.Module,
+    config: SlimConfig,
+    cost: Cost,
+    input_shape: Sequence[int],
+    data: Calibration | None,
+    progress: Progress | None,
+) -> tuple[SlimConfig, tuple[Plan, ...]]:
+    """Return the configuration with a searched budget filled in, and the plans."""
+    from nnslim.work.search import find_budget, searched
+
+    if config.active and (position := searched(config)) is not None:
+        config = find_budget(dense, config, position, cost, input_shape, data, progress)
+    return config, plan_methods(dense, config, cost, input_shape, data)
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """How one fold is compressed once the plans are made."""
+
+    config: SlimConfig
+    plans: tuple[Plan, ...]
+    input_shape: Sequence[int]
+    data: Calibration | None
+    progress: Progress | None
+    checkpoint: Path | None
+    target: float | None = None
+
+    def compress(self, dense: nn.Module) -> tuple[nn.Module, Recovery | None]:
+        """Return the slim network and how recovery went, None without data."""
+        slim = copy.deepcopy(dense)
+        for entry, plan in zip(self.config.methods, self.plans, strict=False):
+            before = slim
+            slim = extend_spec(plan.edits, copy.deepcopy(before), fill=True).eval()
+            fit = method_named(entry.method).fit
+            if self.data is not None and fit is not None and plan.edits:
+                fit(
+                    before,
+                    slim,
+                    entry.settings,
+                    measure_cost(before, self.input_shape),
+                    self.data.tiles,
+                    compensate=self.config.recovery.compensate,
+                    seed=self.config.calibration.seed,
+                    on_layer=None if self.progress is None else partial(self.progress, "layers"),
+                )
+        if self.data is None or spec_of(slim) is None or not spec_of(slim).edits:
+            return slim, None
+        identity = f"{self.data.fingerprint} {json.dumps(self.config.identity(), sort_keys=True)} {spec_of(slim)}"
+        return slim, recover(
+            dense,
+            slim,
+            self.data,
+            self.config.recovery,
+            checkpoint=self.checkpoint,
+            identity=identity,
+            target=self.target,
+            progress=self.progress,
+        )
+
+
+def fit_and_recover(
+    dense: nn.Module,
+    config: SlimConfig,
+    plans: tuple[Plan, ...],
+    input_shape: Sequence[int],
+    data: Calibration,
+    *,
+    target: float | None = None,
+    progress: Progress | None = None,
+) -> tuple[nn.Module, Recovery]:
+    """Compress one network by plans that are made; learning ends early once the estimated drop is at most `target`."""
+    slim, recovery = _Fold(config, plans, input_shape, data, progress, None, target).compress(dense)
+    return slim, recovery or Recovery()
+
+
+def _device(config: SlimConfig) -> torch.device:
+    wanted = config.calibration.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("calibration.device is 'cuda', but torch finds no CUDA device; use 'auto' or 'cpu'")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _beside(checkpoint: Path | None, number: int) -> Path | None:
+    return None if checkpoint is None else checkpoint.with_name(f"{checkpoint.name}.fold{number}")
+
+
+def _with_weights(base: nn.Module, weights: Sequence[StateDict], number: int) -> nn.Module:
+    dense = copy.deepcopy(base)
+    try:
+        dense.load_state_dict({key: value.float() for key, value in weights[number].items()})
+    except RuntimeError as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        where = f"fold number {number + 1} of {len(weights)}"
+        raise SpecError(f"the weights of {where} do not fit: {reason}") from error
+    return dense.eval()
 
 
 def half_precision(weights: Mapping[str, Tensor]) -> StateDict:

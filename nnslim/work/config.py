@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 import yaml
@@ -37,6 +37,37 @@ class CacheConfig(_Section):
     write: bool = Field(True, description="keep what was compressed")
 
 
+class CalibrationConfig(_Section):
+    """Unlabelled images that decide the weights, and on which agreement with the dense model is measured."""
+
+    images: Path | None = Field(None, description="folder of images, as for prediction; none: weights alone decide")
+    count: int = Field(8, ge=1, le=32, description="images for the statistics, at most")
+    tiles_per_image: int = Field(2, ge=1, description="sliding-window tiles of each image, at most")
+    seed: int = Field(0, ge=0, description="decides images, tiles, positions and augmentation")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+
+
+class RecoveryConfig(_Section):
+    """What wins accuracy back without labels, in order of cost; skipped without calibration images."""
+
+    compensate: bool = Field(True, description="refit dense layers after compressed ones (ridge, closed form)")
+    norms: bool = Field(False, description="recalibrate the affine weights of norm layers")
+    block_steps: int = Field(0, ge=0, description="steps that learn the dense outputs of each resolution stage")
+    steps: int = Field(0, ge=0, description="steps that learn the dense logits")
+    images: int = Field(40, ge=1, description="images to learn on, at most; calibration images among them")
+    batch_size: int = Field(1, ge=1, description="patches per step")
+    learning_rate: float = Field(5e-4, gt=0, description="of AdamW; warm-up, then cosine to 0")
+    seconds: float | None = Field(None, gt=0, description="time budget; makes the result depend on the machine's speed")
+    every: int = Field(50, ge=1, description="steps between two measurements of agreement")
+    patience: int = Field(0, ge=0, description="stop after so many measurements without a gain; 0: never")
+    workers: int = Field(0, ge=0, description="processes that augment; 0: in this one")
+
+    @property
+    def learns(self) -> bool:
+        """Whether there are gradient steps to take."""
+        return self.steps + self.block_steps > 0
+
+
 class MethodEntry(_Section):
     """One step: the name of a method and its settings, e.g. {"method": "tucker", "rank_factor": 0.5}."""
 
@@ -50,6 +81,8 @@ class SlimConfig(_Section):
     version: int = CONFIG_VERSION
     apply: bool = Field(True, description="false: the context is entered, but models stay as they are")
     methods: tuple[MethodEntry, ...] = ()
+    calibration: CalibrationConfig = CalibrationConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
     run: RunConfig = RunConfig()
     cache: CacheConfig = CacheConfig()
 
@@ -66,8 +99,23 @@ class SlimConfig(_Section):
         return self.apply and bool(self.methods)
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the compressed weights, as JSON values: the methods and their settings."""
-        return {"methods": [entry.model_dump(mode="json") for entry in self.methods] if self.active else []}
+        """Return what decides the compressed weights, as JSON values: methods, and how data are used.
+
+        The images themselves count by their content, see `Calibration.fingerprint`.
+        """
+        if not self.active:
+            return {"methods": []}
+        made: dict[str, Any] = {"methods": [entry.model_dump(mode="json") for entry in self.methods]}
+        if self.calibration.images is not None:
+            made["calibration"] = self.calibration.model_dump(mode="json", exclude={"images"})
+            made["recovery"] = self.recovery.model_dump(mode="json", exclude={"workers"})
+        return made
+
+    def with_images(self, images: Path | None) -> SlimConfig:
+        """Return the configuration with another folder of calibration images; unchanged for None."""
+        if images is None:
+            return self
+        return self.model_copy(update={"calibration": self.calibration.model_copy(update={"images": Path(images)})})
 
 
 def tucker(**settings: Any) -> SlimConfig:

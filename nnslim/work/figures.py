@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nnslim.errors import InputError
+from nnslim.files import write_bytes
+from nnslim.work.agreement import Agreement
 
 _COLOURS = ("#00b7eb", "#ff9f1c")
+_DARK = "#123a4a"
+_FEW = 12  # classes; with more, rows are narrow
+_FORMATS = (".png", ".pdf", ".svg")
 
 
 def overlay(
@@ -60,3 +68,103 @@ def overlay(
     figure.axes[0].legend(loc="lower left", fontsize=8)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
+
+
+def agreement_figure(agreement: Agreement, path: Path) -> None:
+    """Draw, per class, the Dice of slim against dense over the cases, and the difference in volume.
+
+    A row per class: a dot per case, a box over the middle half of them and a stroke at the median; beside it the mean
+    difference in volume with a thin line over all cases. The height follows the number of classes.
+
+    Args:
+        agreement: with at least one class.
+        path: picture to write; the ending chooses PNG, PDF or SVG.
+    Raises:
+        InputError: another ending. OutputError: it cannot be written; nothing half-written is left.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    if path.suffix.lower() not in _FORMATS:
+        raise InputError(f"cannot draw {path.name}: its ending should be one of {', '.join(_FORMATS)}")
+    count = len(agreement.class_names)
+    few = count <= _FEW
+    figure = Figure(figsize=(11, 2.0 + count * (0.45 if few else 0.2)), layout="constrained")
+    FigureCanvasAgg(figure)
+    dice, volume = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    _dice_rows(dice, agreement)
+    _volume_rows(volume, agreement)
+    dice.set_yticks(range(count), agreement.class_names, fontsize=10 if few else 7)
+    dice.set_ylim(count - 0.4, -0.6)  # the first class on top
+    for axes in (dice, volume):
+        axes.grid(axis="x", color="0.9")
+        axes.set_axisbelow(True)
+        if not few:  # the scale is out of sight at the other end of a high picture
+            axes.tick_params(top=True, labeltop=True)
+    figure.suptitle(_summary(agreement), fontsize=11)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix[1:].lower(), dpi=110)
+    write_bytes(path, picture.getvalue())
+
+
+def _summary(agreement: Agreement) -> str:
+    text = f"{len(agreement.cases)} case(s): mean Dice {agreement.mean_dice:.3f}, "
+    text += f"estimated drop against labels {agreement.expected_drop:.3f}"
+    return text if math.isnan(agreement.drop) else f"{text}, measured {agreement.drop:.3f}"
+
+
+def _dice_rows(axes: Any, agreement: Agreement) -> None:
+    lowest = 0.9
+    for row, column in enumerate(agreement.values("dice").T):
+        values = column[~np.isnan(column)]
+        if not len(values):
+            axes.text(
+                0.01, row, "in no case", color="0.5", fontsize=7, va="center", transform=axes.get_yaxis_transform()
+            )
+            continue
+        lowest = min(lowest, values.min())
+        low, middle, high = np.percentile(values, (25, 50, 75))
+        axes.barh(row, high - low, left=low, height=0.6, color=_COLOURS[0], alpha=0.35)
+        axes.plot((middle, middle), (row - 0.3, row + 0.3), color=_DARK, linewidth=1.5)
+        axes.scatter(values, np.full(len(values), row), s=9, color=_DARK, alpha=0.5, linewidths=0)
+    lowest = max(0.0, math.floor(lowest * 20 - 0.5) / 20)
+    axes.set_xlim(lowest, 1 + (1 - lowest) * 0.02)
+    axes.set_xlabel("Dice, slim against dense")
+    if worst := agreement.worst():
+        row = agreement.class_names.index(worst.class_name)
+        left = worst.dice < (lowest + 1) / 2
+        axes.scatter(worst.dice, row, s=60, facecolors="none", edgecolors="red", zorder=4)
+        axes.annotate(
+            f"worst: {worst.case}, {worst.dice:.3f}",
+            (worst.dice, row),
+            xytext=(10 if left else -10, 16 if len(agreement.class_names) <= _FEW else 0),
+            textcoords="offset points",
+            ha="left" if left else "right",
+            va="center",
+            color="red",
+            fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+            zorder=5,
+        )
+
+
+def _volume_rows(axes: Any, agreement: Agreement) -> None:
+    means = agreement.class_means("volume_difference")
+    sizes = np.abs(means[~np.isnan(means)])
+    largest = np.abs(np.nan_to_num(agreement.values("volume_difference"))).max(initial=0)
+    # One class that is doubled must not squeeze all others into the zero line.
+    limit = max(1.0, min(1.25 * largest, max(10.0, 5 * float(np.median(sizes)) if len(sizes) else 0.0)))
+    axes.axvline(0, color="0.4", linewidth=0.8)
+    for row, (mean, column) in enumerate(zip(means, agreement.values("volume_difference").T, strict=True)):
+        if math.isnan(mean):
+            continue
+        axes.barh(row, mean, height=0.6, color=_COLOURS[1])
+        axes.hlines(row, np.nanmin(column), np.nanmax(column), color=_DARK, linewidth=0.8)
+        edge = float(np.clip(mean, -limit, limit)) * 0.98
+        if len(means) <= _FEW or abs(mean) > limit:
+            outwards = (mean >= 0) == (abs(mean) <= 0.8 * limit)
+            side = "left" if outwards else "right"
+            axes.text(edge, row - 0.32, f"{mean:+.1f} %", fontsize=7, va="bottom", ha=side)
+    axes.set_xlim(-limit, limit)
+    axes.set_xlabel("volume, slim against dense (%)")

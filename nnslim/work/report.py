@@ -54,6 +54,14 @@ class ModelReport:
             f"  layers changed {changed}, kept dense {sum(kept.values())}"
             + (f" ({', '.join(f'{reason}: {count}' for reason, count in kept.items())})" if kept else ""),
         ]
+        for number, recovery in enumerate(self.slimmed.recovery):
+            drops = [recovery["estimated_drop_before"], recovery["estimated_drop_after"]]
+            before_drop, after_drop = ("unknown" if drop is None else f"{drop:.4f}" for drop in drops)
+            where = f" (fold number {number + 1})" if len(self.slimmed.recovery) > 1 else ""
+            lines.append(
+                f"  estimated drop in Dice {after_drop}, was {before_drop} before {recovery['steps']} steps of "
+                f"recovery{where}"
+            )
         if not changed:
             lines.append("  nothing changed: no layer would get cheaper with these settings")
         return lines

@@ -218,3 +218,23 @@ def case_folder(tmp_path: Path) -> Path:
         image = rng.standard_normal((18, 20, 17)).astype(np.float32)
         nib.save(nib.Nifti1Image(image, affine), folder / f"{name}_0000.nii.gz")
     return folder
+
+
+def write_ball_dataset(folder: Path) -> None:
+    """Write six volumes with a bright ball each, in nnU-Net's raw layout."""
+    import nibabel as nib
+
+    rng = np.random.default_rng(0)
+    for kind in ("imagesTr", "labelsTr"):
+        (folder / kind).mkdir(parents=True)
+    grid = np.stack(np.meshgrid(*[np.arange(16)] * 3, indexing="ij"))
+    for number in range(6):
+        centre = rng.integers(5, 11, 3).reshape(3, 1, 1, 1)
+        ball = (((grid - centre) ** 2).sum(0) < 16).astype(np.uint8)
+        image = (ball + 0.3 * rng.standard_normal(ball.shape)).astype(np.float32)
+        nib.save(nib.Nifti1Image(image, np.eye(4)), folder / "imagesTr" / f"case_{number}_0000.nii.gz")
+        nib.save(nib.Nifti1Image(ball, np.eye(4)), folder / "labelsTr" / f"case_{number}.nii.gz")
+    names = [f"case_{number}" for number in range(6)]
+    (folder / "splits_final.json").write_text(json.dumps([{"train": names[:4], "val": names[4:]}]))
+    dataset = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "ball": 1}}
+    (folder / "dataset.json").write_text(json.dumps({**dataset, "numTraining": 6, "file_ending": ".nii.gz"}))

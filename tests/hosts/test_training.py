@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 
-import nibabel as nib
-import numpy as np
 import torch
-from conftest import make_predictor, random_data
+from conftest import make_predictor, random_data, write_ball_dataset
 
 from nnslim.hosts.nnunet.folder import read_model_folder
 from nnslim.hosts.nnunet.short_training import ShortTraining, short_trainer_class, train_short
@@ -19,29 +17,11 @@ from nnslim.work.config import tucker
 TINY = ShortTraining(epochs=1, iterations=2, validation_iterations=1, batch_size=2)
 
 
-def _write_raw_dataset(folder):
-    """Six volumes with a bright ball each, in nnU-Net's raw layout."""
-    rng = np.random.default_rng(0)
-    for kind in ("imagesTr", "labelsTr"):
-        (folder / kind).mkdir(parents=True)
-    grid = np.stack(np.meshgrid(*[np.arange(16)] * 3, indexing="ij"))
-    for number in range(6):
-        centre = rng.integers(5, 11, 3).reshape(3, 1, 1, 1)
-        ball = (((grid - centre) ** 2).sum(0) < 16).astype(np.uint8)
-        image = (ball + 0.3 * rng.standard_normal(ball.shape)).astype(np.float32)
-        nib.save(nib.Nifti1Image(image, np.eye(4)), folder / "imagesTr" / f"case_{number}_0000.nii.gz")
-        nib.save(nib.Nifti1Image(ball, np.eye(4)), folder / "labelsTr" / f"case_{number}.nii.gz")
-    names = [f"case_{number}" for number in range(6)]
-    (folder / "splits_final.json").write_text(json.dumps([{"train": names[:4], "val": names[4:]}]))
-    dataset = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "ball": 1}}
-    (folder / "dataset.json").write_text(json.dumps({**dataset, "numTraining": 6, "file_ending": ".nii.gz"}))
-
-
 def test_train_short_then_compress_then_fine_tune_by_stock_nnunet(tmp_path, monkeypatch):
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
-    _write_raw_dataset(tmp_path / "raw" / "Dataset998_Ball")
+    write_ball_dataset(tmp_path / "raw" / "Dataset998_Ball")
     model = train_short(998, "3d_fullres", 0, TINY).parent
     assert model.name == "nnUNetTrainer__nnUNetPlans__3d_fullres"  # stock nnU-Net finds the trainer by this name
     checkpoint = read_model_folder(model).checkpoints["0"]

@@ -7,21 +7,19 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from nnslim.errors import InputError, ModelFolderError, NNSlimError, OutputError
+from nnslim.errors import ModelFolderError, NNSlimError, OutputError
 from nnslim.files import make_folder, output_error
+from nnslim.hosts.nnunet.cases import check_stage, find_cases, preprocess_case, silent
 from nnslim.hosts.nnunet.compat import predictor_class
 from nnslim.hosts.nnunet.folder import read_model_folder
 from nnslim.hosts.nnunet.predictor import slim_predictor
 from nnslim.work.config import SlimConfig, load_config
-from nnslim.work.images import check_complete
 from nnslim.work.report import Report
 
 _log = logging.getLogger("nnslim")
@@ -84,7 +82,7 @@ def load_predictor(model: Path, config: Any, settings: PredictSettings) -> Any:
     device = torch.device(settings.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelFolderError("device cuda was asked for, but torch finds no CUDA device; use --device cpu")
-    with open(os.devnull, "w") as sink, redirect_stdout(sink):  # noqa: PTH123  nnU-Net prints
+    with silent():
         predictor = cls(
             tile_step_size=settings.step_size,
             use_mirroring=settings.mirroring,
@@ -124,7 +122,7 @@ def predict_folder(
     images, output = Path(images), Path(output)
     predictor = load_predictor(Path(model), config, settings)
     ending = predictor.dataset_json["file_ending"]
-    _check_stage(predictor, settings)
+    check_stage(predictor, settings.previous_stage)
     cases = find_cases(images, ending)
     make_folder(output)
     manifest = output / "manifest.jsonl"
@@ -141,34 +139,6 @@ def predict_folder(
     return results
 
 
-def find_cases(images: Path, ending: str) -> dict[str, list[Path]]:
-    """Return the files of each case, one per channel, in channel order.
-
-    Raises:
-        InputError: nothing fits `<case>_0000<ending>`.
-    """
-    if not images.exists():
-        raise InputError(f"{images} does not exist; expected a folder of images or one image")
-    files = [images] if images.is_file() else sorted(images.glob(f"*{ending}"))
-    cases: dict[str, list[Path]] = {}
-    for file in files:
-        stem = file.name.removesuffix(ending)
-        if file.name.endswith(ending) and len(stem) > 5 and stem[-5] == "_" and stem[-4:].isdigit():
-            cases.setdefault(stem[:-5], []).append(file)
-    if not cases:
-        raise InputError(f"{images} holds no image named <case>_0000{ending}, as nnU-Net and this model expect")
-    return cases
-
-
-def _check_stage(predictor: Any, settings: PredictSettings) -> None:
-    stage = predictor.configuration_manager.previous_stage_name
-    if stage is not None and settings.previous_stage is None:
-        raise ModelFolderError(
-            f"the model is the second stage of a cascade and needs the segmentations of '{stage}'; "
-            "name their folder with --previous-stage"
-        )
-
-
 def _one_case(predictor: Any, name: str, files: list[Path], output: Path, settings: PredictSettings) -> CaseResult:
     ending = predictor.dataset_json["file_ending"]
     target = output / f"{name}{ending}"
@@ -177,9 +147,6 @@ def _one_case(predictor: Any, name: str, files: list[Path], output: Path, settin
     started = time.perf_counter()
     beside = output / f".{name}.{os.getpid()}"
     try:
-        _check_channels(predictor, files)
-        for file in files:
-            check_complete(file)
         previous = settings.previous_stage and settings.previous_stage / f"{name}{ending}"
         _predict_case(predictor, files, previous, beside)
         Path(f"{beside}{ending}").replace(target)
@@ -188,44 +155,24 @@ def _one_case(predictor: Any, name: str, files: list[Path], output: Path, settin
     except OSError as error:
         return CaseResult(name, "failed", error=str(output_error(target, error)))
     except (RuntimeError, MemoryError) as error:  # torch: out of memory, among others
-        return CaseResult(name, "failed", error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        return CaseResult(name, "failed", error=one_line(error))
     finally:
         for leftover in output.glob(f"{beside.name}*"):
             leftover.unlink(missing_ok=True)
     return CaseResult(name, "done", round(time.perf_counter() - started, 3))
 
 
-def _check_channels(predictor: Any, files: list[Path]) -> None:
-    described = predictor.dataset_json.get("channel_names") or predictor.dataset_json.get("modality")
-    if len(files) != len(described):
-        names = ", ".join(str(value) for value in described.values())
-        found = ", ".join(file.name for file in files)
-        raise InputError(f"the model needs {len(described)} channel(s) ({names}), found {len(files)} file(s): {found}")
+def one_line(error: Exception) -> str:
+    """Return the kind and the text of an error that is not ours, for a list of failed cases."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _predict_case(predictor: Any, files: list[Path], previous: Path | None, truncated: Path) -> None:
     """Read, preprocess, predict and write one case with nnU-Net's own parts, in this process."""
     from nnunetv2.inference.export_prediction import export_prediction_from_logits
-    from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
-    preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
-    quiet = open(os.devnull, "w")  # noqa: PTH123, SIM115
-    with quiet, redirect_stdout(quiet):
-        try:
-            data, stage, properties = preprocessor.run_case(
-                [str(file) for file in files],
-                None if previous is None else str(previous),
-                predictor.plans_manager,
-                predictor.configuration_manager,
-                predictor.dataset_json,
-            )
-        except Exception as error:  # readers raise whatever their format library raises
-            text = " ".join(str(error).split()) or type(error).__name__
-            names = [file.name for file in files] + ([previous.name] if previous else [])
-            raise InputError(f"{', '.join(names)} cannot be read: {text[:300]}") from error
-        if previous is not None:  # a cascade sees the stage before it as one channel per label
-            labels = predictor.label_manager.foreground_labels
-            data = np.vstack((data, convert_labelmap_to_one_hot(stage[0], labels, data.dtype)))
+    data, properties = preprocess_case(predictor, files, previous)
+    with silent():
         logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data))
         try:
             export_prediction_from_logits(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from nnslim.errors import OutputError
+from nnslim.hosts.nnunet.calibrate import calibration_of, fingerprint
 from nnslim.hosts.nnunet.compat import predictor_class
 from nnslim.hosts.nnunet.window import batched_window_logits
 from nnslim.spec import spec_of
@@ -125,7 +126,7 @@ def slim_predictor(predictor: Any, session: Session, source: str) -> None:
         return
     started = time.perf_counter()
     shape = (1, _input_channels(predictor), *predictor.configuration_manager.patch_size)
-    slimmed, cached = _compress_or_recall(network, folds, session.config, shape)
+    slimmed, cached = _compress_or_recall(predictor, network, folds, session.config, shape)
     predictor.network = torch.compile(slimmed.network) if compiled else slimmed.network
     if given:
         predictor.list_of_parameters = list(slimmed.weights)
@@ -144,12 +145,14 @@ def _input_channels(predictor: Any) -> int:
 
 
 def _compress_or_recall(
-    network: nn.Module, folds: Sequence[StateDict], config: SlimConfig, shape: Sequence[int]
+    predictor: Any, network: nn.Module, folds: Sequence[StateDict], config: SlimConfig, shape: Sequence[int]
 ) -> tuple[Slimmed, bool]:
-    folder, key = cache_folder(config), cache_key(network, folds, config, shape)
+    folder = cache_folder(config)
+    key = cache_key(network, folds, config, shape, fingerprint(config))
     if config.cache.read and (found := recall(network, key, folder)) is not None:
         return found, True
-    slimmed = compress(network, folds, config, shape)
+    with calibration_of(predictor, config) as data:
+        slimmed = compress(network, folds, config, shape, data=data)
     if config.cache.write:
         try:
             store(slimmed, key, folder)

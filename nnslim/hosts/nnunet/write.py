@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nnslim._version import __version__
 from nnslim.errors import ModelFolderError
 from nnslim.files import save_checkpoint, whole_folder, write_json
+from nnslim.hosts.nnunet.calibrate import calibration_of
 from nnslim.hosts.nnunet.folder import ModelFolder, build_network, builds_from_plans, input_shape, trainer_class
 from nnslim.hosts.nnunet.network import BASE_KEY, NETWORK_CLASS_NAME, SPEC_KEY
+from nnslim.methods.tucker.table import write_table
 from nnslim.spec import SlimSpec
 from nnslim.work.compress import Slimmed, compress
 from nnslim.work.config import SlimConfig
+from nnslim.work.recover import Progress
 
 
 def compress_folder(
-    model: ModelFolder, target: Path, config: SlimConfig, *, progress: Callable[[int, int], None] | None = None
+    model: ModelFolder,
+    target: Path,
+    config: SlimConfig,
+    *,
+    images: Path | None = None,
+    progress: Progress | None = None,
 ) -> Slimmed:
     """Compress all folds of a model with one spec and write the slim model folder.
 
     The folder holds plans.json (the architecture names nnslim and carries the spec), dataset.json, the checkpoints
-    under the names they had, and nnslim.json (what was done, per layer). Optimiser state is left out: it belongs to
-    tensors that are gone.
+    under the names they had, nnslim.json (what was done, per layer) and plan.csv (the ranks, to be edited and passed
+    back). Optimiser state is left out: it belongs to tensors that are gone.
+
+    Recovery that is interrupted goes on where it stopped at the next call: its state lies beside the target, in
+    `.<name>.recovery.fold<N>`, until the folder is written.
 
     Args:
         model: from `read_model_folder`.
         target: folder to write; must not exist, or be empty.
-        config: the methods.
-        progress: called with (folds done, folds in all).
+        config: the methods, and how data are used.
+        images: folder of unlabelled calibration images, in place of the one that the configuration names.
+        progress: called with (what is done, units done, units in all).
     Raises:
         ModelFolderError: already slim, or a trainer that builds its network without the plans.
         OutputError: the target exists or cannot be written; nothing half-written is left.
@@ -43,9 +54,20 @@ def compress_folder(
             f"{model.path}: trainer {model.trainer_name} builds its network itself, not from plans.json, so stock "
             "nnU-Net could not load a slim folder; use NNSlimContext (or nnslim run) for this model"
         )
-    with whole_folder(Path(target)) as side:
-        slimmed = compress(build_network(model), model.weights, config, input_shape(model), progress=progress)
-        plans = slim_plans(model, slimmed.spec, Path(target).name)
+    config, target = config.with_images(images), Path(target)
+    state = target.with_name(f".{target.name}.recovery")
+    with whole_folder(target) as side:
+        with calibration_of(model, config, progress) as data:
+            slimmed = compress(
+                build_network(model),
+                model.weights,
+                config,
+                input_shape(model),
+                data=data,
+                progress=progress,
+                checkpoint=state,
+            )
+        plans = slim_plans(model, slimmed.spec, target.name)
         write_json(side / "plans.json", plans)
         write_json(side / "dataset.json", model.dataset)
         for (fold, checkpoint), weights in zip(model.checkpoints.items(), slimmed.weights, strict=True):
@@ -53,6 +75,9 @@ def compress_folder(
             path = side / f"fold_{fold}" / model.checkpoint_name
             save_checkpoint(slim_checkpoint(checkpoint, weights, plans), path)
         write_json(side / "nnslim.json", record(model, slimmed, config))
+        write_table(slimmed.decisions, side / "plan.csv")
+    for leftover in target.parent.glob(f"{state.name}.fold*"):
+        leftover.unlink(missing_ok=True)
     return slimmed
 
 

@@ -1,10 +1,11 @@
 """Tucker factorisation of trained convolutions (Weber et al., arXiv 2404.09683)."""
 
 from nnslim.methods.base import Method, register_method
-from nnslim.methods.tucker.config import TuckerConfig
+from nnslim.methods.tucker.config import FitConfig, TuckerConfig
 from nnslim.methods.tucker.edit import TuckerEdit
+from nnslim.methods.tucker.fit import fit_tucker_network
 from nnslim.methods.tucker.plan import plan_tucker
 
-register_method(Method("tucker", TuckerConfig, plan_tucker))
+register_method(Method("tucker", TuckerConfig, plan_tucker, fit_tucker_network))
 
-__all__ = ["TuckerConfig", "TuckerEdit", "plan_tucker"]
+__all__ = ["FitConfig", "TuckerConfig", "TuckerEdit", "plan_tucker"]

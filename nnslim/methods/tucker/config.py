@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from nnslim.methods.base import MethodConfig
+
+BUDGETS = ("macs", "params", "milliseconds", "max_drop")
+
+
+class FitConfig(MethodConfig):
+    """How calibration images are used to set the weights; without images the weights alone decide."""
+
+    samples: int = Field(6000, ge=100, description="positions per layer, over all tiles")
+    ridge: float = Field(1e-3, ge=0, description="pull towards the dense weights, share of the input variance")
+    damping: float = Field(1e-2, ge=0, description="share of the mean output variance added to each channel's")
+    memory_mb: int = Field(256, ge=1, description="of one layer's moments; wider layers use channel statistics, MB")
+    layers_per_pass: int = Field(1, ge=1, description="more is faster, and a little less exact")
 
 
 class TuckerConfig(MethodConfig):
@@ -15,11 +28,28 @@ class TuckerConfig(MethodConfig):
 
     Rank of an axis with C channels:
         relative: ceil(C * rank_factor), raised to rank_min where that is set;
-        fixed: rank_min.
+        fixed: rank_min;
+        energy: smallest rank whose side keeps the share `energy` of the kernel's energy, raised to rank_min;
+        evbmf: analytic variational Bayes on the kernel's unfoldings, raised to rank_min.
     Then rounded to the nearest multiple of rank_multiple (at least one multiple), and at most C.
+        budget: one of macs, params, milliseconds, max_drop is spent where it costs least, in multiples of
+        rank_multiple (8 if that is 1); a layer may be factored on both sides, on one, or stay dense;
+        plan: read from a table that nnslim wrote and a person may have edited.
+    Naming a budget, `energy` or `plan` chooses the mode.
     """
 
-    rank_mode: Literal["relative", "fixed"] = "relative"
+    rank_mode: Literal["relative", "fixed", "energy", "evbmf", "budget", "plan"] = "relative"
+    macs: float | None = Field(None, gt=0, description="budget: share of the dense MACs (up to 1), or a number of MACs")
+    params: float | None = Field(None, gt=0, description="budget: share of the dense parameters, or a number of them")
+    milliseconds: float | None = Field(
+        None, gt=0, description="budget: forward time of one patch on this machine; up to 1 a share of the dense time"
+    )
+    max_drop: float | None = Field(
+        None, gt=0, lt=1, description="budget: estimated drop in Dice; the fewest MACs that keep it, recovery included"
+    )
+    energy: float | None = Field(None, gt=0, le=1, description="share of the energy that each side keeps")
+    plan: Path | None = Field(None, description="table of ranks (CSV)")
+    fit: FitConfig = FitConfig()
     rank_factor: float = Field(1 / 3, gt=0, le=1, description="share of the channels that is kept")
     rank_min: int | None = Field(16, ge=1, description="smallest rank; the rank itself in mode fixed")
     rank_multiple: int = Field(1, ge=1, description="ranks are multiples of this; 8 suits CPUs, 16 tensor cores")
@@ -31,13 +61,36 @@ class TuckerConfig(MethodConfig):
     first_layer: bool = Field(False, description="factor the layer that reads the image")
     pointwise: bool = Field(False, description="factor 1x1x1 layers")
     heads: bool = Field(False, description="factor segmentation heads")
+    transposed: bool = Field(False, description="factor transposed convolutions: few MACs, and easily hurt")
     only_if_cheaper: bool = Field(True, description="leave a layer dense where the chain would not save MACs")
     one_sided: bool = Field(True, description="leave a factor out where its rank equals its channels")
     decompose: bool = Field(True, description="False: random weights, for timing only")
     verbose: bool = Field(False, description="log one line per layer")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_mode(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or "rank_mode" in raw:
+            return raw
+        given = {"budget": any(raw.get(key) is not None for key in BUDGETS)}
+        given |= {key: raw.get(key) is not None for key in ("energy", "plan")}
+        modes = [mode for mode, named in given.items() if named]
+        return {**raw, "rank_mode": modes[0]} if modes else raw
+
+    @property
+    def budget(self) -> tuple[str, float] | None:
+        """The budget that is set, by name, or None."""
+        return next(((key, getattr(self, key)) for key in BUDGETS if getattr(self, key) is not None), None)
+
     @model_validator(mode="after")
     def _check(self) -> TuckerConfig:
+        budgets = [key for key in BUDGETS if getattr(self, key) is not None]
+        if len(budgets) > 1 or (self.rank_mode == "budget") != bool(budgets):
+            found = ", ".join(budgets) or "none"
+            raise ValueError(f"rank_mode 'budget' needs exactly one of {', '.join(BUDGETS)}, and found {found}")
+        for key in ("energy", "plan"):
+            if (self.rank_mode == key) != (getattr(self, key) is not None):
+                raise ValueError(f"rank_mode '{key}' and the key '{key}' belong together")
         if self.rank_mode == "fixed" and self.rank_min is None:
             raise ValueError("rank_mode 'fixed' needs rank_min, which is the rank itself")
         for pattern, wanted in self.overrides.items():
@@ -55,6 +108,7 @@ class TuckerConfig(MethodConfig):
             "first_layer": True,
             "pointwise": True,
             "heads": True,
+            "transposed": True,
             "only_if_cheaper": False,
             "one_sided": False,
         }
@@ -68,6 +122,10 @@ class TuckerConfig(MethodConfig):
             # Rounding before ceil keeps 0.1 * 30 at 3, which binary floats would make 4.
             share = self.rank_factor if factor is None else factor
             rank = max(self.rank_min or 1, math.ceil(round(channels * share, 9)))
+        return self.rounded(rank, channels)
+
+    def rounded(self, rank: int, channels: int) -> int:
+        """Return the nearest multiple of rank_multiple, at least one multiple and at most the channels."""
         multiple = self.rank_multiple
         rounded = max(multiple, multiple * math.floor(rank / multiple + 0.5))
         return min(channels, rounded)

@@ -9,9 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from nnslim.cost import Cost
 from nnslim.fitting import Problem, as_rows, fit_by_channels, fit_tucker, make_problem, project_kernel, solve_dense
 from nnslim.lowrank import TuckerFactors
+from nnslim.methods.tucker.config import TuckerConfig
 from nnslim.methods.tucker.layers import TuckerConv, kernel_of
+from nnslim.methods.tucker.metric import output_metric
 from nnslim.moments import ChannelMoments, LinearView, Moments
 from nnslim.streaming import Request, Tiles, following_norms, stream_moments
 from nnslim.surgery.replace import replace_layer
@@ -55,6 +58,31 @@ class _Task:
         return (None if last is None else last.in_channels), (None if first is None else first.out_channels)
 
 
+def fit_tucker_network(
+    dense: nn.Module,
+    slim: nn.Module,
+    config: TuckerConfig,
+    cost: Cost,
+    tiles: Tiles,
+    *,
+    compensate: bool = True,
+    seed: int = 0,
+    on_layer: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Set the weights of a slim network's chains from data; see `Method.fit` and `fit_network`."""
+    order = [name for name, layer in cost.layers.items() if layer.macs]
+    settings = FitSettings(
+        samples=config.fit.samples,
+        ridge=config.fit.ridge,
+        damping=config.fit.damping,
+        compensate=compensate,
+        memory=config.fit.memory_mb * 2**20,
+        group=config.fit.layers_per_pass,
+        seed=seed,
+    )
+    return fit_network(dense, slim, order, tiles, settings, on_layer)
+
+
 def fit_network(
     dense: nn.Module,
     slim: nn.Module,
@@ -92,9 +120,7 @@ def fit_network(
     return errors
 
 
-def _tasks(
-    dense: nn.Module, slim: nn.Module, order: Sequence[str], tiles: Tiles, settings: FitSettings
-) -> list[_Task]:
+def _tasks(dense: nn.Module, slim: nn.Module, order: Sequence[str], tiles: Tiles, settings: FitSettings) -> list[_Task]:
     originals, places = LayerIndex(dense), LayerIndex(slim)
     norms = following_norms(dense, next(iter(tiles)).to(next(dense.parameters()).device))
     tasks: list[_Task] = []
@@ -125,22 +151,6 @@ def _fit_group(
         if error is not None:
             errors[task.name] = error
     return errors
-
-
-def output_metric(moments: Moments | ChannelMoments, norm: nn.Module | None, damping: float) -> Tensor:
-    """Return the metric of a layer's outputs, (O, O): each channel in units of its standard deviation.
-
-    Instance norm divides each channel by its deviation and multiplies it by its affine weight, so that is what an error
-    of the channel is worth to the layers after it. Without a norm all channels count alike. The damping keeps channels
-    that hardly vary (dead ones) from ruling the fit.
-    """
-    view = moments.view
-    variance = moments.variance_y.unflatten(0, (view.outputs, -1)).mean(1)
-    if norm is None:
-        return torch.eye(view.outputs, dtype=torch.float64) / variance.mean().clamp(min=1e-30).sqrt()
-    weight = torch.ones(view.outputs) if norm.weight is None else norm.weight.detach().cpu()
-    scale = (variance + damping * variance.mean() + norm.eps).rsqrt()
-    return torch.diag(weight.double().abs().clamp(min=1e-2) * scale)
 
 
 def _problem(kernel: Tensor, moments: Moments, metric: Tensor, settings: FitSettings) -> Problem:

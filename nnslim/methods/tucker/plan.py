@@ -4,51 +4,51 @@ from __future__ import annotations
 
 import logging
 import math
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 
 from torch import nn
 
 from nnslim.cost import Cost
-from nnslim.errors import ConfigError, RankError, nearest
+from nnslim.errors import ConfigError, nearest
 from nnslim.methods.base import Decision, Plan
+from nnslim.methods.tucker.chain import chain_macs, chain_parameters
 from nnslim.methods.tucker.config import TuckerConfig
 from nnslim.methods.tucker.edit import TuckerEdit
 from nnslim.methods.tucker.layers import CONVOLUTIONS, is_transposed, kernel_of
+from nnslim.methods.tucker.ranks import Chosen, choose_ranks, matches
+from nnslim.streaming import Tiles
 from nnslim.surgery.walk import Layer, LayerIndex, unwrap
 
 _log = logging.getLogger("nnslim")
 
 
-def plan_tucker(network: nn.Module, config: TuckerConfig, cost: Cost) -> Plan:
+def plan_tucker(network: nn.Module, config: TuckerConfig, cost: Cost, tiles: Tiles | None = None) -> Plan:
     """Decide for each convolution: ranks, or dense with a reason. Reads only.
 
-    Ranks follow from shapes alone, so all folds of a model get the same structure.
-
     Args:
-        network: the dense network.
+        network: the dense network, with the weights that ranks may depend on (those of the first fold).
         config: rank rule and choice of layers.
         cost: of this network at its patch shape (`measure_cost`); tells shapes, order and segmentation heads.
+        tiles: calibration tiles; without them errors are those of the weights.
     Raises:
-        ConfigError: a pattern of include, exclude or overrides matches no convolution.
-        RankError: an override asks for a rank outside 1..channels.
+        ConfigError: a pattern of include, exclude or overrides matches no convolution, or a table does not fit.
+        RankError: an override asks for a rank outside 1..channels, or a budget cannot be met.
     """
     layers = LayerIndex(unwrap(network)).of_type(*CONVOLUTIONS)
     _check_patterns(config, layers)
     ran = [name for name in cost.layers if any(name == layer.name for layer in layers)]
     first = ran[0] if ran else None
+    open_layers = {layer.name: layer for layer in layers if not _kept_dense(layer, config, cost, layer.name == first)}
+    chosen = choose_ranks(network, open_layers, config, cost, tiles)
     edits, decisions = [], []
     for layer in layers:
-        decision, edit = _decide(layer, config, cost, is_first=layer.name == first)
+        decision, edit = _decide(layer, config, cost, chosen, is_first=layer.name == first)
         decisions.append(decision)
         if edit is not None:
             edits.append(edit)
         if config.verbose:
             _log.info("%s %s -> %s %s", layer.name, decision.shape, decision.ranks or "dense", decision.reason)
     return Plan(tuple(edits), tuple(decisions))
-
-
-def _matches(layer: Layer, pattern: str) -> bool:
-    return any(fnmatchcase(alias, pattern) for alias in layer.aliases)
 
 
 def _check_patterns(config: TuckerConfig, layers: list[Layer]) -> None:
@@ -58,7 +58,7 @@ def _check_patterns(config: TuckerConfig, layers: list[Layer]) -> None:
         ("overrides", tuple(config.overrides)),
     ):
         for pattern in patterns:
-            if layers and not any(_matches(layer, pattern) for layer in layers):
+            if layers and not any(matches(layer, pattern) for layer in layers):
                 # Compared with whole names and with their beginnings: "encodr.*" is nearest to "encoder".
                 parts = [layer.name.split(".") for layer in layers]
                 names = {".".join(part[:depth]) for part in parts for depth in range(1, len(part) + 1)}
@@ -66,29 +66,12 @@ def _check_patterns(config: TuckerConfig, layers: list[Layer]) -> None:
                 raise ConfigError(f"tucker: no convolution matches {key} pattern '{pattern}'; {hint}")
 
 
-def _ranks(layer: Layer, config: TuckerConfig) -> tuple[int, int]:
-    outputs, inputs = kernel_of(layer.module).shape[:2]
-    for pattern, wanted in config.overrides.items():
-        if not _matches(layer, pattern):
-            continue
-        if isinstance(wanted, float):
-            return config.rank(outputs, wanted), config.rank(inputs, wanted)
-        for side, rank, channels in (("output", wanted[0], outputs), ("input", wanted[1], inputs)):
-            if not 1 <= rank <= channels:
-                raise RankError(
-                    f"tucker: override '{pattern}' asks for {side} rank {rank} at '{layer.name}', "
-                    f"which has {channels} {side} channels; use 1..{channels}"
-                )
-        return wanted
-    return config.rank(outputs), config.rank(inputs)
-
-
 def _kept_dense(layer: Layer, config: TuckerConfig, cost: Cost, is_first: bool) -> str:
     """Return why the layer stays dense whatever its ranks, or an empty string."""
     conv = layer.module
-    if not any(_matches(layer, pattern) for pattern in config.include):
+    if not any(matches(layer, pattern) for pattern in config.include):
         return "not included"
-    if any(_matches(layer, pattern) for pattern in config.exclude):
+    if any(matches(layer, pattern) for pattern in config.exclude):
         return "excluded"
     if conv.groups != 1:
         return f"grouped convolution (groups={conv.groups})"
@@ -100,26 +83,14 @@ def _kept_dense(layer: Layer, config: TuckerConfig, cost: Cost, is_first: bool) 
         return "segmentation head"
     if math.prod(conv.kernel_size) == 1 and layer.name not in cost.heads and not config.pointwise:
         return "1x1 kernel"
+    if is_transposed(conv) and not config.transposed:
+        return "transposed convolution"
     return ""
 
 
-def chain_macs(conv: nn.Module, rank_out: int | None, rank_in: int | None, v_in: int, v_out: int) -> int:
-    """Return the MACs of a Tucker chain on v_in input and v_out output voxels, samples and calls counted in."""
-    inputs, outputs = conv.in_channels, conv.out_channels
-    core_voxels = v_in if is_transposed(conv) else v_out
-    core = (rank_in or inputs) * (rank_out or outputs) * math.prod(conv.kernel_size) * core_voxels
-    return core + (inputs * rank_in * v_in if rank_in else 0) + (rank_out * outputs * v_out if rank_out else 0)
-
-
-def chain_parameters(conv: nn.Module, rank_out: int | None, rank_in: int | None) -> int:
-    """Return the parameters of a Tucker chain, bias included."""
-    inputs, outputs = conv.in_channels, conv.out_channels
-    core = (rank_in or inputs) * (rank_out or outputs) * math.prod(conv.kernel_size)
-    factors = (inputs * rank_in if rank_in else 0) + (rank_out * outputs if rank_out else 0)
-    return core + factors + (0 if conv.bias is None else outputs)
-
-
-def _decide(layer: Layer, config: TuckerConfig, cost: Cost, *, is_first: bool) -> tuple[Decision, TuckerEdit | None]:
+def _decide(
+    layer: Layer, config: TuckerConfig, cost: Cost, chosen: Mapping[str, Chosen], *, is_first: bool
+) -> tuple[Decision, TuckerEdit | None]:
     conv = layer.module
     shape = tuple(kernel_of(conv).shape)
     parameters = sum(p.numel() for p in conv.parameters())
@@ -131,7 +102,10 @@ def _decide(layer: Layer, config: TuckerConfig, cost: Cost, *, is_first: bool) -
 
     if reason := _kept_dense(layer, config, cost, is_first):
         return dense(reason)
-    ranks = _ranks(layer, config)
+    choice = chosen[layer.name]
+    if choice.reason:
+        return dense(choice.reason)
+    ranks = tuple(rank or channels for rank, channels in zip(choice.ranks, shape[:2], strict=True))
     sides = tuple(
         None if config.one_sided and rank == channels else rank for rank, channels in zip(ranks, shape[:2], strict=True)
     )
@@ -139,7 +113,10 @@ def _decide(layer: Layer, config: TuckerConfig, cost: Cost, *, is_first: bool) -
         return dense("full rank")
     macs_after = chain_macs(conv, *sides, ran.voxels_in, ran.voxels_out)
     parameters_after = chain_parameters(conv, *sides)
-    if config.only_if_cheaper and macs_after >= macs:
+    if config.only_if_cheaper and macs_after >= macs and config.rank_mode not in ("budget", "plan"):
         return dense(f"would not get cheaper ({macs_after:,} MACs against {macs:,})")
     edit = TuckerEdit(layer.name, *sides, decompose=config.decompose)
-    return Decision(layer.name, "tucker", shape, ranks, macs, macs_after, parameters, parameters_after), edit
+    decision = Decision(
+        layer.name, "tucker", shape, ranks, macs, macs_after, parameters, parameters_after, error=choice.error
+    )
+    return decision, edit

@@ -1,0 +1,157 @@
+"""Find out, once, what each pair of ranks would cost in error at each layer, and what such an error is worth."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nnslim.fitting import fit_by_channels
+from nnslim.methods.tucker.layers import kernel_of
+from nnslim.methods.tucker.metric import output_metric
+from nnslim.moments import ChannelMoments, LinearView
+from nnslim.spectra import Spectrum, whitened
+from nnslim.streaming import Request, Tiles, following_norms, stream_moments
+from nnslim.surgery.walk import LayerIndex
+
+_PROBE_ERROR = (
+    0.1  # squared relative error at which a layer is probed: large enough to be seen, small enough to be local
+)
+_PROBE_TILES = 4
+
+
+@dataclass(frozen=True)
+class LayerSurvey:
+    """What is known of one layer.
+
+    Attributes:
+        weights: error of the weights for each pair of ranks.
+        outputs: error of the outputs, in the units of `output_metric`; the same as `weights` without data.
+        sensitivity: what one unit of squared relative output error costs in the network's answer; 1 without data.
+    """
+
+    weights: Spectrum
+    outputs: Spectrum
+    sensitivity: float = 1.0
+
+
+def survey(
+    network: nn.Module,
+    names: Sequence[str],
+    tiles: Tiles | None,
+    *,
+    samples: int = 4000,
+    seed: int = 0,
+    damping: float = 1e-2,
+    probe: bool = True,
+    on_step: Callable[[int, int], None] | None = None,
+) -> dict[str, LayerSurvey]:
+    """Survey layers of a dense network, in one pass over the tiles and one short probe per layer.
+
+    Args:
+        network: eval mode; not modified.
+        names: convolutions without groups.
+        tiles: calibration tiles; None surveys the weights alone.
+        samples, seed, damping: as in `FitSettings`.
+        probe: measure the sensitivities.
+        on_step: called with (layers done, layers in all).
+    """
+    layers = LayerIndex(network)
+    kernels = {name: kernel_of(layers[name].module).detach().cpu().double().flatten(2) for name in names}
+    plain = {name: Spectrum.of(kernel) for name, kernel in kernels.items()}
+    if tiles is None:
+        return {name: LayerSurvey(plain[name], plain[name]) for name in names}
+    norms = following_norms(network, next(iter(tiles)).to(next(network.parameters()).device))
+    requests = []
+    for name in names:
+        conv = layers[name].module
+        if (view := LinearView.of(conv)) is not None:
+            requests.append(Request(name, conv, ChannelMoments(view, per_tile=name in norms)))
+    stream_moments(network, network, tiles, requests, samples=samples, seed=seed)
+    moments = {request.layer: request.moments for request in requests}
+    found = {}
+    prober = _Prober(network, tiles) if probe else None
+    for number, name in enumerate(names, start=1):
+        if name in moments:
+            norm = layers[norms[name]].module if name in norms else None
+            found[name] = _survey_layer(kernels[name], plain[name], moments[name], norm, damping, prober, name)
+        else:  # overlapping transposed convolutions
+            found[name] = LayerSurvey(plain[name], plain[name])
+        if on_step is not None:
+            on_step(number, len(names))
+    return found
+
+
+def _survey_layer(
+    kernel: Tensor,
+    plain: Spectrum,
+    moments: ChannelMoments,
+    norm: nn.Module | None,
+    damping: float,
+    prober: _Prober | None,
+    name: str,
+) -> LayerSurvey:
+    metric = output_metric(moments, norm, damping)
+    taps = moments.taps if not moments.view.transposed else torch.eye(moments.view.taps, dtype=torch.float64)
+    outputs = Spectrum.of(whitened(kernel, moments.channels, taps, metric))
+    if prober is None:
+        return LayerSurvey(plain, outputs)
+    ranks = _probe_ranks(outputs)
+    approximate = fit_by_channels(kernel, moments.channels, taps, metric, ranks).reconstruct()
+    squared = max(float(outputs.squared_error[ranks]), 1e-6)
+    return LayerSurvey(plain, outputs, max(prober.divergence(name, approximate), 1e-9) / squared)
+
+
+def _probe_ranks(spectrum: Spectrum) -> tuple[int, int]:
+    """Return ranks of about the same share on both sides, with a squared error nearest to the probe's."""
+    outputs, inputs = (size - 1 for size in spectrum.squared_error.shape)
+    shares = [(max(1, round(outputs * s / 40)), max(1, round(inputs * s / 40))) for s in range(1, 41)]
+    return min(shares, key=lambda ranks: abs(float(spectrum.squared_error[ranks]) - _PROBE_ERROR))
+
+
+class _Prober:
+    """Measures how far the network's answer moves when one layer's kernel is replaced."""
+
+    def __init__(self, network: nn.Module, tiles: Tiles) -> None:
+        self._dense = network
+        self._twin = copy.deepcopy(network)
+        self._layers = LayerIndex(self._twin)
+        self._device = next(network.parameters()).device
+        step = max(1, len(tiles) // _PROBE_TILES)
+        self._pick = (tiles, step)
+        self._count = len(range(0, len(tiles), step)[:_PROBE_TILES])
+
+    @torch.inference_mode()
+    def divergence(self, name: str, kernel: Tensor) -> float:
+        """Return the mean Kullback-Leibler divergence and soft-Dice distance of the answers, see `answer_distance`."""
+        weight = self._layers[name].module.weight
+        saved = weight.detach().clone()
+        view = kernel_of(self._layers[name].module)
+        view.copy_(kernel.reshape(view.shape))
+        try:
+            total = 0.0
+            tiles, step = self._pick
+            for tile in itertools.islice(tiles, 0, self._count * step, step):
+                tile = tile.to(self._device)
+                total += answer_distance(self._twin(tile), self._dense(tile))
+            return total / self._count
+        finally:
+            weight.copy_(saved)
+
+
+def answer_distance(found: Tensor, wanted: Tensor) -> float:
+    """Return how far logits are from the wanted ones: one minus soft Dice per class, over the wanted one's own.
+
+    Both are taken as softmax probabilities; classes count alike, so that a small organ weighs as much as a large one.
+
+    Args:
+        found, wanted: (B, C, *spatial) logits; a single channel, and regions, are close enough by sigmoid.
+    """
+    p, q = (x.float().softmax(1) if x.shape[1] > 1 else x.float().sigmoid() for x in (found, wanted))
+    axes = [0, *range(2, p.ndim)]
+    distance = (p - q).square().sum(axes) / (p.square() + q.square()).sum(axes).clamp(min=1e-6)
+    return float(distance.mean())

@@ -1,0 +1,416 @@
+"""Recover accuracy without labels: the slim network learns the dense network's answers on augmented images."""
+
+from __future__ import annotations
+
+import logging
+import math
+import pickle
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from nnslim.files import save_checkpoint
+from nnslim.streaming import Tiles, hooked
+from nnslim.surgery.walk import LayerIndex
+from nnslim.work.calibration import Calibration
+from nnslim.work.config import RecoveryConfig
+from nnslim.work.distillation import distillation_loss
+from nnslim.work.expected import expected_dices, harden
+
+_log = logging.getLogger("nnslim")
+_NORM = (nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
+# Networks are overconfident: softened by this the estimate was at or above the true drop for every rank factor that was
+# measured (docs/results.md).
+TEMPERATURE = 1.5
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Recovery:
+    """How recovery went.
+
+    Attributes:
+        steps: steps taken.
+        before, after: estimated drop in Dice on the held-out tiles, see `Agreement`.
+        history: (step, estimated drop).
+        stopped: why it ended: "steps", "time", "no gain" or "target".
+        seconds: spent; not part of `to_dict`, which is reproducible.
+    """
+
+    steps: int = 0
+    before: float = math.nan
+    after: float = math.nan
+    history: list[tuple[int, float]] = field(default_factory=list)
+    stopped: str = "steps"
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {
+            "steps": self.steps,
+            "estimated_drop_before": _rounded(self.before),
+            "estimated_drop_after": _rounded(self.after),
+            "history": [[step, _rounded(drop)] for step, drop in self.history],
+            "stopped": self.stopped,
+        }
+
+
+def _rounded(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 5)
+
+
+class Referee:
+    """Measures, on held-out tiles, how much Dice a slim network is expected to lose against labels, without any.
+
+    The dense network's own probabilities stand for the labels (`expected_dice`). They are computed once for each tile
+    and kept on disk in half precision where a folder is given, so that measuring again only costs the slim network's
+    pass.
+    """
+
+    def __init__(self, dense: nn.Module, tiles: Tiles, *, regions: bool = False) -> None:
+        """Prepare.
+
+        Args:
+            dense: in eval mode.
+            tiles: held-out tiles.
+            regions: channels are independent.
+        """
+        self._dense, self._tiles, self._regions = dense, tiles, regions
+        self._device = next(dense.parameters()).device
+        self._kept: dict[int, Tensor] = {}
+        self._budget = 256 * 2**20  # bytes of logits that are kept in memory
+
+    @torch.inference_mode()
+    def _reference(self, number: int, tile: Tensor) -> Tensor:
+        if number in self._kept:
+            return self._kept[number].float()
+        logits = self._dense(tile)[0].float().cpu()
+        size = logits.numel() * 2
+        if size <= self._budget:
+            self._budget -= size
+            self._kept[number] = logits.half()
+            return self._kept[number].float()  # the same numbers the next time
+        return logits
+
+    @torch.inference_mode()
+    def drop(self, slim: nn.Module) -> float:
+        """Return the estimated drop, mean over classes and tiles; NaN where no tile shows any class."""
+        drops = []
+        training = slim.training
+        slim.eval()
+        for number, tile in enumerate(self._tiles):
+            tile = tile.to(self._device)
+            logits = self._reference(number, tile)
+            truth = logits.sigmoid() if self._regions else logits.softmax(0)
+            answer = slim(tile)[0].float().cpu()
+            answer = answer > 0 if self._regions else answer.argmax(0)
+            both = [harden(truth, not self._regions), answer]
+            wanted, found = (torch.as_tensor(d) for d in expected_dices(truth, both, not self._regions, TEMPERATURE))
+            there = wanted.isfinite() & found.isfinite()
+            if there.any():
+                drops.append(float((wanted - found)[there].mean()))
+        slim.train(training)
+        return sum(drops) / len(drops) if drops else math.nan
+
+
+@torch.inference_mode()
+def recalibrate_norms(dense: nn.Module, slim: nn.Module, tiles: Tiles) -> None:
+    """Set the slim norms' affine weights, in place, so that their outputs are nearest to the dense ones'.
+
+    For each channel the least-squares line from the slim norm's output to the dense norm's: an output that follows the
+    dense one only partly is scaled down accordingly. One pass over the tiles.
+
+    Args:
+        dense, slim: in eval mode, on one device. tiles: calibration tiles.
+    """
+    layers, others = LayerIndex(slim), LayerIndex(dense)
+    names = [layer.name for layer in layers.of_type(*_NORM) if layer.module.weight is not None and layer.name in others]
+    sums = {name: torch.zeros(5, len(layers[name].module.weight), dtype=torch.float64) for name in names}
+    counts = dict.fromkeys(names, 0)
+    device = next(dense.parameters()).device
+    for tile in tiles:
+        tile = tile.to(device)
+        wanted: dict[str, Tensor] = {}
+
+        # Copies, because activations work in place on what the norm puts out.
+        def keep(name: str, output: Tensor, wanted: dict[str, Tensor] = wanted) -> None:
+            wanted[name] = output.clone()
+
+        def compare(name: str, output: Tensor, wanted: dict[str, Tensor] = wanted) -> None:
+            u = output.transpose(0, 1).flatten(1).double().cpu()
+            v = wanted.pop(name).transpose(0, 1).flatten(1).double().cpu()
+            sums[name] += torch.stack([u.sum(1), v.sum(1), (u * u).sum(1), (u * v).sum(1), (v * v).sum(1)])
+            counts[name] += u.shape[1]
+
+        with hooked(dense, {}, {n: lambda m, i, o, n=n: keep(n, o) for n in names}):
+            dense(tile)
+        with hooked(slim, {}, {n: lambda m, i, o, n=n: compare(n, o) for n in names}):
+            slim(tile)
+    for name in names:
+        if counts[name]:
+            _set_line(layers[name].module, sums[name] / counts[name])
+
+
+def _set_line(norm: nn.Module, means: Tensor) -> None:
+    u, v, uu, uv, _ = means
+    slope = ((uv - u * v) / (uu - u * u).clamp(min=1e-12)).clamp(0.0, 2.0).to(norm.weight)
+    shift = (v - slope.double().cpu() * u).to(norm.weight)
+    norm.bias.copy_(norm.bias * slope + shift)
+    norm.weight.copy_(norm.weight * slope)
+
+
+def stage_ends(network: nn.Module, tile: Tensor) -> list[str]:
+    """Return the last norm layer of each resolution stage, in order of execution.
+
+    Args:
+        network: in eval mode. tile: (1, C, *patch).
+    """
+    ran: list[tuple[str, tuple[int, ...]]] = []
+    names = [layer.name for layer in LayerIndex(network).of_type(*_NORM)]
+    hooks = {n: lambda m, i, o, n=n: ran.append((n, tuple(o.shape[2:]))) for n in names}
+    with hooked(network, {}, hooks), torch.no_grad():
+        network(tile)
+    following = [*ran[1:], ("", ())]
+    return [name for (name, shape), (_, then) in zip(ran, following, strict=True) if shape != then]
+
+
+class _Learner:
+    """Slim network, optimiser and schedule of one stage of distillation."""
+
+    def __init__(self, dense: nn.Module, slim: nn.Module, data: Calibration, settings: RecoveryConfig) -> None:
+        self.dense, self.slim, self.data, self.settings = dense, slim, data, settings
+        self.device = next(slim.parameters()).device
+        self.trained = [p for p in slim.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(self.trained, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+        self.half = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self.ends: list[str] = []
+
+    def step(self, batch: Tensor, share: float, warm: float, blocks: bool) -> float:
+        """Take one step at the given share of the schedule, 0..1."""
+        rate = self.settings.learning_rate * min(1.0, warm) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        batch = batch.to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            loss = self._block_loss(batch) if blocks else self._logit_loss(batch)
+        self.optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimiser.step()
+        return float(loss.detach())
+
+    def _logit_loss(self, batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = self.dense(batch)
+        return distillation_loss(self.slim(batch), wanted, regions=self.data.regions)
+
+    def _block_loss(self, batch: Tensor) -> Tensor:
+        """Mean over the stages of the squared error of their outputs, as a share of the dense outputs' variance."""
+        if not self.ends:
+            self.ends = stage_ends(self.dense, batch[:1])
+        wanted: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
+        # Held by reference: the activation that works in place on them makes both the stage's outputs.
+        with (
+            hooked(self.dense, {}, {n: lambda m, i, o, n=n: wanted.update({n: o}) for n in self.ends}),
+            torch.no_grad(),
+        ):
+            self.dense(batch)
+        with hooked(self.slim, {}, {n: lambda m, i, o, n=n: found.update({n: o}) for n in self.ends}):
+            self.slim(batch)
+        parts = []
+        for name in self.ends:
+            target = wanted[name].float()
+            parts.append((found[name].float() - target).square().mean() / target.var().clamp(min=1e-6))
+        return torch.stack(parts).mean()
+
+
+def distil(
+    dense: nn.Module,
+    slim: nn.Module,
+    data: Calibration,
+    settings: RecoveryConfig,
+    *,
+    checkpoint: Path | None = None,
+    identity: str = "",
+    target: float | None = None,
+    progress: Progress | None = None,
+) -> Recovery:
+    """Let the slim network learn from the dense one, in place: stages first, then logits. Keeps the best state.
+
+    Reproducible for given data and settings, but for a time budget. With a checkpoint an interrupted run goes on where
+    it stopped.
+
+    Args:
+        dense, slim: on one device; left in eval mode.
+        data: patches to learn from, held-out tiles to judge on.
+        settings: steps, rate, budgets.
+        checkpoint: file for the state in between; removed by the caller when all is written.
+        identity: a checkpoint of another identity is not used.
+        target: stop as soon as the estimated drop is at most this.
+        progress: called with (what, steps done, steps in all).
+    """
+    dense.eval()
+    referee = Referee(dense, data.held_out, regions=data.regions)
+    learner = _Learner(dense, slim, data, settings)
+    run = _Run(learner, referee, settings, checkpoint, identity, target, progress)
+    try:
+        return run.go()
+    finally:
+        slim.eval()
+
+
+class _Run:
+    """The loop: schedule, measurements, best state, checkpoints."""
+
+    def __init__(
+        self,
+        learner: _Learner,
+        referee: Referee,
+        settings: RecoveryConfig,
+        checkpoint: Path | None,
+        identity: str,
+        target: float | None,
+        progress: Progress | None,
+    ) -> None:
+        self.learner, self.referee, self.settings = learner, referee, settings
+        self.checkpoint, self.identity, self.target, self.progress = checkpoint, identity, target, progress
+        self.total = settings.block_steps + settings.steps
+        self.recovery = Recovery()
+        self.best: dict[str, Tensor] = {}
+        self.spent = 0.0
+        self.started = time.perf_counter()
+
+    def go(self) -> Recovery:
+        """Run to the end and leave the best state in the slim network."""
+        recovery = self.recovery
+        if not self._resume():
+            recovery.before = recovery.after = self.referee.drop(self.learner.slim)
+            self._keep()
+        if not (self.target is not None and recovery.after <= self.target):
+            self._learn()
+        else:
+            recovery.stopped = "target"
+        self.learner.slim.load_state_dict(self.best)
+        recovery.seconds = self._elapsed()
+        return recovery
+
+    def _elapsed(self) -> float:
+        return self.spent + time.perf_counter() - self.started
+
+    def _learn(self) -> None:
+        settings, recovery = self.settings, self.recovery
+        size = settings.batch_size
+        patches = self.learner.data.patches(self.total * size)
+        rest = Subset(patches, range(recovery.steps * size, self.total * size))
+        loader = DataLoader(rest, batch_size=size, shuffle=False, num_workers=settings.workers)
+        self.learner.slim.train()
+        for step, batch in enumerate(loader, start=recovery.steps):
+            if settings.seconds is not None and self._elapsed() >= settings.seconds:
+                recovery.stopped = "time"
+                self._measure()
+                return
+            self.learner.step(batch, *self._schedule(step))
+            recovery.steps = step + 1
+            if self.progress is not None:
+                self.progress("recovery", recovery.steps, self.total)
+            last = recovery.steps == self.total
+            if (recovery.steps % settings.every == 0 or last) and self._measure() and not last:
+                return
+
+    def _schedule(self, step: int) -> tuple[float, float, bool]:
+        """Return the share of the stage's schedule, the share of its warm-up, and whether it is the block stage."""
+        blocks = step < self.settings.block_steps
+        first, length = (0, self.settings.block_steps) if blocks else (self.settings.block_steps, self.settings.steps)
+        share = (step - first) / length
+        if self.settings.seconds is not None:
+            share = max(share, self._elapsed() / self.settings.seconds)
+        return share, (step - first + 1) / max(1, min(20, length // 10)), blocks
+
+    def _measure(self) -> bool:
+        """Measure agreement, keep the best state, write the checkpoint; True where learning should stop."""
+        recovery = self.recovery
+        drop = self.referee.drop(self.learner.slim)
+        recovery.history.append((recovery.steps, drop))
+        if not recovery.after <= drop:  # also where it was NaN
+            recovery.after = drop
+            self._keep()
+        self._save()
+        if self.target is not None and drop <= self.target:
+            recovery.stopped = "target"
+            return True
+        recent = [value for _, value in recovery.history[-self.settings.patience :]]
+        if self.settings.patience and len(recovery.history) > self.settings.patience and min(recent) > recovery.after:
+            recovery.stopped = "no gain"
+            return True
+        return False
+
+    def _keep(self) -> None:
+        self.best = {key: value.detach().clone() for key, value in self.learner.slim.state_dict().items()}
+
+    def _save(self) -> None:
+        if self.checkpoint is None:
+            return
+        save_checkpoint(
+            {
+                "identity": self.identity,
+                "recovery": vars(self.recovery) | {"seconds": self._elapsed()},
+                "best": self.best,
+                "slim": self.learner.slim.state_dict(),
+                "optimiser": self.learner.optimiser.state_dict(),
+            },
+            self.checkpoint,
+        )
+
+    def _resume(self) -> bool:
+        """Take up the state of an interrupted run; False where there is none that fits."""
+        if self.checkpoint is None or not self.checkpoint.is_file():
+            return False
+        try:
+            content: Mapping[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            if content["identity"] != self.identity:
+                _log.warning("%s belongs to another run and is not used", self.checkpoint)
+                return False
+            self.learner.slim.load_state_dict(content["slim"])
+            self.learner.optimiser.load_state_dict(content["optimiser"])
+            self.recovery = Recovery(**content["recovery"])
+            self.recovery.history = [tuple(item) for item in self.recovery.history]
+            self.best, self.spent = content["best"], self.recovery.seconds
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.PickleError) as error:
+            _log.warning("%s cannot be used (%s); recovery starts afresh", self.checkpoint, type(error).__name__)
+            return False
+        _log.info("recovery goes on after step %d", self.recovery.steps)
+        return True
+
+
+def recover(
+    dense: nn.Module,
+    slim: nn.Module,
+    data: Calibration,
+    settings: RecoveryConfig,
+    *,
+    checkpoint: Path | None = None,
+    identity: str = "",
+    target: float | None = None,
+    progress: Progress | None = None,
+) -> Recovery:
+    """Run what the settings switch on (compensation is part of the fit), in place; see `distil` for the arguments."""
+    if settings.norms:
+        referee = Referee(dense, data.held_out, regions=data.regions)
+        before, saved = referee.drop(slim), {k: v.clone() for k, v in slim.state_dict().items()}
+        recalibrate_norms(dense, slim, data.tiles)
+        if not referee.drop(slim) <= before:  # a line per channel can overshoot where the error is large
+            slim.load_state_dict(saved)
+    if settings.learns:
+        return distil(
+            dense, slim, data, settings, checkpoint=checkpoint, identity=identity, target=target, progress=progress
+        )
+    drop = Referee(dense, data.held_out, regions=data.regions).drop(slim)
+    return Recovery(before=drop, after=drop)

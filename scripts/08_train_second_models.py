@@ -1,0 +1,134 @@
+"""Train one of the two networks that benchmarks use beside the shipped one.
+
+resenc: a ResidualEncoderUNet on Dataset004_Hippocampus.
+manyclass: a small PlainConvUNet for the 41 classes of Dataset941_DeformedCT, which is written on first use from a
+labelled CT (--image, --labels).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+
+def use_residual_encoder(settings: dict[str, Any]) -> None:
+    """Turn the plain U-Net of a configuration into a ResidualEncoderUNet with its stages, widths and patch."""
+    architecture = settings["architecture"]
+    arguments = architecture["arch_kwargs"]
+    architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+    del arguments["n_conv_per_stage"]
+    # nnU-Net's planner has 1, 3, 4, 6; these are what a processor can train.
+    arguments["n_blocks_per_stage"] = [1, 2, 2, 2]
+    arguments["n_conv_per_stage_decoder"] = [1, 1, 1]
+
+
+def use_small_patch(settings: dict[str, Any]) -> None:
+    """Give a configuration a patch and widths that a processor can train with 42 output channels."""
+    settings["patch_size"] = [32, 64, 80]
+    settings["architecture"]["arch_kwargs"] |= {
+        "n_stages": 4,
+        "features_per_stage": [16, 32, 64, 128],
+        "kernel_sizes": [[3, 3, 3]] * 4,
+        "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]],
+        "n_conv_per_stage": [2, 2, 2, 2],
+        "n_conv_per_stage_decoder": [2, 2, 2],
+    }
+
+
+def trainer_of(model: str) -> type:
+    """Return the trainer class; the name that it stores is of one that stock nnU-Net has."""
+    from nnslim.hosts.nnunet.folder import trainer_class
+
+    if model == "resenc":
+        return trainer_class("nnUNetTrainer")
+    # Left and right classes differ, so that mirrored images would be wrong. nnU-Net's SGD leaves all small classes at
+    # Dice 0 for the few hundred iterations that a processor affords; its Adam variant does not.
+    base, adam = trainer_class("nnUNetTrainerNoMirroring"), trainer_class("nnUNetTrainerAdam")
+    return type(base.__name__, (base,), {"configure_optimizers": adam.configure_optimizers})
+
+
+# dataset number, plans, their edit, initial learning rate
+MODELS = {
+    "resenc": (4, "nnUNetResEncPlans", use_residual_encoder, 1e-2),
+    "manyclass": (941, "nnUNetSmallPlans", use_small_patch, 1e-3),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, required=True)
+    parser.add_argument("--raw", type=Path, required=True, help="folder of nnU-Net raw datasets")
+    parser.add_argument("--work", type=Path, required=True, help="folder for preprocessed data and results")
+    parser.add_argument("--image", type=Path, help="manyclass, first use: the CT, e.g. example_ct_sm.nii.gz")
+    parser.add_argument("--labels", type=Path, help="manyclass, first use: its labels, e.g. example_seg.nii.gz")
+    parser.add_argument("--cases", type=int, nargs=2, default=(60, 12), help="manyclass: training and test (60 12)")
+    parser.add_argument("--fold", type=int, default=0, help="fold of splits_final.json (default: 0)")
+    parser.add_argument("--epochs", type=int, default=20, help="epochs (default: 20)")
+    parser.add_argument("--iterations", type=int, default=50, help="iterations per epoch (default: 50)")
+    parser.add_argument("--batch-size", type=int, default=2, help="patches per iteration (default: 2)")
+    parser.add_argument("--learning-rate", type=float, help="initial, poly decay (0.01; manyclass, by Adam: 0.001)")
+    parser.add_argument("--float32", action="store_true", help="full precision (default: bfloat16 autocast)")
+    parser.add_argument("--resume", action="store_true", help="go on from checkpoint_latest.pth")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--threads", type=int, help="torch threads (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, augmentation and deformation (default: 0)")
+    parser.add_argument("--copy-to", type=Path, help="also write a copy without optimiser state to this new folder")
+    args = parser.parse_args()
+    dataset, plans_name, edit_plans, learning_rate = MODELS[args.model]
+
+    for name, path in (
+        ("nnUNet_raw", args.raw),
+        ("nnUNet_preprocessed", args.work / "preprocessed"),
+        ("nnUNet_results", args.work / "results"),
+    ):
+        os.environ[name] = str(path.resolve())
+    os.environ["nnUNet_n_proc_DA"] = "1"  # nnU-Net's planner does not take 0
+
+    import numpy as np
+    import torch
+
+    from nnslim.hosts.nnunet.short_training import ShortTraining, copy_weights, preprocess_once, train_short
+    from nnslim.work.deformed_dataset import write_deformed_dataset
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    deformed = args.raw / "Dataset941_DeformedCT"
+    if args.model == "manyclass" and not (deformed / "dataset.json").is_file():
+        if not (args.image and args.labels):
+            parser.error(f"{deformed} is not there: --image and --labels are needed to write it")
+        write_deformed_dataset(args.image, args.labels, deformed, *args.cases, seed=args.seed)
+    preprocess_once(dataset, "3d_fullres", processes=1)
+    os.environ["nnUNet_n_proc_DA"] = "0"  # augmentation in this process follows the seed, and needs no second core
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    length = ShortTraining(
+        epochs=args.epochs,
+        iterations=args.iterations,
+        validation_iterations=5,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate or learning_rate,
+        bfloat16=not args.float32,
+    )
+    folder = train_short(
+        dataset,
+        "3d_fullres",
+        args.fold,
+        length,
+        plans_name=plans_name,
+        edit_plans=edit_plans,
+        trainer_base=trainer_of(args.model),
+        resume=args.resume,
+        device=args.device,
+    )
+    print(f"trained: {folder}")
+    if args.copy_to:
+        copy_weights(folder, args.copy_to)
+        print(f"copy: {args.copy_to}")
+
+
+if __name__ == "__main__":
+    main()
