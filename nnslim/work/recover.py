@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import pickle
@@ -28,6 +29,7 @@ _NORM = (nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
 # Networks are overconfident: softened by this the estimate was at or above the true drop for every rank factor that was
 # measured (docs/results.md).
 TEMPERATURE = 1.5
+_MEMORY = 0.97  # of the running mean of the weights, per step
 
 Progress = Callable[[str, int, int], None]
 
@@ -191,6 +193,9 @@ class _Learner:
         self.optimiser = torch.optim.AdamW(self.trained, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
         self.half = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         self.ends: list[str] = []
+        # Judged and kept is a running mean of the weights: single steps are noisy, above all at batch 1 or 2.
+        self.mean = copy.deepcopy(slim).eval().requires_grad_(False)
+        self.taken = 0
 
     def step(self, batch: Tensor, share: float, warm: float, blocks: bool) -> float:
         """Take one step at the given share of the schedule, 0..1."""
@@ -204,7 +209,15 @@ class _Learner:
         loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimiser.step()
+        self._average()
         return float(loss.detach())
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        self.taken += 1
+        share = 1 - min(_MEMORY, (1 + self.taken) / (10 + self.taken))
+        for kept, now in zip(self.mean.parameters(), self.slim.parameters(), strict=True):
+            kept.lerp_(now, share)
 
     def _logit_loss(self, batch: Tensor) -> Tensor:
         with torch.no_grad():
@@ -337,7 +350,7 @@ class _Run:
     def _measure(self) -> bool:
         """Measure agreement, keep the best state, write the checkpoint; True where learning should stop."""
         recovery = self.recovery
-        drop = self.referee.drop(self.learner.slim)
+        drop = self.referee.drop(self.learner.mean)
         recovery.history.append((recovery.steps, drop))
         if not recovery.after <= drop:  # also where it was NaN
             recovery.after = drop
@@ -353,7 +366,7 @@ class _Run:
         return False
 
     def _keep(self) -> None:
-        self.best = {key: value.detach().clone() for key, value in self.learner.slim.state_dict().items()}
+        self.best = {key: value.detach().clone() for key, value in self.learner.mean.state_dict().items()}
 
     def _save(self) -> None:
         if self.checkpoint is None:
@@ -364,6 +377,7 @@ class _Run:
                 "recovery": vars(self.recovery) | {"seconds": self._elapsed()},
                 "best": self.best,
                 "slim": self.learner.slim.state_dict(),
+                "mean": self.learner.mean.state_dict(),
                 "optimiser": self.learner.optimiser.state_dict(),
             },
             self.checkpoint,
@@ -379,9 +393,11 @@ class _Run:
                 _log.warning("%s belongs to another run and is not used", self.checkpoint)
                 return False
             self.learner.slim.load_state_dict(content["slim"])
+            self.learner.mean.load_state_dict(content["mean"])
             self.learner.optimiser.load_state_dict(content["optimiser"])
             self.recovery = Recovery(**content["recovery"])
             self.recovery.history = [tuple(item) for item in self.recovery.history]
+            self.learner.taken = self.recovery.steps
             self.best, self.spent = content["best"], self.recovery.seconds
         except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.PickleError) as error:
             _log.warning("%s cannot be used (%s); recovery starts afresh", self.checkpoint, type(error).__name__)
