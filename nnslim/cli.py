@@ -28,6 +28,7 @@ app = typer.Typer(
 _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 ConfigOption = Annotated[str, typer.Option("-c", "--config", help="preset name or YAML file")]
+ImagesOption = Annotated[Path | None, typer.Option("-i", "--images", help="folder of unlabelled calibration images")]
 TrustOption = Annotated[bool, typer.Option("--trust-checkpoint", help="load as nnU-Net does, code included")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="no progress bar, warnings and errors only")]
 
@@ -51,7 +52,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def run(context: typer.Context, config: ConfigOption, quiet: QuietOption = False) -> None:
+def run(context: typer.Context, config: ConfigOption, images: ImagesOption = None, quiet: QuietOption = False) -> None:
     """Run nnUNetv2_predict, TotalSegmentator or any Python script unchanged, inside the context.
 
     Example: nnslim run -c tucker-balanced -- TotalSegmentator -i ct.nii.gz -o seg
@@ -63,7 +64,7 @@ def run(context: typer.Context, config: ConfigOption, quiet: QuietOption = False
         raise NNSlimError("nothing to run: give a command after --, for example: -- nnUNetv2_predict -h")
     target, *arguments = context.args
     saved = sys.argv
-    with NNSlimContext(config) as slim:
+    with NNSlimContext(config, images=images) as slim:
         try:
             sys.argv = [target, *arguments]
             _run_command(target)
@@ -92,9 +93,7 @@ def compress(
     model: Annotated[Path, typer.Option("-m", "--model", help="trained model folder: trainer__plans__configuration")],
     output: Annotated[Path, typer.Option("-o", "--output", help="folder to write; must not exist")],
     config: ConfigOption,
-    images: Annotated[
-        Path | None, typer.Option("-i", "--images", help="folder of unlabelled calibration images")
-    ] = None,
+    images: ImagesOption = None,
     fold: Annotated[list[str] | None, typer.Option("-f", "--fold", help="fold, repeatable; default: all")] = None,
     checkpoint: Annotated[str | None, typer.Option("-chk", help="default: checkpoint_final.pth, else _best")] = None,
     trust: TrustOption = False,

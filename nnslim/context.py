@@ -39,16 +39,23 @@ class NNSlimContext:
         report: what was done, model by model.
     """
 
-    def __init__(self, config: SlimConfig | MethodConfig | Mapping[str, Any] | str | Path) -> None:
+    def __init__(
+        self,
+        config: SlimConfig | MethodConfig | Mapping[str, Any] | str | Path,
+        *,
+        images: str | Path | None = None,
+    ) -> None:
         """Read the configuration; nothing is imported or patched before `with`.
 
         Args:
             config: SlimConfig, a method's configuration, a dictionary (the predecessor's is accepted), the path of a
                 YAML file, or a preset name.
+            images: folder of unlabelled calibration images for the models that are loaded inside the block, in place
+                of `calibration.images`. They are used once per model; then the cache has the result.
         Raises:
             ConfigError: the configuration cannot be used.
         """
-        self.config = load_config(config)
+        self.config = load_config(config).with_images(None if images is None else Path(images))
         self.report = Report()
         self._entered = False
 

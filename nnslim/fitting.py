@@ -58,7 +58,7 @@ def make_problem(
         ridge: share of the mean variance of x that is added to every direction, e.g. 1e-3.
     """
     weight = kernel.detach().to("cpu", torch.float64).flatten(2)
-    size = ridge * float(xx.diagonal().mean()) + 1e-12
+    size = max(ridge, 1e-10) * float(xx.diagonal().mean()) + 1e-12  # few samples leave xx singular
     regular = xx.clone()
     regular.diagonal().add_(size)
     target = yx + size * as_rows(weight, view)

@@ -188,13 +188,15 @@ class ChannelMoments:
     """The part of `Moments` that fits in memory for wide layers: channel and tap covariance, not their product.
 
     Attributes:
-        channels: (I, I) mean over taps. taps: (K, K), so that their Kronecker product has the patches' total variance.
+        channels: (I, I) mean over taps. taps: (K, K), so that their Kronecker product has the patches' total variance;
+            the identity for a transposed convolution, whose patches are single voxels.
     """
 
     def __init__(self, view: LinearView, *, per_tile: bool) -> None:
         self.view, self.per_tile, self.count = view, per_tile, 0
+        self._width = 1 if view.transposed else view.taps
         self._channels = torch.zeros(view.inputs, view.inputs, dtype=torch.float64)
-        self._taps = torch.zeros(view.taps, view.taps, dtype=torch.float64)
+        self._taps = torch.zeros(self._width, self._width, dtype=torch.float64)
         self._yy = torch.zeros(view.rows, dtype=torch.float64)
         self._y = torch.zeros(view.rows, dtype=torch.float64)
 
@@ -204,7 +206,7 @@ class ChannelMoments:
         self._y += y.sum(0)
         if self.per_tile:
             x, y = x - x.mean(0), y - y.mean(0)
-        blocks = x.unflatten(1, (self.view.inputs, self.view.taps))
+        blocks = x.unflatten(1, (self.view.inputs, self._width))
         by_channel, by_tap = blocks.transpose(1, 2).flatten(0, 1), blocks.flatten(0, 1)
         self._channels.addmm_(by_channel.T, by_channel)
         self._taps.addmm_(by_tap.T, by_tap)
@@ -213,11 +215,13 @@ class ChannelMoments:
     @property
     def channels(self) -> Tensor:
         """See the class."""
-        return self._channels / (self.count * self.view.taps)
+        return self._channels / (self.count * self._width)
 
     @property
     def taps(self) -> Tensor:
         """See the class."""
+        if self.view.transposed:
+            return torch.eye(self.view.taps, dtype=torch.float64)
         return self._taps / (self.count * self.channels.trace())
 
     @property

@@ -66,7 +66,8 @@ class _Up(nn.Module):
 class LinkNet(nn.Module):
     """deepbet's network, with the names of its state dict. (B, 1, X, Y, Z), sizes divisible by 32, to (B, 2, X, Y, Z).
 
-    Channel 1 of the output is the probability of brain.
+    It returns logits, so that compression sees the last layer as the head; deepbet's own output is their softmax(1),
+    whose channel 1 is the probability of brain.
     """
 
     def __init__(self) -> None:
@@ -86,7 +87,7 @@ class LinkNet(nn.Module):
         x = self.down3(skips[-1])
         for up in (self.up0, self.up1, self.up2, self.up3):
             x = up(x) + skips.pop()
-        return self.tp_conv2(self.conv(self.tp_conv1(x))).softmax(1)
+        return self.tp_conv2(self.conv(self.tp_conv1(x)))
 
 
 def load_torchscript(wheel: Path, name: str = "bbox_model") -> torch.jit.ScriptModule:

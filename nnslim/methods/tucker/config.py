@@ -61,7 +61,9 @@ class TuckerConfig(MethodConfig):
     first_layer: bool = Field(False, description="factor the layer that reads the image")
     pointwise: bool = Field(False, description="factor 1x1x1 layers")
     heads: bool = Field(False, description="factor segmentation heads")
-    transposed: bool = Field(False, description="factor transposed convolutions: few MACs, and easily hurt")
+    transposed: bool = Field(
+        False, description="factor transposed convolutions: few MACs, and easily hurt; a budget may always"
+    )
     only_if_cheaper: bool = Field(True, description="leave a layer dense where the chain would not save MACs")
     one_sided: bool = Field(True, description="leave a factor out where its rank equals its channels")
     decompose: bool = Field(True, description="False: random weights, for timing only")

@@ -96,7 +96,7 @@ def _survey_layer(
     name: str,
 ) -> LayerSurvey:
     metric = output_metric(moments, norm, damping)
-    taps = moments.taps if not moments.view.transposed else torch.eye(moments.view.taps, dtype=torch.float64)
+    taps = moments.taps
     outputs = Spectrum.of(whitened(kernel, moments.channels, taps, metric))
     if prober is None:
         return LayerSurvey(plain, outputs)
