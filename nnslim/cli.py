@@ -123,6 +123,40 @@ def compress(
 
 
 @app.command()
+def plan(
+    model: Annotated[Path, typer.Option("-m", "--model", help="trained model folder: trainer__plans__configuration")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="CSV file to write; must not exist")],
+    config: ConfigOption,
+    images: Annotated[
+        Path | None, typer.Option("-i", "--images", help="folder of unlabelled calibration images")
+    ] = None,
+    fold: Annotated[str | None, typer.Option("-f", "--fold", help="whose weights decide; default: the first")] = None,
+    checkpoint: Annotated[str | None, typer.Option("-chk", help="default: checkpoint_final.pth, else _best")] = None,
+    trust: TrustOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Choose the ranks only and write them as a table, to be edited and passed back: {method: tucker, plan: FILE}."""
+    from nnslim.hosts.nnunet.error_grid import plan_folder
+    from nnslim.hosts.nnunet.folder import read_model_folder
+    from nnslim.work.config import load_config
+
+    _start(quiet)
+    settings = load_config(config).with_images(images)
+    source = read_model_folder(model, fold and [fold], checkpoint, trust=trust)
+    with _progress(quiet) as bar:
+        task = bar.add_task("reading", total=None)
+        planned = plan_folder(
+            source,
+            output,
+            settings,
+            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+        )
+    for line in planned.lines():
+        typer.echo(line)
+    typer.echo(f"written: {output}")
+
+
+@app.command()
 def predict(
     images: Annotated[Path, typer.Option("-i", "--input", help="folder of images, or one image")],
     output: Annotated[Path, typer.Option("-o", "--output", help="folder for the segmentations")],
@@ -241,6 +275,44 @@ def finetune(
         task = bar.add_task("epochs", total=None)
         finetune_folder(
             model, output, dataset, settings, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    typer.echo(f"written: {output}")
+
+
+@app.command()
+def distill(
+    model: Annotated[Path, typer.Option("-m", "--model", help="slim model folder")],
+    teacher: Annotated[Path, typer.Option("--teacher", help="model folder that the slim one was made from")],
+    images: Annotated[Path, typer.Option("-i", "--images", help="folder of unlabelled images")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="model folder to write; must not exist")],
+    steps: Annotated[int, typer.Option(help="steps that learn the dense logits, per fold")] = 300,
+    block_steps: Annotated[int, typer.Option(help="steps before them that learn each stage's outputs")] = 0,
+    seconds: Annotated[float | None, typer.Option(help="time budget per fold")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="patches per step; default: 1")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="default: 5e-4")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    trust: TrustOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Let a slim model learn the dense model's answers on images without labels; an interrupted run goes on."""
+    from nnslim.hosts.nnunet.distill import distill_config, distill_folder, read_pair
+
+    _start(quiet)
+    given = {"seconds": seconds, "batch_size": batch_size, "learning_rate": learning_rate}
+    settings = distill_config(images, device, steps=steps, block_steps=block_steps, **given)
+    slim, dense = read_pair(model, teacher, trust=trust)
+    with _progress(quiet) as bar:
+        task = bar.add_task("reading", total=None)
+        recoveries = distill_folder(
+            slim,
+            dense,
+            output,
+            settings,
+            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+        )
+    for fold, recovery in zip(slim.checkpoints, recoveries, strict=True):
+        typer.echo(
+            f"fold {fold}: {recovery.steps} steps, estimated drop in Dice {recovery.before:.4f} -> {recovery.after:.4f}"
         )
     typer.echo(f"written: {output}")
 

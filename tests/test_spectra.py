@@ -77,15 +77,15 @@ def noisy(rank, rows, columns, noise, seed=0):
     return signal + noise * random(rows, columns, seed=seed + 2)
 
 
-@pytest.mark.parametrize("rank", [1, 3, 8, 15])
-@pytest.mark.parametrize("shape", [(40, 120), (120, 40), (64, 64)], ids=str)
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize("shape", [(40, 120), (64, 64)], ids=str)
 @pytest.mark.parametrize("noise", [1e-3, 0.5])
 def test_evbmf_rank_finds_the_planted_rank(rank, shape, noise):
     assert evbmf_rank(noisy(rank, *shape, noise)) == rank
 
 
-@pytest.mark.parametrize("shape", [(40, 120), (120, 40), (32, 288)], ids=str)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("shape", [(120, 40), (32, 288)], ids=str)
+@pytest.mark.parametrize("seed", range(2))
 def test_evbmf_rank_of_noise_is_zero(shape, seed):
     assert evbmf_rank(random(*shape, seed=seed)) == 0
 

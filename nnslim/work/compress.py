@@ -108,12 +108,20 @@ def compress(
     dense_cost = measure_cost(base, input_shape)
     device = _device(config) if data is not None else torch.device("cpu")
     first = _with_weights(base, weights, 0).to(device)
-    config, plans = resolve(first, config, dense_cost, input_shape, data, progress)
+    from nnslim.work.search import find_budget, searched  # the search compresses, too
+
+    found = None
+    if config.active and (position := searched(config)) is not None:
+        found = find_budget(first, config, position, dense_cost, input_shape, data, progress)
+        config = found.config
+    plans = plan_methods(first, config, dense_cost, input_shape, data) if found is None else found.plans
     slims, states, recoveries = [], [], []
     for number in range(len(weights)):
-        fold = _Fold(config, plans, input_shape, data, progress, _beside(checkpoint, number))
-        dense = _with_weights(base, weights, number).to(device)
-        slim, recovery = fold.compress(dense)
+        if number == 0 and found is not None:
+            slim, recovery = found.slim, found.recovery
+        else:
+            fold = _Fold(config, plans, input_shape, data, progress, _beside(checkpoint, number))
+            slim, recovery = fold.compress(_with_weights(base, weights, number).to(device))
         slim = slim.to("cpu").eval()
         if all(value.dtype == torch.half for value in weights[number].values()):
             # Kept in the precision that the model was stored in: half the file, and the same result from a folder,
@@ -157,22 +165,6 @@ def plan_methods(
         tiles = None if data is None else data.tiles
         plans.append(method_named(entry.method).plan(structure, entry.settings, cost, tiles))
     return tuple(plans)
-
-
-def resolve(
-    dense: nn.Module,
-    config: SlimConfig,
-    cost: Cost,
-    input_shape: Sequence[int],
-    data: Calibration | None,
-    progress: Progress | None,
-) -> tuple[SlimConfig, tuple[Plan, ...]]:
-    """Return the configuration with a searched budget filled in, and the plans."""
-    from nnslim.work.search import find_budget, searched
-
-    if config.active and (position := searched(config)) is not None:
-        config = find_budget(dense, config, position, cost, input_shape, data, progress)
-    return config, plan_methods(dense, config, cost, input_shape, data)
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,8 @@ class RecoveryConfig(_Section):
     block_steps: int = Field(0, ge=0, description="steps that learn the dense outputs of each resolution stage")
     steps: int = Field(0, ge=0, description="steps that learn the dense logits")
     images: int = Field(40, ge=1, description="images to learn on, at most; calibration images among them")
-    batch_size: int = Field(1, ge=1, description="patches per step")
-    learning_rate: float = Field(5e-4, gt=0, description="of AdamW; warm-up, then cosine to 0")
+    batch_size: int = Field(2, ge=1, description="patches per step; 1 is slow on CPUs (torch's slow convolutions)")
+    learning_rate: float = Field(1.5e-3, gt=0, description="of AdamW; warm-up, then cosine to 0")
     seconds: float | None = Field(None, gt=0, description="time budget; makes the result depend on the machine's speed")
     every: int = Field(50, ge=1, description="steps between two measurements of agreement")
     patience: int = Field(0, ge=0, description="stop after so many measurements without a gain; 0: never")
@@ -222,7 +222,8 @@ def load_config(config: SlimConfig | MethodConfig | Mapping[str, Any] | str | Pa
 
     Args:
         config: a SlimConfig, the configuration of one method, a dictionary (ours or the predecessor's), the path of a
-            YAML file, or the name of a preset.
+            YAML file (a relative path of a plan in it counts from the current folder, else from the file's own), or
+            the name of a preset.
     Raises:
         ConfigError: no such preset or file, unreadable YAML, unknown key, value out of bounds.
     """
@@ -244,4 +245,14 @@ def load_config(config: SlimConfig | MethodConfig | Mapping[str, Any] | str | Pa
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from error
-    return from_dict(raw if raw is not None else {}, str(path))
+    return _beside(from_dict(raw if raw is not None else {}, str(path)), path.parent)
+
+
+def _beside(config: SlimConfig, folder: Path) -> SlimConfig:
+    """Take relative paths of methods (a plan's) from the folder of the YAML file where the current one has no such."""
+    entries = []
+    for entry in config.methods:
+        paths = {key: value for key, value in entry.settings if isinstance(value, Path) and not value.exists()}
+        moved = {key: folder / value for key, value in paths.items()}  # an absolute path stays as it is
+        entries.append(entry.model_copy(update={"settings": entry.settings.model_copy(update=moved)}))
+    return config.model_copy(update={"methods": tuple(entries)})

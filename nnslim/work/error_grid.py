@@ -16,7 +16,7 @@ from nnslim.cost import Cost, LayerCost
 from nnslim.errors import ConfigError, SpecError
 from nnslim.files import write_bytes
 from nnslim.methods.tucker.chain import chain_macs, chain_parameters
-from nnslim.methods.tucker.layers import CONVOLUTIONS, is_transposed, kernel_of
+from nnslim.methods.tucker.layers import CONVOLUTIONS, kernel_of
 from nnslim.methods.tucker.survey import LayerSurvey, survey
 from nnslim.spectra import Spectrum
 from nnslim.streaming import Tiles
@@ -165,14 +165,12 @@ def error_grid(
     names = [name for name in cost.layers if name in convs and convs[name].groups == 1]
     if not names:
         raise SpecError("the network runs no 2D or 3D convolution without groups, so there are no ranks to try")
-    # ChannelMoments has no form for transposed convolutions, so these are told by their weights alone.
-    seen = [name for name in names if tiles is not None and not is_transposed(convs[name])]
-    found = survey(network, seen, tiles, probe=False, on_step=progress) if seen else {}
-    for name in names:
-        if name not in found:
-            found |= survey(network, [name], None)
-            if progress is not None:
-                progress(len(found), len(names))
+    # With tiles in one go, so that they pass through the network once; without, layer by layer for the progress.
+    found: dict[str, LayerSurvey] = {}
+    for part in [names] if tiles is not None else [[name] for name in names]:
+        found |= survey(network, part, tiles, probe=False, on_step=progress)
+        if progress is not None:
+            progress(len(found), len(names))
     grids = []
     for name in names:
         outputs, inputs = kernel_of(convs[name]).shape[:2]

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from nnslim.errors import InputError
 
+# A trained nnU-Net is too sure of itself. Divided by 1.75, the logits of the Hippocampus model had the best likelihood
+# on held-out labels, and the estimated drop in Dice came closest to the one measured against these labels.
+TEMPERATURE = 1.75
 _SLAB = 1 << 20  # voxels that are softened at a time, so that no second copy of all probabilities is made
 _NAN = float("nan")
 

@@ -35,8 +35,9 @@ def heat_maps(grids: Sequence[LayerGrid], folder: Path, *, outputs: bool = False
     """
     shown = [grid for grid in grids if grid.has_outputs] if outputs else list(grids)
     what = "outputs" if outputs else "weights"
-    figures = [_page(part, outputs, f"{title} (page {number} of {total})" if total > 1 else title)
-               for number, total, part in _pages(shown)]  # fmt: skip
+    figures = []
+    for number, total, part in _pages(shown):
+        figures.append(_page(part, outputs, f"{title} (page {number} of {total})" if total > 1 else title))
     return _save(figures, folder, what) if figures else []
 
 
@@ -99,7 +100,7 @@ def _page(grids: Sequence[LayerGrid], outputs: bool, title: str) -> Any:
     bar = figure.colorbar(mesh, ax=panels.tolist(), shrink=0.6, aspect=40, pad=0.01)
     bar.set_label(f"relative error of the {'outputs, on the images' if outputs else 'weights'}", fontsize=9)
     figure.suptitle(
-        f"{title}\nlines: error {', '.join(map(str, _LEVELS))}; dashed: MACs of the dense layer", fontsize=10
+        f"{title}\nblack: equal error; red, dashed: from here on no fewer MACs than the dense layer", fontsize=10
     )
     return figure
 
@@ -107,13 +108,15 @@ def _page(grids: Sequence[LayerGrid], outputs: bool, title: str) -> Any:
 def _heat_map(axes: Any, grid: LayerGrid, error: np.ndarray) -> Any:
     # A cell reaches down to the rank before its own, so that steps of unequal length keep their place.
     mesh = axes.pcolormesh((0, *grid.ranks_in), (0, *grid.ranks_out), error, cmap="viridis_r", vmin=0, vmax=1)
-    if min(error.shape) > 1:
+    if min(error.shape) > 3:  # between fewer ranks a line would only be a guess
         where = grid.ranks_in, grid.ranks_out
-        if error.min() < _LEVELS[-1] and error.max() > _LEVELS[0]:
-            axes.contour(*where, error, levels=_LEVELS, colors="white", linewidths=0.9)
+        levels = [level for level in _LEVELS if error.min() < level < error.max()]
+        if levels:
+            lines = axes.contour(*where, error, levels=levels, colors="black", linewidths=0.8)
+            axes.clabel(lines, fmt="%g", fontsize=6)
         share = _two_sided_share(grid)
         if share.min() < 1 < share.max():
-            axes.contour(*where, share, levels=[1.0], colors="black", linewidths=1.0, linestyles="dashed")
+            axes.contour(*where, share, levels=[1.0], colors="red", linewidths=1.2, linestyles="dashed")
     outputs, inputs, *kernel = grid.shape
     axes.set_title(f"{grid.name}\n{inputs} to {outputs}, kernel {'x'.join(map(str, kernel))}", fontsize=7)
     axes.set_xticks(_ticks(inputs))
@@ -124,7 +127,7 @@ def _heat_map(axes: Any, grid: LayerGrid, error: np.ndarray) -> Any:
 
 def _two_sided_share(grid: LayerGrid) -> np.ndarray:
     """Return MACs of the chain with both factors over the dense MACs: without the jump where a factor is left out."""
-    outputs, inputs, *kernel = grid.shape
+    outputs, inputs = grid.shape[:2]
     out, in_ = np.array(grid.ranks_out)[:, None], np.array(grid.ranks_in)[None]
     core = grid.ran.macs / (outputs * inputs)  # MACs of the core for each pair of its channels
     return (out * in_ * core + outputs * out * grid.ran.voxels_out + inputs * in_ * grid.ran.voxels_in) / grid.ran.macs

@@ -22,13 +22,10 @@ from nnslim.surgery.walk import LayerIndex
 from nnslim.work.calibration import Calibration
 from nnslim.work.config import RecoveryConfig
 from nnslim.work.distillation import distillation_loss
-from nnslim.work.expected import expected_dices, harden
+from nnslim.work.expected import TEMPERATURE, expected_dices, harden
 
 _log = logging.getLogger("nnslim")
 _NORM = (nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
-# Networks are overconfident: softened by this the estimate was at or above the true drop for every rank factor that was
-# measured (docs/results.md).
-TEMPERATURE = 1.5
 _MEMORY = 0.97  # of the running mean of the weights, per step
 
 Progress = Callable[[str, int, int], None]

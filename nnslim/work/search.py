@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
 from nnslim.cost import Cost
 from nnslim.errors import ConfigError, RankError
+from nnslim.methods.base import Plan
 from nnslim.work.calibration import Calibration
 from nnslim.work.compress import fit_and_recover, plan_methods
 from nnslim.work.config import MethodEntry, SlimConfig
-from nnslim.work.recover import Progress
+from nnslim.work.recover import Progress, Recovery
 
 _log = logging.getLogger("nnslim")
-SHARES = (0.7, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.075, 0.06, 0.045, 0.03)  # of the dense MACs
-_START = SHARES.index(0.075)
-_MOST_TRIALS = 4
+SHARES = (0.7, 0.5, 0.35, 0.25, 0.18, 0.14, 0.11, 0.08, 0.065, 0.05, 0.035)  # of the dense MACs
+_START = SHARES.index(0.08)
+_MOST_TRIALS = 5
+
+
+@dataclass(frozen=True)
+class Found:
+    """Result of a search.
+
+    Attributes:
+        config: with the share in place of `max_drop`. plans: made from it.
+        slim, recovery: of the first fold.
+    """
+
+    config: SlimConfig
+    plans: tuple[Plan, ...]
+    slim: nn.Module
+    recovery: Recovery
 
 
 def searched(config: SlimConfig) -> int | None:
@@ -37,8 +53,8 @@ def find_budget(
     input_shape: Sequence[int],
     data: Calibration | None,
     progress: Progress | None,
-) -> SlimConfig:
-    """Return the configuration with `max_drop` replaced by the share of MACs that keeps it.
+) -> Found:
+    """Return the smallest share of MACs that keeps `max_drop`, and the network of the trial that showed it.
 
     Shares are tried from a strong one on: weaker ones where the drop is too large, stronger ones while it is not. Each
     trial is a full compression with recovery, which ends as soon as the limit is met.
@@ -56,27 +72,28 @@ def find_budget(
         raise ConfigError(
             f"max_drop={limit:g} is measured on images: name a folder of them (-i, or calibration.images)"
         )
-    started = time.perf_counter()
-    step, tried = _START, {}
-    while 0 <= step < len(SHARES) and step not in tried and len(tried) < _MOST_TRIALS:
+    step, drops, best = _START, {}, None
+    while 0 <= step < len(SHARES) and step not in drops and len(drops) < _MOST_TRIALS:
         trial = _with_share(config, position, SHARES[step])
         try:
             plans = plan_methods(dense, trial, cost, input_shape, data)
-            _, recovery = fit_and_recover(dense, trial, plans, input_shape, data, target=limit, progress=progress)
-            tried[step] = recovery.after
+            slim, recovery = fit_and_recover(dense, trial, plans, input_shape, data, target=limit, progress=progress)
+            drops[step] = recovery.after
         except RankError:  # cheaper than the layers that are never factored
-            tried[step] = float("inf")
-        _log.info("max_drop: %.3f of the MACs give an estimated drop of %.4f", SHARES[step], tried[step])
-        step += 1 if tried[step] <= limit else -1
-    kept = [number for number, drop in tried.items() if drop <= limit]
-    if not kept:
+            drops[step] = float("inf")
+        _log.info("max_drop: %g of the MACs give an estimated drop of %.4f", SHARES[step], drops[step])
+        if drops[step] <= limit:
+            best = Found(trial, plans, slim, recovery)
+            step += 1
+        else:
+            step -= 1
+    if best is None:
+        tried = ", ".join(f"{SHARES[n]:g}: {drop:.4f}" for n, drop in drops.items())
         raise RankError(
-            f"max_drop={limit:g} was not kept by any of the shares of MACs that were tried "
-            f"({', '.join(f'{SHARES[n]:g}: {drop:.4f}' for n, drop in tried.items())}); allow more recovery steps"
+            f"max_drop={limit:g} was not kept by any of the shares of MACs that were tried (share: estimated drop "
+            f"{tried}); allow more recovery steps, or a larger drop"
         )
-    best = max(kept)
-    _log.info("max_drop: %.3f of the MACs, found in %.0f s", SHARES[best], time.perf_counter() - started)
-    return _with_share(config, position, SHARES[best])
+    return best
 
 
 def _with_share(config: SlimConfig, position: int, share: float) -> SlimConfig:

@@ -14,7 +14,7 @@ from nnslim.knapsack import Choice, choose
 from nnslim.methods.tucker.chain import chain_macs, chain_parameters
 from nnslim.methods.tucker.config import TuckerConfig
 from nnslim.methods.tucker.layers import kernel_of
-from nnslim.methods.tucker.survey import LayerSurvey, survey
+from nnslim.methods.tucker.survey import LayerSurvey, Ranks, Survey, survey
 from nnslim.methods.tucker.table import read_ranks
 from nnslim.methods.tucker.timing import LatencyTable
 from nnslim.spectra import evbmf_rank
@@ -22,6 +22,8 @@ from nnslim.streaming import Tiles
 from nnslim.surgery.walk import Layer
 
 _ALIGNMENT = 8  # ranks in multiples of 8 suit CPU vectors and tensor cores (odd ranks lose up to 2.3x on an A100)
+
+_POWERS = (1.0, 0.5, 0.25, 0.0)  # of the sensitivities: as measured, flattened, all alike
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def _by_table(layers: Mapping[str, Layer], config: TuckerConfig) -> dict[str, Ch
 
 def _survey(
     network: nn.Module, layers: Mapping[str, Layer], config: TuckerConfig, tiles: Tiles | None, *, probe: bool
-) -> dict[str, LayerSurvey]:
+) -> Survey:
     order = list(layers)
     return survey(network, order, tiles, samples=config.fit.samples, damping=config.fit.damping, probe=probe)
 
@@ -146,54 +148,89 @@ def _survey(
 def _by_budget(
     network: nn.Module, layers: Mapping[str, Layer], config: TuckerConfig, cost: Cost, tiles: Tiles | None
 ) -> dict[str, Chosen]:
-    """Spend a budget where it costs least: a knapsack over layers, forms and ranks."""
+    """Spend a budget where it costs least: a knapsack over layers, forms and ranks.
+
+    Sensitivities are measured one layer at a time, but errors of many layers do not simply add up. So the knapsack is
+    solved with the sensitivities as measured and with flattened ones, the uniform rank factor of the same cost joins
+    in, and the plan that moves the network's answer least, as a whole, wins.
+    """
     name, amount = config.budget
     if name == "max_drop":
-        raise ConfigError("tucker: max_drop searches over budgets and needs calibration images; see the documentation")
+        raise ConfigError(
+            "tucker: max_drop is found by a search with calibration images; use nnslim compress -i or NNSlimContext"
+        )
     surveys = _survey(network, layers, config, tiles, probe=True)
     price, total = _prices(layers, cost, name)
     fixed = total - sum(price(layer, None) for layer in layers.values())
     budget = (amount * total if amount <= 1 else amount) - fixed
     options = {key: _options(layer, config, price, surveys[key]) for key, layer in layers.items()}
     try:
-        picks = choose([[choice for _, choice in listed] for listed in options.values()], budget)
+        plans = [_knapsack(options, surveys, budget, power) for power in (_POWERS if surveys.can_judge else (1.0,))]
     except RankError:
-        least = fixed + sum(min(choice.cost for _, choice in listed) for listed in options.values())
+        least = fixed + sum(min(cost for _, cost, _ in listed) for listed in options.values())
         raise RankError(
             f"tucker: a budget of {name}={amount:g} cannot be met: dense {total:,.4g}, cheapest plan {least:,.4g} "
             f"({least / total:.3f} of it), of which {fixed:,.4g} are layers that are not factored"
         ) from None
-    made = {}
-    for (key, listed), pick in zip(options.items(), picks, strict=True):
-        ranks, _ = listed[pick]
-        if ranks is None:
-            made[key] = Chosen(reason="costs least where it is", error=0.0)
-        else:
-            made[key] = Chosen(ranks, error=surveys[key].outputs.error(*ranks))
-    return made
+    if surveys.can_judge:
+        uniform = _uniform(layers, config, price, budget)
+        plans += [uniform] if uniform is not None else []
+        plans.sort(key=lambda plan: surveys.distance({key: ranks for key, ranks in plan.items() if ranks is not None}))
+    return {
+        key: Chosen(reason="costs least where it is", error=0.0)
+        if ranks is None
+        else Chosen(ranks, error=surveys[key].outputs.error(*ranks))
+        for key, ranks in plans[0].items()
+    }
 
 
-Ranks = tuple[int | None, int | None]
+def _knapsack(
+    options: Mapping[str, list[tuple[Ranks | None, float, float]]],
+    surveys: Mapping[str, LayerSurvey],
+    budget: float,
+    power: float,
+) -> dict[str, Ranks | None]:
+    """Return the best plan when each layer's sensitivity counts with this power: 1 as measured, 0 all alike."""
+    choices = [
+        [Choice(cost, surveys[key].sensitivity ** power * squared) for _, cost, squared in listed]
+        for key, listed in options.items()
+    ]
+    picks = choose(choices, budget)
+    return {key: listed[pick][0] for (key, listed), pick in zip(options.items(), picks, strict=True)}
+
+
+def _uniform(
+    layers: Mapping[str, Layer],
+    config: TuckerConfig,
+    price: Callable[[Layer, Ranks | None], float],
+    budget: float,
+) -> dict[str, Ranks | None] | None:
+    """Return the largest uniform rank factor that the budget allows, None if there is none."""
+    for share in range(99, 0, -1):
+        plan: dict[str, Ranks | None] = {}
+        for key, layer in layers.items():
+            outputs, inputs = _shape(layer)
+            ranks = config.rank(outputs, share / 100), config.rank(inputs, share / 100)
+            plan[key] = ranks if price(layer, ranks) < price(layer, None) else None
+        if sum(price(layers[key], ranks) for key, ranks in plan.items()) <= budget:
+            return plan
+    return None
 
 
 def _options(
     layer: Layer, config: TuckerConfig, price: Callable[[Layer, Ranks | None], float], found: LayerSurvey
-) -> list[tuple[Ranks | None, Choice]]:
-    """Return what can be done with one layer: dense, or any cheaper chain with aligned ranks, one- or two-sided."""
+) -> list[tuple[Ranks | None, float, float]]:
+    """Return what can be done with one layer as (ranks, cost, squared error): dense, or any cheaper aligned chain."""
     outputs, inputs = _shape(layer)
     step = config.rank_multiple if config.rank_multiple > 1 else _ALIGNMENT
     dense = price(layer, None)
-    listed: list[tuple[Ranks | None, Choice]] = [(None, Choice(dense, 0.0))]
-    least = min(config.rank_min or 1, step)
-    first = max(step, least)
+    listed: list[tuple[Ranks | None, float, float]] = [(None, dense, 0.0)]
+    first = step * -(-(config.rank_min or 1) // step)
     for out in [*range(first, outputs, step), None]:
         for in_ in [*range(first, inputs, step), None]:
-            if (out, in_) == (None, None):
-                continue
-            cost = price(layer, (out, in_))
+            cost = dense if (out, in_) == (None, None) else price(layer, (out, in_))
             if cost < dense:
-                loss = found.sensitivity * found.outputs.error(out, in_) ** 2
-                listed.append(((out, in_), Choice(cost, loss)))
+                listed.append(((out, in_), cost, found.outputs.error(out, in_) ** 2))
     return listed
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,10 @@ _PROBE_ERROR = (
     0.1  # squared relative error at which a layer is probed: large enough to be seen, small enough to be local
 )
 _PROBE_TILES = 4
+_KEPT = 1 << 24  # values of one tile's logits that are kept rather than computed again
+
+
+Ranks = tuple[int | None, int | None]
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,39 @@ class LayerSurvey:
         weights: error of the weights for each pair of ranks.
         outputs: error of the outputs, in the units of `output_metric`; the same as `weights` without data.
         sensitivity: what one unit of squared relative output error costs in the network's answer; 1 without data.
+        approximate: ranks -> kernel (O, I, taps) of the chain with those ranks, from channel statistics; None without
+            data.
     """
 
     weights: Spectrum
     outputs: Spectrum
     sensitivity: float = 1.0
+    approximate: Callable[[Ranks], Tensor] | None = None
+
+
+class Survey(dict[str, LayerSurvey]):
+    """Surveys by layer name, and a judge of whole plans where there are data."""
+
+    def __init__(self, layers: Mapping[str, LayerSurvey], prober: _Prober | None = None) -> None:
+        super().__init__(layers)
+        self._prober = prober
+
+    @property
+    def can_judge(self) -> bool:
+        """Whether there are data to judge plans on."""
+        return self._prober is not None
+
+    def distance(self, ranks: Mapping[str, Ranks]) -> float:
+        """Return how far the network's answer moves if these layers are factored together, all at once.
+
+        Errors of many layers do not simply add up; this sees what they do together. It takes one pass over a few tiles.
+        """
+        kernels = {
+            name: approximate(chosen)
+            for name, chosen in ranks.items()
+            if (approximate := self[name].approximate) is not None
+        }
+        return self._prober.divergence(kernels) if self._prober is not None else 0.0
 
 
 def survey(
@@ -49,7 +81,7 @@ def survey(
     damping: float = 1e-2,
     probe: bool = True,
     on_step: Callable[[int, int], None] | None = None,
-) -> dict[str, LayerSurvey]:
+) -> Survey:
     """Survey layers of a dense network, in one pass over the tiles and one short probe per layer.
 
     Args:
@@ -64,7 +96,7 @@ def survey(
     kernels = {name: kernel_of(layers[name].module).detach().cpu().double().flatten(2) for name in names}
     plain = {name: Spectrum.of(kernel) for name, kernel in kernels.items()}
     if tiles is None:
-        return {name: LayerSurvey(plain[name], plain[name]) for name in names}
+        return Survey({name: LayerSurvey(plain[name], plain[name]) for name in names})
     norms = following_norms(network, next(iter(tiles)).to(next(network.parameters()).device))
     requests = []
     for name in names:
@@ -83,7 +115,7 @@ def survey(
             found[name] = LayerSurvey(plain[name], plain[name])
         if on_step is not None:
             on_step(number, len(names))
-    return found
+    return Survey(found, prober)
 
 
 def _survey_layer(
@@ -96,14 +128,17 @@ def _survey_layer(
     name: str,
 ) -> LayerSurvey:
     metric = output_metric(moments, norm, damping)
-    taps = moments.taps
-    outputs = Spectrum.of(whitened(kernel, moments.channels, taps, metric))
+    outputs = Spectrum.of(whitened(kernel, moments.channels, moments.taps, metric))
+
+    def approximate(ranks: Ranks) -> Tensor:
+        return fit_by_channels(kernel, moments.channels, moments.taps, metric, ranks).reconstruct()
+
     if prober is None:
-        return LayerSurvey(plain, outputs)
+        return LayerSurvey(plain, outputs, approximate=approximate)
     ranks = _probe_ranks(outputs)
-    approximate = fit_by_channels(kernel, moments.channels, taps, metric, ranks).reconstruct()
     squared = max(float(outputs.squared_error[ranks]), 1e-6)
-    return LayerSurvey(plain, outputs, max(prober.divergence(name, approximate), 1e-9) / squared)
+    distance = prober.divergence({name: approximate(ranks)})
+    return LayerSurvey(plain, outputs, max(distance, 1e-9) / squared, approximate)
 
 
 def _probe_ranks(spectrum: Spectrum) -> tuple[int, int]:
@@ -124,23 +159,35 @@ class _Prober:
         step = max(1, len(tiles) // _PROBE_TILES)
         self._pick = (tiles, step)
         self._count = len(range(0, len(tiles), step)[:_PROBE_TILES])
+        self._wanted: dict[int, Tensor] = {}  # the dense answers, half precision, as far as they are small
 
     @torch.inference_mode()
-    def divergence(self, name: str, kernel: Tensor) -> float:
-        """Return the mean Kullback-Leibler divergence and soft-Dice distance of the answers, see `answer_distance`."""
-        weight = self._layers[name].module.weight
-        saved = weight.detach().clone()
-        view = kernel_of(self._layers[name].module)
-        view.copy_(kernel.reshape(view.shape))
+    def divergence(self, kernels: Mapping[str, Tensor]) -> float:
+        """Return the mean `answer_distance` over the tiles with these layers' kernels replaced."""
+        saved = {}
+        for name, kernel in kernels.items():
+            module = self._layers[name].module
+            saved[name] = module.weight.detach().clone()
+            view = kernel_of(module)
+            view.copy_(kernel.reshape(view.shape))
         try:
             total = 0.0
             tiles, step = self._pick
-            for tile in itertools.islice(tiles, 0, self._count * step, step):
+            for number, tile in enumerate(itertools.islice(tiles, 0, self._count * step, step)):
                 tile = tile.to(self._device)
-                total += answer_distance(self._twin(tile), self._dense(tile))
+                total += answer_distance(self._twin(tile), self._answer(number, tile))
             return total / self._count
         finally:
-            weight.copy_(saved)
+            for name, weight in saved.items():
+                self._layers[name].module.weight.copy_(weight)
+
+    def _answer(self, number: int, tile: Tensor) -> Tensor:
+        if number not in self._wanted:
+            logits = self._dense(tile)
+            if logits.numel() > _KEPT:
+                return logits
+            self._wanted[number] = logits.half()
+        return self._wanted[number].float()
 
 
 def answer_distance(found: Tensor, wanted: Tensor) -> float:
