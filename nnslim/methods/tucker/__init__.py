@@ -8,4 +8,4 @@ from nnslim.methods.tucker.plan import plan_tucker
 
 register_method(Method("tucker", TuckerConfig, plan_tucker, fit_tucker_network))
 
-__all__ = ["FitConfig", "TuckerConfig", "TuckerEdit", "plan_tucker"]
+__all__ = ["FitConfig", "TuckerConfig", "TuckerEdit", "fit_tucker_network", "plan_tucker"]
