@@ -405,41 +405,45 @@ def wide(tiny_net):
 
 
 @pytest.mark.parametrize(
-    ("drops", "limit", "tried", "found"),
+    ("drops", "tried", "found"),
     [
-        ({}, 0.01, [0.075, 0.06, 0.045, 0.03], 0.03),  # nothing is ever lost
-        ({0.045: 0.02}, 0.01, [0.075, 0.06, 0.045], 0.06),
-        ({0.075: 0.02}, 0.01, [0.075, 0.09], 0.09),
-        ({0.075: 0.02, 0.09: math.nan}, 0.01, [0.075, 0.09, 0.125], 0.125),
-        ({0.075: 0.01, 0.06: 0.0101}, 0.01, [0.075, 0.06], 0.075),
-        ({0.075: RankError, 0.09: RankError}, 0.01, [0.075, 0.09, 0.125], 0.125),
+        ({}, [0, 1, 2, 3], 3),  # nothing is ever lost
+        ({2: 0.02}, [0, 1, 2], 1),
+        ({0: 0.02}, [0, -1], -1),
+        ({0: 0.02, -1: math.nan}, [0, -1, -2], -2),
+        ({0: 0.01, 1: 0.0101}, [0, 1], 0),
+        ({0: RankError, -1: RankError}, [0, -1, -2], -2),
+        ({1: RankError}, [0, 1], 0),
     ],
 )
-def test_find_budget_takes_the_smallest_share_within_the_limit(wide, monkeypatch, drops, limit, tried, found):
+def test_find_budget_takes_the_smallest_share_within_the_limit(wide, monkeypatch, drops, tried, found):
+    """Shares by their distance from the first one that is tried."""
     seen = []
 
     def plan(dense, config, *_):
-        share = config.methods[0].settings.macs
-        seen.append(share)
-        if drops.get(share) is RankError:
+        seen.append(search.SHARES.index(config.methods[0].settings.macs) - search._START)
+        if drops.get(seen[-1]) is RankError:
             raise RankError("too small")
+        return seen[-1]
 
-    def fit(dense, config, *_, target, **__):
-        assert target == limit
-        return None, Recovery(after=drops.get(config.methods[0].settings.macs, 0.0))
+    def fit(dense, config, plans, *_, target, **__):
+        assert target == 0.01
+        return plans, Recovery(after=drops.get(plans, 0.0))
 
     monkeypatch.setattr(search, "plan_methods", plan)
     monkeypatch.setattr(search, "fit_and_recover", fit)
-    made = search.find_budget(wide, with_limit(limit), 0, None, SHAPE, make_data(), None)
+    made = search.find_budget(wide, with_limit(0.01), 0, None, SHAPE, make_data(), None)
     assert seen == tried
-    assert made.methods[0].settings.budget == ("macs", found)
-    assert type(made.methods[0].settings)(**made.methods[0].settings.model_dump()) == made.methods[0].settings
+    chosen = made.config.methods[0].settings
+    assert chosen.budget == ("macs", search.SHARES[search._START + found])
+    assert (made.plans, made.slim, made.recovery.after) == (found, found, drops.get(found, 0.0))
+    assert type(chosen)(**chosen.model_dump()) == chosen
 
 
 def test_find_budget_limit_never_kept_raises_and_names_the_trials(wide, monkeypatch):
     monkeypatch.setattr(search, "plan_methods", lambda *_: ())
     monkeypatch.setattr(search, "fit_and_recover", lambda *_, **__: (None, Recovery(after=0.5)))
-    with pytest.raises(RankError, match=r"max_drop=0\.01 was not kept .*0\.075: 0\.5000.*0\.18: 0\.5000"):
+    with pytest.raises(RankError, match=r"max_drop=0\.01 was not kept .*0\.08: 0\.5000, .*0\.25: 0\.5000"):
         search.find_budget(wide, with_limit(0.01), 0, None, SHAPE, make_data(), None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -199,7 +200,8 @@ class _Fold:
                 )
         if self.data is None or spec_of(slim) is None or not spec_of(slim).edits:
             return slim, None
-        identity = f"{self.data.fingerprint} {json.dumps(self.config.identity(), sort_keys=True)} {spec_of(slim)}"
+        settings = json.dumps(self.config.identity(), sort_keys=True)
+        identity = f"{self.data.fingerprint} {_digest(dense)} {settings} {spec_of(slim)}"
         return slim, recover(
             dense,
             slim,
@@ -232,6 +234,13 @@ def _device(config: SlimConfig) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("calibration.device is 'cuda', but torch finds no CUDA device; use 'auto' or 'cpu'")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _digest(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for parameter in network.parameters():
+        digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _beside(checkpoint: Path | None, number: int) -> Path | None:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
 
 from nnslim.errors import ConfigError, nearest
+from nnslim.files import sha256_of
 from nnslim.methods.base import MethodConfig, method_named, methods
 
 CONFIG_VERSION = 1
@@ -106,6 +107,9 @@ class SlimConfig(_Section):
         if not self.active:
             return {"methods": []}
         made: dict[str, Any] = {"methods": [entry.model_dump(mode="json") for entry in self.methods]}
+        paths = [value for entry in self.methods for _, value in entry.settings if isinstance(value, Path)]
+        if plans := [path for path in paths if path.is_file()]:  # edited by hand under the same name
+            made["plans"] = [sha256_of(path) for path in plans]
         if self.calibration.images is not None:
             made["calibration"] = self.calibration.model_dump(mode="json", exclude={"images"})
             made["recovery"] = self.recovery.model_dump(mode="json", exclude={"workers"})

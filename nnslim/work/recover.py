@@ -300,14 +300,15 @@ class _Run:
 
     def go(self) -> Recovery:
         """Run to the end and leave the best state in the slim network."""
+        resumed = self._resume()
         recovery = self.recovery
-        if not self._resume():
+        if not resumed:
             recovery.before = recovery.after = self.referee.drop(self.learner.slim)
             self._keep()
-        if not (self.target is not None and recovery.after <= self.target):
-            self._learn()
-        else:
+        if self.target is not None and recovery.after <= self.target:
             recovery.stopped = "target"
+        elif recovery.stopped == "steps":  # else an earlier call ended it
+            self._learn()
         self.learner.slim.load_state_dict(self.best)
         recovery.seconds = self._elapsed()
         return recovery
@@ -352,15 +353,13 @@ class _Run:
         if not recovery.after <= drop:  # also where it was NaN
             recovery.after = drop
             self._keep()
-        self._save()
+        recent = [value for _, value in recovery.history[-self.settings.patience :]]
         if self.target is not None and drop <= self.target:
             recovery.stopped = "target"
-            return True
-        recent = [value for _, value in recovery.history[-self.settings.patience :]]
-        if self.settings.patience and len(recovery.history) > self.settings.patience and min(recent) > recovery.after:
+        elif self.settings.patience and len(recovery.history) > self.settings.patience and min(recent) > recovery.after:
             recovery.stopped = "no gain"
-            return True
-        return False
+        self._save()
+        return recovery.stopped in ("target", "no gain")
 
     def _keep(self) -> None:
         self.best = {key: value.detach().clone() for key, value in self.learner.mean.state_dict().items()}
@@ -389,13 +388,14 @@ class _Run:
             if content["identity"] != self.identity:
                 _log.warning("%s belongs to another run and is not used", self.checkpoint)
                 return False
+            recovery, best = Recovery(**content["recovery"]), content["best"]
+            mean, optimiser = content["mean"], content["optimiser"]  # all there, before anything is changed
             self.learner.slim.load_state_dict(content["slim"])
-            self.learner.mean.load_state_dict(content["mean"])
-            self.learner.optimiser.load_state_dict(content["optimiser"])
-            self.recovery = Recovery(**content["recovery"])
-            self.recovery.history = [tuple(item) for item in self.recovery.history]
-            self.learner.taken = self.recovery.steps
-            self.best, self.spent = content["best"], self.recovery.seconds
+            self.learner.mean.load_state_dict(mean)
+            self.learner.optimiser.load_state_dict(optimiser)
+            recovery.history = [tuple(item) for item in recovery.history]
+            self.learner.taken = recovery.steps
+            self.recovery, self.best, self.spent = recovery, best, recovery.seconds
         except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.PickleError) as error:
             _log.warning("%s cannot be used (%s); recovery starts afresh", self.checkpoint, type(error).__name__)
             return False

@@ -1,4 +1,4 @@
-"""Calibration images: nnU-Net's own preprocessing, tiles of its own window, its own augmentation, nothing left behind."""
+"""Calibration images: nnU-Net's preprocessing, window and augmentation, and nothing left behind."""
 
 from __future__ import annotations
 

@@ -206,11 +206,12 @@ def _uniform(
     budget: float,
 ) -> dict[str, Ranks | None] | None:
     """Return the largest uniform rank factor that the budget allows, None if there is none."""
+    aligned = config.model_copy(update={"rank_multiple": _ALIGNMENT}) if config.rank_multiple == 1 else config
     for share in range(99, 0, -1):
         plan: dict[str, Ranks | None] = {}
         for key, layer in layers.items():
             outputs, inputs = _shape(layer)
-            ranks = config.rank(outputs, share / 100), config.rank(inputs, share / 100)
+            ranks = aligned.rank(outputs, share / 100), aligned.rank(inputs, share / 100)
             plan[key] = ranks if price(layer, ranks) < price(layer, None) else None
         if sum(price(layers[key], ranks) for key, ranks in plan.items()) <= budget:
             return plan

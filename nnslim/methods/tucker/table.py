@@ -66,7 +66,7 @@ def read_ranks(path: Path | None) -> dict[str, tuple[int, int] | None]:
         ConfigError: missing, not a table of ours, or a rank that is no positive number; names the line.
     """
     try:
-        lines = list(csv.DictReader(io.StringIO(Path(path or "").read_text(encoding="utf-8"))))
+        lines = list(csv.DictReader(io.StringIO(Path(path or "").read_text(encoding="utf-8-sig"))))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"plan {path} cannot be read: {error}") from error
     needed = set(COLUMNS[:4])
@@ -83,7 +83,7 @@ def read_ranks(path: Path | None) -> dict[str, tuple[int, int] | None]:
             found[line["layer"]] = None
             continue
         ranks = [line["rank_out"] or "", line["rank_in"] or ""]
-        if not all(rank.isdigit() and int(rank) > 0 for rank in ranks):
+        if not all(rank.isdecimal() and int(rank) > 0 for rank in ranks):
             raise ConfigError(f"{where}: ranks are positive numbers, found {ranks[0]!r} and {ranks[1]!r}")
         found[line["layer"]] = (int(ranks[0]), int(ranks[1]))
     return found
