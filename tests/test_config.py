@@ -175,7 +175,7 @@ def test_predecessor_dictionary_unusable_raises(raw, message):
             r"method tucker: unknown key 'rank_facto'; nearest: rank_factor",
         ),
         ({"methods": [{"method": "tucker", "rank_factor": 0}]}, r"rank_factor: .*greater than 0, found 0"),
-        ({"methods": [{"method": "tucker", "rank_mode": "best"}]}, r"rank_mode: .*'relative', 'fixed', found 'best'"),
+        ({"methods": [{"method": "tucker", "rank_mode": "best"}]}, r"rank_mode: .*'fixed', .*, found 'best'"),
         (
             {"methods": [{"method": "tucker", "rank_mode": "fixed", "rank_min": None}]},
             r"rank_mode 'fixed' needs rank_min",

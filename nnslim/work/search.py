@@ -73,7 +73,11 @@ def find_budget(
             f"max_drop={limit:g} is measured on images: name a folder of them (-i, or calibration.images)"
         )
     step, drops, best = _START, {}, None
-    while 0 <= step < len(SHARES) and step not in drops and len(drops) < _MOST_TRIALS:
+    while (
+        0 <= step < len(SHARES)
+        and step not in drops
+        and sum(drop != float("inf") for drop in drops.values()) < _MOST_TRIALS
+    ):
         trial = _with_share(config, position, SHARES[step])
         try:
             plans = plan_methods(dense, trial, cost, input_shape, data)

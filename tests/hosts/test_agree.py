@@ -136,7 +136,8 @@ def test_write_agreement_keeps_everything_else(make_model, case_folder, tmp_path
     assert picture.shape[1] == 1210 and len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 10
     (slim / "agreement.png").unlink()
     write_agreement(slim, agreement, figure=False)
-    assert sorted(path.name for path in slim.iterdir()) == ["dataset.json", "fold_0", "nnslim.json", "plans.json"]
+    left = ["dataset.json", "fold_0", "nnslim.json", "plan.csv", "plans.json"]
+    assert sorted(path.name for path in slim.iterdir()) == left
 
 
 def test_write_agreement_damaged_record_is_not_overwritten(make_model, tmp_path):

@@ -353,7 +353,7 @@ def test_context_with_images_compresses_with_data_and_keeps_it(make_model, case_
 
     weights, first = load(config)
     again, second = load(config)
-    assert (first.cached, second.cached) == (False, True)
+    assert (first.from_cache, second.from_cache) == (False, True)
     assert len(first.slimmed.recovery) == 1 and first.slimmed.recovery == second.slimmed.recovery
     assert all(torch.equal(value, again[key]) for key, value in weights.items())
     plain, _ = load({"methods": [HALF], "cache": config["cache"]})
@@ -361,7 +361,7 @@ def test_context_with_images_compresses_with_data_and_keeps_it(make_model, case_
     assert not all(torch.equal(value, plain[key]) for key, value in weights.items())
     write_image(case_folder, "d_0000.nii.gz", (20, 18, 17), 9)
     other, third = load(config)
-    assert not third.cached and not all(torch.equal(value, other[key]) for key, value in weights.items())
+    assert not third.from_cache and not all(torch.equal(value, other[key]) for key, value in weights.items())
     assert len(list((tmp_path / "cache").glob("*.pt"))) == 3
     assert not list(scratch.iterdir())
 

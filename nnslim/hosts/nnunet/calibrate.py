@@ -302,16 +302,16 @@ def calibration_of(
     Raises:
         InputError: no images, or one that cannot be read. ModelFolderError: a cascade.
     """
-    settings, learns = config.calibration, config.recovery.learns
+    settings, learns = config.calibration, config.recovery.learns or _searches(config)
     if settings.images is None or not config.active:
         yield None
         return
     # Learning and judging want images of their own; a sixth of them is for judging.
-    count = settings.count + config.recovery.images if learns or _searches(config) else settings.count
+    count = settings.count + config.recovery.images if learns else settings.count
     source = Source.of(model)
     step = None if progress is None else lambda done, total: progress("images", done, total)
     with prepare_images(source, settings.images, count, seed=settings.seed, progress=step) as images:
-        held = len(images) // 6 if len(images) >= 6 else int(len(images) >= 4)
+        held = (len(images) // 6 if len(images) >= 6 else int(len(images) >= 4)) if learns else 0
         learned = images.part(0, len(images) - held)
         judged = images.part(len(images) - held) if held else images
         yield Calibration(
