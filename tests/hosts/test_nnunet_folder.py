@@ -45,9 +45,8 @@ def test_compress_folder_any_kind_stock_predictor_gives_logits_of_slim_network(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_compress_folder_forced_full_rank_same_labels_as_dense(kind, make_model, stock_logits, tmp_path):
-    config = tucker(
-        rank_factor=1.0, only_if_cheaper=False, one_sided=False, first_layer=True, pointwise=True, heads=True
-    )
+    everything = {"first_layer": True, "pointwise": True, "heads": True, "transposed": True}
+    config = tucker(rank_factor=1.0, only_if_cheaper=False, one_sided=False, **everything)
     source = make_model(kind)
     slimmed = compress_folder(read_model_folder(source), tmp_path / "slim", config)
     assert all(decision.action == "tucker" for decision in slimmed.decisions if decision.macs_before)
@@ -65,6 +64,7 @@ def test_compress_folder_checkpoint_best_and_fold_all_keep_their_names(make_mode
         "dataset.json",
         "fold_all/checkpoint_best.pth",
         "nnslim.json",
+        "plan.csv",
         "plans.json",
     ]
     logits = stock_logits(tmp_path / "slim", folds="all", checkpoint="checkpoint_best.pth")
