@@ -28,7 +28,7 @@ class Problem:
         kernel: (O, I, taps) weights that the ridge pulls towards, float64.
         view: how rows of x and y are laid out.
         xx: (columns, columns) S + ridge. yx: (rows, columns) E[y x^T] + ridge * W.
-        metric: (O, O) symmetric, positive definite: L.
+        metric: (O, O) diagonal, positive: L.
         total: E || L y ||^2 + ridge * || L W ||^2, the error of a layer that puts out nothing but the mean.
     """
 
