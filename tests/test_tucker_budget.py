@@ -436,3 +436,12 @@ def test_answer_distance_is_zero_for_equal_and_symmetric():
     far = torch.zeros_like(p)
     far[:, 0], near = 50, far.flip(1)
     assert answer_distance(far, far) == 0 and answer_distance(far, near) > 0.6  # two of three classes lie elsewhere
+
+
+def test_plan_table_with_transposed_layers_is_read_back_without_the_switch(tiny_net, tiny_shape, tmp_path):
+    network = tiny_net("plain3d", features=(16, 24, 32))
+    cost = measure_cost(network, tiny_shape("plain3d"))
+    first = plan_tucker(network, TuckerConfig(rank_factor=0.25, rank_min=4, transposed=True), cost)
+    assert any("transpconvs" in edit.layer for edit in first.edits)
+    write_table(first.decisions, tmp_path / "plan.csv")
+    assert plan_tucker(network, TuckerConfig(plan=tmp_path / "plan.csv"), cost).edits == first.edits

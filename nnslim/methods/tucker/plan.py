@@ -83,7 +83,7 @@ def _kept_dense(layer: Layer, config: TuckerConfig, cost: Cost, is_first: bool) 
         return "segmentation head"
     if math.prod(conv.kernel_size) == 1 and layer.name not in cost.heads and not config.pointwise:
         return "1x1 kernel"
-    if is_transposed(conv) and not config.transposed and config.rank_mode != "budget":
+    if is_transposed(conv) and not config.transposed and config.rank_mode not in ("budget", "plan"):
         return "transposed convolution"
     return ""
 
