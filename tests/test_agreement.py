@@ -264,10 +264,12 @@ def many(classes: int, cases: int = 6) -> Agreement:
 
 @pytest.mark.parametrize("classes", [2, 118])
 def test_figure_is_a_picture_with_a_readable_row_per_class(tmp_path, classes):
+    import matplotlib
     from matplotlib.image import imread
 
     path = tmp_path / "agreement.png"
-    agreement_figure(many(classes), path)
+    with matplotlib.rc_context({"font.size": 30, "xtick.labelsize": 27}):  # as nnU-Net's trainer leaves it
+        agreement_figure(many(classes), path)
     picture = imread(path)[..., :3]
     height, width = picture.shape[:2]
     assert width == 1210 and height >= 18 * classes and height >= 250

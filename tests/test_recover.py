@@ -23,7 +23,9 @@ from nnslim.work.cache import cache_key, recall, store
 from nnslim.work.calibration import Calibration
 from nnslim.work.compress import compress
 from nnslim.work.config import RecoveryConfig, from_dict
-from nnslim.work.recover import Recovery, Referee, distil, recalibrate_norms, recover, stage_ends
+from nnslim.work.norms import recalibrate_norms
+from nnslim.work.recover import Recovery, distil, recover, stage_ends
+from nnslim.work.referee import Referee
 
 SHAPE = (1, 1, 16, 16)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -19,7 +20,34 @@ _DARK = "#123a4a"
 _FEW = 12  # classes; with more, rows are narrow
 _FORMATS = (".png", ".pdf", ".svg")
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
+
+def own_style(draw: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Draw with matplotlib's defaults: nnU-Net's trainer sets seaborn's style, with huge letters, for the process."""
+
+    @functools.wraps(draw)
+    def styled(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        import matplotlib.style
+
+        with matplotlib.style.context("default"):
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+def new_figure(size: tuple[float, float]) -> Any:
+    """Return an empty figure of the size in inches; not pyplot's, which keeps global state and wants a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+@own_style
 def overlay(
     image: np.ndarray,
     maps: Sequence[tuple[str, np.ndarray]],
@@ -39,18 +67,13 @@ def overlay(
     Raises:
         InputError: a label map has another shape than the image.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     for name, labels in maps:
         if labels.shape != image.shape:
             raise InputError(f"label map '{name}' has shape {labels.shape}, the image {image.shape}")
     marked = np.argwhere(np.any([labels > 0 for _, labels in maps], axis=0))
     centre = marked.mean(0).round().astype(int) if len(marked) else np.array(image.shape) // 2
     low, high = np.percentile(image, (1, 99.5))
-    # Not pyplot: it keeps global state and wants a display.
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((11, 4.4))
     for position, (axis, plane) in enumerate(((0, "sagittal"), (1, "coronal"), (2, "axial"))):
         axes = figure.add_subplot(1, 3, position + 1)
         across, up = (spacing[a] for a in range(3) if a != axis)
@@ -70,6 +93,7 @@ def overlay(
     figure.savefig(path, dpi=110)
 
 
+@own_style
 def agreement_figure(agreement: Agreement, path: Path) -> None:
     """Draw, per class, the Dice of slim against dense over the cases, and the difference in volume.
 
@@ -82,16 +106,12 @@ def agreement_figure(agreement: Agreement, path: Path) -> None:
     Raises:
         InputError: another ending. OutputError: it cannot be written; nothing half-written is left.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     path = Path(path)
     if path.suffix.lower() not in _FORMATS:
         raise InputError(f"cannot draw {path.name}: its ending should be one of {', '.join(_FORMATS)}")
     count = len(agreement.class_names)
     few = count <= _FEW
-    figure = Figure(figsize=(11, 2.0 + count * (0.45 if few else 0.2)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((11, 2.0 + count * (0.45 if few else 0.2)))
     dice, volume = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     _dice_rows(dice, agreement)
     _volume_rows(volume, agreement)

@@ -12,6 +12,7 @@ import numpy as np
 
 from nnslim.files import write_bytes
 from nnslim.work.error_grid import LayerGrid
+from nnslim.work.figures import new_figure, own_style
 
 _COLUMNS, _ROWS = 4, 5  # panels of one page
 _FACTORS = tuple(number / 32 for number in range(1, 33))
@@ -19,6 +20,7 @@ _LEVELS = (0.1, 0.3, 0.5)
 _STYLES = ("solid", "dashed", "dotted", "dashdot")
 
 
+@own_style
 def heat_maps(grids: Sequence[LayerGrid], folder: Path, *, outputs: bool = False, title: str = "") -> list[Path]:
     """Draw the error over (R_in, R_out), one panel per layer, on as many pages as that takes.
 
@@ -41,6 +43,7 @@ def heat_maps(grids: Sequence[LayerGrid], folder: Path, *, outputs: bool = False
     return _save(figures, folder, what) if figures else []
 
 
+@own_style
 def equal_factor_lines(grids: Sequence[LayerGrid], folder: Path, *, title: str = "") -> list[Path]:
     """Draw the error of each layer along one rank factor for both sides; `equal_factor.png` and `.pdf`.
 
@@ -51,7 +54,7 @@ def equal_factor_lines(grids: Sequence[LayerGrid], folder: Path, *, title: str =
     """
     both = any(grid.has_outputs for grid in grids)
     entries = len(grids)
-    figure = _figure((13.5 if both else 9.5, max(5.0, 1.2 + 0.17 * entries)))
+    figure = new_figure((13.5 if both else 9.5, max(5.0, 1.2 + 0.17 * entries)))
     axes = figure.subplots(1, 2 if both else 1, sharey=True, squeeze=False)[0]
     colours = _colour_map("turbo")(np.linspace(0.03, 0.97, max(entries, 2)))
     for panel, outputs in zip(axes, (False, True), strict=False):
@@ -85,7 +88,7 @@ def _pages(grids: Sequence[LayerGrid]) -> Iterator[tuple[int, int, Sequence[Laye
 def _page(grids: Sequence[LayerGrid], outputs: bool, title: str) -> Any:
     columns = min(_COLUMNS, len(grids))
     rows = math.ceil(len(grids) / columns)
-    figure = _figure((0.9 + 3.1 * columns, 1.0 + 2.75 * rows))
+    figure = new_figure((0.9 + 3.1 * columns, 1.0 + 2.75 * rows))
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     mesh = None
     for axes, grid in zip(panels, grids, strict=False):
@@ -141,16 +144,6 @@ def _colour_map(name: str) -> Any:
     import matplotlib
 
     return matplotlib.colormaps[name]
-
-
-def _figure(size: tuple[float, float]) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Not pyplot: it keeps global state and wants a display.
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _save(figures: Sequence[Any], folder: Path, name: str) -> list[Path]:

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from nnslim.files import save_checkpoint
-from nnslim.streaming import Tiles, hooked
+from nnslim.streaming import hooked
 from nnslim.surgery.walk import LayerIndex
 from nnslim.work.calibration import Calibration
 from nnslim.work.config import RecoveryConfig
 from nnslim.work.distillation import distillation_loss
-from nnslim.work.expected import TEMPERATURE, expected_dices, harden
+from nnslim.work.norms import NORMS, recalibrate_norms
+from nnslim.work.referee import Referee
 
 _log = logging.getLogger("nnslim")
-_NORM = (nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
 _MEMORY = 0.97  # of the running mean of the weights, per step
 
 Progress = Callable[[str, int, int], None]
@@ -65,106 +65,6 @@ def _rounded(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 5)
 
 
-class Referee:
-    """Measures, on held-out tiles, how much Dice a slim network is expected to lose against labels, without any.
-
-    The dense network's own probabilities stand for the labels (`expected_dice`). They are computed once for each tile
-    and kept on disk in half precision where a folder is given, so that measuring again only costs the slim network's
-    pass.
-    """
-
-    def __init__(self, dense: nn.Module, tiles: Tiles, *, regions: bool = False) -> None:
-        """Prepare.
-
-        Args:
-            dense: in eval mode.
-            tiles: held-out tiles.
-            regions: channels are independent.
-        """
-        self._dense, self._tiles, self._regions = dense, tiles, regions
-        self._device = next(dense.parameters()).device
-        self._kept: dict[int, Tensor] = {}
-        self._budget = 256 * 2**20  # bytes of logits that are kept in memory
-
-    @torch.inference_mode()
-    def _reference(self, number: int, tile: Tensor) -> Tensor:
-        if number in self._kept:
-            return self._kept[number].float()
-        logits = self._dense(tile)[0].float().cpu()
-        size = logits.numel() * 2
-        if size <= self._budget:
-            self._budget -= size
-            self._kept[number] = logits.half()
-            return self._kept[number].float()  # the same numbers the next time
-        return logits
-
-    @torch.inference_mode()
-    def drop(self, slim: nn.Module) -> float:
-        """Return the estimated drop, mean over classes and tiles; NaN where no tile shows any class."""
-        drops = []
-        training = slim.training
-        slim.eval()
-        for number, tile in enumerate(self._tiles):
-            tile = tile.to(self._device)
-            logits = self._reference(number, tile)
-            truth = logits.sigmoid() if self._regions else logits.softmax(0)
-            answer = slim(tile)[0].float().cpu()
-            answer = answer > 0 if self._regions else answer.argmax(0)
-            both = [harden(truth, not self._regions), answer]
-            wanted, found = (torch.as_tensor(d) for d in expected_dices(truth, both, not self._regions, TEMPERATURE))
-            there = wanted.isfinite() & found.isfinite()
-            if there.any():
-                drops.append(float((wanted - found)[there].mean()))
-        slim.train(training)
-        return sum(drops) / len(drops) if drops else math.nan
-
-
-@torch.inference_mode()
-def recalibrate_norms(dense: nn.Module, slim: nn.Module, tiles: Tiles) -> None:
-    """Set the slim norms' affine weights, in place, so that their outputs are nearest to the dense ones'.
-
-    For each channel the least-squares line from the slim norm's output to the dense norm's: an output that follows the
-    dense one only partly is scaled down accordingly. One pass over the tiles.
-
-    Args:
-        dense, slim: in eval mode, on one device. tiles: calibration tiles.
-    """
-    layers, others = LayerIndex(slim), LayerIndex(dense)
-    names = [layer.name for layer in layers.of_type(*_NORM) if layer.module.weight is not None and layer.name in others]
-    sums = {name: torch.zeros(5, len(layers[name].module.weight), dtype=torch.float64) for name in names}
-    counts = dict.fromkeys(names, 0)
-    device = next(dense.parameters()).device
-    for tile in tiles:
-        tile = tile.to(device)
-        wanted: dict[str, Tensor] = {}
-
-        # Copies, because activations work in place on what the norm puts out.
-        def keep(name: str, output: Tensor, wanted: dict[str, Tensor] = wanted) -> None:
-            wanted[name] = output.clone()
-
-        def compare(name: str, output: Tensor, wanted: dict[str, Tensor] = wanted) -> None:
-            u = output.transpose(0, 1).flatten(1).double().cpu()
-            v = wanted.pop(name).transpose(0, 1).flatten(1).double().cpu()
-            sums[name] += torch.stack([u.sum(1), v.sum(1), (u * u).sum(1), (u * v).sum(1), (v * v).sum(1)])
-            counts[name] += u.shape[1]
-
-        with hooked(dense, {}, {n: lambda m, i, o, n=n: keep(n, o) for n in names}):
-            dense(tile)
-        with hooked(slim, {}, {n: lambda m, i, o, n=n: compare(n, o) for n in names}):
-            slim(tile)
-    for name in names:
-        if counts[name]:
-            _set_line(layers[name].module, sums[name] / counts[name])
-
-
-def _set_line(norm: nn.Module, means: Tensor) -> None:
-    u, v, uu, uv, _ = means
-    slope = ((uv - u * v) / (uu - u * u).clamp(min=1e-12)).clamp(0.0, 2.0).to(norm.weight)
-    shift = (v - slope.double().cpu() * u).to(norm.weight)
-    norm.bias.copy_(norm.bias * slope + shift)
-    norm.weight.copy_(norm.weight * slope)
-
-
 def stage_ends(network: nn.Module, tile: Tensor) -> list[str]:
     """Return the last norm layer of each resolution stage, in order of execution.
 
@@ -172,7 +72,7 @@ def stage_ends(network: nn.Module, tile: Tensor) -> list[str]:
         network: in eval mode. tile: (1, C, *patch).
     """
     ran: list[tuple[str, tuple[int, ...]]] = []
-    names = [layer.name for layer in LayerIndex(network).of_type(*_NORM)]
+    names = [layer.name for layer in LayerIndex(network).of_type(*NORMS)]
     hooks = {n: lambda m, i, o, n=n: ran.append((n, tuple(o.shape[2:]))) for n in names}
     with hooked(network, {}, hooks), torch.no_grad():
         network(tile)
