@@ -38,6 +38,14 @@ class OutputError(NNSlimError):
     """A file or folder that cannot be written."""
 
 
+class RewriteError(NNSlimError):
+    """A network that cannot be rewritten or prepared for a backend; whoever asked runs it as it is."""
+
+
+class BackendError(NNSlimError):
+    """A backend that is not installed here, or that cannot run the network; whoever asked falls back to another."""
+
+
 class DownloadError(NNSlimError):
     """Something that could not be fetched, or that arrived damaged."""
 

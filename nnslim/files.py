@@ -27,6 +27,13 @@ def output_error(path: Path, error: OSError) -> OutputError:
     return OutputError(f"cannot write {path}: {error.strerror or error}; check the folder and its permissions")
 
 
+def user_cache() -> Path:
+    """Return nnslim's cache folder: NNSLIM_CACHE, else nnslim in the user's cache folder; it may not exist yet."""
+    if "NNSLIM_CACHE" in os.environ:
+        return Path(os.environ["NNSLIM_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nnslim"
+
+
 def make_folder(folder: Path) -> None:
     """Create `folder` with its parents.
 

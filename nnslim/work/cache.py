@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from nnslim.errors import NNSlimError
-from nnslim.files import make_folder, save_checkpoint
+from nnslim.files import make_folder, save_checkpoint, user_cache
 from nnslim.methods.base import Decision
 from nnslim.spec import SPEC_VERSION, SlimSpec
 from nnslim.work.compress import Counts, Slimmed, StateDict, rebuild
@@ -31,9 +30,7 @@ def cache_folder(config: SlimConfig) -> Path:
     """Return the cache folder: of the config, else NNSLIM_CACHE, else nnslim in the user's cache folder."""
     if config.cache.folder is not None:
         return config.cache.folder.expanduser()
-    if "NNSLIM_CACHE" in os.environ:
-        return Path(os.environ["NNSLIM_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nnslim"
+    return user_cache()
 
 
 def cache_key(

@@ -1,0 +1,271 @@
+/* Channels-last kernels for what torch and oneDNN do slowly on a CPU: passes over tall, narrow matrices.
+ *
+ * A tensor is rows of voxels, C floats each. Matrices of weights are row-major, (inputs, outputs padded to a multiple of
+ * LANES with zeros). Every function works on rows lo..hi, shared between `threads` threads where the compiler has OpenMP;
+ * without it the caller shares the rows between threads of its own. None keeps state or allocates on the heap. Built at
+ * first use for the very machine, see native.py. */
+#include <stddef.h>
+#include <string.h>
+
+#ifdef _OPENMP
+#define EACH_THREAD _Pragma("omp parallel for num_threads(threads) schedule(static, 1)") for (long t = 0; t < threads; t++)
+#else
+#define EACH_THREAD for (long t = 0; t < threads; t++)
+#endif
+#define BOUND(t) (lo + (hi - lo) * (t) / threads)
+
+int nnslim_has_threads(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+#define LANES 8
+#define ROWS 12   /* rows of one vector, or half as many of two: 12 accumulators of the 16 registers of AVX2 */
+#define TILE 96   /* voxels at a time: their wide rows stay in the cache */
+#define WIDEST 512 /* channels; the caller keeps to it */
+
+typedef float vec __attribute__((vector_size(LANES * 4), aligned(4)));
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vec load(const float *p) { return *(const vec *)p; }
+INLINE void store(float *p, vec v) { *(vec *)p = v; }
+INLINE vec splat(float s) { return (vec){s, s, s, s, s, s, s, s}; }
+INLINE long padded(long n) { return (n + LANES - 1) / LANES * LANES; }
+
+/* y[r] = bias + sum_k x[r][k] b[k] for `rows` rows and `vectors` vectors of columns; both are constants after inlining. */
+INLINE void block(const float *x, long ldx, long inner, const float *b, long ldb, const float *bias, float *y, long ldy,
+                  int rows, int vectors) {
+    vec sum[ROWS][2];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++) sum[r][v] = bias ? load(bias + v * LANES) : splat(0);
+    for (long k = 0; k < inner; k++) {
+        vec w[2];
+        for (int v = 0; v < vectors; v++) w[v] = load(b + k * ldb + v * LANES);
+        for (int r = 0; r < rows; r++) {
+            vec s = splat(x[r * ldx + k]);
+            for (int v = 0; v < vectors; v++) sum[r][v] += s * w[v];
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++) store(y + r * ldy + v * LANES, sum[r][v]);
+}
+
+/* y (rows, columns) = bias + x (rows, inner) b (inner, columns); columns is a multiple of LANES. */
+static void product(const float *x, long ldx, long rows, long inner, const float *b, long columns, const float *bias,
+                    float *y, long ldy) {
+    for (long c = 0; c < columns; c += 2 * LANES) {
+        int two = c + LANES < columns, step = two ? ROWS / 2 : ROWS;
+        const float *at = bias ? bias + c : NULL;
+        long r = 0;
+        for (; r + step <= rows; r += step) {
+            if (two) block(x + r * ldx, ldx, inner, b + c, columns, at, y + r * ldy + c, ldy, ROWS / 2, 2);
+            else block(x + r * ldx, ldx, inner, b + c, columns, at, y + r * ldy + c, ldy, ROWS, 1);
+        }
+        for (; r < rows; r++) {
+            if (two) block(x + r * ldx, ldx, inner, b + c, columns, at, y + r * ldy + c, ldy, 1, 2);
+            else block(x + r * ldx, ldx, inner, b + c, columns, at, y + r * ldy + c, ldy, 1, 1);
+        }
+    }
+}
+
+/* Like product, into rows of any width: the last columns go through a buffer. */
+static void product_to(const float *x, long ldx, long rows, long inner, const float *b, long width, const float *bias,
+                       float *y) {
+    long columns = padded(width);
+    if (columns == width) {
+        product(x, ldx, rows, inner, b, columns, bias, y, width);
+        return;
+    }
+    float buffer[ROWS * WIDEST];
+    for (long r = 0; r < rows; r += ROWS) {
+        long some = rows - r < ROWS ? rows - r : ROWS;
+        product(x + r * ldx, ldx, some, inner, b, columns, bias, buffer, columns);
+        for (long i = 0; i < some; i++) memcpy(y + (r + i) * width, buffer + i * columns, width * sizeof(float));
+    }
+}
+
+/* Sums over rows lo..hi of d = z - pivot: sum (C) and, per channel, square (C); or where `full`, square (C, padded C) of
+ * all products. Added up in double from short blocks in float. C is a multiple of LANES. */
+static void moments(const float *z, long lo, long hi, long channels, const float *pivot, int full, double *sum,
+                    double *square) {
+    float tile[TILE * WIDEST], total[WIDEST], products[WIDEST];
+    memset(sum, 0, channels * sizeof(double));
+    memset(square, 0, channels * (full ? channels : 1) * sizeof(double));
+    for (long first = lo; first < hi; first += TILE) {
+        long rows = hi - first < TILE ? hi - first : TILE;
+        for (long c = 0; c < channels; c += LANES) {
+            vec s = splat(0), q = splat(0), p = load(pivot + c);
+            for (long r = 0; r < rows; r++) {
+                vec d = load(z + (first + r) * channels + c) - p;
+                s += d;
+                q += d * d;
+                if (full) store(tile + r * channels + c, d);
+            }
+            store(total + c, s);
+            store(products + c, q);
+        }
+        for (long c = 0; c < channels; c++) sum[c] += total[c];
+        if (!full) {
+            for (long c = 0; c < channels; c++) square[c] += products[c];
+            continue;
+        }
+        for (long i = 0; i < channels; i += 4)
+            for (long c = 0; c < channels; c += LANES) {
+                vec s[4] = {splat(0), splat(0), splat(0), splat(0)};
+                for (long r = 0; r < rows; r++) {
+                    vec d = load(tile + r * channels + c);
+                    for (int k = 0; k < 4; k++) s[k] += splat(tile[r * channels + i + k]) * d;
+                }
+                for (int k = 0; k < 4; k++)
+                    for (int l = 0; l < LANES; l++) square[(i + k) * channels + c + l] += s[k][l];
+            }
+    }
+}
+
+/* One (C) of `sum` and one (C) or (C, C) of `square` for each thread. */
+void nnslim_moments(const float *z, long lo, long hi, long threads, long channels, const float *pivot, int full,
+                    double *sum, double *square) {
+    long each = full ? channels * channels : channels;
+    EACH_THREAD moments(z, BOUND(t), BOUND(t + 1), channels, pivot, full, sum + t * channels, square + t * each);
+}
+
+INLINE void activate(float *y, long count, float slope) {
+    for (long i = 0; i < count; i++) {
+        float low = y[i] * slope;
+        y[i] = y[i] > low ? y[i] : low;  /* NaN stays NaN */
+    }
+}
+
+/* Rows lo..hi of: y = act(W z + shift), or act(scale * z + shift) where w is NULL; then outs[n] = y vs[n] + biases[n] for
+ * each of `count`, and y itself to `keep` where that is not NULL (it may be z where w is NULL). `wide` is a multiple of
+ * LANES; slope is at most 1. */
+static void pass(const float *z, long lo, long hi, long channels, long wide, const float *w, const float *scale,
+                 const float *shift, float slope, long count, const long *widths, const float *const *vs,
+                 const float *const *biases, float *const *outs, float *keep) {
+    float tile[TILE * WIDEST];
+    for (long first = lo; first < hi; first += TILE) {
+        long rows = hi - first < TILE ? hi - first : TILE;
+        float *y = keep ? keep + first * wide : tile;
+        if (w) {
+            product(z + first * channels, channels, rows, channels, w, wide, shift, y, wide);
+        } else {
+            for (long r = 0; r < rows; r++)
+                for (long c = 0; c < wide; c += LANES)
+                    store(y + r * wide + c, load(z + (first + r) * wide + c) * load(scale + c) + load(shift + c));
+        }
+        if (slope != 1) activate(y, rows * wide, slope);
+        for (long n = 0; n < count; n++)
+            product_to(y, wide, rows, wide, vs[n], widths[n], biases[n], outs[n] + first * widths[n]);
+    }
+}
+
+void nnslim_pass(const float *z, long lo, long hi, long threads, long channels, long wide, const float *w,
+                 const float *scale, const float *shift, float slope, long count, const long *widths,
+                 const float *const *vs, const float *const *biases, float *const *outs, float *keep) {
+    EACH_THREAD pass(z, BOUND(t), BOUND(t + 1), channels, wide, w, scale, shift, slope, count, widths, vs, biases, outs,
+                     keep);
+}
+
+/* Lines lo..hi of a transposed convolution whose kernel is its stride, plus `add` where that is not NULL.
+ * x (D, H, W, inputs); w (inputs, kd * kh * kw * width), columns a multiple of LANES; out (D kd, H kh, W kw, width).
+ * A line is one (d, h) of the input. */
+static void transposed(const float *x, long lo, long hi, const long *size, long inputs, const float *w, long columns,
+                       const float *bias, const long *kernel, long width, const float *add, float *out) {
+    float buffer[ROWS * WIDEST * 8];
+    long high = size[1], across = size[2], kd = kernel[0], kh = kernel[1], kw = kernel[2];
+    for (long line = lo; line < hi; line++) {
+        long d = line / high, h = line % high;
+        for (long first = 0; first < across; first += ROWS) {
+            long rows = across - first < ROWS ? across - first : ROWS;
+            product(x + (line * across + first) * inputs, inputs, rows, inputs, w, columns, bias, buffer, columns);
+            for (long a = 0; a < kd; a++)
+                for (long b = 0; b < kh; b++) {
+                    long start = (((d * kd + a) * high * kh + h * kh + b) * across * kw + first * kw) * width;
+                    for (long r = 0; r < rows; r++) {
+                        const float *from = buffer + r * columns + (a * kh + b) * kw * width;
+                        long at = start + r * kw * width, n = kw * width;
+                        if (add) for (long i = 0; i < n; i++) out[at + i] = from[i] + add[at + i];
+                        else memcpy(out + at, from, n * sizeof(float));
+                    }
+                }
+        }
+    }
+}
+
+void nnslim_transposed(const float *x, long lo, long hi, long threads, const long *size, long inputs, const float *w,
+                       long columns, const float *bias, const long *kernel, long width, const float *add, float *out) {
+    EACH_THREAD transposed(x, BOUND(t), BOUND(t + 1), size, inputs, w, columns, bias, kernel, width, add, out);
+}
+
+/* Output lines lo..hi of a 3D convolution with stride 1 and "same" zero padding, few channels.
+ * x (D, H, W, inputs); w (kd, kh, kw, inputs, outputs); out (D, H, W, outputs); outputs a multiple of LANES.
+ * `scratch` holds (W + kw - 1) * inputs * kd * kh floats. */
+#define SPAN 12
+INLINE void span(const float *const *lines, int taps, long across, long inputs, const float *w, long outputs,
+                 const float *bias, float *y, int count) {
+    vec sum[SPAN];
+    for (int i = 0; i < count; i++) sum[i] = load(bias);
+    for (int t = 0; t < taps; t++) {
+        const float *x = lines[t];
+        if (x)
+            for (long k = 0; k < across * inputs; k++) { /* taps along the line and inputs: one run of floats */
+                vec weight = load(w + (t * across * inputs + k) * outputs);
+                for (int i = 0; i < count; i++) sum[i] += splat(x[i * inputs + k]) * weight;
+            }
+    }
+    for (int i = 0; i < count; i++) store(y + i * outputs, sum[i]);
+}
+
+/* With the number of inputs known to the compiler, the addresses of a span need no registers. */
+static void spans(const float *const *lines, int taps, long across, long inputs, const float *w, long outputs,
+                  const float *bias, float *y) {
+    if (inputs == 8 && across == 3) span(lines, taps, 3, 8, w, outputs, bias, y, SPAN);
+    else if (inputs == 16 && across == 3) span(lines, taps, 3, 16, w, outputs, bias, y, SPAN);
+    else span(lines, taps, across, inputs, w, outputs, bias, y, SPAN);
+}
+
+static void conv(const float *x, long lo, long hi, const long *size, long inputs, const float *w, const long *kernel,
+                 long outputs, const float *bias, float *out, float *scratch) {
+    long deep = size[0], high = size[1], across = size[2];
+    long kd = kernel[0], kh = kernel[1], kw = kernel[2], length = (across + kw - 1) * inputs;
+    const float *lines[128], *shifted[128];
+    for (long line = lo; line < hi; line++) {
+        long d = line / high, h = line % high;
+        for (long a = 0; a < kd; a++)
+            for (long b = 0; b < kh; b++) {
+                long from = d + a - kd / 2, at = h + b - kh / 2, t = a * kh + b;
+                lines[t] = NULL;
+                if (from < 0 || from >= deep || at < 0 || at >= high) continue;
+                float *copy = scratch + t * length;
+                memset(copy, 0, kw / 2 * inputs * sizeof(float));
+                memcpy(copy + kw / 2 * inputs, x + (from * high + at) * across * inputs, across * inputs * sizeof(float));
+                memset(copy + (across + kw / 2) * inputs, 0, (kw - 1 - kw / 2) * inputs * sizeof(float));
+                lines[t] = copy;
+            }
+        for (long o = 0; o < outputs; o += LANES)
+            for (long first = 0; first < across;) {
+                for (int t = 0; t < kd * kh; t++) shifted[t] = lines[t] ? lines[t] + first * inputs : NULL;
+                float *y = out + (line * across + first) * outputs + o;
+                if (across - first >= SPAN) {
+                    spans(shifted, kd * kh, kw, inputs, w + o, outputs, bias + o, y);
+                    first += SPAN;
+                } else if (across - first >= 4) {
+                    span(shifted, kd * kh, kw, inputs, w + o, outputs, bias + o, y, 4);
+                    first += 4;
+                } else {
+                    span(shifted, kd * kh, kw, inputs, w + o, outputs, bias + o, y, 1);
+                    first += 1;
+                }
+            }
+    }
+}
+
+/* `scratch` holds that much for each thread. */
+void nnslim_conv(const float *x, long lo, long hi, long threads, const long *size, long inputs, const float *w,
+                 const long *kernel, long outputs, const float *bias, float *out, float *scratch) {
+    long each = (size[2] + kernel[2] - 1) * inputs * kernel[0] * kernel[1];
+    EACH_THREAD conv(x, BOUND(t), BOUND(t + 1), size, inputs, w, kernel, outputs, bias, out, scratch + t * each);
+}

@@ -1,0 +1,178 @@
+"""1x1 convolution, instance norm, leaky ReLU and further 1x1 convolutions in one pass over the input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from nnslim.running.graph import matrix
+from nnslim.running.native import LANES, WIDEST, Kernels, kernels
+
+_NARROW = 64  # channels of z up to which the native kernel is used
+_BLOCK = 2**20  # numbers of the wide tensor at a time: 4 MB, which stay in the cache
+
+
+class NormPass(nn.Module):
+    """u_k = V_k act(norm(W z)) + c_k without the wide tensor W z ever being whole in memory.
+
+    Instance norm needs the mean and the variance of each channel of y = W z over the voxels. They follow from the mean
+    m and the covariance S of z: mean = W m, var = diag(W S W^T). So the norm is a scale and a shift of W's rows, known
+    before y is computed; a bias of W cancels. What is left is done for a block of voxels at a time.
+
+    Without W the norm acts on z itself.
+    """
+
+    def __init__(
+        self,
+        before: nn.Module | None,
+        norm: nn.Module,
+        slope: float,
+        following: Sequence[nn.Module],
+        *,
+        keep: bool,
+        in_place: bool = False,
+    ) -> None:
+        """Take the weights of the layers; they are copied.
+
+        Args:
+            before: pointwise convolution W, or None.
+            norm: instance norm without running statistics.
+            slope: of the activation for negative numbers; 1 for no activation.
+            following: pointwise convolutions V_k of the activation's output.
+            keep: whether the wide tensor is put out, too, after the others.
+            in_place: the input is nobody else's, and may be overwritten by the wide output.
+        """
+        super().__init__()
+        weight = norm.weight
+        channels = norm.num_features
+        like = following[0].weight if following else (before.weight if before is not None else weight)
+        options = {} if like is None else {"dtype": like.dtype, "device": like.device}
+        self.eps, self.slope, self.keep, self.in_place = norm.eps, slope, keep, in_place
+        self.outputs = len(following) + keep
+        self._set("w", None if before is None else matrix(before).clone())
+        self._padded: list[tuple[Tensor, Tensor]] | None = None
+        self._set("gain", torch.ones(channels, **options) if weight is None else weight.detach().clone())
+        self._set("offset", torch.zeros(channels, **options) if norm.bias is None else norm.bias.detach().clone())
+        for number, conv in enumerate(following):
+            self._set(f"v{number}", matrix(conv).t().contiguous())
+            bias = conv.bias
+            self._set(f"c{number}", None if bias is None else bias.detach().clone())
+
+    def _set(self, name: str, value: Tensor | None) -> None:
+        self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))
+
+    def extra_repr(self) -> str:
+        """Show the widths."""
+        widths = [getattr(self, f"v{n}").shape[1] for n in range(self.outputs - self.keep)]
+        before = "" if self.w is None else f"{self.w.shape[1]} -> "
+        return f"{before}{len(self.gain)} -> {widths}{' and itself' if self.keep else ''}, slope={self.slope}"
+
+    def forward(self, z: Tensor) -> tuple[Tensor, ...]:
+        """(B, C, *spatial) -> one (B, R_k, *spatial) per V_k, then the wide (B, C', *spatial) where it is kept."""
+        layout = torch.channels_last if z.dim() == 4 else torch.channels_last_3d
+        z = z.contiguous(memory_format=layout)
+        widths = [getattr(self, f"v{n}").shape[1] for n in range(self.outputs - self.keep)]
+        made = [_empty(z, width, layout) for width in widths]
+        if self.keep:
+            made.append(z if self.in_place and self.w is None else _empty(z, len(self.gain), layout))
+        native = self._fits(z)
+        for number in range(len(z)):
+            rows, outs = _rows(z[number]), [_rows(out[number]) for out in made]
+            if native is None:
+                self._one(rows, outs)
+            else:
+                self._one_native(native, rows, outs)
+        return tuple(made)
+
+    def _fits(self, z: Tensor) -> Kernels | None:
+        """Return the native kernels where they can do this pass."""
+        widths = (z.shape[1], len(self.gain))
+        if z.device.type != "cpu" or z.dtype != torch.float32 or isinstance(z, FakeTensor) or self.slope > 1:
+            return None
+        if any(width % LANES or width > WIDEST for width in widths):
+            return None
+        if self.w is not None and self.w.shape[1] > _NARROW:  # then the matrix products of torch's BLAS are as good
+            return None
+        return kernels()
+
+    def _one_native(self, native: Kernels, z: Tensor, outs: list[Tensor]) -> None:
+        mean, square = native.moments(z, full=self.w is not None)
+        scale, shift = self._scale_shift(mean, square)
+        weight = None if self.w is None else (self.w * scale[:, None]).t().contiguous()
+        if self._padded is None:
+            self._padded = [self._pad(number) for number in range(self.outputs - self.keep)]
+        products = [(*pair, out) for pair, out in zip(self._padded, outs, strict=False)]
+        native.norm_pass(z, weight, scale, shift, self.slope, products, outs[-1] if self.keep else None)
+
+    def _pad(self, number: int) -> tuple[Tensor, Tensor]:
+        v, bias = getattr(self, f"v{number}"), getattr(self, f"c{number}")
+        room = (0, -v.shape[1] % LANES)
+        bias = v.new_zeros(v.shape[1]) if bias is None else bias
+        return nn.functional.pad(v, room).contiguous(), nn.functional.pad(bias, room).contiguous()
+
+    def _one(self, z: Tensor, outs: list[Tensor]) -> None:
+        """(N, C) rows of voxels -> the rows of each output, in place."""
+        scale, shift = self._fold(z)
+        weight = None if self.w is None else (self.w * scale[:, None]).t()
+        wide = outs[-1] if self.keep else None
+        products = outs[:-1] if self.keep else outs
+        block = max(64, _BLOCK // len(scale))
+        buffer = None if wide is not None else z.new_empty((min(block, len(z)), len(scale)))
+        for first in range(0, len(z), block):
+            part = z[first : first + block]
+            y = buffer[: len(part)] if wide is None else wide[first : first + block]
+            if weight is not None:
+                torch.addmm(shift, part, weight, out=y)
+            else:
+                torch.addcmul(shift, part, scale, out=y)
+            if self.slope != 1:
+                nn.functional.leaky_relu_(y, self.slope)
+            for number, out in enumerate(products):
+                bias, v = getattr(self, f"c{number}"), getattr(self, f"v{number}")
+                target = out[first : first + block]
+                if bias is None:
+                    torch.mm(y, v, out=target)
+                else:
+                    torch.addmm(bias, y, v, out=target)
+
+    def _fold(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scale and the shift of each wide channel: norm(y) = scale * y + shift, y = W z without bias."""
+        return self._scale_shift(*_moments(z, full=self.w is not None))
+
+    def _scale_shift(self, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        """From mean and covariance (or variances, without W) of z, both float64."""
+        if self.w is not None:
+            w = self.w.double()
+            mean, square = w @ mean, ((w @ square) * w).sum(1)
+        scale = self.gain.double() / (square.clamp(min=0) + self.eps).sqrt()
+        return scale.to(self.gain.dtype), (self.offset.double() - scale * mean).to(self.gain.dtype)
+
+
+def _moments(z: Tensor, full: bool) -> tuple[Tensor, Tensor]:
+    """Return mean (C,) and covariance (C, C), or variances (C,) where not `full`, over the rows, in float64.
+
+    Around the mean of the first block, because the difference of two large numbers would lose digits.
+    """
+    block = max(64, _BLOCK // z.shape[1])
+    pivot = z[:block].mean(0)
+    total = torch.zeros_like(pivot, dtype=torch.float64)
+    square = torch.zeros((len(pivot),) * (1 + full), dtype=torch.float64, device=z.device)
+    for first in range(0, len(z), block):
+        part = z[first : first + block] - pivot
+        total += part.sum(0)
+        square += part.t() @ part if full else part.square_().sum(0)
+    mean = total / len(z)
+    return mean + pivot, square / len(z) - (mean.outer(mean) if full else mean.square())
+
+
+def _empty(z: Tensor, channels: int, layout: torch.memory_format) -> Tensor:
+    shape = (len(z), channels, *z.shape[2:])
+    return torch.empty(shape, dtype=z.dtype, device=z.device, memory_format=layout)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(C, *spatial), channels last in memory -> (N, C) view."""
+    return tensor.movedim(0, -1).view(-1, tensor.shape[0])
