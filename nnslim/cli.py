@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -31,6 +32,15 @@ ConfigOption = Annotated[str, typer.Option("-c", "--config", help="preset name o
 ImagesOption = Annotated[Path | None, typer.Option("-i", "--images", help="folder of unlabelled calibration images")]
 TrustOption = Annotated[bool, typer.Option("--trust-checkpoint", help="load as nnU-Net does, code included")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="no progress bar, warnings and errors only")]
+# As words, not from the engine: importing that takes torch's seconds, also for --help.
+_Backend = click.Choice(["auto", "stock", "eager", "compile", "openvino"])
+_Precision = click.Choice(["f32", "bf16", "f16", "int8"])
+BackendOption = Annotated[
+    str | None, typer.Option(click_type=_Backend, help="how the network runs; default: the config's, else auto")
+]
+PrecisionOption = Annotated[
+    str | None, typer.Option(click_type=_Precision, help="of the arithmetic; all but f32 need openvino")
+]
 
 
 def _start(quiet: bool) -> None:
@@ -171,6 +181,9 @@ def predict(
     previous_stage: Annotated[
         Path | None, typer.Option(help="for a cascade: folder of the segmentations of the stage before")
     ] = None,
+    backend: BackendOption = None,
+    precision: PrecisionOption = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all")] = None,
     trust: TrustOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -187,6 +200,9 @@ def predict(
         checkpoint=checkpoint,
         trust=trust,
         previous_stage=previous_stage,
+        backend=backend,
+        precision=precision,
+        threads=threads,
     )
     with _progress(quiet) as bar:
         task = bar.add_task("cases", total=None)

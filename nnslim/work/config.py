@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validat
 from nnslim.errors import ConfigError, nearest
 from nnslim.files import sha256_of
 from nnslim.methods.base import MethodConfig, method_named, methods
+from nnslim.running.engine import Backend, Precision, Settings
 
 CONFIG_VERSION = 1
 _LEGACY = {"tucker_args", "apply_tucker", "inference_bs", "ckpt_path", "save_model", "load_model"}
@@ -27,7 +28,15 @@ class _Section(BaseModel):
 class RunConfig(_Section):
     """How the network runs."""
 
-    tile_batch: int = Field(1, ge=1, description="tiles per forward pass; 1 leaves nnU-Net's own sliding window")
+    backend: Backend = Field("auto", description="stock (untouched), eager, compile, openvino; auto: the fastest here")
+    precision: Precision = Field("f32", description="bf16, f16 and int8 need the openvino backend")
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: all that the process may use")
+    tile_batch: int = Field(1, ge=1, description="tiles per forward pass")
+    guard: bool = Field(True, description="measure dense and slim here, and leave a model dense that would get slower")
+
+    def settings(self) -> Settings:
+        """Return what the running side needs."""
+        return Settings(self.backend, self.precision, self.threads)
 
 
 class CacheConfig(_Section):

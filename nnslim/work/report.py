@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from nnslim.running.guard import Speed
 from nnslim.work.compress import Slimmed
 
 
@@ -23,6 +24,7 @@ class ModelReport:
         seconds: spent on compressing or on reading the cache.
         from_cache: whether the weights came from the cache.
         note: why the model was left as it was.
+        speed: forward pass dense and slim, measured here; None where it was not.
     """
 
     source: str
@@ -31,6 +33,7 @@ class ModelReport:
     seconds: float
     from_cache: bool = False
     note: str = ""
+    speed: Speed | None = None
 
     def lines(self) -> list[str]:
         """Return the report as lines of text."""
@@ -62,6 +65,8 @@ class ModelReport:
                 f"  estimated drop in Dice {after_drop}, was {before_drop} before {recovery['steps']} steps of "
                 f"recovery{where}"
             )
+        if self.speed is not None:
+            lines.append(f"  forward pass {self.speed}")
         if not changed:
             lines.append("  nothing changed: no layer would get cheaper with these settings")
         return lines
@@ -74,6 +79,7 @@ class ModelReport:
             "seconds": round(self.seconds, 3),
             "from_cache": self.from_cache,
             "note": self.note,
+            "speed": self.speed.to_dict() if self.speed else None,
             "spec": self.slimmed.spec.to_dict() if self.slimmed else None,
             **(self.slimmed.summary() if self.slimmed else {}),
         }

@@ -17,7 +17,7 @@ import nnslim.lowrank
 from nnslim import NNSlimContext
 from nnslim.errors import ConfigError, HostError
 from nnslim.hosts.nnunet.folder import build_untrained, read_model_folder
-from nnslim.hosts.nnunet.window import batched_window_logits
+from nnslim.hosts.nnunet.window import window_logits
 from nnslim.hosts.nnunet.write import compress_folder
 from nnslim.spec import spec_of
 from nnslim.work.config import from_dict, tucker
@@ -323,7 +323,7 @@ def test_T5_tile_batch_gaussian_weights_do_not_depend_on_the_batch(make_model):
     predictor = _load(make_model())
     data = random_data(predictor)
     slicers = predictor._internal_get_sliding_window_slicers(tuple(data.shape[1:]))
-    one, three = (batched_window_logits(predictor, data, slicers, False, batch) for batch in (1, 3))
+    one, three = (window_logits(predictor, data, slicers, False, batch) for batch in (1, 3))
     torch.testing.assert_close(three, one, rtol=1e-4, atol=1e-4)
     stock = predictor._internal_predict_sliding_window_return_logits(data, slicers, False).float()
     inner = (slice(None), *[slice(6, 14)] * 3)  # away from the corners, see above

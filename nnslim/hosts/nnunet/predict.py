@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -19,6 +20,9 @@ from nnslim.hosts.nnunet.cases import check_stage, find_cases, preprocess_case, 
 from nnslim.hosts.nnunet.compat import predictor_class
 from nnslim.hosts.nnunet.folder import read_model_folder
 from nnslim.hosts.nnunet.predictor import slim_predictor
+from nnslim.hosts.nnunet.window import window_logits
+from nnslim.running.allocator import keep_heap
+from nnslim.running.engine import Backend, Precision
 from nnslim.work.config import SlimConfig, load_config
 from nnslim.work.report import Report
 
@@ -34,6 +38,7 @@ class PredictSettings:
         overwrite: predict again what is there. folds: all that have the checkpoint if None.
         checkpoint: checkpoint_final.pth, else checkpoint_best.pth, if None. trust: see `load_checkpoint`.
         previous_stage: for a cascade, folder of the segmentations of the stage before.
+        backend, precision, threads: see `nnslim.running.engine.Settings`; None: the config's.
     """
 
     device: str = "cpu"
@@ -44,6 +49,9 @@ class PredictSettings:
     checkpoint: str | None = None
     trust: bool = False
     previous_stage: Path | None = None
+    backend: Backend | None = None
+    precision: Precision | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,11 @@ def load_predictor(model: Path, config: Any, settings: PredictSettings) -> Any:
         ModelFolderError, ConfigError, HostError: what cannot be used.
     """
     cls = predictor_class()
-    slim = None if config is None else load_config(config)
+    slim = SlimConfig() if config is None else load_config(config)
+    chosen = {key: getattr(settings, key) for key in ("backend", "precision", "threads")}
+    slim = slim.model_copy(
+        update={"run": slim.run.model_copy(update={key: value for key, value in chosen.items() if value is not None})}
+    )
     # Reads and checks everything before nnU-Net does, which reports faults as bare KeyErrors and stack traces.
     source = read_model_folder(model, settings.folds, settings.checkpoint, trust=settings.trust)
     device = torch.device(settings.device)
@@ -91,9 +103,12 @@ def load_predictor(model: Path, config: Any, settings: PredictSettings) -> Any:
         )
         folds = tuple(int(fold) if fold.isdigit() else fold for fold in source.checkpoints)
         predictor.initialize_from_trained_model_folder(str(model), folds, source.checkpoint_name)
-    if slim is not None:
-        session = _Session(slim, Report())
-        slim_predictor(predictor, session, str(model))
+    slim_predictor(predictor, _Session(slim, Report()), str(model))
+    if slim.run.backend != "stock":
+        # On this object alone: nothing of nnU-Net's class is touched outside a context.
+        predictor._internal_predict_sliding_window_return_logits = functools.partial(
+            window_logits, predictor, batch=slim.run.tile_batch
+        )
     return predictor
 
 
@@ -127,15 +142,16 @@ def predict_folder(
     make_folder(output)
     manifest = output / "manifest.jsonl"
     results = []
-    for number, (name, files) in enumerate(cases.items(), start=1):
-        results.append(_one_case(predictor, name, files, output, settings))
-        try:
-            with manifest.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(asdict(results[-1])) + "\n")
-        except OSError as error:
-            raise output_error(manifest, error) from error
-        if progress is not None:
-            progress(number, len(cases))
+    with keep_heap():
+        for number, (name, files) in enumerate(cases.items(), start=1):
+            results.append(_one_case(predictor, name, files, output, settings))
+            try:
+                with manifest.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(asdict(results[-1])) + "\n")
+            except OSError as error:
+                raise output_error(manifest, error) from error
+            if progress is not None:
+                progress(number, len(cases))
     return results
 
 

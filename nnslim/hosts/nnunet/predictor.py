@@ -6,6 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -14,13 +15,15 @@ from torch import nn
 from nnslim.errors import OutputError
 from nnslim.hosts.nnunet.calibrate import calibration_of, fingerprint
 from nnslim.hosts.nnunet.compat import predictor_class
-from nnslim.hosts.nnunet.window import batched_window_logits
+from nnslim.hosts.nnunet.window import window_logits
+from nnslim.running.guard import compare_speed
+from nnslim.running.runner import Runner
 from nnslim.spec import spec_of
 from nnslim.surgery.patching import AttributePatch
 from nnslim.surgery.walk import unwrap
 from nnslim.work.cache import cache_folder, cache_key, recall, store
 from nnslim.work.compress import Slimmed, StateDict, compress
-from nnslim.work.config import SlimConfig
+from nnslim.work.config import RunConfig, SlimConfig
 from nnslim.work.report import ModelReport, Report
 
 _log = logging.getLogger("nnslim")
@@ -93,9 +96,9 @@ def predictor_patches(current: Callable[[], Session | None]) -> list[AttributePa
             self: Any, data: torch.Tensor, slicers: Sequence[Any], do_on_device: bool = True
         ) -> torch.Tensor:
             session = current()
-            if session is None or session.config.run.tile_batch == 1:
+            if session is None or not session.config.apply or _untouched(session.config.run):
                 return original(self, data, slicers, do_on_device)
-            return batched_window_logits(self, data, slicers, do_on_device, session.config.run.tile_batch)
+            return window_logits(self, data, slicers, do_on_device, session.config.run.tile_batch)
 
         return _internal_predict_sliding_window_return_logits
 
@@ -114,26 +117,46 @@ def slim_predictor(predictor: Any, session: Session, source: str) -> None:
     network is not touched.
     """
     compiled = hasattr(predictor.network, "_orig_mod")
-    network = unwrap(predictor.network)
+    dense = unwrap(predictor.network)
     # A DataParallel-trained checkpoint may carry "module." prefixes; nnU-Net would refuse it before us.
     given = predictor.list_of_parameters
-    folds: list[StateDict] = list(given) if given else [network.state_dict()]
-    if not session.config.active:
-        session.report.models.append(ModelReport(source, len(folds), None, 0.0, note="compression is switched off"))
-        return
-    if spec_of(network) is not None:
-        session.report.models.append(ModelReport(source, len(folds), None, 0.0, note="it is a slim model already"))
-        return
+    folds: list[StateDict] = list(given) if given else [dense.state_dict()]
+    config = session.config
     started = time.perf_counter()
-    shape = (1, _input_channels(predictor), *predictor.configuration_manager.patch_size)
-    slimmed, cached = _compress_or_recall(predictor, network, folds, session.config, shape)
-    predictor.network = torch.compile(slimmed.network) if compiled else slimmed.network
-    if given:
+    slimmed, cached, note, speed = None, False, "", None
+    if not config.active:
+        note = "compression is switched off"
+    elif spec_of(dense) is not None:
+        note = "it is a slim model already"
+    else:
+        shape = (1, _input_channels(predictor), *predictor.configuration_manager.patch_size)
+        slimmed, cached = _compress_or_recall(predictor, dense, folds, config, shape)
+        if config.run.guard and slimmed.spec.edits:
+            speed = compare_speed(dense, slimmed.network, shape, config.run.settings())
+            if not speed.gains:
+                slimmed, note = None, f"the slim model would be slower here: {speed}"
+    network = dense if slimmed is None else slimmed.network
+    if slimmed is not None and given:
         predictor.list_of_parameters = list(slimmed.weights)
+    if config.apply and not _untouched(config.run):
+        if slimmed is None and not given:  # a trainer's own network goes on learning: an engine would keep old weights
+            network = dense
+        else:
+            settings = config.run.settings()
+            if compiled and settings.backend == "auto":  # nnUNet_compile asks for it
+                settings = replace(settings, backend="compile")
+            network = Runner(network.eval(), settings)
+    elif compiled:
+        network = torch.compile(network)
+    predictor.network = network
     seconds = time.perf_counter() - started
-    session.report.models.append(ModelReport(source, len(folds), slimmed, seconds, cached))
+    session.report.models.append(ModelReport(source, len(folds), slimmed, seconds, cached, note, speed))
     for line in session.report.models[-1].lines():
         _log.info(line)
+
+
+def _untouched(run: RunConfig) -> bool:
+    return run.backend == "stock" and run.tile_batch == 1
 
 
 def _input_channels(predictor: Any) -> int:

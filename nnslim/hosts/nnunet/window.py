@@ -1,4 +1,4 @@
-"""nnU-Net's sliding window with several tiles per forward pass."""
+"""nnU-Net's sliding window: several tiles per forward pass, sums in single precision on a CPU, heap kept."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnslim.running.allocator import keep_heap
+
 
 @torch.inference_mode()
-def batched_window_logits(predictor: Any, data: Tensor, slicers: Sequence[Any], on_device: bool, batch: int) -> Tensor:
+def window_logits(predictor: Any, data: Tensor, slicers: Sequence[Any], on_device: bool, batch: int = 1) -> Tensor:
     """Predict all tiles, `batch` at a time, and merge them with nnU-Net's Gaussian weights.
 
     Same result as nnU-Net's own loop, which runs one tile at a time and sums in half precision; on a CPU the sums are
-    kept in float32 here. The last, smaller group of tiles is predicted like the others.
+    kept in float32 here, channels last where the network's answer is. The last, smaller group of tiles is predicted
+    like the others.
 
     Args:
         predictor: an initialised nnUNetPredictor (network, mirroring, patch size and device are read from it).
@@ -23,30 +26,44 @@ def batched_window_logits(predictor: Any, data: Tensor, slicers: Sequence[Any], 
         on_device: keep the sums on the predictor's device; else on the CPU.
         batch: tiles per forward pass, at least 1.
     Returns:
-        (heads, *spatial) logits on the device of the sums.
+        (heads, *spatial) logits on the device of the sums, contiguous.
     Raises:
         RuntimeError: infinite logits (as nnU-Net does).
     """
-    from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+    with keep_heap():
+        return _merged(predictor, data, slicers, on_device, batch)
 
+
+def _merged(predictor: Any, data: Tensor, slicers: Sequence[Any], on_device: bool, batch: int) -> Tensor:
     device = predictor.device if on_device else torch.device("cpu")
     dtype = torch.half if device.type == "cuda" else torch.float32
     data = data.to(device)
-    patch = tuple(predictor.configuration_manager.patch_size)
-    weight = torch.ones(patch, dtype=dtype, device=device)
-    if predictor.use_gaussian:
-        weight = compute_gaussian(patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=device).to(dtype)
+    weight = _gaussian(predictor, device, dtype)
     heads = predictor.label_manager.num_segmentation_heads
-    logits = torch.zeros((heads, *data.shape[1:]), dtype=dtype, device=device)
+    logits: Tensor | None = None
     weights = torch.zeros(data.shape[1:], dtype=dtype, device=device)
     for start in range(0, len(slicers), batch):
         group = slicers[start : start + batch]
         tiles = torch.stack([data[slicer] for slicer in group]).to(predictor.device)
         predicted = predictor._internal_maybe_mirror_and_predict(tiles).to(device)
+        if logits is None:
+            last = predicted.stride(1) == 1 and heads > 1
+            logits = torch.zeros((*data.shape[1:], heads) if last else (heads, *data.shape[1:]), dtype=dtype)
+            logits = logits.to(device).movedim(-1, 0) if last else logits.to(device)
         for slicer, tile in zip(group, predicted, strict=True):
-            logits[slicer] += tile.to(dtype) * weight
+            logits[slicer].addcmul_(tile.to(dtype), weight)
             weights[slicer[1:]] += weight
+    assert logits is not None  # a window has at least one tile
     logits /= weights
     if torch.isinf(logits).any():
         raise RuntimeError("Encountered inf in predicted array. Aborting...")
-    return logits
+    return logits.contiguous()
+
+
+def _gaussian(predictor: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+
+    patch = tuple(predictor.configuration_manager.patch_size)
+    if not predictor.use_gaussian:
+        return torch.ones(patch, dtype=dtype, device=device)
+    return compute_gaussian(patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=device).to(dtype)

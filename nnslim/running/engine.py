@@ -1,0 +1,159 @@
+"""Backends: ways to run one network on one patch shape."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, fx, nn
+
+from nnslim.errors import BackendError, NNSlimError, RewriteError
+from nnslim.running.direct import TiledTransposed, direct
+from nnslim.running.graph import layer_of, tidy, trace
+from nnslim.running.rewrites import fold_norms, merge_products, split_concatenations
+
+Backend = Literal["auto", "stock", "eager", "compile", "openvino"]
+Precision = Literal["f32", "bf16", "f16", "int8"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+_log = logging.getLogger("nnslim")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run a network.
+
+    Attributes:
+        backend: "stock": the network untouched. "eager": torch, after the exact rewrites. "compile": torch.compile.
+            "openvino". "auto": whichever measures fastest here, see `nnslim.running.select`.
+        precision: of the arithmetic; anything but f32 needs the openvino backend.
+        threads: CPU threads; None for all that the process may use.
+    """
+
+    backend: Backend = "auto"
+    precision: Precision = "f32"
+    threads: int | None = None
+
+
+def make_engine(network: nn.Module, shape: Sequence[int], settings: Settings) -> nn.Module:
+    """Return an inference-only module (B, C, *patch) -> (B, heads, *patch) with the network's present weights.
+
+    It keeps these weights whatever is loaded into the network later; only "stock" is the network itself.
+
+    Args:
+        network: in eval mode, on the device it will run on.
+        shape: (B, C, *patch).
+        settings: not "auto".
+    Raises:
+        BackendError: the backend is missing, or cannot run this network.
+    """
+    device = next(network.parameters()).device
+    if settings.precision != "f32" and settings.backend != "openvino":
+        raise BackendError(f"precision {settings.precision} needs the openvino backend, found {settings.backend}")
+    if settings.backend == "stock":
+        return network
+    if settings.backend == "openvino":
+        if device.type != "cpu":
+            raise BackendError(f"the openvino backend runs on the CPU, found a network on {device}")
+        from nnslim.running.openvino import OpenVINOEngine
+
+        return OpenVINOEngine(network, shape, precision=settings.precision, threads=settings.threads)
+    network = copy.deepcopy(network)
+    try:
+        graph: nn.Module = rewritten(network, shape)
+    except RewriteError as error:
+        _log.info("no rewrites: %s", error)
+        graph = network
+    if settings.backend == "compile":
+        return torch.compile(graph)
+    if device.type == "cpu" and isinstance(graph, fx.GraphModule):
+        graph = channels_last(graph, shape)
+    return graph
+
+
+def rewritten(network: nn.Module, shape: Sequence[int]) -> fx.GraphModule:
+    """Return the network's graph after the rewrites that save work on every backend.
+
+    Raises:
+        RewriteError: see `trace`.
+    """
+    return merge_products(split_concatenations(trace(network, shape)))
+
+
+def channels_last(graph: fx.GraphModule, shape: Sequence[int]) -> fx.GraphModule:
+    """Return the graph for torch on a CPU: norms folded, convolutions straight in oneDNN, channels last in memory.
+
+    Raises:
+        RewriteError: see `tidy`.
+    """
+    graph = fold_norms(graph)
+    for node in list(graph.graph.nodes):
+        made = direct(layer_of(node)) if node.op == "call_module" else None
+        if made is not None:
+            name = f"{str(node.target).replace('.', '_')}_direct"
+            graph.add_submodule(name, made)
+            node.target = name
+    _add_while_laying_out(graph)
+    return tidy(graph, shape)
+
+
+def _add_while_laying_out(graph: fx.GraphModule) -> None:
+    """Let a transposed convolution add the skip connection's product as it writes its own."""
+    for add in [node for node in graph.graph.nodes if node.target is torch.add and len(node.args) == 2]:
+        nodes = [node for node in add.args if isinstance(node, fx.Node)]
+        for node, other in zip(nodes, reversed(nodes), strict=True):
+            if isinstance(layer_of(node), TiledTransposed) and len(node.users) == 1 and other is not node:
+                with graph.graph.inserting_before(add):
+                    made = graph.graph.call_module(node.target, (node.args[0], other))
+                add.replace_all_uses_with(made)
+                graph.graph.erase_node(add)
+                graph.graph.erase_node(node)
+                break
+
+
+def candidates(device: torch.device) -> list[Backend]:
+    """Return the backends that `auto` compares on a device.
+
+    torch.compile takes minutes on a CPU before the first patch is through, so it is compared on CUDA only.
+    """
+    if device.type == "cuda":
+        return ["stock", "eager", "compile"]
+    if device.type == "cpu":
+        return ["eager", "openvino"] if importlib.util.find_spec("openvino") else ["eager", "stock"]
+    return ["stock", "eager"]
+
+
+def with_fallback(network: nn.Module, shape: Sequence[int], settings: Settings) -> tuple[nn.Module, str]:
+    """Return an engine that has run once, and its backend: the one asked for, else eager, else the network itself.
+
+    Raises:
+        BackendError: a precision was asked for that only the failing backend has.
+    """
+    x = torch.zeros(tuple(shape), device=next(network.parameters()).device)
+    for name in dict.fromkeys((settings.backend, "eager", "stock")):
+        if name != settings.backend and settings.precision != "f32":
+            break
+        try:
+            engine = make_engine(network, shape, Settings(name, settings.precision, settings.threads))
+            run(engine, x)
+            return engine, name
+        except NNSlimError as error:
+            problem = str(error)
+        except Exception as error:  # whatever a compiler or a plugin raises
+            problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+        if name != "stock":
+            _log.warning("backend %s cannot be used: %s", name, problem)
+    raise BackendError(f"backend {settings.backend}, precision {settings.precision}: {problem}")
+
+
+def run(engine: nn.Module, x: Tensor) -> Tensor:
+    """Run an engine without gradients, under autocast on CUDA as nnU-Net does; waits for the result on CUDA."""
+    with torch.inference_mode(), torch.autocast(x.device.type, enabled=x.device.type == "cuda"):
+        y = engine(x)
+    if x.device.type == "cuda":
+        torch.cuda.synchronize(x.device)
+    return y
