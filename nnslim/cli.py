@@ -6,11 +6,11 @@ import logging
 import runpy
 import shutil
 import sys
+from enum import Enum
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -33,14 +33,10 @@ ImagesOption = Annotated[Path | None, typer.Option("-i", "--images", help="folde
 TrustOption = Annotated[bool, typer.Option("--trust-checkpoint", help="load as nnU-Net does, code included")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="no progress bar, warnings and errors only")]
 # As words, not from the engine: importing that takes torch's seconds, also for --help.
-_Backend = click.Choice(["auto", "stock", "eager", "compile", "openvino"])
-_Precision = click.Choice(["f32", "bf16", "f16", "int8"])
-BackendOption = Annotated[
-    str | None, typer.Option(click_type=_Backend, help="how the network runs; default: the config's, else auto")
-]
-PrecisionOption = Annotated[
-    str | None, typer.Option(click_type=_Precision, help="of the arithmetic; all but f32 need openvino")
-]
+_Backend = Enum("_Backend", {name: name for name in ("auto", "stock", "eager", "compile", "openvino")}, type=str)
+_Precision = Enum("_Precision", {name: name for name in ("f32", "bf16", "f16", "int8")}, type=str)
+BackendOption = Annotated[_Backend | None, typer.Option(help="how the network runs; default: the config's, else auto")]
+PrecisionOption = Annotated[_Precision | None, typer.Option(help="of the arithmetic; all but f32 need openvino")]
 
 
 def _start(quiet: bool) -> None:
@@ -200,8 +196,8 @@ def predict(
         checkpoint=checkpoint,
         trust=trust,
         previous_stage=previous_stage,
-        backend=backend,
-        precision=precision,
+        backend=backend.value if backend else None,
+        precision=precision.value if precision else None,
         threads=threads,
     )
     with _progress(quiet) as bar:
@@ -216,6 +212,66 @@ def predict(
     there = sum(case.status == "there" for case in results)
     typer.echo(f"{done} predicted, {there} there already, {len(failed)} failed: {output}")
     if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def benchmark(
+    model: Annotated[Path, typer.Option("-m", "--model", help="model folder")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder for tables and pictures")],
+    config: Annotated[
+        list[str] | None, typer.Option("-c", "--config", help="preset, YAML file or slim model folder; repeatable")
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="stock, eager, compile, openvino, auto, stock-compile, openvino-plain; repeatable; "
+            "default: stock, eager and, where installed, openvino"
+        ),
+    ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="f32, bf16, f16, int8; repeatable; other than f32 on openvino alone")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="counted passes of each row, in turn")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="patches per pass")] = 1,
+    images: Annotated[
+        Path | None, typer.Option("-i", "--images", help="also time the whole pipeline on these cases, by stages")
+    ] = None,
+    cases: Annotated[int, typer.Option(min=1, help="cases of the whole pipeline")] = 3,
+    dice: Annotated[Path | None, typer.Option(help="CSV file with columns name and dice, drawn against time")] = None,
+    fold: Annotated[list[str] | None, typer.Option("-f", "--fold", help="fold, repeatable; default: all")] = None,
+    checkpoint: Annotated[str | None, typer.Option("-chk", help="default: checkpoint_final.pth, else _best")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    trust: TrustOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure a model and its slim forms side by side: time, memory, MACs; benchmark.csv, benchmark.json, pictures."""
+    from nnslim.hosts.nnunet.benchmark import BenchmarkSettings, benchmark_folder, ways_of
+    from nnslim.work.benchmark_screen import screen_table, stage_table
+
+    _start(quiet)
+    ways = ways_of(backend or (), precision or (), threads, device)
+    settings = BenchmarkSettings(ways, rounds, batch_size, cases, fold, checkpoint, trust, dice)
+    with _progress(quiet) as bar:
+        task = bar.add_task("reading", total=None)
+        measured = benchmark_folder(
+            model,
+            config or (),
+            output,
+            settings,
+            images=images,
+            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+        )
+    screen = Console(highlight=False)
+    screen.print(screen_table(measured.rows))
+    if measured.profiles:
+        screen.print(stage_table(measured.profiles))
+        typer.echo("start: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in measured.starts.items()))
+    typer.echo(f"written: {output}")
+    for line in measured.failed:
+        _errors.print(f"nnslim: {line}", markup=False)
+    if measured.failed:
         raise typer.Exit(1)
 
 

@@ -71,7 +71,7 @@ def make_engine(network: nn.Module, shape: Sequence[int], settings: Settings) ->
     if settings.backend == "compile":
         return torch.compile(graph)
     if device.type == "cpu" and isinstance(graph, fx.GraphModule):
-        graph = channels_last(graph, shape)
+        graph = channels_last(graph)
     return graph
 
 
@@ -84,11 +84,11 @@ def rewritten(network: nn.Module, shape: Sequence[int]) -> fx.GraphModule:
     return merge_products(split_concatenations(trace(network, shape)))
 
 
-def channels_last(graph: fx.GraphModule, shape: Sequence[int]) -> fx.GraphModule:
+def channels_last(graph: fx.GraphModule) -> fx.GraphModule:
     """Return the graph for torch on a CPU: norms folded, convolutions straight in oneDNN, channels last in memory.
 
     Raises:
-        RewriteError: see `tidy`.
+        RewriteError: see `note_shapes`.
     """
     graph = fold_norms(graph)
     for node in list(graph.graph.nodes):
@@ -98,7 +98,7 @@ def channels_last(graph: fx.GraphModule, shape: Sequence[int]) -> fx.GraphModule
             graph.add_submodule(name, made)
             node.target = name
     _add_while_laying_out(graph)
-    return tidy(graph, shape)
+    return tidy(graph)
 
 
 def _add_while_laying_out(graph: fx.GraphModule) -> None:

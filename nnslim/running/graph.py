@@ -44,15 +44,25 @@ def trace(network: nn.Module, shape: Sequence[int]) -> fx.GraphModule:
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
     traced.graph.eliminate_dead_code()
-    return tidy(traced, shape)
+    return note_shapes(traced, shape)
 
 
-def tidy(graph: fx.GraphModule, shape: Sequence[int]) -> fx.GraphModule:
-    """Drop layers without a use, compile the code, and note the output shape of each node; returns the same object."""
+def tidy(graph: fx.GraphModule) -> fx.GraphModule:
+    """Drop layers without a use and compile the code; returns the same object."""
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
     graph.graph.lint()
     graph.recompile()
+    return graph
+
+
+def note_shapes(graph: fx.GraphModule, shape: Sequence[int]) -> fx.GraphModule:
+    """Tidy, and note the output shape of each node, without computing anything; returns the same object.
+
+    Raises:
+        RewriteError: the network does not run on that shape.
+    """
+    tidy(graph)
     like = next(graph.parameters(), torch.empty(0))
     fake = FakeTensorProp(graph, FakeTensorMode(allow_non_fake_inputs=True))
     try:
@@ -77,7 +87,7 @@ def layer_of(node: fx.Node) -> nn.Module | None:
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """Return the shape of a node's output, as `tidy` noted it."""
+    """Return the shape of a node's output, as `note_shapes` noted it."""
     return tuple(node.meta["val"].shape)
 
 

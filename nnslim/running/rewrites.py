@@ -21,8 +21,8 @@ from nnslim.running.graph import (
     is_pointwise,
     layer_of,
     matrix,
+    note_shapes,
     shape_of,
-    tidy,
 )
 from nnslim.running.norm_pass import NormPass
 
@@ -61,7 +61,7 @@ def split_concatenations(graph: fx.GraphModule) -> fx.GraphModule:
             graph.graph.erase_node(user)
         if not cat.users:
             graph.graph.erase_node(cat)
-    return tidy(graph, _input_shape(graph))
+    return note_shapes(graph, _input_shape(graph))
 
 
 def merge_products(graph: fx.GraphModule) -> fx.GraphModule:
@@ -89,7 +89,7 @@ def merge_products(graph: fx.GraphModule) -> fx.GraphModule:
             graph.graph.erase_node(user)
             graph.graph.erase_node(node)
             changed = True
-    return tidy(graph, _input_shape(graph))
+    return note_shapes(graph, _input_shape(graph))
 
 
 def fold_norms(graph: fx.GraphModule) -> fx.GraphModule:
@@ -129,7 +129,7 @@ def fold_norms(graph: fx.GraphModule) -> fx.GraphModule:
             last.replace_all_uses_with(pieces[-1])
         for node in dict.fromkeys((last, norm, source if wide else norm)):
             graph.graph.erase_node(node)
-    return tidy(graph, _input_shape(graph))
+    return note_shapes(graph, _input_shape(graph))
 
 
 def _input_shape(graph: fx.GraphModule) -> tuple[int, ...]:

@@ -1,0 +1,160 @@
+"""Eight-bit models: post-training quantisation by NNCF on calibration tiles, and where they are kept."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from nnslim.errors import BackendError
+from nnslim.running.kept_models import fingerprint, keep, model_key, read_model, write_model
+from nnslim.running.openvino import convert, openvino_module, silent_loggers
+
+INT8_NAME = "nnslim_int8.xml"  # beside a checkpoint
+_NETWORK = ["nnslim", "network"]  # where a model says of which network it was made
+_CONVOLUTIONS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData")
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A model in eight bits.
+
+    Attributes:
+        model: the ov.Model.
+        layers: convolutions in all, in_int8: those of them that are computed in eight bits.
+        bytes_before, bytes_after: of the weights' files.
+        tiles: that were calibrated on.
+    """
+
+    model: Any
+    layers: int
+    in_int8: int
+    bytes_before: int
+    bytes_after: int
+    tiles: int
+
+    def line(self) -> str:
+        """Return one line for the user."""
+        return (
+            f"int8: {self.in_int8} of {self.layers} convolutions, {self.tiles} tiles, "
+            f"{self.bytes_before / 1e6:.1f} -> {self.bytes_after / 1e6:.1f} MB"
+        )
+
+
+def nncf_module() -> Any:
+    """Return the package.
+
+    Raises:
+        BackendError: it is not installed.
+    """
+    try:
+        with silent_loggers("torch.utils.cpp_extension"):  # it looks for CUDA's compiler
+            import nncf
+    except ImportError as error:
+        raise BackendError("nncf is not installed; pip install nnslim[openvino]") from error
+    return nncf
+
+
+def quantize(
+    network: Any,
+    shape: Sequence[int],
+    tiles: Iterable[Tensor],
+    *,
+    channels_last: bool = True,
+    keep_first: bool = False,
+    keep_last: bool = True,
+    accurate: bool = False,
+) -> Quantised:
+    """Return the network with convolutions in eight bits, calibrated on tiles.
+
+    Weights are quantised per channel and symmetrically, activations per tensor with their own zero point, which suits
+    leaky ReLU. Norms stay in float.
+
+    Args:
+        network: in eval mode, or an ov.Model from `convert`.
+        shape: (B, C, *patch) that the tiles have; the model has batch 1.
+        tiles: (1, C, *patch) float32 each; all are used, some ten are enough.
+        channels_last: layout of the logits of a network that is converted here, see `convert`.
+        keep_first, keep_last: leave the layer on the image, or those that put out the logits, in float.
+        accurate: correct biases layer by layer instead of from one pass; takes a pass for each layer.
+    Raises:
+        BackendError: openvino or nncf is missing, there are no tiles, or one has another shape.
+    """
+    openvino_module()
+    nncf = nncf_module()
+    shape = (1, *(int(size) for size in shape[1:]))
+    name = fingerprint(network) if isinstance(network, nn.Module) else ""
+    model = convert(network, shape, channels_last=channels_last) if name else network
+    data = [_checked(tile, shape) for tile in tiles]
+    if not data:
+        raise BackendError("int8 needs calibration tiles, found none")
+    kept = _names(model, first=keep_first, last=keep_last)
+    with silent_loggers("nncf"):
+        made = nncf.quantize(
+            model,
+            nncf.Dataset(data),
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(data),
+            fast_bias_correction=not accurate,
+            ignored_scope=nncf.IgnoredScope(names=kept, validate=False),
+        )
+    made.set_rt_info(str(channels_last), ["nnslim", "channels_last"])
+    if name:
+        made.set_rt_info(name, _NETWORK)
+    layers = [op for op in made.get_ops() if op.get_type_name() in _CONVOLUTIONS]
+    in_int8 = [op for op in layers if op.input_value(0).get_node().get_type_name() == "FakeQuantize"]
+    return Quantised(made, len(layers), len(in_int8), _size(model), _size(made), len(data))
+
+
+def offer(network: nn.Module, shape: Sequence[int], path: Path, cache: Path | None = None) -> bool:
+    """Put a model file into the cache, where `OpenVINOEngine(network, precision="int8")` finds it.
+
+    Args:
+        network: with the weights that the engine will have. shape: (B, C, *patch). path: the .xml file.
+        cache: folder of converted models; None for nnslim's.
+    Returns:
+        False where the file was made from other weights: it is then not used.
+    Raises:
+        BackendError: it cannot be read, or openvino is missing. OutputError: the cache cannot be written.
+    """
+    openvino_module()
+    model, name = read_model(path), fingerprint(network)
+    if not model.has_rt_info(_NETWORK) or str(model.get_rt_info(_NETWORK).value) != name:
+        return False
+    keep(model, model_key(name, shape, "int8"), cache)
+    return True
+
+
+def _checked(tile: Tensor, shape: tuple[int, ...]) -> np.ndarray:
+    if tuple(tile.shape) != shape:
+        raise BackendError(f"a calibration tile has shape {tuple(tile.shape)}, expected {shape}")
+    return tile.detach().cpu().float().contiguous().numpy()
+
+
+def _names(model: Any, *, first: bool, last: bool) -> list[str]:
+    """Return the convolutions that touch the image, and those after which only reordering comes."""
+    names: set[str] = set()
+    if first:
+        inputs = [target.get_node() for output in model.inputs for target in output.get_target_inputs()]
+        names |= {node.get_friendly_name() for node in inputs if node.get_type_name() in _CONVOLUTIONS}
+    # Walk up from the logits until a convolution on every way.
+    waiting = [result.get_node().input_value(0).get_node() for result in model.outputs] if last else []
+    while waiting:
+        node = waiting.pop()
+        if node.get_type_name() in _CONVOLUTIONS:
+            names.add(node.get_friendly_name())
+        elif node.get_type_name() not in ("Parameter", "Constant"):
+            waiting += [value.get_node() for value in node.input_values()]
+    return sorted(names)
+
+
+def _size(model: Any) -> int:
+    """Return the bytes of the files that a model makes."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(model, Path(folder) / "model.xml")
+        return sum(file.stat().st_size for file in Path(folder).iterdir())

@@ -1,0 +1,154 @@
+"""OpenVINO models on disk: by the hash of the network that they were made from, and beside checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnslim.errors import BackendError, OutputError
+from nnslim.files import make_folder, output_error, read_json, sha256_of, user_cache, whole_folder, write_json
+
+# Raise this when the rewrites or the conversion change what they make, so that old files are not used.
+CONVERSION_VERSION = 1
+_SUMS = "sums.json"
+_log = logging.getLogger("nnslim")
+
+
+def fingerprint(network: nn.Module) -> str:
+    """Return 40 hexadecimal digits that change with the network's structure and its weights.
+
+    Cost: one pass over the bytes of the weights (a tenth of a second for 30 million parameters).
+    """
+    digest = hashlib.blake2b(digest_size=20)
+    for name, module in network.named_modules():
+        kind = type(module)
+        switches = {key: value for key, value in sorted(vars(module).items()) if type(value) is bool}
+        switches.pop("training")
+        digest.update(f"{name} {kind.__module__}.{kind.__qualname__}({module.extra_repr()}) {switches}\n".encode())
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def model_key(network: str, shape: Sequence[int], precision: str) -> str:
+    """Return the name under which a converted model is kept, from the network's fingerprint.
+
+    Only int8 changes the file: the other precisions are chosen when it is compiled.
+    """
+    import openvino
+
+    kind = "int8" if precision == "int8" else "float"
+    parts = [CONVERSION_VERSION, network, [1, *map(int, shape[1:])], kind]
+    # A calibrated file is worth more than a new version's conversion; the format is read by later versions.
+    parts += [] if kind == "int8" else [openvino.__version__]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
+
+
+def model_folder(cache: Path | None) -> Path:
+    """Return the folder of kept models: `cache`, else openvino in nnslim's cache."""
+    return user_cache() / "openvino" if cache is None else Path(cache)
+
+
+def keep(model: Any, key: str, cache: Path | None) -> None:
+    """Write a model, whole or not at all; one that is there stays.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    target = model_folder(cache) / key
+    if target.exists():
+        return
+    with whole_folder(target) as side:
+        write_model(model, side / "model.xml")
+        write_json(side / _SUMS, {name: sha256_of(side / name) for name in ("model.xml", "model.bin")})
+
+
+def recall(key: str, cache: Path | None) -> Any | None:
+    """Return the model, None where there is none; one that is damaged is removed, with a warning."""
+    folder = model_folder(cache) / key
+    if not folder.is_dir():
+        return None
+    sums = read_json(folder / _SUMS)
+    try:
+        if not sums or any(sha256_of(folder / name) != wanted for name, wanted in sums.items()):
+            raise BackendError("its content has changed")
+        return read_model(folder / "model.xml")
+    except (OSError, BackendError) as error:
+        _log.warning("the kept model %s is damaged and is made again: %s", folder, error)
+        _remove(folder)
+    return None
+
+
+def write_model(model: Any, path: Path, *, half: bool = False) -> None:
+    """Write `path` (.xml) and the .bin beside it.
+
+    Args:
+        model: an ov.Model. half: store weights in 16 bits.
+    Raises:
+        OutputError: they cannot be written.
+    """
+    import openvino
+
+    make_folder(path.parent)
+    try:
+        openvino.save_model(model, str(path), compress_to_fp16=half)
+    except (RuntimeError, OSError) as error:  # OpenVINO reports a full disk as a RuntimeError
+        cause = error if isinstance(error, OSError) else OSError(str(error).splitlines()[0])
+        raise output_error(path, cause) from error
+
+
+def read_model(path: Path) -> Any:
+    """Return the ov.Model of an .xml file with a .bin beside it.
+
+    Raises:
+        BackendError: it cannot be read.
+    """
+    import openvino
+
+    try:
+        # Mapped weights would follow a file that is written again.
+        return openvino.Core().read_model(str(path), config={"ENABLE_MMAP": False})
+    except RuntimeError as error:
+        raise BackendError(f"{path} is not a readable OpenVINO model: {_first_line(error)}") from error
+
+
+def replace_model(model: Any, path: Path) -> None:
+    """Write `path` (.xml) and the .bin beside it, or leave what is there.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
+    made: list[Path] = []
+    beside = path.with_name(f".{path.stem}.new.xml")
+    try:
+        made = [beside.with_suffix(".bin"), beside]
+        write_model(model, beside)
+        for file in made:  # the weights first: an .xml without its .bin would be read
+            file.replace(path.with_suffix(file.suffix))
+    except OSError as error:
+        raise output_error(path, error) from error
+    finally:
+        for file in made:
+            file.unlink(missing_ok=True)
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        raise OutputError(f"{folder} is damaged and cannot be removed; remove it by hand")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

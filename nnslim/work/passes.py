@@ -1,0 +1,189 @@
+"""One forward pass of a network, on any backend, as a job for `alternate.measure`."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnslim.cost import Cost, measure_cost
+from nnslim.errors import BackendError, ConfigError, nearest
+from nnslim.files import save_checkpoint
+from nnslim.running.engine import BACKENDS, Settings, make_engine
+from nnslim.work.alternate import Candidate, Job
+
+# What people would do without nnslim; here to be compared with.
+REFERENCES = ("stock-compile", "openvino-plain")
+WAYS = (*BACKENDS, *REFERENCES)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a network is run.
+
+    Attributes:
+        backend: one of `WAYS`: those of `nnslim.running.engine`; "stock-compile": torch.compile of the untouched
+            network; "openvino-plain": OpenVINO's own conversion of the untouched network.
+        precision: f32, bf16, f16 or int8. threads: CPU threads, None for torch's own choice.
+        device: cpu or cuda. autocast: as torch's, in half precision.
+    """
+
+    backend: str = "stock"
+    precision: str = "f32"
+    threads: int | None = None
+    device: str = "cpu"
+    autocast: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what a user may have typed.
+
+        Raises:
+            ConfigError: an unknown backend, or threads below 1.
+        """
+        if self.backend not in WAYS:
+            raise ConfigError(f"unknown backend '{self.backend}'; {nearest(self.backend, WAYS)}")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads is at least 1, found {self.threads}")
+
+
+def job_of(name: str, network: Path, shape: Sequence[int], way: Way) -> Job:
+    """Return the job of timing a network that `keep_network` wrote on an input of that shape."""
+    return Job(name, partial(prepare, network, tuple(shape), way))
+
+
+def keep_network(network: nn.Module, path: Path) -> None:
+    """Write a whole network for other processes of this run; such a file is not for exchange.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    save_checkpoint(network.eval(), path)  # type: ignore[arg-type]
+
+
+def prepare(path: Path, shape: Sequence[int], way: Way) -> Candidate:
+    """Load the network and make its engine.
+
+    Args:
+        path: from `keep_network`, of this very run: unpickling runs what is in it.
+        shape: (B, C, *patch).
+    Raises:
+        BackendError, RewriteError: the backend is missing or cannot run this network.
+    """
+    if way.threads is not None:
+        torch.set_num_threads(way.threads)
+    network = torch.load(path, map_location="cpu", weights_only=False).eval()
+    facts = {**network_facts(network, shape), "threads": way.threads or torch.get_num_threads()}
+    if way.device == "cuda" and not torch.cuda.is_available():
+        raise BackendError("device cuda was asked for, but torch finds no CUDA device")
+    network.to(way.device)
+    engine, backend = _engine(network, shape, way)
+    facts |= {"backend": backend, "device_name": device_name(way.device)}
+    x = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0)).to(way.device)
+    heap = way.device == "cpu" and backend not in ("stock", *REFERENCES)
+    return Candidate(partial(_one_pass, engine, x, way), facts, heap)
+
+
+def _one_pass(engine: Callable[[Tensor], Any], x: Tensor, way: Way) -> None:
+    with torch.inference_mode(), torch.autocast(way.device, enabled=way.autocast):
+        engine(x)
+    if way.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _engine(network: nn.Module, shape: Sequence[int], way: Way) -> tuple[Callable[[Tensor], Any], str]:
+    """Return what runs, and the backend; for "auto" with the one that it came to."""
+    if way.backend == "stock-compile":
+        return torch.compile(network), way.backend
+    if way.backend == "openvino-plain":
+        return PlainOpenVINO(network, shape, way.threads), way.backend
+    settings = Settings(way.backend, way.precision, way.threads)  # type: ignore[arg-type]
+    if way.backend == "auto":
+        from nnslim.running.select import fastest
+
+        engine, found = fastest(network, shape, settings)
+        return engine, f"auto: {found}"
+    return make_engine(network, shape, settings), way.backend
+
+
+class PlainOpenVINO:
+    """A network as OpenVINO's own converter makes it, compiled for one stream in float32."""
+
+    def __init__(self, network: nn.Module, shape: Sequence[int], threads: int | None = None) -> None:
+        """Convert and compile.
+
+        Raises:
+            BackendError: OpenVINO is not installed.
+        """
+        self.compile(convert_plain(network, shape), threads)
+
+    def compile(self, model: Any, threads: int | None) -> None:
+        """Take an OpenVINO model of one input and one output."""
+        import openvino
+
+        options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        if threads is not None:
+            options["INFERENCE_NUM_THREADS"] = threads
+        self._request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, C, *patch) -> (B, heads, *patch), valid until the next call."""
+        self._request.infer([x.numpy()], share_inputs=True)
+        return torch.from_numpy(self._request.get_output_tensor().data)
+
+
+def convert_plain(network: nn.Module, shape: Sequence[int]) -> Any:
+    """Return the network as an OpenVINO model of that static input shape; traced at half the patch where that fits.
+
+    Raises:
+        BackendError: OpenVINO is not installed.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise BackendError(f"openvino is not installed ({error}); run pip install nnslim[openvino]") from error
+    small = [size // 2 if size % 64 == 0 else size for size in shape[2:]]
+    with torch.inference_mode():
+        model = openvino.convert_model(network, example_input=torch.zeros(*shape[:2], *small))
+    model.reshape(list(shape))
+    return model
+
+
+def network_facts(network: nn.Module, shape: Sequence[int]) -> dict[str, int]:
+    """Return exact parameters, MACs in both conventions for the whole batch, and bytes that layers must move."""
+    cost = measure_cost(network, shape)
+    return {
+        "parameters": cost.parameters,
+        "macs": cost.macs(),
+        "macs_fvcore": cost.macs("fvcore"),
+        "traffic_bytes": traffic_bytes(cost, shape[0]),
+    }
+
+
+def traffic_bytes(cost: Cost, batch: int = 1) -> int:
+    """Return the bytes of a pass in which each convolution reads its input and writes its output once, in float32."""
+    layers = (layer for layer in cost.layers.values() if layer.macs)
+    return 4 * batch * sum(math.prod(layer.input_shape) + math.prod(layer.output_shape) for layer in layers)
+
+
+def device_name(device: str = "cpu") -> str:
+    """Return the name of the processor or the GPU."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def way_columns(way: Way) -> dict[str, Any]:
+    """Return the way as columns of a table; `compile` as the predecessor's table has it."""
+    return {**asdict(way), "compile": way.backend in ("compile", "stock-compile")}
