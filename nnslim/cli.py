@@ -6,10 +6,11 @@ import logging
 import runpy
 import shutil
 import sys
+from collections.abc import Callable
 from enum import Enum
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,7 +18,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nnslim._version import __version__
-from nnslim.errors import HostError, NNSlimError
+from nnslim.errors import HostError, InputError, NNSlimError
 
 app = typer.Typer(
     help="Make trained nnU-Net v2 and TotalSegmentator models smaller and faster, and see what it costs.",
@@ -35,6 +36,8 @@ QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="no progress ba
 # As words, not from the engine: importing that takes torch's seconds, also for --help.
 _Backend = Enum("_Backend", {name: name for name in ("auto", "stock", "eager", "compile", "openvino")}, type=str)
 _Precision = Enum("_Precision", {name: name for name in ("f32", "bf16", "f16", "int8")}, type=str)
+_Format = Enum("_Format", {name: name for name in ("onnx", "openvino")}, type=str)
+_ExportPrecision = Enum("_ExportPrecision", {name: name for name in ("f32", "f16", "int8")}, type=str)
 BackendOption = Annotated[_Backend | None, typer.Option(help="how the network runs; default: the config's, else auto")]
 PrecisionOption = Annotated[_Precision | None, typer.Option(help="of the arithmetic; all but f32 need openvino")]
 
@@ -102,6 +105,9 @@ def compress(
     images: ImagesOption = None,
     fold: Annotated[list[str] | None, typer.Option("-f", "--fold", help="fold, repeatable; default: all")] = None,
     checkpoint: Annotated[str | None, typer.Option("-chk", help="default: checkpoint_final.pth, else _best")] = None,
+    allow_slower: Annotated[
+        bool, typer.Option("--allow-slower", help="write also a model that is slower than the dense one here")
+    ] = False,
     trust: TrustOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -122,6 +128,7 @@ def compress(
             settings,
             images=images,
             progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+            allow_slower=allow_slower,
         )
     for line in ModelReport(str(model), len(source.checkpoints), slimmed, slimmed.seconds).lines():
         typer.echo(line)
@@ -263,7 +270,7 @@ def benchmark(
             images=images,
             progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
         )
-    screen = Console(highlight=False)
+    screen = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
     screen.print(screen_table(measured.rows))
     if measured.profiles:
         screen.print(stage_table(measured.profiles))
@@ -387,6 +394,63 @@ def distill(
             f"fold {fold}: {recovery.steps} steps, estimated drop in Dice {recovery.before:.4f} -> {recovery.after:.4f}"
         )
     typer.echo(f"written: {output}")
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Option("-m", "--model", help="model folder, dense or slim")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="file to write: .onnx or .xml; none: int8 beside checkpoints")
+    ] = None,
+    format_: Annotated[_Format | None, typer.Option("--format", help="default: by the ending of the output")] = None,
+    precision: Annotated[
+        _ExportPrecision, typer.Option(help="f16: of the weights; int8: calibrated on images")
+    ] = _ExportPrecision.f32,  # type: ignore[attr-defined]
+    images: Annotated[
+        Path | None, typer.Option("-i", "--images", help="folder of images: to calibrate int8, and to compare on")
+    ] = None,
+    fold: Annotated[str | None, typer.Option("-f", "--fold", help="default: the first")] = None,
+    patch: Annotated[str | None, typer.Option(help="sizes in voxels, such as 96,96,96; default: the model's")] = None,
+    checkpoint: Annotated[str | None, typer.Option("-chk", help="default: checkpoint_final.pth, else _best")] = None,
+    trust: TrustOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write the network as an ONNX or OpenVINO file that runs without torch and nnU-Net, and compare it on a tile."""
+    from nnslim.hosts.nnunet.export import ExportSettings, export_model, read_patch
+    from nnslim.hosts.nnunet.folder import read_model_folder
+
+    _start(quiet)
+    asked = None if patch is None else read_patch(patch)
+    source = read_model_folder(model, fold and [fold], checkpoint, trust=trust)
+    with _progress(quiet) as bar:
+        task = bar.add_task("reading", total=None)
+
+        def step(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        if output is None:
+            lines, passed = _int8_beside(source, precision.value, images, step)
+        else:
+            named = format_.value if format_ else {".onnx": "onnx"}.get(output.suffix, "openvino")
+            exported = export_model(source, output, ExportSettings(named, precision.value, images, asked), step)
+            lines, passed = exported.lines(), bool(exported.files)
+    for line in lines:
+        typer.echo(line)
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _int8_beside(
+    source: Any, precision: str, images: Path | None, step: Callable[[str, int, int], None]
+) -> tuple[list[str], bool]:
+    """Write an int8 model beside each checkpoint; return lines for the user, and whether all passed the check."""
+    from nnslim.hosts.nnunet.int8 import keep_int8
+
+    if precision != "int8" or images is None:
+        raise InputError("name a file to write with -o; only --precision int8 with -i can go beside the checkpoints")
+    checked = keep_int8(source, images, progress=step)
+    lines = [f"fold {fold}: {found.line()}" for fold, found in checked.items()]
+    return lines, all(found.passed for found in checked.values())
 
 
 @app.command()

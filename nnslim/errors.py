@@ -46,6 +46,10 @@ class BackendError(NNSlimError):
     """A backend that is not installed here, or that cannot run the network; whoever asked falls back to another."""
 
 
+class SlowerError(NNSlimError):
+    """A slim model that would run slower than the dense one."""
+
+
 class DownloadError(NNSlimError):
     """Something that could not be fetched, or that arrived damaged."""
 

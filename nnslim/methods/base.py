@@ -50,10 +50,15 @@ class Decision:
 
 @dataclass(frozen=True)
 class Plan:
-    """Edits to make, and a decision for every layer that was looked at."""
+    """Edits to make, and a decision for every layer that was looked at.
+
+    Attributes:
+        rivals: other plans of the same cost, that may turn out to be better once they are fitted to images.
+    """
 
     edits: tuple[Edit, ...]
     decisions: tuple[Decision, ...]
+    rivals: tuple[Plan, ...] = ()
 
 
 @dataclass(frozen=True)

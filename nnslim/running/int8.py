@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +96,7 @@ def quantize(
     if not data:
         raise BackendError("int8 needs calibration tiles, found none")
     kept = _names(model, first=keep_first, last=keep_last)
-    with silent_loggers("nncf"):
+    with silent_loggers("nncf"), redirect_stdout(io.StringIO()):  # progress bars
         made = nncf.quantize(
             model,
             nncf.Dataset(data),

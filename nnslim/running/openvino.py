@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnslim.errors import BackendError, OutputError, RewriteError
-from nnslim.running.graph import trace
+from nnslim.running.engine import rewritten
 from nnslim.running.kept_models import fingerprint, keep, model_key, read_model, recall
-from nnslim.running.rewrites import merge_products, split_concatenations
 
 _LAST = ["nnslim", "channels_last"]  # where a model says how its logits lie
 _NEEDS = {"bf16": "BF16", "f16": "FP16"}  # OpenVINO's names of what a CPU can do
@@ -77,7 +76,7 @@ def convert(network: nn.Module, shape: Sequence[int], *, channels_last: bool) ->
         raise BackendError(f"{type(network).__name__} does not run on {shape}")
     sizes = [shape]
     try:
-        network = merge_products(split_concatenations(trace(network, shape)))
+        network = rewritten(network, shape)
         sizes.insert(0, _small(network, shape))
     except RewriteError as error:
         _log.info("converted without rewrites: %s", error)
@@ -189,11 +188,11 @@ class OpenVINOEngine(nn.Module):
             "PERFORMANCE_HINT": "THROUGHPUT" if throughput else "LATENCY",
             **({} if threads is None else {"INFERENCE_NUM_THREADS": int(threads)}),
         }
-        self._compiled = _prepared(core, network, (1, *self.shape[1:]), precision, settings, cache)
-        model = self._compiled.model
+        self._ready = _prepared(core, network, (1, *self.shape[1:]), precision, settings, cache)
+        model = self._ready.model
         count = int(model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")) if throughput else 1
         self._requests = [model.create_infer_request() for _ in range(count)]
-        self._buffers = _Buffers()
+        self._outputs = _Buffers()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *patch) float on the CPU -> (B, heads, *patch) float32."""
@@ -202,7 +201,7 @@ class OpenVINOEngine(nn.Module):
         if x.device.type != "cpu":
             raise BackendError(f"the openvino backend runs on the CPU, found a tensor on {x.device}")
         images = x.detach().float().contiguous().numpy()
-        made = self._buffers.take((len(images), *self._compiled.model.outputs[0].shape[1:]))
+        made = self._outputs.take((len(images), *self._ready.model.outputs[0].shape[1:]))
         tensor = openvino_module().Tensor
         for number, image in enumerate(images):
             request = self._requests[number % len(self._requests)]
@@ -213,7 +212,7 @@ class OpenVINOEngine(nn.Module):
         for request in self._requests:
             request.wait()
         logits = torch.from_numpy(made)
-        return logits.movedim(-1, 1) if self._compiled.channels_last else logits
+        return logits.movedim(-1, 1) if self._ready.channels_last else logits
 
 
 @dataclass(eq=False)

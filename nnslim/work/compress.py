@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +20,16 @@ from torch import Tensor, nn
 from nnslim.cost import Cost, measure_cost
 from nnslim.errors import ConfigError, SpecError
 from nnslim.methods.base import Decision, Plan, method_named
+from nnslim.running.guard import Speed
 from nnslim.spec import SlimSpec, apply_spec, extend_spec, spec_of
 from nnslim.surgery.walk import unwrap
 from nnslim.work.calibration import Calibration
 from nnslim.work.config import SlimConfig
 from nnslim.work.recover import Progress, Recovery, recover
+from nnslim.work.referee import Referee
 
 StateDict = dict[str, Tensor]
+_log = logging.getLogger("nnslim")
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Slimmed:
         input_shape: (1, channels, *patch) in voxels, for which the counts hold.
         recovery: how recovery went for each fold, see `Recovery.to_dict`; empty without calibration images.
         seconds: spent on planning and computing weights; not part of the summary, which is reproducible.
+        speed: forward pass dense and slim, where it was measured; not part of the summary.
     """
 
     network: nn.Module
@@ -65,6 +71,7 @@ class Slimmed:
     input_shape: tuple[int, ...]
     recovery: tuple[dict[str, Any], ...] = ()
     seconds: float = 0.0
+    speed: Speed | None = None
 
     def summary(self) -> dict[str, Any]:
         """Return what is worth keeping beside the weights, as JSON values."""
@@ -116,6 +123,8 @@ def compress(
         found = find_budget(first, config, position, dense_cost, input_shape, data, progress)
         config = found.config
     plans = plan_methods(first, config, dense_cost, input_shape, data) if found is None else found.plans
+    if found is None and data is not None:
+        plans = settle(first, config, plans, input_shape, data, progress)
     slims, states, recoveries = [], [], []
     for number in range(len(weights)):
         if number == 0 and found is not None:
@@ -182,6 +191,24 @@ class _Fold:
 
     def compress(self, dense: nn.Module) -> tuple[nn.Module, Recovery | None]:
         """Return the slim network and how recovery went, None without data."""
+        slim = self.fit(dense)
+        if self.data is None or spec_of(slim) is None or not spec_of(slim).edits:
+            return slim, None
+        settings = json.dumps(self.config.identity(), sort_keys=True)
+        identity = f"{self.data.fingerprint} {_digest(dense)} {settings} {spec_of(slim)}"
+        return slim, recover(
+            dense,
+            slim,
+            self.data,
+            self.config.recovery,
+            checkpoint=self.checkpoint,
+            identity=identity,
+            target=self.target,
+            progress=self.progress,
+        )
+
+    def fit(self, dense: nn.Module) -> nn.Module:
+        """Return the slim network before recovery."""
         slim = copy.deepcopy(dense)
         for entry, plan in zip(self.config.methods, self.plans, strict=False):
             before = slim
@@ -198,20 +225,32 @@ class _Fold:
                     seed=self.config.calibration.seed,
                     on_layer=None if self.progress is None else partial(self.progress, "layers"),
                 )
-        if self.data is None or spec_of(slim) is None or not spec_of(slim).edits:
-            return slim, None
-        settings = json.dumps(self.config.identity(), sort_keys=True)
-        identity = f"{self.data.fingerprint} {_digest(dense)} {settings} {spec_of(slim)}"
-        return slim, recover(
-            dense,
-            slim,
-            self.data,
-            self.config.recovery,
-            checkpoint=self.checkpoint,
-            identity=identity,
-            target=self.target,
-            progress=self.progress,
-        )
+        return slim
+
+
+def settle(
+    dense: nn.Module,
+    config: SlimConfig,
+    plans: tuple[Plan, ...],
+    input_shape: Sequence[int],
+    data: Calibration,
+    progress: Progress | None = None,
+) -> tuple[Plan, ...]:
+    """Choose between the last plan and its rivals by what each costs the network once it is fitted.
+
+    Predictions from single layers do not tell plans of about the same quality apart. Only the last method's: a rival of
+    an earlier one would change what later ones plan on.
+    """
+    if not plans or not plans[-1].rivals:
+        return plans
+    referee = Referee(dense, data.held_out, regions=data.regions)
+    drops = {}
+    for number, plan in enumerate((plans[-1], *plans[-1].rivals)):
+        trial = (*plans[:-1], plan)
+        slim = _Fold(config, trial, input_shape, data, progress, None).fit(dense).eval()
+        drops[number] = (referee.drop(slim), trial)
+        _log.info("plan %d: estimated drop %.4f before recovery", number + 1, drops[number][0])
+    return min(drops.values(), key=lambda item: math.inf if math.isnan(item[0]) else item[0])[1]
 
 
 def fit_and_recover(

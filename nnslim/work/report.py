@@ -65,8 +65,8 @@ class ModelReport:
                 f"  estimated drop in Dice {after_drop}, was {before_drop} before {recovery['steps']} steps of "
                 f"recovery{where}"
             )
-        if self.speed is not None:
-            lines.append(f"  forward pass {self.speed}")
+        if speed := self.speed or self.slimmed.speed:
+            lines.append(f"  forward pass {speed}")
         if not changed:
             lines.append("  nothing changed: no layer would get cheaper with these settings")
         return lines

@@ -25,7 +25,7 @@ from nnslim.hosts.nnunet.folder import ModelFolder, build_network, input_shape, 
 from nnslim.methods.base import Plan
 from nnslim.spec import SlimSpec, apply_spec
 from nnslim.work.calibration import Calibration
-from nnslim.work.compress import fit_and_recover, plan_methods
+from nnslim.work.compress import fit_and_recover, plan_methods, settle
 from nnslim.work.config import SlimConfig
 from nnslim.work.overlap import dice_per_label
 from nnslim.work.recover import Recovery, recover
@@ -177,6 +177,7 @@ def _rows_of(
 ) -> Iterator[Row]:
     started = time.perf_counter()
     plans = plan_methods(dense, config, measure_cost(dense, shape), shape, data)
+    plans = settle(dense, config, plans, shape, data)
     planning = time.perf_counter() - started
 
     def row(stage: str, slim: nn.Module, recovery: Recovery, seconds: float) -> Row:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nnslim._version import __version__
-from nnslim.errors import ModelFolderError
+from nnslim.errors import ModelFolderError, SlowerError
 from nnslim.files import save_checkpoint, whole_folder, write_json
 from nnslim.hosts.nnunet.calibrate import calibration_of
 from nnslim.hosts.nnunet.folder import ModelFolder, build_network, builds_from_plans, input_shape, trainer_class
 from nnslim.hosts.nnunet.network import BASE_KEY, NETWORK_CLASS_NAME, SPEC_KEY
 from nnslim.methods.tucker.table import write_table
+from nnslim.running.guard import Speed, compare_speed
 from nnslim.spec import SlimSpec
 from nnslim.work.compress import Slimmed, compress
 from nnslim.work.config import SlimConfig
@@ -26,6 +28,7 @@ def compress_folder(
     *,
     images: Path | None = None,
     progress: Progress | None = None,
+    allow_slower: bool = False,
 ) -> Slimmed:
     """Compress all folds of a model with one spec and write the slim model folder.
 
@@ -42,7 +45,9 @@ def compress_folder(
         config: the methods, and how data are used.
         images: folder of unlabelled calibration images, in place of the one that the configuration names.
         progress: called with (what is done, units done, units in all).
+        allow_slower: write the model also where it is slower than the dense one on this machine.
     Raises:
+        SlowerError: a forward pass of the slim model takes longer here, and `run.guard` is on.
         ModelFolderError: already slim, or a trainer that builds its network without the plans.
         OutputError: the target exists or cannot be written; nothing half-written is left.
     """
@@ -67,6 +72,12 @@ def compress_folder(
                 progress=progress,
                 checkpoint=state,
             )
+        speed = _speed(model, slimmed, config)
+        if speed is not None and not speed.gains and not allow_slower:
+            raise SlowerError(
+                f"the slim model would be slower on this machine: {speed}; nothing is written. Compress harder, or "
+                "allow it (--allow-slower) where the model is meant for another machine"
+            )
         plans = slim_plans(model, slimmed.spec, target.name)
         write_json(side / "plans.json", plans)
         write_json(side / "dataset.json", model.dataset)
@@ -74,11 +85,17 @@ def compress_folder(
             (side / f"fold_{fold}").mkdir()
             path = side / f"fold_{fold}" / model.checkpoint_name
             save_checkpoint(slim_checkpoint(checkpoint, weights, plans), path)
-        write_json(side / "nnslim.json", record(model, slimmed, config))
+        write_json(side / "nnslim.json", record(model, slimmed, config, speed))
         write_table(slimmed.decisions, side / "plan.csv")
     for leftover in target.parent.glob(f"{state.name}.fold*"):
         leftover.unlink(missing_ok=True)
-    return slimmed
+    return replace(slimmed, speed=speed)
+
+
+def _speed(model: ModelFolder, slimmed: Slimmed, config: SlimConfig) -> Speed | None:
+    if not config.run.guard or not slimmed.spec.edits:
+        return None
+    return compare_speed(build_network(model).eval(), slimmed.network, input_shape(model), config.run.settings())
 
 
 def slim_plans(model: ModelFolder, spec: SlimSpec, folder_name: str) -> dict[str, Any]:
@@ -121,8 +138,8 @@ def slim_checkpoint(checkpoint: dict[str, Any], weights: dict[str, Any], plans: 
     return made
 
 
-def record(model: ModelFolder, slimmed: Slimmed, config: SlimConfig) -> dict[str, Any]:
-    """Return the content of nnslim.json: versions, source, settings, spec, counts and decisions."""
+def record(model: ModelFolder, slimmed: Slimmed, config: SlimConfig, speed: Speed | None = None) -> dict[str, Any]:
+    """Return the content of nnslim.json: versions, source, settings, spec, counts, decisions and measured speed."""
     return {
         "nnslim": __version__,
         "source": model.path.name,
@@ -132,5 +149,6 @@ def record(model: ModelFolder, slimmed: Slimmed, config: SlimConfig) -> dict[str
         "folds": list(model.checkpoints),
         "config": config.model_dump(mode="json"),
         "spec": slimmed.spec.to_dict(),
+        "speed": speed.to_dict() if speed else None,
         **slimmed.summary(),
     }

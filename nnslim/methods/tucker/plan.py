@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -39,7 +40,15 @@ def plan_tucker(network: nn.Module, config: TuckerConfig, cost: Cost, tiles: Til
     ran = [name for name in cost.layers if any(name == layer.name for layer in layers)]
     first = ran[0] if ran else None
     open_layers = {layer.name: layer for layer in layers if not _kept_dense(layer, config, cost, layer.name == first)}
-    chosen = choose_ranks(network, open_layers, config, cost, tiles)
+    plans = [
+        _plan(layers, config, cost, chosen, first) for chosen in choose_ranks(network, open_layers, config, cost, tiles)
+    ]
+    return replace(plans[0], rivals=tuple(plans[1:]))
+
+
+def _plan(
+    layers: Sequence[Layer], config: TuckerConfig, cost: Cost, chosen: Mapping[str, Chosen], first: str | None
+) -> Plan:
     edits, decisions = [], []
     for layer in layers:
         decision, edit = _decide(layer, config, cost, chosen, is_first=layer.name == first)

@@ -45,8 +45,11 @@ def matches(layer: Layer, pattern: str) -> bool:
 
 def choose_ranks(
     network: nn.Module, layers: Mapping[str, Layer], config: TuckerConfig, cost: Cost, tiles: Tiles | None
-) -> dict[str, Chosen]:
+) -> list[dict[str, Chosen]]:
     """Return the ranks of each layer that may be factored, by the rule of the configuration.
+
+    For a budget with images there is a second answer beside the best one, the uniform rank factor of the same cost:
+    which of the two is better shows when they are fitted.
 
     Args:
         network: dense, with weights. layers: by name, those that may be factored.
@@ -57,13 +60,13 @@ def choose_ranks(
     if config.rank_mode == "budget":
         return _by_budget(network, layers, config, cost, tiles)
     if config.rank_mode == "plan":
-        return _by_table(layers, config)
+        return [_by_table(layers, config)]
     rules: dict[str, Callable[[], dict[str, tuple[int, int]]]] = {
         "energy": lambda: _by_energy(network, layers, config, tiles),
         "evbmf": lambda: _by_evbmf(layers, config),
     }
     made = rules.get(config.rank_mode, lambda: {name: _by_factor(layer, config) for name, layer in layers.items()})()
-    return {name: Chosen(_override(layers[name], config) or ranks) for name, ranks in made.items()}
+    return [{name: Chosen(_override(layers[name], config) or ranks) for name, ranks in made.items()}]
 
 
 def _shape(layer: Layer) -> tuple[int, int]:
@@ -147,12 +150,12 @@ def _survey(
 
 def _by_budget(
     network: nn.Module, layers: Mapping[str, Layer], config: TuckerConfig, cost: Cost, tiles: Tiles | None
-) -> dict[str, Chosen]:
+) -> list[dict[str, Chosen]]:
     """Spend a budget where it costs least: a knapsack over layers, forms and ranks.
 
     Sensitivities are measured one layer at a time, but errors of many layers do not simply add up. So the knapsack is
-    solved with the sensitivities as measured and with flattened ones, the uniform rank factor of the same cost joins
-    in, and the plan that moves the network's answer least, as a whole, wins.
+    solved with the sensitivities as measured and with flattened ones, and the plan that moves the network's answer
+    least, as a whole, comes first; the uniform rank factor of the same cost is second.
     """
     name, amount = config.budget
     if name == "max_drop":
@@ -172,16 +175,20 @@ def _by_budget(
             f"tucker: a budget of {name}={amount:g} cannot be met: dense {total:,.4g}, cheapest plan {least:,.4g} "
             f"({least / total:.3f} of it), of which {fixed:,.4g} are layers that are not factored"
         ) from None
+    rivals = []
     if surveys.can_judge:
-        uniform = _uniform(layers, config, price, budget)
-        plans += [uniform] if uniform is not None else []
         plans.sort(key=lambda plan: surveys.distance({key: ranks for key, ranks in plan.items() if ranks is not None}))
-    return {
-        key: Chosen(reason="costs least where it is", error=0.0)
-        if ranks is None
-        else Chosen(ranks, error=surveys[key].outputs.error(*ranks))
-        for key, ranks in plans[0].items()
-    }
+        uniform = _uniform(layers, config, price, budget)
+        rivals = [uniform] if uniform is not None and uniform != plans[0] else []
+    return [
+        {
+            key: Chosen(reason="costs least where it is", error=0.0)
+            if ranks is None
+            else Chosen(ranks, error=surveys[key].outputs.error(*ranks))
+            for key, ranks in plan.items()
+        }
+        for plan in (plans[0], *rivals)
+    ]
 
 
 def _knapsack(
