@@ -22,8 +22,10 @@ from nnslim.hosts.nnunet.write import compress_folder
 from nnslim.spec import spec_of
 from nnslim.work.config import from_dict, tucker
 
-HALF = {"methods": [{"method": "tucker", "rank_factor": 0.5, "rank_min": 2}]}
-QUARTER = {"methods": [{"method": "tucker", "rank_factor": 0.25, "rank_min": 2}]}
+# Stock torch, so that logits can be compared bit by bit; backends have tests of their own.
+STOCK = {"backend": "stock"}
+HALF = {"methods": [{"method": "tucker", "rank_factor": 0.5, "rank_min": 2}], "run": STOCK}
+QUARTER = {"methods": [{"method": "tucker", "rank_factor": 0.25, "rank_min": 2}], "run": STOCK}
 
 
 def _load(folder, folds=(0,), **options):
@@ -393,3 +395,48 @@ def test_context_predict_from_files_through_worker_processes(make_model, case_fo
 
 def test_tucker_helper_and_dictionary_give_the_same_configuration():
     assert tucker(rank_factor=0.5, rank_min=2) == from_dict(HALF)
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto", "openvino"])
+@pytest.mark.parametrize("kind", ["plain", "2d", "anisotropic"])
+def test_context_backends_give_the_labels_of_stock_torch_for_every_fold(backend, kind, make_model):
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    source = make_model(kind, folds=(0, 1))
+    logits = {}
+    for name in ("stock", backend):
+        with NNSlimContext({**HALF, "run": {"backend": name}}) as slim:
+            predictor = _load(source, (0, 1))
+            data = random_data(predictor)
+            logits[name] = predictor.predict_logits_from_preprocessed_data(data).float()
+        assert slim.report.models[0].slimmed is not None
+    assert predictor.network.backend in (backend, "eager") and len(predictor.network._engines) == 2
+    assert logits[backend].shape == logits["stock"].shape and logits[backend].is_contiguous()
+    # The stock window sums in half precision, and its Gaussian underflows in the corners: compare labels.
+    same = (logits[backend].argmax(0) == logits["stock"].argmax(0)).float().mean()
+    assert same > 0.98
+    inner = tuple(slice(size // 4, -(size // 4)) if size > 3 else slice(None) for size in logits["stock"].shape[1:])
+    difference = (logits[backend] - logits["stock"])[(slice(None), *inner)]
+    assert difference.abs().max() < 0.02 * logits["stock"].std()
+
+
+def test_slim_model_that_is_slower_stays_dense_and_the_report_says_by_how_much(make_model, monkeypatch, tmp_path):
+    import nnslim.hosts.nnunet.predictor as module
+    import nnslim.hosts.nnunet.write as write
+    from nnslim.errors import SlowerError
+    from nnslim.running.guard import Speed
+
+    source = make_model()
+    for place in (module, write):
+        monkeypatch.setattr(place, "compare_speed", lambda *args: Speed(1.0, 1.5, "eager"))
+    with NNSlimContext(HALF) as slim:
+        predictor = _load(source)
+    assert spec_of(predictor.network) is None
+    assert "would be slower here: 1.5 s per patch, dense 1 s" in str(slim.report)
+    with pytest.raises(SlowerError, match="nothing is written"):
+        compress_folder(read_model_folder(source), tmp_path / "slim", from_dict(HALF))
+    assert list(tmp_path.iterdir()) == []
+    compress_folder(read_model_folder(source), tmp_path / "slim", from_dict(HALF), allow_slower=True)
+    unguarded = {**HALF, "run": {**STOCK, "guard": False}}
+    with NNSlimContext(unguarded):
+        assert spec_of(_load(source).network) is not None
