@@ -51,6 +51,7 @@ def examine() -> Findings:
         ("hosts", _hosts(findings)),
         ("processor", _processor()),
         ("gpu", _gpu()),
+        ("backends", _backends()),
         ("folders", _folders()),
         ("methods and presets", _methods()),
     ]
@@ -142,6 +143,26 @@ def _gpu() -> list[str]:
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         lines.append(f"{device.name}, {device.total_memory / 2**30:.0f} GiB, capability {device.major}.{device.minor}")
+    return lines
+
+
+def _backends() -> list[str]:
+    import torch
+
+    from nnslim.running import allocator, native
+    from nnslim.running.engine import candidates
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lines = [f"auto compares {', '.join(candidates(device))} on {device.type}"]
+    compiler = native.compiler()
+    if compiler is None:
+        lines.append("native kernels: no C compiler (CC, cc, gcc, clang); some layers are several times slower")
+    elif native.kernels() is None:
+        lines.append(f"native kernels: not built by {compiler}, or switched off by NNSLIM_NATIVE=0")
+    else:
+        lines.append(f"native kernels: built by {compiler}")
+    heap = "is kept between tiles" if allocator.available() else "is left alone (not glibc)"
+    lines.append(f"heap {heap}")
     return lines
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from nnslim.files import save_checkpoint
+from nnslim.running.engine import Settings, with_fallback
 from nnslim.streaming import hooked
 from nnslim.surgery.walk import LayerIndex
 from nnslim.work.calibration import Calibration
@@ -93,6 +94,17 @@ class _Learner:
         # Judged and kept is a running mean of the weights: single steps are noisy, above all at batch 1 or 2.
         self.mean = copy.deepcopy(slim).eval().requires_grad_(False)
         self.taken = 0
+        self._teachers: dict[tuple[int, ...], nn.Module] = {}
+
+    @torch.no_grad()
+    def _answer(self, batch: Tensor) -> Tensor:
+        """Return the dense network's logits; on a CPU by the faster engine, since nothing is learned there."""
+        if self.device.type != "cpu":
+            return self.dense(batch)
+        shape = tuple(batch.shape)
+        if shape not in self._teachers:
+            self._teachers[shape] = with_fallback(self.dense, shape, Settings("eager"))[0]
+        return self._teachers[shape](batch)
 
     def step(self, batch: Tensor, share: float, warm: float, blocks: bool) -> float:
         """Take one step at the given share of the schedule, 0..1."""
@@ -117,9 +129,7 @@ class _Learner:
             kept.lerp_(now, share)
 
     def _logit_loss(self, batch: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = self.dense(batch)
-        return distillation_loss(self.slim(batch), wanted, regions=self.data.regions)
+        return distillation_loss(self.slim(batch), self._answer(batch), regions=self.data.regions)
 
     def _block_loss(self, batch: Tensor) -> Tensor:
         """Mean over the stages of the squared error of their outputs, as a share of the dense outputs' variance."""
