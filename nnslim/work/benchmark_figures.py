@@ -22,9 +22,9 @@ _STAGE_COLOURS = ("#9ecae1", "#4292c6", "#ff9f1c", "#ffd08a", "#7b5ea7", "#c3b1e
 def time_figure(rows: Sequence[Row], roofline: Roofline | None, path: Path, *, title: str = "") -> bool:
     """Draw the time of a pass against its MACs, both on logarithmic axes, one colour per backend.
 
-    Nothing can lie below the line, which is the machine's speed in matrix products. A stroke below a network is the
-    time that its tensors need if each convolution reads its input and writes its output once: whoever is faster keeps
-    tensors out of memory.
+    The line is the machine's speed in matrix products, which direct convolutions cannot beat. A stroke below a network
+    is the time that its tensors need if each convolution reads its input and writes its output once: whoever is faster
+    keeps tensors out of memory.
 
     Args:
         rows: with name, backend, precision, macs, time_median_ms; those without a time are left out.
@@ -38,7 +38,7 @@ def time_figure(rows: Sequence[Row], roofline: Roofline | None, path: Path, *, t
     rows = [row for row in rows if _number(row, "time_median_ms") and _number(row, "macs")]
     if not rows:
         return False
-    figure = new_figure((9.5, 6))
+    figure = new_figure((11.5, 6))
     axes = figure.add_subplot()
     macs = np.array([_number(row, "macs") for row in rows]) / 1e9
     times = np.array([_number(row, "time_median_ms") for row in rows]) / 1e3
@@ -56,7 +56,7 @@ def time_figure(rows: Sequence[Row], roofline: Roofline | None, path: Path, *, t
     axes.set_ylabel("seconds per pass (median; quartiles as strokes)")
     axes.grid(which="both", color="0.92")
     axes.set_axisbelow(True)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     axes.set_title(title, fontsize=10)
     _save(figure, path)
     return True

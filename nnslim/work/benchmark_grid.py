@@ -5,79 +5,21 @@ from __future__ import annotations
 import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
-from nnslim.errors import BackendError
 from nnslim.work.alternate import Timing, measure, reason
-from nnslim.work.benchmark import COLUMNS, Row, compare, read_table, timed_row, write_table
-from nnslim.work.passes import Way, job_of, keep_network, way_columns
+from nnslim.work.benchmark import COLUMNS, DENSE, Row, compare, read_dice, read_table, timed_row, write_table
+from nnslim.work.benchmark_figures import dice_figure, time_figure
+from nnslim.work.benchmark_point import Point
+from nnslim.work.benchmark_pools import Pool
+from nnslim.work.passes import job_of, keep_network
+from nnslim.work.roofline import measure_roofline
 
 Build = Callable[["Point"], tuple[nn.Module, tuple[int, ...]]]
 Report = Callable[[Row, int, int], None]
-
-
-@dataclass(frozen=True)
-class Point:
-    """One setting of the grid.
-
-    Attributes:
-        way: backend, precision, threads, device, autocast.
-        batch_size: patches per pass.
-        apply_tucker: False: the dense network; the rank settings then mean nothing.
-        rank_factor, rank_min: see `TuckerConfig`. rule: "published" (every layer, as the predecessor did) or "nnslim".
-        low_resolution: the 3 mm architecture instead of the 1.5 mm one. decompose: False: random weights.
-        patch: voxels; None: the network's own. model: folder of a trained model instead of an untrained architecture.
-    """
-
-    way: Way = field(default_factory=Way)
-    batch_size: int = 1
-    apply_tucker: bool = True
-    rank_factor: float = 0.5
-    rank_min: int = 8
-    rule: str = "nnslim"
-    low_resolution: bool = False
-    decompose: bool = False
-    patch: tuple[int, ...] | None = None
-    model: str = ""
-
-    @property
-    def network(self) -> str:
-        """A name for what is run, whatever it is run on."""
-        base = self.model or ("3mm" if self.low_resolution else "1.5mm")
-        base += "" if self.patch is None else f" patch {'x'.join(map(str, self.patch))}"
-        if not self.apply_tucker:
-            return f"{base} dense"
-        weights = " decomposed" if self.decompose else ""
-        return f"{base} tucker {self.rank_factor:g} min {self.rank_min} {self.rule}{weights}"
-
-    @property
-    def setting(self) -> str:
-        """All but the batch size."""
-        way = self.way
-        threads = "" if way.threads is None else f" threads {way.threads}"
-        autocast = " autocast" if way.autocast else ""
-        return f"{self.network}, {way.backend} {way.precision} {way.device}{threads}{autocast}"
-
-    @property
-    def name(self) -> str:
-        """Unique in the table: a row of this name is not measured again."""
-        return f"{self.setting}, batch {self.batch_size}"
-
-    def columns(self) -> Row:
-        """Return what the table says about the setting."""
-        values = asdict(self)
-        columns = {key: values[key] for key in ("batch_size", "apply_tucker", "decompose")}
-        columns |= way_columns(self.way)
-        columns |= {"name": self.name, "3mm": self.low_resolution, "nnunet_path": self.model}
-        columns |= {"load_params": bool(self.model), "patch_size": self.patch or ""}
-        if self.apply_tucker:
-            columns |= {"rank_mode": "relative", "rank_factor": self.rank_factor, "rank_min": self.rank_min}
-            columns["rule"] = self.rule
-        return columns
 
 
 def measure_point(
@@ -106,78 +48,6 @@ def measure_point(
     except Exception as error:  # one row must not end the others
         row = timed_row(Timing(point.name, error=reason(error)), columns)
     return row
-
-
-class Pool(Protocol):
-    """What runs rows: `submit` and, for every submitted one, a `wait` that returns a point and its row."""
-
-    capacity: int
-
-    def submit(self, point: Point) -> None: ...
-
-    def wait(self) -> tuple[Point, Row]: ...
-
-
-class HerePool:
-    """One row at a time, on this machine."""
-
-    capacity = 1
-
-    def __init__(self, work: Callable[[Point], Row]) -> None:
-        self._work = work
-        self._points: deque[Point] = deque()
-
-    def submit(self, point: Point) -> None:
-        """Remember it."""
-        self._points.append(point)
-
-    def wait(self) -> tuple[Point, Row]:
-        """Measure the oldest."""
-        point = self._points.popleft()
-        return point, self._work(point)
-
-
-class RayPool:
-    """One Ray task per row, so that rows spread over a cluster and none shares its processors."""
-
-    capacity = 1_000_000
-
-    def __init__(self, work: Callable[[Point], Row], cpus: int, address: str | None = None) -> None:
-        """Connect to the cluster, or start one here.
-
-        Args:
-            work: can be pickled. cpus: that one row keeps for itself. address: of the cluster.
-        Raises:
-            BackendError: Ray is missing.
-        """
-        try:
-            import ray
-        except ImportError as error:
-            raise BackendError(
-                f"--ray needs Ray ({error}); run pip install nnslim[ray], or go without --ray"
-            ) from error
-        if not ray.is_initialized():
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", include_dashboard=None)
-        self._ray = ray
-
-        def task(point: Point) -> Row:  # Ray takes plain functions only
-            return work(point)
-
-        self._task = ray.remote(num_cpus=cpus, max_retries=0)(task)
-        self._running: dict[Any, Point] = {}
-
-    def submit(self, point: Point) -> None:
-        """Hand it to Ray."""
-        self._running[self._task.remote(point)] = point
-
-    def wait(self) -> tuple[Point, Row]:
-        """Return whichever is ready first."""
-        ready, _ = self._ray.wait(list(self._running), num_returns=1)
-        point = self._running.pop(ready[0])
-        try:
-            return point, self._ray.get(ready[0])
-        except Exception as error:  # a node that died, among others
-            return point, timed_row(Timing(point.name, error=reason(error)), point.columns())
 
 
 def run_grid(
@@ -259,7 +129,47 @@ def _reference(point: Point, backend: str, points: Sequence[Point], measured: di
 def _numbers(row: Row) -> Row:
     """Return the row with the numbers that `compare` reads as numbers; rows from a file are text."""
     made = dict(row)
-    for key in ("time_median_ms", "macs"):
+    for key, kind in (("time_median_ms", float), ("macs", int)):
         if isinstance(made.get(key), str):
-            made[key] = float(made[key]) if made[key] else None
+            made[key] = kind(made[key]) if made[key] else None
     return made
+
+
+def add_dice(rows: Sequence[Row], table: Path | None) -> None:
+    """Add Dice from a CSV file to rows, in place: by the row's name, or by a setting `rank_factor=0.3`.
+
+    Raises:
+        InputError: it cannot be read as such.
+    """
+    known = {} if table is None else read_dice(table)
+    for row in rows:
+        factor = row.get("rank_factor")
+        setting = DENSE if factor in (None, "") else f"rank_factor={float(factor):g}"
+        for key in (row["name"], setting):
+            if key in known:
+                row["dice"] = known[key]
+                break
+
+
+def draw_grid(rows: Sequence[Row], table: Path) -> None:
+    """Draw time against MACs, and Dice against time where there is one, beside the table; one pass per batch of one.
+
+    Raises:
+        OutputError: one cannot be written.
+    """
+    shown = [{**row, "label": _label(row)} for row in rows if str(row["batch_size"]) == "1"]
+    on_cpu = {row["device"] for row in shown} == {"cpu"}
+    counts = [int(row["threads"]) for row in shown if row.get("threads") not in (None, "")]
+    roofline = measure_roofline(max(counts)) if on_cpu and counts else None
+    time_figure(shown, roofline, table.with_name(f"{table.stem}_time.png"))
+    dice_figure(shown, table.with_name(f"{table.stem}_dice.png"))
+
+
+def _label(row: Row) -> str:
+    factor = row.get("rank_factor")
+    return DENSE if factor in (None, "") else f"{float(factor):g}"
+
+
+def short_names(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows with a label that leaves out what has a column of its own."""
+    return [{**row, "label": f"{row['name'].partition(', ')[0]}, batch {row['batch_size']}"} for row in rows]

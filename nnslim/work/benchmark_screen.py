@@ -7,8 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
+from nnslim.cost import Cost
 from nnslim.work.benchmark import Row
 
+_REASON = "why not"  # too long for a screen
 # title, how a row is shown
 _Column = tuple[str, Callable[[Row], str]]
 
@@ -23,7 +25,7 @@ def _number(key: str, form: str, scale: float = 1.0) -> Callable[[Row], str]:
 
 def _spread(row: Row) -> str:
     if not row.get("time_median_ms"):
-        return ""
+        return "failed" if row.get("status") == "failed" else ""
     return f"{float(row['time_q1_ms']):.4g} to {float(row['time_q3_ms']):.4g}"
 
 
@@ -42,17 +44,16 @@ _COLUMNS: tuple[_Column, ...] = (
     ("x OpenVINO", _number("speedup_openvino", ".2f")),
     ("merit", _number("merit", ".2f")),
     ("Dice", _number("dice", ".4f")),
-    ("why not", lambda row: str(row.get("reason", ""))),
+    (_REASON, lambda row: str(row.get("reason", ""))),
 )
 
 
 def screen_table(rows: Sequence[Row]) -> Table:
     """Return the table for a console; columns that nothing fills are left out."""
     table = Table(box=None, header_style="bold")
-    columns = _used(rows)
+    columns = [column for column in _used(rows) if column[0] != _REASON]
     for number, (title, _) in enumerate(columns):
-        words = number < 3 or title == "why not"
-        table.add_column(title, justify="left" if words else "right", overflow="fold" if words else "ellipsis")
+        table.add_column(title, justify="left" if number < 3 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(show(row) for _, show in columns))
     return table
@@ -79,4 +80,19 @@ def stage_table(profiles: Mapping[str, Mapping[str, float]]) -> Table:
     for name, profile in profiles.items():
         cells: list[Any] = [f"{profile.get(stage, 0.0):.3f}" for stage in stages]
         table.add_row(name, *cells, f"{sum(profile.values()):.3f}")
+    return table
+
+
+def cost_table(cost: Cost) -> Table:
+    """Return parameters and MACs of each layer of a pass that has any, in order of execution, for a console."""
+    table = Table(box=None, header_style="bold")
+    for title in ("layer", "output", "parameters", "MACs", "share"):
+        table.add_column(title, justify="left" if title in ("layer", "output") else "right")
+    total = cost.macs()
+    for layer in cost.layers.values():
+        if layer.macs:
+            shape = "x".join(str(size) for size in layer.output_shape)
+            share = f"{layer.macs / total:.1%}"
+            table.add_row(layer.name, shape, f"{layer.parameters:,}", f"{layer.macs:,}", share)
+    table.add_row("all", "", f"{cost.parameters:,}", f"{total:,}", f"{cost.macs('fvcore') / 1e9:.3f} G as fvcore")
     return table

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import platform
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,10 @@ def prepare(path: Path, shape: Sequence[int], way: Way) -> Candidate:
     Raises:
         BackendError, RewriteError: the backend is missing or cannot run this network.
     """
-    if way.threads is not None:
-        torch.set_num_threads(way.threads)
+    way = replace(way, threads=way.threads or torch.get_num_threads())  # OpenVINO would take all processors
+    torch.set_num_threads(way.threads)
     network = torch.load(path, map_location="cpu", weights_only=False).eval()
-    facts = {**network_facts(network, shape), "threads": way.threads or torch.get_num_threads()}
+    facts = {**network_facts(network, shape), "threads": way.threads}
     if way.device == "cuda" and not torch.cuda.is_available():
         raise BackendError("device cuda was asked for, but torch finds no CUDA device")
     network.to(way.device)
@@ -101,6 +102,14 @@ def _engine(network: nn.Module, shape: Sequence[int], way: Way) -> tuple[Callabl
     """Return what runs, and the backend; for "auto" with the one that it came to."""
     if way.backend == "stock-compile":
         return torch.compile(network), way.backend
+    if way.backend == "openvino" and way.precision == "int8" and way.device == "cpu":
+        from nnslim.running.int8 import quantize
+        from nnslim.running.openvino import OpenVINOEngine
+
+        # Noise will do: the time of a pass does not depend on the scales.
+        tile = torch.randn(1, *shape[1:], generator=torch.Generator().manual_seed(1))
+        model = quantize(network, shape, [tile]).model
+        return OpenVINOEngine(model, shape, precision="int8", threads=way.threads), way.backend
     if way.backend == "openvino-plain":
         return PlainOpenVINO(network, shape, way.threads), way.backend
     settings = Settings(way.backend, way.precision, way.threads)  # type: ignore[arg-type]
@@ -148,8 +157,9 @@ def convert_plain(network: nn.Module, shape: Sequence[int]) -> Any:
         import openvino
     except ImportError as error:
         raise BackendError(f"openvino is not installed ({error}); run pip install nnslim[openvino]") from error
-    small = [size // 2 if size % 64 == 0 else size for size in shape[2:]]
-    with torch.inference_mode():
+    small = [size // 2 if size % 64 == 0 and size > 64 else size for size in shape[2:]]
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the converter's tracing is deprecated in torch
         model = openvino.convert_model(network, example_input=torch.zeros(*shape[:2], *small))
     model.reshape(list(shape))
     return model
@@ -186,4 +196,4 @@ def device_name(device: str = "cpu") -> str:
 
 def way_columns(way: Way) -> dict[str, Any]:
     """Return the way as columns of a table; `compile` as the predecessor's table has it."""
-    return {**asdict(way), "compile": way.backend in ("compile", "stock-compile")}
+    return {**asdict(way), "threads": way.threads or "", "compile": way.backend in ("compile", "stock-compile")}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from nnslim.errors import ConfigError, OutputError
@@ -226,7 +227,8 @@ def predict_settings(
     way: Way, folds: Sequence[str] | None = None, checkpoint: str | None = None, trust: bool = False
 ) -> PredictSettings:
     """Return the settings of a prediction that runs the network in that way."""
-    chosen: dict[str, Any] = {"backend": way.backend, "precision": way.precision, "threads": way.threads}
+    threads = way.threads or torch.get_num_threads()
+    chosen: dict[str, Any] = {"backend": way.backend, "precision": way.precision, "threads": threads}
     wanted = None if folds is None else list(folds)
     return PredictSettings(way.device, folds=wanted, checkpoint=checkpoint, trust=trust, **chosen)
 

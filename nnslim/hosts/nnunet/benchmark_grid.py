@@ -14,7 +14,7 @@ from nnslim.hosts.nnunet.stages import Pipeline, stage_medians
 from nnslim.methods.tucker.config import TuckerConfig
 from nnslim.running.engine import BACKENDS
 from nnslim.work.alternate import measure
-from nnslim.work.benchmark_grid import Point
+from nnslim.work.benchmark_point import Point
 from nnslim.work.compress import compress
 from nnslim.work.config import RunConfig, SlimConfig, load_config
 

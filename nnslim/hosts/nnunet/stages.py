@@ -184,8 +184,8 @@ def stage_medians(timing: Timing) -> dict[str, float]:
     return {stage: statistics.median(result[stage] for result in timing.results) for stage in STAGES}
 
 
-def start_times(rounds: int = 3) -> dict[str, float]:
-    """Return the median seconds to start Python and import torch, nnU-Net, and what `nnslim predict` needs."""
+def start_times(rounds: int = 2) -> dict[str, float]:
+    """Return the least seconds to start Python, and to import torch, nnU-Net and what `nnslim predict` needs."""
     seconds: dict[str, list[float]] = {name: [] for name in _STARTS}
     for _ in range(rounds):
         for name, code in _STARTS.items():
@@ -195,4 +195,4 @@ def start_times(rounds: int = 3) -> dict[str, float]:
             if done.returncode:
                 raise NNSlimError(f"'{code}' does not run: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
             seconds[name].append(time.perf_counter() - started)
-    return {name: round(statistics.median(values), 3) for name, values in seconds.items()}
+    return {name: round(min(values), 3) for name, values in seconds.items()}

@@ -1,0 +1,288 @@
+"""Time nnslim and its peers side by side, in one run and in alternated rounds: peers.md and peers.csv.
+
+A peer that is not installed, or that fails, is a row that says why.
+
+Example: ./run.sh benchmarks/peers.py --network ts15 --rounds 5 -o peers
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnslim.errors import BackendError, NNSlimError
+from nnslim.work.alternate import Candidate, Job
+from nnslim.work.passes import PlainOpenVINO, Way, convert_plain, network_facts, prepare
+
+_NETWORKS = {"ts15": False, "ts3": True}
+Convert = Callable[[nn.Module, Sequence[int], int], Callable[[Tensor], Any]]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A row: which of the prepared networks, and how it is run.
+
+    Attributes:
+        name: for --rows. network: dense, tucker or pruned. way: a backend of nnslim's benchmark; or
+        convert: makes what runs, from (network, shape, threads), and `tool` is its name in the table.
+    """
+
+    name: str
+    network: str
+    way: Way | None = None
+    convert: Convert | None = None
+    tool: str = ""
+    precision: str = "f32"
+
+
+def nncf_int8(network: nn.Module, shape: Sequence[int], threads: int) -> Callable[[Tensor], Any]:
+    """Quantise after training with NNCF's defaults, on a few patches of noise: good for time, not for accuracy."""
+    try:
+        import nncf
+    except ImportError as error:
+        raise BackendError(f"nncf is not installed ({error})") from error
+    nncf.set_log_level(logging.ERROR)
+    generator = torch.Generator().manual_seed(1)
+    patches = [torch.randn(tuple(shape), generator=generator).numpy() for _ in range(2)]
+    model = nncf.quantize(convert_plain(network, shape), nncf.Dataset(patches), subset_size=len(patches))
+    engine = PlainOpenVINO.__new__(PlainOpenVINO)
+    engine.compile(model, threads)
+    return engine
+
+
+def onnx_runtime(network: nn.Module, shape: Sequence[int], threads: int) -> Callable[[Tensor], Any]:
+    """Export to ONNX and run by ONNX Runtime's CPU kernels."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(f"onnxruntime is not installed ({error})") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        file = str(Path(folder) / "network.onnx")
+        torch.onnx.export(network, (torch.zeros(tuple(shape)),), file, dynamo=False, input_names=["x"])
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return lambda x: session.run(None, {"x": x.numpy()})
+
+
+def prune(network: nn.Module, shape: Sequence[int], macs: int) -> nn.Module:
+    """Return the network with channels removed by Torch-Pruning, at about that many MACs.
+
+    Whole channels by the size of their kernels, the same share everywhere; inputs and heads stay.
+
+    Raises:
+        BackendError: Torch-Pruning is not installed.
+    """
+    try:
+        import torch_pruning
+    except ImportError as error:
+        raise BackendError(f"torch_pruning is not installed ({error})") from error
+    heads = network_heads(network, shape)
+    low, high, best = 0.0, 0.95, network
+    # A halved patch has the same channel groups; tracing the whole one would take minutes.
+    small = (1, shape[1], *(max(size // 2, 1) if size % 64 == 0 and size > 64 else size for size in shape[2:]))
+    for _ in range(7):  # bisection: MACs within about 1 %
+        ratio = (low + high) / 2
+        made = swap_norms(copy.deepcopy(network), nn.InstanceNorm3d, nn.BatchNorm3d)
+        pruner = torch_pruning.pruner.MagnitudePruner(
+            made,
+            torch.zeros(small),
+            importance=torch_pruning.importance.MagnitudeImportance(p=2),
+            pruning_ratio=ratio,
+            ignored_layers=[made.get_submodule(name) for name in heads],
+            round_to=4,
+        )
+        pruner.step()
+        made = swap_norms(made, nn.BatchNorm3d, nn.InstanceNorm3d)
+        found = network_facts(made, shape)["macs"]
+        low, high = (ratio, high) if found > macs else (low, ratio)
+        if abs(found - macs) < abs(network_facts(best, shape)["macs"] - macs):
+            best = made
+    return best.eval()
+
+
+def swap_norms(network: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> nn.Module:
+    """Replace each norm by another kind with the same weights, in place: instance norms lead Torch-Pruning astray."""
+    made: dict[int, nn.Module] = {}
+    for module in list(network.modules()):
+        for name, child in module._modules.items():
+            if type(child) is old:
+                if id(child) not in made:
+                    made[id(child)] = new(child.num_features, child.eps, affine=True)
+                    made[id(child)].weight, made[id(child)].bias = child.weight, child.bias
+                module._modules[name] = made[id(child)]
+    return network.eval()
+
+
+def network_heads(network: nn.Module, shape: Sequence[int]) -> tuple[str, ...]:
+    """Return the names of the layers whose outputs are the network's."""
+    from nnslim.cost import measure_cost
+
+    return measure_cost(network, shape).heads
+
+
+_EAGER, _OPENVINO = Way("eager"), Way("openvino")
+PEERS = (
+    Peer("stock", "dense", Way("stock")),
+    Peer("openvino", "dense", Way("openvino-plain")),
+    Peer("nncf-int8", "dense", convert=nncf_int8, tool="NNCF, OpenVINO", precision="int8"),
+    Peer("onnxruntime", "dense", convert=onnx_runtime, tool="ONNX Runtime"),
+    Peer("pruned-stock", "pruned", Way("stock")),
+    Peer("pruned-openvino", "pruned", Way("openvino-plain")),
+    Peer("tucker-stock", "tucker", Way("stock")),
+    Peer("tucker-openvino", "tucker", Way("openvino-plain")),
+    Peer("nnslim-dense-eager", "dense", _EAGER),
+    Peer("nnslim-dense-openvino", "dense", _OPENVINO),
+    Peer("nnslim-tucker-eager", "tucker", _EAGER),
+    Peer("nnslim-tucker-openvino", "tucker", _OPENVINO),
+    Peer("nnslim-tucker-int8", "tucker", replace(_OPENVINO, precision="int8")),
+)
+
+
+def prepare_peer(path: Path, shape: tuple[int, ...], peer: Peer, threads: int) -> Candidate:
+    """Load the network that was kept for this run and make what the peer runs.
+
+    Raises:
+        BackendError: what was found wrong when its network was made, or its tool is missing.
+    """
+    problem = path.with_suffix(".txt")
+    if problem.exists():
+        raise BackendError(problem.read_text())
+    if peer.way is not None:
+        return prepare(path, shape, replace(peer.way, threads=threads))
+    torch.set_num_threads(threads)
+    network = torch.load(path, map_location="cpu", weights_only=False).eval()
+    facts: dict[str, Any] = {**network_facts(network, shape), "threads": threads, "backend": peer.tool}
+    engine = peer.convert(network, shape, threads)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+    def one_pass() -> None:
+        with torch.inference_mode():
+            engine(x)
+
+    return Candidate(one_pass, facts)
+
+
+def keep_networks(args: argparse.Namespace, peers: Sequence[Peer], folder: Path) -> tuple[int, ...]:
+    """Write the networks that the peers need, or why one cannot be made; returns (1, C, *patch)."""
+    from nnslim.hosts.nnunet.benchmark_grid import grid_network
+    from nnslim.work.alternate import reason
+    from nnslim.work.benchmark_point import Point
+    from nnslim.work.passes import keep_network
+
+    point = Point(
+        apply_tucker=False,
+        rank_factor=args.rank_factor,
+        rank_min=args.rank_min,
+        low_resolution=_NETWORKS.get(args.network, False),
+        decompose=args.network not in _NETWORKS,
+        patch=None if args.patch is None else tuple(args.patch),
+        model="" if args.network in _NETWORKS else args.network,
+    )
+    dense, shape = grid_network(point)
+    tucker, _ = grid_network(replace(point, apply_tucker=True))
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "dense": lambda: dense,
+        "tucker": lambda: tucker,
+        "pruned": lambda: prune(dense, shape, network_facts(tucker, shape)["macs"]),
+    }
+    for name in dict.fromkeys(peer.network for peer in peers):
+        try:
+            keep_network(makers[name](), folder / f"{name}.pt")
+        except Exception as error:  # a peer's tool must not end the others
+            (folder / f"{name}.txt").write_text(reason(error))
+    return shape
+
+
+def run_peers(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure the chosen peers and return their rows."""
+    from nnslim.work.alternate import measure
+    from nnslim.work.benchmark import compare, find, timed_row
+
+    peers = [peer for peer in PEERS if not args.rows or peer.name in args.rows]
+    threads = args.threads or torch.get_num_threads()
+    with tempfile.TemporaryDirectory(prefix="nnslim-") as name:
+        folder = Path(name)
+        shape = keep_networks(args, peers, folder)
+        jobs = [
+            Job(peer.name, partial(prepare_peer, folder / f"{peer.network}.pt", shape, peer, threads)) for peer in peers
+        ]
+        timings = measure(jobs, args.rounds, progress=_report)
+    rows = []
+    for peer, timing in zip(peers, timings, strict=True):
+        way = peer.way or Way()
+        columns = {"name": peer.name, "backend": peer.tool or way.backend, "threads": threads, "batch_size": shape[0]}
+        columns |= {
+            "patch_size": shape[1:],
+            "device": "cpu",
+            "autocast": False,
+            "apply_tucker": peer.network == "tucker",
+        }
+        columns["precision"] = peer.precision if peer.way is None else way.precision
+        rows.append(timed_row(timing, columns))
+    compare(rows, find(rows, "stock", "stock"), find(rows, "openvino", "openvino-plain"))
+    return rows
+
+
+def _report(name: str, done: int, total: int) -> None:
+    print(f"{done}/{total} {name}", file=sys.stderr, flush=True)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    names = ", ".join(peer.name for peer in PEERS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=f"rows: {names}"
+    )
+    parser.add_argument("--network", default="ts15", help="ts15, ts3 (untrained TotalSegmentator) or a model folder")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", nargs="+", help="names; default: all")
+    parser.add_argument("--rank-factor", type=float, default=0.3)
+    parser.add_argument("--rank-min", type=int, default=8)
+    parser.add_argument("--patch", type=int, nargs="+", help="voxels (default: the network's own)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("-o", "--output", type=Path, default=Path("peers"), help="files, without their ending")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(arguments)
+    from nnslim.errors import ConfigError, nearest
+    from nnslim.files import write_bytes
+    from nnslim.work.benchmark import write_table
+    from nnslim.work.benchmark_screen import markdown_table
+    from nnslim.work.passes import device_name
+
+    logging.basicConfig(format="%(message)s")
+    try:
+        for row in args.rows or ():
+            if row not in {peer.name for peer in PEERS}:
+                raise ConfigError(f"no row '{row}'; {nearest(row, [peer.name for peer in PEERS])}")
+        rows = run_peers(args)
+        write_table(args.output.with_suffix(".csv"), rows)
+        where = f"{args.network}, {device_name()}, {len(os.sched_getaffinity(0))} processor(s), {args.rounds} rounds"
+        text = f"{where}, torch {torch.__version__}\n\n{markdown_table(rows)}"
+        write_bytes(args.output.with_suffix(".md"), text.encode())
+    except NNSlimError as error:
+        print(f"nnslim: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    return int(any(row["status"] == "failed" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
