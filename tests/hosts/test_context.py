@@ -394,7 +394,7 @@ def test_context_predict_from_files_through_worker_processes(make_model, case_fo
 
 
 def test_tucker_helper_and_dictionary_give_the_same_configuration():
-    assert tucker(rank_factor=0.5, rank_min=2) == from_dict(HALF)
+    assert tucker(rank_factor=0.5, rank_min=2) == from_dict({"methods": HALF["methods"]})
 
 
 @pytest.mark.parametrize("backend", ["eager", "auto", "openvino"])
@@ -435,7 +435,7 @@ def test_slim_model_that_is_slower_stays_dense_and_the_report_says_by_how_much(m
     assert "would be slower here: 1.5 s per patch, dense 1 s" in str(slim.report)
     with pytest.raises(SlowerError, match="nothing is written"):
         compress_folder(read_model_folder(source), tmp_path / "slim", from_dict(HALF))
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["models"], "nothing beside what was there"
     compress_folder(read_model_folder(source), tmp_path / "slim", from_dict(HALF), allow_slower=True)
     unguarded = {**HALF, "run": {**STOCK, "guard": False}}
     with NNSlimContext(unguarded):
