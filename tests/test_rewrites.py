@@ -167,7 +167,7 @@ def test_precision_needs_openvino_and_a_backend_that_fails_falls_back(tiny_net, 
         make_engine(network, shape, Settings("eager", "f16"))
     monkeypatch.setattr(torch, "compile", lambda module: (_ for _ in ()).throw(RuntimeError("no compiler")))
     with caplog.at_level("WARNING", logger="nnslim"):
-        engine, backend = with_fallback(network, shape, Settings("compile"))
+        _, backend = with_fallback(network, shape, Settings("compile"))
     assert backend == "eager" and "backend compile cannot be used: RuntimeError: no compiler" in caplog.text
     assert candidates(torch.device("cuda")) == ["stock", "eager", "compile"]
 

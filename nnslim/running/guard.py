@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -44,17 +44,17 @@ class Speed:
 
 
 def compare_speed(dense: nn.Module, slim: nn.Module, shape: Sequence[int], settings: Settings) -> Speed:
-    """Measure both networks on the same backend.
+    """Measure both networks on the same backend, in single precision: int8 models are made from the result only later.
 
     Args:
         dense, slim: in eval mode, on one device. shape: (B, C, *patch).
         settings: "auto" takes the backend known to be the fastest for the dense network here, else eager.
     Raises:
-        BackendError: no backend has the precision that was asked for.
+        BackendError: not even stock torch runs one of them.
     """
-    if settings.backend == "auto":
-        known = remembered(dense, shape, settings) or ("eager" if settings.precision == "f32" else "openvino")
-        settings = Settings(known, settings.precision, settings.threads)
-    engines = [with_fallback(network, shape, settings) for network in (dense, slim)]
+    single = replace(settings, precision="f32")
+    if single.backend == "auto":
+        single = replace(single, backend=remembered(dense, shape, single) or "eager")
+    engines = [with_fallback(network, shape, single) for network in (dense, slim)]
     seconds = measure([engine for engine, _ in engines], shape)
     return Speed(*seconds, engines[1][1])

@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from nnslim._version import __version__
-from nnslim.errors import ModelFolderError, SlowerError
+from nnslim.errors import ConfigError, ModelFolderError, SlowerError
 from nnslim.files import save_checkpoint, whole_folder, write_json
 from nnslim.hosts.nnunet.calibrate import calibration_of
-from nnslim.hosts.nnunet.folder import ModelFolder, build_network, builds_from_plans, input_shape, trainer_class
+from nnslim.hosts.nnunet.folder import (
+    ModelFolder,
+    build_network,
+    builds_from_plans,
+    input_shape,
+    read_model_folder,
+    trainer_class,
+)
 from nnslim.hosts.nnunet.network import BASE_KEY, NETWORK_CLASS_NAME, SPEC_KEY
 from nnslim.methods.tucker.table import write_table
 from nnslim.running.guard import Speed, compare_speed
@@ -87,9 +94,24 @@ def compress_folder(
             save_checkpoint(slim_checkpoint(checkpoint, weights, plans), path)
         write_json(side / "nnslim.json", record(model, slimmed, config, speed))
         write_table(slimmed.decisions, side / "plan.csv")
+        if config.run.precision == "int8":
+            _calibrate_int8(side, list(model.checkpoints), config, progress)
     for leftover in target.parent.glob(f"{state.name}.fold*"):
         leftover.unlink(missing_ok=True)
     return replace(slimmed, speed=speed)
+
+
+def _calibrate_int8(side: Path, folds: list[str], config: SlimConfig, progress: Progress | None) -> None:
+    from nnslim.hosts.nnunet.int8 import keep_int8
+
+    images = config.calibration.images
+    if images is None:
+        raise ConfigError("int8 is calibrated on images: name a folder of them (-i, or calibration.images)")
+    for fold, checked in keep_int8(
+        read_model_folder(side, folds), images, seed=config.calibration.seed, progress=progress
+    ).items():
+        if not checked.passed:
+            raise ModelFolderError(f"fold {fold}: the int8 model is too far from the one it was made from: {checked}")
 
 
 def _speed(model: ModelFolder, slimmed: Slimmed, config: SlimConfig) -> Speed | None:
