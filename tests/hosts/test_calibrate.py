@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import sys
 import tempfile
@@ -130,6 +131,21 @@ def test_tiles_are_the_same_each_time_and_chosen_by_the_seed(make_model, prepare
     assert len(tiles) == len(first) == 6 and torch.equal(first, second)
     assert torch.equal(first, torch.cat(list(ImageTiles(images, 3, seed=1))))
     assert not torch.equal(first, torch.cat(list(ImageTiles(images, 3, seed=2))))
+
+
+@pytest.mark.parametrize("kind, axes", [("plain", 3), ("2d", 2)])
+def test_mirrored_tiles_follow_their_originals_where_the_model_may_be_mirrored(make_model, prepared, kind, axes):
+    images = prepared(make_model(kind), (40, 40, 40))
+    plain, both = list(ImageTiles(images, 4, seed=1)), ImageTiles(images, 4, seed=1, mirrored=True)
+    made = list(both)
+    assert len(both) == len(made) == 2 * len(plain) == 8
+    assert all(torch.equal(one, two) for one, two in zip(plain, made[::2], strict=True))
+    choices = [tuple(a + 2 for a in range(axes) if number >> a & 1) for number in range(1, 2**axes)]
+    for tile, mirrored in zip(plain, made[1::2], strict=True):
+        assert any(torch.equal(tile.flip(chosen), mirrored) for chosen in choices)
+    assert all(torch.equal(one, two) for one, two in zip(made, both, strict=True))
+    images.source = dataclasses.replace(images.source, mirror_axes=None)
+    assert len(list(ImageTiles(images, 4, seed=1, mirrored=True))) == 4
 
 
 def test_tiles_of_air_are_passed_over_where_there_is_something(make_model, prepared):

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any
@@ -155,14 +156,19 @@ def _cases(source: Source, images: Path) -> dict[str, list[Path]]:
 
 
 class ImageTiles:
-    """Tiles of nnU-Net's sliding window, the same ones each time; implements `nnslim.streaming.Tiles`."""
+    """Tiles of nnU-Net's sliding window, the same ones each time; implements `nnslim.streaming.Tiles`.
 
-    def __init__(self, images: PreparedImages, per_image: int, *, seed: int = 0) -> None:
+    Mirrored, each tile is followed by one of its mirror images: test-time mirroring shows
+    the network what the images alone never do.
+    """
+
+    def __init__(self, images: PreparedImages, per_image: int, *, seed: int = 0, mirrored: bool = False) -> None:
         """Choose tiles.
 
         Args:
             images: prepared images.
             per_image: tiles of each image at most, chosen by the seed among those that show more than air.
+            mirrored: follow each by a mirror image, along one or more of the axes that the model may be mirrored along.
         """
         self._images = images
         self._chosen = [
@@ -170,13 +176,26 @@ class ImageTiles:
             for number in range(len(images))
             for corner in _corners(images.load(number), images.source, per_image, seed * 7919 + number)
         ]
+        rng = np.random.default_rng(seed)
+        self._flips = [_some(images.source.mirror_axes if mirrored else None, rng) for _ in self._chosen]
 
     def __len__(self) -> int:
-        return len(self._chosen)
+        return len(self._chosen) + sum(bool(flipped) for flipped in self._flips)
 
     def __iter__(self) -> Iterator[Tensor]:
-        for number, corner in self._chosen:
-            yield torch.from_numpy(_cut(self._images.load(number), corner, self._images.source.patch))[None]
+        for (number, corner), flipped in zip(self._chosen, self._flips, strict=True):
+            tile = torch.from_numpy(_cut(self._images.load(number), corner, self._images.source.patch))[None]
+            yield tile
+            if flipped:
+                yield tile.flip([axis + 2 for axis in flipped])
+
+
+def _some(axes: Sequence[int] | None, rng: np.random.Generator) -> tuple[int, ...]:
+    """Return one or more of the axes, all choices alike; none of none."""
+    if not axes:
+        return ()
+    chosen = int(rng.integers(1, 2 ** len(axes)))
+    return tuple(axis for bit, axis in enumerate(axes) if chosen >> bit & 1)
 
 
 def _corners(image: np.ndarray, source: Source, count: int, seed: int) -> list[tuple[int, ...]]:
@@ -314,9 +333,10 @@ def calibration_of(
         held = (len(images) // 6 if len(images) >= 6 else int(len(images) >= 4)) if learns else 0
         learned = images.part(0, len(images) - held)
         judged = images.part(len(images) - held) if held else images
+        tiles = partial(ImageTiles, per_image=settings.tiles_per_image, mirrored=settings.mirrored)
         yield Calibration(
-            ImageTiles(learned.part(0, settings.count), settings.tiles_per_image, seed=settings.seed),
-            ImageTiles(judged, settings.tiles_per_image, seed=settings.seed + 1),
+            tiles(learned.part(0, settings.count), seed=settings.seed),
+            tiles(judged, seed=settings.seed + 1),
             lambda length: AugmentedPatches(learned, length, seed=settings.seed),
             source.regions,
             images.fingerprint,
