@@ -377,6 +377,7 @@ def test_report_dictionary_is_json_and_complete(slimmed):
         "seconds": 0.0,
         "from_cache": False,
         "note": "already slim",
+        "speed": None,
         "spec": None,
     }
 

@@ -108,7 +108,7 @@ def test_compress_then_predict_then_again(make_model, half, case_folder, tmp_pat
 
 def test_predict_equals_stock_nnunet(make_model, case_folder, tmp_path, nnslim):
     source = make_model()
-    nnslim("predict", "-i", case_folder, "-o", tmp_path / "ours", "-m", source, "-q", expect=0)
+    nnslim("predict", "-i", case_folder, "-o", tmp_path / "ours", "-m", source, "-q", "--backend", "stock", expect=0)
     predictor = make_predictor()
     predictor.initialize_from_trained_model_folder(str(source), (0,))
     predictor.predict_from_files(
@@ -131,7 +131,7 @@ def test_predict_cascade_equals_stock_nnunet_and_asks_for_the_stage_before(
         image = nib.load(case_folder / f"{name}_0000.nii.gz")
         labels = (image.get_fdata() > 1).astype(np.uint8) + (image.get_fdata() > 2)
         nib.save(nib.Nifti1Image(labels.astype(np.uint8), image.affine), stage / f"{name}.nii.gz")
-    common = ("predict", "-q", "-i", case_folder, "-o", tmp_path / "ours", "-m", source)
+    common = ("predict", "-q", "--backend", "stock", "-i", case_folder, "-o", tmp_path / "ours", "-m", source)
     assert "needs the segmentations of '3d_lowres'" in fault(*common)
     nnslim(*common, "--previous-stage", stage, expect=0)
     predictor = make_predictor()
