@@ -57,6 +57,7 @@ def write_image(folder, name, shape, seed=0):
 def scratch(tmp_path, monkeypatch):
     """The folder in which temporary folders are made; what is left in it was forgotten."""
     folder = tmp_path / "scratch"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # torch makes it when it likes
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     return folder
