@@ -16,7 +16,7 @@ STOREYS = {
     "methods": 1,
     "work": 2,
     "hosts": 3,
-    **dict.fromkeys(("context", "cli", "doctor", "__init__", "__main__"), 4),
+    **dict.fromkeys(("context", "cli", "commands", "doctor", "__init__", "__main__"), 4),
 }
 HOST_PACKAGES = {
     "nnunetv2",
@@ -129,7 +129,8 @@ def test_checker_downward_imports_pass(tmp_path):
     assert violations(package) == []
 
 
-def test_import_nnslim_fresh_process_loads_neither_torch_nor_hosts():
-    code = f"import sys, nnslim; print(sorted({{'torch', 'numpy', *{HOST_PACKAGES!r}}} & set(sys.modules)))"
+@pytest.mark.parametrize("module", ["nnslim", "nnslim.cli"])
+def test_import_fresh_process_loads_neither_torch_nor_hosts(module):
+    code = f"import sys, {module}; print(sorted({{'torch', 'numpy', *{HOST_PACKAGES!r}}} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     assert ran.stdout.strip() == "[]"

@@ -1,0 +1,59 @@
+"""What the commands share: options that several have, the log and the progress bar."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+Step = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+ConfigOption = Annotated[str, typer.Option("-c", "--config", help="preset name or YAML file")]
+ModelOption = Annotated[Path, typer.Option("-m", "--model", help="trained model folder: trainer__plans__configuration")]
+ImagesOption = Annotated[Path | None, typer.Option("-i", "--images", help="folder of unlabelled calibration images")]
+FoldOption = Annotated[list[str] | None, typer.Option("-f", "--fold", help="fold, repeatable; default: all")]
+CheckpointOption = Annotated[str | None, typer.Option("-chk", help="default: checkpoint_final.pth, else _best")]
+PreviousStageOption = Annotated[
+    Path | None, typer.Option(help="for a cascade: folder of the segmentations of the stage before")
+]
+TrustOption = Annotated[bool, typer.Option("--trust-checkpoint", help="load as nnU-Net does, code included")]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="no progress bar, warnings and errors only")]
+# As words, not from the engine: importing that takes torch's seconds, also for --help.
+Backend = Enum("Backend", {name: name for name in ("auto", "stock", "eager", "compile", "openvino")}, type=str)
+Precision = Enum("Precision", {name: name for name in ("f32", "bf16", "f16", "int8")}, type=str)
+BackendOption = Annotated[Backend | None, typer.Option(help="how the network runs; default: the config's, else auto")]
+PrecisionOption = Annotated[Precision | None, typer.Option(help="of the arithmetic; all but f32 need openvino")]
+
+
+def start(quiet: bool) -> None:
+    """Send nnslim's log to stderr: warnings only where `quiet`."""
+    handler = RichHandler(console=stderr, show_time=False, show_path=False, markup=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("nnslim").setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+@contextmanager
+def stepping(quiet: bool, first: str = "reading") -> Iterator[Step]:
+    """Show a progress bar for work of several steps, the `first` of them known by name; yield what is told of each."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeElapsedColumn(), console=stderr, disable=quiet, transient=True) as bar:
+        task = bar.add_task(first, total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+@contextmanager
+def counting(quiet: bool, what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar for work on many things of one kind, `what`; yield what is called with (done, total)."""
+    with stepping(quiet, what) as step:
+        yield lambda done, total: step(what, done, total)

@@ -1,0 +1,86 @@
+"""`nnslim compress` and `nnslim plan`: a trained model made slim, or its ranks alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nnslim.commands.common import (
+    CheckpointOption,
+    ConfigOption,
+    FoldOption,
+    ImagesOption,
+    ModelOption,
+    QuietOption,
+    TrustOption,
+    start,
+    stepping,
+)
+
+
+def compress(
+    model: ModelOption,
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder to write; must not exist")],
+    config: ConfigOption,
+    images: ImagesOption = None,
+    fold: FoldOption = None,
+    checkpoint: CheckpointOption = None,
+    allow_slower: Annotated[
+        bool, typer.Option("--allow-slower", help="write also a model that is slower than the dense one here")
+    ] = False,
+    trust: TrustOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Compress a trained model into a folder that stock nnU-Net loads."""
+    from nnslim.hosts.nnunet.folder import read_model_folder
+    from nnslim.hosts.nnunet.write import compress_folder
+    from nnslim.work.config import load_config
+    from nnslim.work.report import ModelReport
+
+    start(quiet)
+    settings = load_config(config)
+    source = read_model_folder(model, fold, checkpoint, trust=trust)
+    with stepping(quiet) as step:
+        slimmed = compress_folder(
+            source,
+            output,
+            settings,
+            images=images,
+            progress=step,
+            allow_slower=allow_slower,
+        )
+    for line in ModelReport(str(model), len(source.checkpoints), slimmed, slimmed.seconds).lines():
+        typer.echo(line)
+    typer.echo(f"written: {output}")
+
+
+def plan(
+    model: ModelOption,
+    output: Annotated[Path, typer.Option("-o", "--output", help="CSV file to write; must not exist")],
+    config: ConfigOption,
+    images: ImagesOption = None,
+    fold: Annotated[str | None, typer.Option("-f", "--fold", help="whose weights decide; default: the first")] = None,
+    checkpoint: CheckpointOption = None,
+    trust: TrustOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Choose the ranks only and write them as a table, to be edited and passed back: {method: tucker, plan: FILE}."""
+    from nnslim.hosts.nnunet.error_grid import plan_folder
+    from nnslim.hosts.nnunet.folder import read_model_folder
+    from nnslim.work.config import load_config
+
+    start(quiet)
+    settings = load_config(config).with_images(images)
+    source = read_model_folder(model, fold and [fold], checkpoint, trust=trust)
+    with stepping(quiet) as step:
+        planned = plan_folder(
+            source,
+            output,
+            settings,
+            progress=step,
+        )
+    for line in planned.lines():
+        typer.echo(line)
+    typer.echo(f"written: {output}")
