@@ -7,10 +7,10 @@ import os
 import platform
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from nnslim._version import __version__
 from nnslim.errors import HostError
+from nnslim.running.processor import cpu_flags, cpu_name, has_fast_bfloat16
 
 _PACKAGES = (
     ("nnunetv2", "the host"),
@@ -103,35 +103,21 @@ def _hosts(findings: Findings) -> list[str]:
 def _processor() -> list[str]:
     import torch
 
-    flags = _cpu_flags()
+    flags = cpu_flags()
     wide = [name for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8") if name in flags]
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     lines = [
-        f"{_cpu_name()}, {affinity} core(s) for this process, torch uses {torch.get_num_threads()} thread(s)",
+        f"{cpu_name()}, {affinity} core(s) for this process, torch uses {torch.get_num_threads()} thread(s)",
         f"features: {', '.join(wide) or 'none of avx2, avx512, vnni, bf16, amx'}",
     ]
     cap = os.environ.get("nnUNet_def_n_proc", "8")
     if affinity and int(cap) < affinity:
         lines.append(f"nnU-Net caps torch at {cap} threads; nnUNet_def_n_proc={affinity} lets it use all cores")
-    if "avx512_bf16" not in flags and "amx_bf16" not in flags:
+    if not has_fast_bfloat16():
         lines.append("bf16 and fp16 have no fast path on this processor")
     if "avx512_vnni" in flags or "avx_vnni" in flags:
         lines.append("int8 has a fast path (VNNI)")
     return lines
-
-
-def _cpu_info() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-
-
-def _cpu_flags() -> set[str]:
-    return {flag for line in _cpu_info() if line.startswith(("flags", "Features")) for flag in line.split()[2:]}
-
-
-def _cpu_name() -> str:
-    names = [line.split(":", 1)[1].strip() for line in _cpu_info() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _gpu() -> list[str]:

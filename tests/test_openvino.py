@@ -186,7 +186,7 @@ def test_precisions(tiny_net, tiny_shape, tmp_path, monkeypatch):
             with torch.no_grad():
                 assert close(OpenVINOEngine(network, shape, precision=precision, cache=tmp_path)(x), network(x), 0.2)
         else:
-            with pytest.raises(BackendError, match=f"does not compute in {precision}"):
+            with pytest.raises(BackendError, match=f"precision {precision} is not to be had"):
                 OpenVINOEngine(network, shape, precision=precision, cache=tmp_path)
     engine = OpenVINOEngine(network, shape, cache=tmp_path)
     assert "float32" in str(engine._ready.model.get_property("INFERENCE_PRECISION_HINT"))

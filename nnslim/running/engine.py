@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from nnslim.errors import BackendError, NNSlimError, RewriteError
+from nnslim.running.bfloat16 import bfloat16_is_safe
 from nnslim.running.direct import TiledTransposed, direct
 from nnslim.running.graph import layer_of, tidy, trace
 from nnslim.running.rewrites import fold_norms, merge_products, split_concatenations
@@ -52,8 +53,8 @@ def make_engine(network: nn.Module, shape: Sequence[int], settings: Settings) ->
         BackendError: the backend is missing, or cannot run this network.
     """
     device = next(network.parameters()).device
-    if settings.precision != "f32" and settings.backend != "openvino":
-        raise BackendError(f"precision {settings.precision} needs the openvino backend, found {settings.backend}")
+    if settings.precision != "f32":
+        check_precision(network, shape, settings)
     if settings.backend == "stock":
         return network
     if settings.backend == "openvino":
@@ -73,6 +74,30 @@ def make_engine(network: nn.Module, shape: Sequence[int], settings: Settings) ->
     if device.type == "cpu" and isinstance(graph, fx.GraphModule):
         graph = channels_last(graph)
     return graph
+
+
+def check_precision(network: nn.Module, shape: Sequence[int], settings: Settings) -> None:
+    """Refuse a precision that this machine does not have, or in which this network would go wrong.
+
+    Args:
+        network: on the device it will run on. shape: (B, C, *patch). settings: precision; "auto" is openvino where the
+            precision is not f32.
+    Raises:
+        BackendError: see above; the message says what would work.
+    """
+    precision = settings.precision
+    if precision == "f32":
+        return
+    if settings.backend not in ("openvino", "auto"):
+        raise BackendError(f"precision {precision} needs the openvino backend, found {settings.backend}")
+    from nnslim.running.openvino import check_processor
+
+    check_processor(precision)
+    if precision == "bf16" and not bfloat16_is_safe(network, shape):
+        raise BackendError(
+            f"bf16 is refused for the patch {tuple(shape[2:])}: it leads to a 3D convolution one voxel wide with a "
+            "stride above 1, which some processors compute wrongly in bf16; use --precision f32"
+        )
 
 
 def rewritten(network: nn.Module, shape: Sequence[int]) -> fx.GraphModule:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nnslim.files import user_cache
+from nnslim.running.processor import cpu_flags, cpu_name
 
 LANES = 8  # floats of one vector; widths are padded to a multiple
 WIDEST = 512  # channels that the kernels have room for
@@ -65,7 +66,8 @@ def _built(threads: bool) -> Path:
         raise OSError("no C compiler found (CC, cc, gcc, clang)")
     flags = (*_FLAGS, "-fopenmp") if threads else _FLAGS
     # The machine's features belong to the key: a cache may be shared by different machines.
-    parts = (_SOURCE.read_text(encoding="utf-8"), *flags, chosen, platform.machine(), _features())
+    features = " ".join(sorted(cpu_flags())) or cpu_name()
+    parts = (_SOURCE.read_text(encoding="utf-8"), *flags, chosen, platform.machine(), features)
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     target = user_cache() / "native" / f"kernels-{key}.so"
     if not target.is_file():
@@ -83,14 +85,6 @@ def _run(*command: str) -> None:
     if done.returncode:
         message = done.stderr.strip().splitlines() or ["no message"]
         raise OSError(f"{command[0]} failed: {message[-1]}")
-
-
-def _features() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 class Kernels:

@@ -180,8 +180,8 @@ class OpenVINOEngine(nn.Module):
         openvino = openvino_module()
         if precision not in _HINTS:
             raise BackendError(f"precision {precision!r} is not known; expected one of {', '.join(_HINTS)}")
+        check_processor(precision)
         core = openvino.Core()
-        _check_precision(core, precision)
         self.shape = tuple(int(size) for size in shape)
         settings = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision],  # otherwise OpenVINO takes bf16 without asking
@@ -280,7 +280,16 @@ def _compile(core: Any, model: Any, shape: tuple[int, ...], settings: dict[str, 
         raise BackendError(f"openvino cannot compile the network: {str(error).strip().splitlines()[-1]}") from error
 
 
-def _check_precision(core: Any, precision: str) -> None:
-    needed, able = _NEEDS.get(precision), core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+def check_processor(precision: str) -> None:
+    """Refuse a precision that this processor does not compute in.
+
+    Raises:
+        BackendError: openvino is missing, or the processor lacks the precision.
+    """
+    able = openvino_module().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    needed = _NEEDS.get(precision)
     if needed is not None and needed not in able:
-        raise BackendError(f"this CPU does not compute in {precision}; it has {', '.join(sorted(able))}")
+        raise BackendError(
+            f"precision {precision} is not to be had: this processor computes in {', '.join(sorted(able))}; use "
+            "--precision f32"
+        )

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from torch import nn
 from nnslim.errors import OutputError
 from nnslim.files import make_folder, user_cache, write_json
 from nnslim.running.engine import Backend, Settings, candidates, run, with_fallback
+from nnslim.running.processor import cpu_name
 
 _ROUNDS = 3
 _PATIENCE = 20.0  # seconds
@@ -77,7 +77,7 @@ def fastest(network: nn.Module, shape: Sequence[int], settings: Settings) -> tup
 
 def _key(network: nn.Module, shape: Sequence[int], settings: Settings) -> str:
     device = next(network.parameters()).device
-    named = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    named = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     threads = settings.threads or torch.get_num_threads()
     parts = [str(network), list(shape), device.type, named, threads, torch.__version__]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +17,7 @@ from nnslim.cost import Cost, measure_cost
 from nnslim.errors import BackendError, ConfigError, nearest
 from nnslim.files import save_checkpoint
 from nnslim.running.engine import BACKENDS, Settings, make_engine
+from nnslim.running.processor import cpu_name
 from nnslim.work.alternate import Candidate, Job
 
 # What people would do without nnslim; here to be compared with.
@@ -186,12 +186,7 @@ def device_name(device: str = "cpu") -> str:
     """Return the name of the processor or the GPU."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    return cpu_name()
 
 
 def way_columns(way: Way) -> dict[str, Any]:

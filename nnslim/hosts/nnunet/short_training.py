@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from nnslim.running.bfloat16 import bfloat16_is_safe
+
 _CPU = torch.device("cpu")
 DEFAULT_PLANS = "nnUNetPlans"
 
@@ -24,7 +26,8 @@ class ShortTraining:
     Attributes:
         epochs, iterations, validation_iterations, batch_size, learning_rate: as nnU-Net's trainer has them.
         bfloat16: mixed precision on the CPU too (nnU-Net has it on GPUs only); halves the time on processors with
-            bfloat16 instructions, and only costs time on others.
+            bfloat16 instructions, and only costs time on others. Not used for networks that it goes wrong for, see
+            `nnslim.running.bfloat16`.
     """
 
     epochs: int = 20
@@ -68,7 +71,8 @@ def short_trainer_class(length: ShortTraining, base: type | None = None) -> type
 
         def initialize(self) -> None:
             super().initialize()
-            if length.bfloat16 and self.device.type == "cpu":
+            shape = (length.batch_size, self.num_input_channels, *self.configuration_manager.patch_size)
+            if length.bfloat16 and self.device.type == "cpu" and bfloat16_is_safe(self.network, shape):
                 self.network.forward = _in_bfloat16(self.network.forward)
 
     _Short.__name__ = _Short.__qualname__ = base.__name__
