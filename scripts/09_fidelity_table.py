@@ -1,4 +1,7 @@
-"""Measure what compression costs in accuracy: rank factors and budgets, weights only / data-aware / recovered."""
+"""Measure what compression costs in accuracy: weights only, data-aware, recovered, fine-tuned.
+
+Fine-tuning (--stages ... finetuned, with --dataset) needs nnU-Net's variables nnUNet_raw and nnUNet_preprocessed.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", type=Path, required=True, help="dense nnU-Net model folder")
     parser.add_argument("-i", "--images", type=Path, required=True, help="unlabelled images for calibration, recovery")
     parser.add_argument("--test-images", type=Path, required=True, help="images to score on")
@@ -24,13 +27,19 @@ def main() -> None:
     parser.add_argument("--block-steps", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--no-mirrored-teacher", action="store_true", help="learn the dense answers as they are")
+    parser.add_argument("--dataset", help="number or name of the labelled dataset to fine-tune on")
+    parser.add_argument("--epochs", type=int, default=4, help="of fine-tuning (default: 4)")
+    parser.add_argument("--iterations", type=int, default=60, help="per epoch of fine-tuning (default: 60)")
+    parser.add_argument("--finetune-rate", type=float, default=3e-4, help="learning rate of fine-tuning, poly decay")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="torch threads (default: all)")
     args = parser.parse_args()
 
     import torch
 
-    from nnslim.hosts.nnunet.fidelity import fidelity_table
+    from nnslim.hosts.nnunet.fidelity import Labelled, fidelity_table
+    from nnslim.hosts.nnunet.finetune import FinetuneSettings
     from nnslim.work.config import from_dict
 
     if args.threads:
@@ -48,6 +57,7 @@ def main() -> None:
             "batch_size": args.batch_size,
             "learning_rate": args.learning_rate,
             "images": args.recovery_images,
+            "mirrored_teacher": not args.no_mirrored_teacher,
         },
     }
     settings = {f"rank_factor={factor:g}": {"rank_factor": factor} for factor in args.rank_factors}
@@ -56,6 +66,18 @@ def main() -> None:
         name: from_dict({"methods": [{"method": "tucker", "rank_min": args.rank_min, **chosen}], **common})
         for name, chosen in settings.items()
     }
+    labelled = None
+    if args.dataset is not None:
+        tuning = FinetuneSettings(
+            epochs=args.epochs,
+            iterations=args.iterations,
+            validation_iterations=5,
+            batch_size=args.batch_size,
+            learning_rate=args.finetune_rate,
+            schedule="poly",
+            seed=args.seed,
+        )
+        labelled = Labelled(args.dataset, tuning)
     fidelity_table(
         args.model,
         configs,
@@ -64,6 +86,7 @@ def main() -> None:
         args.test_labels,
         args.output,
         stages=args.stages,
+        labelled=labelled,
         report=lambda line: print(line, flush=True),
     )
 

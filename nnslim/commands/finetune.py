@@ -35,6 +35,7 @@ def finetune(
     distill: Annotated[float, typer.Option(help="weight of the distillation term, with --teacher")] = 1.0,
     trainer: Annotated[str | None, typer.Option(help="class name; default: the one of the checkpoint")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps")] = "cpu",
+    precision: Annotated[str, typer.Option(help="on a CPU: f32, bf16; auto: bf16 where it is fast")] = "auto",
     num_gpus: Annotated[int, typer.Option(help="CUDA devices to train on together")] = 1,
     resume: Annotated[bool, typer.Option("--continue", help="go on where the output folder stopped")] = False,
     validate: Annotated[bool, typer.Option(help="then predict the validation cases, as nnUNetv2_train does")] = False,

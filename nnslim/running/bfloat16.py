@@ -7,17 +7,17 @@ fault cannot be told from here, so no such convolution is computed in bfloat16 a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnslim.running.processor import has_fast_bfloat16
 
-__all__ = ["bfloat16_is_safe", "has_fast_bfloat16"]
+__all__ = ["bfloat16_is_safe", "has_fast_bfloat16", "in_bfloat16"]
 
 
 def bfloat16_is_safe(network: nn.Module, input_shape: Sequence[int]) -> bool:
@@ -38,6 +38,17 @@ def bfloat16_is_safe(network: nn.Module, input_shape: Sequence[int]) -> bool:
     except Exception:  # a network's own code may raise anything
         return False
     return not seen.at_fault
+
+
+def in_bfloat16(forward: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """Wrap a forward on the CPU in autocast; the outputs are float32 again, for the sake of a loss's sums."""
+
+    def autocast_forward(data: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = forward(data)
+        return outputs.float() if torch.is_tensor(outputs) else [output.float() for output in outputs]
+
+    return autocast_forward
 
 
 class _Convolutions(TorchDispatchMode):

@@ -22,6 +22,8 @@ class Calibration:
         regions: the network's channels are regions that may overlap.
         fingerprint: hash of the images' content.
         images: how many there are.
+        mirror_axes: spatial axes along which the model may be mirrored.
+        seed: the configuration's.
     """
 
     tiles: Tiles
@@ -30,3 +32,5 @@ class Calibration:
     regions: bool = False
     fingerprint: str = ""
     images: int = 0
+    mirror_axes: tuple[int, ...] = ()
+    seed: int = 0

@@ -243,7 +243,7 @@ def settle(
     """
     if not plans or not plans[-1].rivals:
         return plans
-    referee = Referee(dense, data.held_out, regions=data.regions)
+    referee = Referee.of(dense, data)
     drops = {}
     for number, plan in enumerate((plans[-1], *plans[-1].rivals)):
         trial = (*plans[:-1], plan)

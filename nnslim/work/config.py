@@ -68,6 +68,12 @@ class RecoveryConfig(_Section):
     images: int = Field(40, ge=1, description="images to learn on, at most; calibration images among them")
     batch_size: int = Field(2, ge=1, description="patches per step; 1 is slow on CPUs (torch's slow convolutions)")
     learning_rate: float = Field(1.5e-3, gt=0, description="of AdamW; warm-up, then cosine to 0")
+    mirrored_teacher: bool = Field(
+        True, description="learn the mean of the dense answers to mirror images, where the model may be mirrored"
+    )
+    precision: Literal["auto", "f32", "bf16"] = Field(
+        "auto", description="of learning; auto: bf16 where the device is fast in it"
+    )
     seconds: float | None = Field(None, gt=0, description="time budget; makes the result depend on the machine's speed")
     every: int = Field(50, ge=1, description="steps between two measurements of agreement")
     patience: int = Field(0, ge=0, description="stop after so many measurements without a gain; 0: never")

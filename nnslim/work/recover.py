@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from nnslim.files import save_checkpoint
-from nnslim.running.engine import Settings, with_fallback
+from nnslim.running.bfloat16 import bfloat16_is_safe, has_fast_bfloat16
 from nnslim.streaming import hooked
 from nnslim.surgery.walk import LayerIndex
 from nnslim.work.calibration import Calibration
@@ -25,6 +25,7 @@ from nnslim.work.config import RecoveryConfig
 from nnslim.work.distillation import distillation_loss
 from nnslim.work.norms import NORMS, recalibrate_norms
 from nnslim.work.referee import Referee
+from nnslim.work.teacher import Teacher
 
 _log = logging.getLogger("nnslim")
 _MEMORY = 0.97  # of the running mean of the weights, per step
@@ -89,31 +90,35 @@ class _Learner:
         self.device = next(slim.parameters()).device
         self.trained = [p for p in slim.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(self.trained, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-        self.half = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self.teacher: Teacher | None = None  # made with the first patch
+        self.half = False
         self.ends: list[str] = []
         # Judged and kept is a running mean of the weights: single steps are noisy, above all at batch 1 or 2.
         self.mean = copy.deepcopy(slim).eval().requires_grad_(False)
         self.taken = 0
-        self._teachers: dict[tuple[int, ...], nn.Module] = {}
 
-    @torch.no_grad()
-    def _answer(self, batch: Tensor) -> Tensor:
-        """Return the dense network's logits; on a CPU by the faster engine, since nothing is learned there."""
-        if self.device.type != "cpu":
-            return self.dense(batch)
-        shape = tuple(batch.shape)
-        if shape not in self._teachers:
-            self._teachers[shape] = with_fallback(self.dense, shape, Settings("eager"))[0]
-        return self._teachers[shape](batch)
+    def prepare(self, batch: Tensor) -> None:
+        """Decide, by the first patches, in which precision to learn, and make the teacher."""
+        wanted = self.settings.precision
+        self.half = wanted == "bf16" or (wanted == "auto" and _fast_in_bfloat16(self.device))
+        # torch computes some bfloat16 convolutions wrongly on CPUs.
+        for network in (self.dense, self.slim):
+            if self.half and self.device.type == "cpu" and not bfloat16_is_safe(network, batch.shape):
+                _log.warning("recovery computes in float32: torch gets a layer of this network wrong in bfloat16")
+                self.half = False
+        axes = self.data.mirror_axes if self.settings.mirrored_teacher else ()
+        self.teacher = Teacher(self.dense, axes=axes, half=self.half, seed=self.data.seed)
 
-    def step(self, batch: Tensor, share: float, warm: float, blocks: bool) -> float:
-        """Take one step at the given share of the schedule, 0..1."""
+    def step(self, batch: Tensor, number: int, share: float, warm: float, blocks: bool) -> float:
+        """Take step `number` at the given share of the schedule, 0..1."""
         rate = self.settings.learning_rate * min(1.0, warm) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         batch = batch.to(self.device)
+        if self.teacher is None:
+            self.prepare(batch)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            loss = self._block_loss(batch) if blocks else self._logit_loss(batch)
+            loss = self._block_loss(batch) if blocks else self._logit_loss(batch, number)
         self.optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
@@ -128,8 +133,8 @@ class _Learner:
         for kept, now in zip(self.mean.parameters(), self.slim.parameters(), strict=True):
             kept.lerp_(now, share)
 
-    def _logit_loss(self, batch: Tensor) -> Tensor:
-        return distillation_loss(self.slim(batch), self._answer(batch), regions=self.data.regions)
+    def _logit_loss(self, batch: Tensor, number: int) -> Tensor:
+        return distillation_loss(self.slim(batch), self.teacher.answer(batch, number), regions=self.data.regions)
 
     def _block_loss(self, batch: Tensor) -> Tensor:
         """Mean over the stages of the squared error of their outputs, as a share of the dense outputs' variance."""
@@ -150,6 +155,10 @@ class _Learner:
             target = wanted[name].float()
             parts.append((found[name].float() - target).square().mean() / target.var().clamp(min=1e-6))
         return torch.stack(parts).mean()
+
+
+def _fast_in_bfloat16(device: torch.device) -> bool:
+    return torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and has_fast_bfloat16()
 
 
 def distil(
@@ -178,7 +187,7 @@ def distil(
         progress: called with (what, steps done, steps in all).
     """
     dense.eval()
-    referee = Referee(dense, data.held_out, regions=data.regions)
+    referee = Referee.of(dense, data)
     learner = _Learner(dense, slim, data, settings)
     run = _Run(learner, referee, settings, checkpoint, identity, target, progress)
     try:
@@ -238,7 +247,7 @@ class _Run:
                 recovery.stopped = "time"
                 self._measure()
                 return
-            self.learner.step(batch, *self._schedule(step))
+            self.learner.step(batch, step, *self._schedule(step))
             recovery.steps = step + 1
             if self.progress is not None:
                 self.progress("recovery", recovery.steps, self.total)
@@ -326,7 +335,7 @@ def recover(
 ) -> Recovery:
     """Run what the settings switch on (compensation is part of the fit), in place; see `distil` for the arguments."""
     if settings.norms:
-        referee = Referee(dense, data.held_out, regions=data.regions)
+        referee = Referee.of(dense, data)
         before, saved = referee.drop(slim), {k: v.clone() for k, v in slim.state_dict().items()}
         recalibrate_norms(dense, slim, data.tiles)
         if not referee.drop(slim) <= before:  # a line per channel can overshoot where the error is large
@@ -335,5 +344,5 @@ def recover(
         return distil(
             dense, slim, data, settings, checkpoint=checkpoint, identity=identity, target=target, progress=progress
         )
-    drop = Referee(dense, data.held_out, regions=data.regions).drop(slim)
+    drop = Referee.of(dense, data).drop(slim)
     return Recovery(before=drop, after=drop)

@@ -341,6 +341,8 @@ def calibration_of(
             source.regions,
             images.fingerprint,
             len(images),
+            source.mirror_axes or (),
+            settings.seed,
         )
 
 

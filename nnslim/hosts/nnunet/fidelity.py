@@ -1,10 +1,11 @@
-"""Benchmark of what compression costs in accuracy: budgets x {weights only, data-aware, recovered}, against labels."""
+"""Benchmark of what compression costs in accuracy: budgets x {weights only, data-aware, recovered, fine-tuned}."""
 
 from __future__ import annotations
 
 import copy
 import csv
 import io
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,9 @@ from nnslim.hosts.nnunet.agree import classes_of
 from nnslim.hosts.nnunet.calibrate import Source, calibration_of
 from nnslim.hosts.nnunet.cases import find_cases, preprocess_case, silent
 from nnslim.hosts.nnunet.compat import predictor_class
+from nnslim.hosts.nnunet.finetune import FinetuneSettings, finetune_folder
 from nnslim.hosts.nnunet.folder import ModelFolder, build_network, input_shape, read_model_folder
+from nnslim.hosts.nnunet.write import write_network
 from nnslim.methods.base import Plan
 from nnslim.spec import SlimSpec, apply_spec
 from nnslim.work.calibration import Calibration
@@ -30,7 +33,7 @@ from nnslim.work.config import SlimConfig
 from nnslim.work.overlap import dice_per_label
 from nnslim.work.recover import Recovery, recover
 
-STAGES = ("weights", "data", "recovered")
+STAGES = ("weights", "data", "recovered", "finetuned")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,14 @@ class Row:
         if len(classes) <= 4:
             values |= {f"dice_{name}": round(value, 4) for name, value in zip(classes, self.dice, strict=True)}
         return values
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What to fine-tune on: number or name of an nnU-Net dataset, and how."""
+
+    dataset: int | str
+    settings: FinetuneSettings
 
 
 @dataclass
@@ -132,6 +143,7 @@ def fidelity_table(
     output: Path,
     *,
     stages: Sequence[str] = STAGES,
+    labelled: Labelled | None = None,
     report: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """Fill the table and write it after each row, so that an interrupted run goes on where it stopped.
@@ -142,7 +154,8 @@ def fidelity_table(
         images: unlabelled images for calibration and recovery.
         test_images, test_labels: cases to score on, `<case>_0000<ending>` and `<case><ending>`.
         output: CSV file; rows that are there already are not computed again.
-        stages: which of weights, data, recovered.
+        stages: which of `STAGES`; each goes on from the one before it.
+        labelled: what the stage "finetuned" trains on.
         report: called with each finished row as text.
     """
     model = read_model_folder(model_folder)
@@ -161,20 +174,26 @@ def fidelity_table(
         missing = [s for s in stages if not any(r["setting"] == setting and r["stage"] == s for r in rows)]
         if missing:
             with calibration_of(model, config.with_images(images)) as data:
-                for row in _rows_of(setting, config.with_images(images), missing, dense, shape, data, judge):
+                asked = _Asked(setting, config.with_images(images), tuple(missing), labelled)
+                for row in _rows_of(asked, dense, shape, data, judge):
                     _add(rows, row, classes, output, report)
     return rows
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """The rows of one setting that are missing."""
+
+    setting: str
+    config: SlimConfig
+    stages: tuple[str, ...]
+    labelled: Labelled | None
+
+
 def _rows_of(
-    setting: str,
-    config: SlimConfig,
-    stages: Sequence[str],
-    dense: nn.Module,
-    shape: tuple[int, ...],
-    data: Calibration,
-    judge: _Judge,
+    asked: _Asked, dense: nn.Module, shape: tuple[int, ...], data: Calibration, judge: _Judge
 ) -> Iterator[Row]:
+    config, stages = asked.config, asked.stages
     started = time.perf_counter()
     plans = plan_methods(dense, config, measure_cost(dense, shape), shape, data)
     plans = settle(dense, config, plans, shape, data)
@@ -183,7 +202,7 @@ def _rows_of(
     def row(stage: str, slim: nn.Module, recovery: Recovery, seconds: float) -> Row:
         cost = measure_cost(slim, shape)
         scores = judge.score(slim)
-        return Row(setting, stage, cost.parameters, cost.macs(), *scores, seconds, recovery.after, recovery.steps)
+        return Row(asked.setting, stage, cost.parameters, cost.macs(), *scores, seconds, recovery.after, recovery.steps)
 
     if "weights" in stages:
         started = time.perf_counter()
@@ -195,9 +214,23 @@ def _rows_of(
     fitting = planning + time.perf_counter() - started
     if "data" in stages:
         yield row("data", slim, recovery, fitting)
-    if "recovered" in stages and config.recovery.learns:
-        recovery = recover(dense, slim, data, config.recovery)
-        yield row("recovered", slim, recovery, fitting + recovery.seconds)
+    if not config.recovery.learns or not {"recovered", "finetuned"} & set(stages):
+        return
+    recovery = recover(dense, slim, data, config.recovery)
+    seconds = fitting + recovery.seconds
+    if "recovered" in stages:
+        yield row("recovered", slim, recovery, seconds)
+    if "finetuned" in stages and asked.labelled is not None:
+        started = time.perf_counter()
+        tuned = _finetuned(judge.model, slim, asked.labelled)
+        yield row("finetuned", tuned, recovery, seconds + time.perf_counter() - started)
+
+
+def _finetuned(model: ModelFolder, slim: nn.Module, labelled: Labelled) -> nn.Module:
+    with tempfile.TemporaryDirectory(prefix="nnslim-") as work:
+        write_network(model, slim, Path(work) / "slim")
+        finetune_folder(Path(work) / "slim", Path(work) / "tuned", labelled.dataset, labelled.settings)
+        return build_network(read_model_folder(Path(work) / "tuned")).eval()
 
 
 def _weights_only(dense: nn.Module, plans: Sequence[Plan]) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nnslim.running.bfloat16 import bfloat16_is_safe
+from nnslim.running.bfloat16 import bfloat16_is_safe, in_bfloat16
 
 _CPU = torch.device("cpu")
 DEFAULT_PLANS = "nnUNetPlans"
@@ -73,21 +73,10 @@ def short_trainer_class(length: ShortTraining, base: type | None = None) -> type
             super().initialize()
             shape = (length.batch_size, self.num_input_channels, *self.configuration_manager.patch_size)
             if length.bfloat16 and self.device.type == "cpu" and bfloat16_is_safe(self.network, shape):
-                self.network.forward = _in_bfloat16(self.network.forward)
+                self.network.forward = in_bfloat16(self.network.forward)
 
     _Short.__name__ = _Short.__qualname__ = base.__name__
     return _Short
-
-
-def _in_bfloat16(forward: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], Any]:
-    """Wrap a forward in autocast; the outputs are float32 again, so that the loss adds up in full precision."""
-
-    def autocast_forward(data: torch.Tensor) -> Any:
-        with torch.autocast("cpu", torch.bfloat16):
-            outputs = forward(data)
-        return outputs.float() if torch.is_tensor(outputs) else [output.float() for output in outputs]
-
-    return autocast_forward
 
 
 def preprocess_once(dataset_id: int, configuration: str, processes: int) -> Path:

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from nnslim._version import __version__
 from nnslim.errors import ConfigError, ModelFolderError, SlowerError
 from nnslim.files import save_checkpoint, whole_folder, write_json
@@ -22,7 +24,7 @@ from nnslim.hosts.nnunet.folder import (
 from nnslim.hosts.nnunet.network import BASE_KEY, NETWORK_CLASS_NAME, SPEC_KEY
 from nnslim.methods.tucker.table import write_table
 from nnslim.running.guard import Speed, compare_speed
-from nnslim.spec import SlimSpec
+from nnslim.spec import SlimSpec, spec_of
 from nnslim.work.compress import Slimmed, compress
 from nnslim.work.config import SlimConfig
 from nnslim.work.recover import Progress
@@ -99,6 +101,26 @@ def compress_folder(
     for leftover in target.parent.glob(f"{state.name}.fold*"):
         leftover.unlink(missing_ok=True)
     return replace(slimmed, speed=speed)
+
+
+def write_network(model: ModelFolder, network: nn.Module, target: Path) -> None:
+    """Write a slim network that was made from the model's first fold as a model folder with that fold alone.
+
+    Args:
+        model: the dense model.
+        network: carries its SlimSpec.
+        target: folder to write; must not exist, or be empty.
+    Raises:
+        OutputError: the target exists or cannot be written.
+    """
+    fold, checkpoint = next(iter(model.checkpoints.items()))
+    with whole_folder(Path(target)) as side:
+        plans = slim_plans(model, spec_of(network) or SlimSpec(), Path(target).name)
+        write_json(side / "plans.json", plans)
+        write_json(side / "dataset.json", model.dataset)
+        (side / f"fold_{fold}").mkdir()
+        made = slim_checkpoint(checkpoint, network.state_dict(), plans)
+        save_checkpoint(made, side / f"fold_{fold}" / model.checkpoint_name)
 
 
 def _calibrate_int8(side: Path, folds: list[str], config: SlimConfig, progress: Progress | None) -> None:

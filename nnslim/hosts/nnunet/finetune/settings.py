@@ -11,6 +11,7 @@ from typing import Any
 from nnslim.errors import ConfigError
 
 OPTIMIZERS, SCHEDULES, DEVICES = ("adamw", "sgd"), ("constant", "poly"), ("cpu", "cuda", "mps")
+PRECISIONS = ("auto", "f32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class FinetuneSettings:
         teacher: dense model folder. distill: weight of the distillation term; 0 without a teacher.
         trainer: class name; the one that the checkpoint names if None. folds: all of the model if None.
         device: cpu, cuda or mps. num_gpus: above 1 trains on that many CUDA devices. resume: go on where it stopped.
+        precision: on a CPU: f32, bf16, or auto: bf16 where the processor is fast in it. On CUDA nnU-Net decides.
         validate: afterwards, predict the fold's validation cases as `nnUNetv2_train` does.
         seed: of augmentation; a run repeats bit by bit where the variable nnUNet_n_proc_DA is 0.
         checkpoint, trust: see `read_model_folder`. processes: that preprocess, where the data are not there yet.
@@ -43,6 +45,7 @@ class FinetuneSettings:
     trainer: str | None = None
     folds: Sequence[int | str] | None = None
     device: str = "cpu"
+    precision: str = "auto"
     num_gpus: int = 1
     resume: bool = False
     validate: bool = False
@@ -61,7 +64,12 @@ class FinetuneSettings:
         for name in ("epochs", "iterations", "validation_iterations", "batch_size", "num_gpus", "processes"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} = {value}: expected 1 or more")
-        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("device", DEVICES)):
+        for name, known in (
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("device", DEVICES),
+            ("precision", PRECISIONS),
+        ):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} = '{getattr(self, name)}': expected one of {', '.join(known)}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from nnslim.errors import OutputError
 from nnslim.files import write_json
 from nnslim.hosts.nnunet.finetune.settings import FoldJob
+from nnslim.running.bfloat16 import bfloat16_is_safe, has_fast_bfloat16, in_bfloat16
+from nnslim.surgery.walk import unwrap
 from nnslim.work.distillation import distillation_loss
 
 _log = logging.getLogger("nnslim")
@@ -47,6 +49,20 @@ class FineTuning:
         if settings.previous_stage is not None:
             self.folder_with_segs_from_previous_stage = str(settings.previous_stage)
         self.save_every = sys.maxsize  # checkpoint_latest.pth is written in `on_epoch_end`
+
+    def initialize(self) -> None:
+        """Let a CPU compute in bfloat16 where that is wanted; nnU-Net itself has mixed precision on GPUs only."""
+        super().initialize()
+        wanted = self.job.settings.precision
+        if self.device.type != "cpu" or wanted == "f32" or (wanted == "auto" and not has_fast_bfloat16()):
+            return
+        shape = (self.batch_size, self.num_input_channels, *self.configuration_manager.patch_size)
+        networks = [network for network in (unwrap(self.network), self.teacher) if network is not None]
+        if all(bfloat16_is_safe(network, shape) for network in networks):
+            for network in networks:
+                network.forward = in_bfloat16(network.forward)
+        else:
+            _log.warning("fine-tuning computes in float32: torch gets a layer of this network wrong in bfloat16")
 
     @property
     def output_folder_base(self) -> str:
