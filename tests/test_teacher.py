@@ -35,7 +35,7 @@ class Patches(Dataset):
 
 
 def data_of(axes, regions=False):
-    return Calibration([images(1)[:1]], [images(2)[:1], images(3)[:1]], Patches, regions, "images", 3, axes, 5)
+    return Calibration([images(1)[:1]], [images(2)[:1], images(3)[:1]], Patches, regions, "images", 3, axes, False, 5)
 
 
 @pytest.fixture
@@ -140,3 +140,19 @@ def test_learning_from_mirror_images_moves_the_answer_towards_their_mean(dense):
             return (learner.mean(x).softmax(1) - mean).norm().item()
 
     assert distance(True) < 0.9 * distance(False)
+
+
+def test_referee_mirrored_judges_the_plain_answer_and_the_mean_of_all(dense):
+    """A network that is right as it is and wrong on one mirror image only loses where predictions are mirrored."""
+
+    class OneSided(nn.Module):
+        def forward(self, x):
+            turned = (x[..., :8].sum() > x[..., 8:].sum()).item()  # never for the tiles, always for their images
+            return dense(x) * (-4.0 if turned else 1.0)
+
+    tiles = [torch.cat([one[..., :8] - 3, one[..., 8:] + 3], -1) for one in (images(4)[:1], images(5)[:1])]
+    plain = Referee(dense, tiles, axes=(1,)).drop(OneSided().eval())
+    both = Referee(dense, tiles, axes=(1,), mirrored=True).drop(OneSided().eval())
+    assert plain == pytest.approx(0, abs=1e-9)
+    assert both > 0.05
+    assert Referee(dense, tiles, axes=(1,), mirrored=True).drop(dense) == pytest.approx(0, abs=1e-6)

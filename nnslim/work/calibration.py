@@ -22,7 +22,7 @@ class Calibration:
         regions: the network's channels are regions that may overlap.
         fingerprint: hash of the images' content.
         images: how many there are.
-        mirror_axes: spatial axes along which the model may be mirrored.
+        mirror_axes: spatial axes along which the model may be mirrored. mirrored: it will predict so.
         seed: the configuration's.
     """
 
@@ -33,4 +33,5 @@ class Calibration:
     fingerprint: str = ""
     images: int = 0
     mirror_axes: tuple[int, ...] = ()
+    mirrored: bool = False
     seed: int = 0

@@ -53,7 +53,9 @@ class CalibrationConfig(_Section):
     images: Path | None = Field(None, description="folder of images, as for prediction; none: weights alone decide")
     count: int = Field(8, ge=1, le=32, description="images for the statistics, at most")
     tiles_per_image: int = Field(2, ge=1, description="sliding-window tiles of each image, at most")
-    mirrored: bool = Field(False, description="a mirror image of each tile, too, where the model may be mirrored")
+    mirrored: bool = Field(
+        False, description="the model will predict mirrored: tiles are, too, and the drop is judged both ways"
+    )
     seed: int = Field(0, ge=0, description="decides images, tiles, positions and augmentation")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
 

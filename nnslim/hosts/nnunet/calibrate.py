@@ -342,6 +342,7 @@ def calibration_of(
             images.fingerprint,
             len(images),
             source.mirror_axes or (),
+            settings.mirrored,
             settings.seed,
         )
 
