@@ -21,9 +21,9 @@ class Referee:
 
     The dense network's own probabilities stand for the labels (`expected_dice`); where the model may be mirrored, their
     mean over up to four mirror images, which are nearer to real labels. The drop is that of the plain answer against
-    the dense network's plain one; where the model will predict mirrored, the larger of this and of that of the means. What
-    is known of the dense network is computed once for each tile and kept in half precision, as many as fit in 256 MB,
-    so that measuring again only costs the slim network's passes.
+    the dense network's plain one; where the model will predict mirrored, the larger of this and of that of the means.
+    What is known of the dense network is computed once for each tile and kept in half precision, as many as fit in
+    256 MB, so that measuring again only costs the slim network's passes.
     """
 
     def __init__(
