@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="of logit distillation (default: 400)")
     parser.add_argument("--block-steps", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--no-mirrored-teacher", action="store_true", help="learn the dense answers as they are")
     parser.add_argument("--dataset", help="number or name of the labelled dataset to fine-tune on")
     parser.add_argument("--epochs", type=int, default=4, help="of fine-tuning (default: 4)")

@@ -69,7 +69,7 @@ class RecoveryConfig(_Section):
     steps: int = Field(0, ge=0, description="steps that learn the dense logits")
     images: int = Field(40, ge=1, description="images to learn on, at most; calibration images among them")
     batch_size: int = Field(2, ge=1, description="patches per step; 1 is slow on CPUs (torch's slow convolutions)")
-    learning_rate: float = Field(1.5e-3, gt=0, description="of AdamW; warm-up, then cosine to 0")
+    learning_rate: float = Field(5e-4, gt=0, description="of AdamW; warm-up, then cosine to 0")
     mirrored_teacher: bool = Field(
         True, description="learn the mean of the dense answers to mirror images, where the model may be mirrored"
     )
