@@ -19,7 +19,7 @@ def distill(
     block_steps: Annotated[int, typer.Option(help="steps before them that learn each stage's outputs")] = 0,
     seconds: Annotated[float | None, typer.Option(help="time budget per fold")] = None,
     batch_size: Annotated[int | None, typer.Option(help="patches per step; default: 2")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="of AdamW; default: 0.0015")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="of AdamW; default: 0.0005")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     trust: TrustOption = False,
     quiet: QuietOption = False,
