@@ -1,0 +1,153 @@
+"""Read label maps: whole files only, integers only, with their place in the patient."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import itertools
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import SimpleITK as sitk  # noqa: N813
+
+from nnslim.errors import InputError
+
+NIFTI = (".nii.gz", ".nii")
+VOLUMES = (*NIFTI, ".mha", ".mhd", ".nrrd")
+PICTURES = (".png", ".tif", ".tiff", ".bmp")
+_LARGEST = 65535
+_NEAR = 0.01  # of a voxel: corners of two grids that are the same but for rounding are this near to each other
+_LPS_TO_RAS = np.diag((-1.0, -1.0, 1.0, 1.0))
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """A label map and its grid.
+
+    Attributes:
+        path: file.
+        labels: (X, Y) or (X, Y, Z) uint8 or uint16, in the order of the file: the first axis is the fastest in memory.
+        spacing: mm per voxel along each axis.
+        affine: (4, 4), voxel index to mm towards right, anterior, superior.
+    """
+
+    path: Path
+    labels: np.ndarray
+    spacing: tuple[float, ...]
+    affine: np.ndarray
+
+
+def ending_of(path: Path, known: tuple[str, ...] = VOLUMES + PICTURES) -> str | None:
+    """Return the ending of a file that can hold a label map, as it is written; None for other files."""
+    return next((path.name[-len(end) :] for end in known if path.name.lower().endswith(end)), None)
+
+
+def read_label_map(path: Path) -> LabelMap:
+    """Read a label map in any format of nnU-Net's readers.
+
+    Args:
+        path: NIfTI is read by nibabel, everything else by ITK.
+    Raises:
+        InputError: the file is cut short or damaged; four axes or colours; values that are no integers in 0..65535;
+        a spacing that is not positive.
+    """
+    values, spacing, affine = _read(path)
+    if values.ndim not in (2, 3):
+        raise InputError(f"{path} has shape {values.shape}; a label map has two or three axes")
+    if not all(np.isfinite(size) and size > 0 for size in spacing):
+        raise InputError(f"{path} has spacing {_numbers(spacing)} mm; expected positive numbers")
+    if not np.isfinite(affine).all():
+        raise InputError(f"{path} has an affine with values that are not finite")
+    return LabelMap(path, _as_labels(values, path), tuple(float(size) for size in spacing), affine)
+
+
+def check_same_grid(first: LabelMap, second: LabelMap) -> None:
+    """Refuse two label maps whose voxels lie elsewhere.
+
+    Raises:
+        InputError: shape, spacing, orientation or place differ; both files and both values are named.
+    """
+    for what, one, other, same in (
+        ("shape", first.labels.shape, second.labels.shape, first.labels.shape == second.labels.shape),
+        ("spacing", _numbers(first.spacing), _numbers(second.spacing), _close_spacing(first, second)),
+    ):
+        if not same:
+            raise InputError(f"{first.path} and {second.path} differ in {what}: {one} and {other}")
+    ends = [(0, size - 1) for size in (*first.labels.shape, 1)[:3]]
+    corners = np.array([(*corner, 1) for corner in itertools.product(*ends)], float).T
+    apart = float(np.linalg.norm((first.affine - second.affine)[:3] @ corners, axis=0).max())
+    if apart > _NEAR * min(first.spacing):
+        directions = ["".join(nib.aff2axcodes(one.affine)) for one in (first, second)]
+        turned = f" ({directions[0]} and {directions[1]})" if directions[0] != directions[1] else ""
+        raise InputError(
+            f"{first.path} and {second.path} have one shape but lie up to {apart:.3g} mm apart{turned}; "
+            "expected predictions in the grid of their references"
+        )
+
+
+def _close_spacing(first: LabelMap, second: LabelMap) -> bool:
+    return bool(np.allclose(first.spacing, second.spacing, rtol=1e-3, atol=0))
+
+
+def _numbers(values: Any) -> str:
+    return "(" + ", ".join(f"{float(value):.4g}" for value in values) + ")"
+
+
+def _read(path: Path) -> tuple[np.ndarray, tuple[float, ...], np.ndarray]:
+    """Return values, spacing as the header has it, and affine (RAS)."""
+    try:
+        return _read_nifti(path) if ending_of(path, NIFTI) else _read_itk(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist") from error
+    except (OSError, EOFError, ValueError, RuntimeError, zlib.error, nib.filebasedimages.ImageFileError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path} cannot be read: {reason[:300]}") from error
+
+
+def _read_nifti(path: Path) -> tuple[np.ndarray, tuple[float, ...], np.ndarray]:
+    # Through the whole stream, and by nibabel: gzip then compares the checksum at the end, and nibabel the number of
+    # voxels with the header's. ITK reads a cut file without a word.
+    content = gzip.decompress(path.read_bytes()) if path.name.lower().endswith(".gz") else path.read_bytes()
+    kind = type(nib.load(path))
+    image = kind.from_bytes(content)
+    # A header that nibabel has checked shows a spacing of 0 as 1.
+    header = kind.header_class.from_fileobj(io.BytesIO(content), check=False)
+    del content
+    values = np.asanyarray(image.dataobj)
+    while values.ndim > 3 and values.shape[-1] == 1:
+        values = values[..., 0]
+    return values, header.get_zooms()[: values.ndim], np.asarray(image.affine, float)
+
+
+def _read_itk(path: Path) -> tuple[np.ndarray, tuple[float, ...], np.ndarray]:
+    image = sitk.ReadImage(str(path))
+    if image.GetNumberOfComponentsPerPixel() != 1:
+        raise ValueError(f"{image.GetNumberOfComponentsPerPixel()} values per pixel; a label map has one")
+    size = image.GetDimension()
+    affine = np.eye(4)
+    direction = np.array(image.GetDirection()).reshape(size, size)
+    side = min(size, 3)
+    affine[:side, :side] = (direction * image.GetSpacing())[:side, :side]
+    affine[:side, 3] = image.GetOrigin()[:side]
+    return sitk.GetArrayFromImage(image).T, image.GetSpacing(), _LPS_TO_RAS @ affine
+
+
+def _as_labels(values: np.ndarray, path: Path) -> np.ndarray:
+    """Return the values in the smallest unsigned type."""
+    if values.dtype.kind not in "biuf":
+        raise InputError(f"{path} has values of type {values.dtype}; a label map has integers")
+    if values.dtype.kind == "f":
+        if not np.isfinite(values).all():
+            raise InputError(f"{path} has NaN or infinite values; a label map has integers")
+        if (broken := values != np.rint(values)).any():
+            raise InputError(f"{path} has values such as {values[broken].flat[0]:.6g}; a label map has integers")
+    low, high = (values.min(), values.max()) if values.size else (0, 0)
+    if low < 0 or high > _LARGEST:
+        found = low if low < 0 else high
+        raise InputError(f"{path} has the value {found:g}; labels are integers in 0..{_LARGEST}")
+    kind = np.uint8 if high < 256 else np.uint16
+    return np.asfortranarray(values.astype(kind, order="K", copy=False))
