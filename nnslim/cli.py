@@ -14,6 +14,7 @@ from nnslim.commands.common import stderr
 from nnslim.commands.compress import compress, plan
 from nnslim.commands.distill import distill
 from nnslim.commands.doctor import doctor
+from nnslim.commands.evaluate import evaluate
 from nnslim.commands.export import export
 from nnslim.commands.finetune import finetune
 from nnslim.commands.predict import predict
@@ -29,7 +30,7 @@ app = typer.Typer(
 )
 # In this order in --help.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(run)
-for _command in (compress, plan, predict, benchmark, agree, finetune, distill, export, doctor):
+for _command in (compress, plan, predict, evaluate, benchmark, agree, finetune, distill, export, doctor):
     app.command()(_command)
 
 

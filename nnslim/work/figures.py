@@ -7,13 +7,15 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from nnslim.errors import InputError
 from nnslim.files import write_bytes
-from nnslim.work.agreement import Agreement
+
+if TYPE_CHECKING:  # it needs torch, which takes seconds and which a picture does not need
+    from nnslim.work.agreement import Agreement
 
 _COLOURS = ("#00b7eb", "#ff9f1c")
 _DARK = "#123a4a"
@@ -47,6 +49,19 @@ def new_figure(size: tuple[float, float]) -> Any:
     return figure
 
 
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure, whole or not at all; the ending chooses PNG, PDF or SVG.
+
+    Raises:
+        InputError: another ending. OutputError: it cannot be written.
+    """
+    if path.suffix.lower() not in _FORMATS:
+        raise InputError(f"cannot draw {path.name}: its ending should be one of {', '.join(_FORMATS)}")
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix[1:].lower(), dpi=110)
+    write_bytes(path, picture.getvalue())
+
+
 @own_style
 def overlay(
     image: np.ndarray,
@@ -55,8 +70,9 @@ def overlay(
     *,
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
     title: str = "",
+    centre: Sequence[int] | None = None,
 ) -> None:
-    """Draw three planes through the middle of the labels with the outline of each label map.
+    """Draw three planes with the outline of each label map; of an image of one slice, that slice.
 
     Args:
         image: (X, Y, Z) intensities, axes towards right, anterior, superior.
@@ -64,18 +80,23 @@ def overlay(
         path: picture to write; the ending chooses the format.
         spacing: mm per voxel along X, Y, Z.
         title: line above the picture.
+        centre: voxel that the planes go through; default: the middle of the labels.
     Raises:
-        InputError: a label map has another shape than the image.
+        InputError: a label map has another shape than the image, or the ending is unknown. OutputError: it cannot be
+        written.
     """
     for name, labels in maps:
         if labels.shape != image.shape:
             raise InputError(f"label map '{name}' has shape {labels.shape}, the image {image.shape}")
-    marked = np.argwhere(np.any([labels > 0 for _, labels in maps], axis=0))
-    centre = marked.mean(0).round().astype(int) if len(marked) else np.array(image.shape) // 2
+    if centre is None:
+        marked = np.argwhere(np.any([labels > 0 for _, labels in maps], axis=0))
+        centre = marked.mean(0).round().astype(int) if len(marked) else np.array(image.shape) // 2
     low, high = np.percentile(image, (1, 99.5))
-    figure = new_figure((11, 4.4))
-    for position, (axis, plane) in enumerate(((0, "sagittal"), (1, "coronal"), (2, "axial"))):
-        axes = figure.add_subplot(1, 3, position + 1)
+    planes = list(enumerate(("sagittal", "coronal", "axial")))
+    planes = [plane for plane in planes if min(np.delete(image.shape, plane[0])) > 1] or planes  # contours need two
+    figure = new_figure((1.4 + 3.2 * len(planes), 4.4))
+    for position, (axis, plane) in enumerate(planes):
+        axes = figure.add_subplot(1, len(planes), position + 1)
         across, up = (spacing[a] for a in range(3) if a != axis)
         axes.imshow(
             image.take(centre[axis], axis).T, cmap="gray", origin="lower", vmin=low, vmax=high, aspect=up / across
@@ -90,7 +111,7 @@ def overlay(
         figure.axes[0].plot([], [], color=colour, linestyle=style, label=name)
     figure.axes[0].legend(loc="lower left", fontsize=8)
     figure.suptitle(title)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, Path(path))
 
 
 @own_style
@@ -106,9 +127,6 @@ def agreement_figure(agreement: Agreement, path: Path) -> None:
     Raises:
         InputError: another ending. OutputError: it cannot be written; nothing half-written is left.
     """
-    path = Path(path)
-    if path.suffix.lower() not in _FORMATS:
-        raise InputError(f"cannot draw {path.name}: its ending should be one of {', '.join(_FORMATS)}")
     count = len(agreement.class_names)
     few = count <= _FEW
     figure = new_figure((11, 2.0 + count * (0.45 if few else 0.2)))
@@ -123,9 +141,7 @@ def agreement_figure(agreement: Agreement, path: Path) -> None:
         if not few:  # the scale is out of sight at the other end of a high picture
             axes.tick_params(top=True, labeltop=True)
     figure.suptitle(_summary(agreement), fontsize=11)
-    picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix[1:].lower(), dpi=110)
-    write_bytes(path, picture.getvalue())
+    save_figure(figure, Path(path))
 
 
 def _summary(agreement: Agreement) -> str:
@@ -134,9 +150,16 @@ def _summary(agreement: Agreement) -> str:
     return text if math.isnan(agreement.drop) else f"{text}, measured {agreement.drop:.3f}"
 
 
-def _dice_rows(axes: Any, agreement: Agreement) -> None:
+def score_rows(axes: Any, columns: Sequence[np.ndarray], colours: Sequence[str] = _COLOURS[:1]) -> float:
+    """Draw a row per column of scores in 0..1: a dot each, a box over the middle half, a stroke at the median.
+
+    Args:
+        columns: scores of each row, NaN left out. colours: of the boxes, in turn.
+    Returns:
+        The left end of the axis, chosen for the lowest score.
+    """
     lowest = 0.9
-    for row, column in enumerate(agreement.values("dice").T):
+    for row, column in enumerate(columns):
         values = column[~np.isnan(column)]
         if not len(values):
             axes.text(
@@ -145,11 +168,16 @@ def _dice_rows(axes: Any, agreement: Agreement) -> None:
             continue
         lowest = min(lowest, values.min())
         low, middle, high = np.percentile(values, (25, 50, 75))
-        axes.barh(row, high - low, left=low, height=0.6, color=_COLOURS[0], alpha=0.35)
+        axes.barh(row, high - low, left=low, height=0.6, color=colours[row % len(colours)], alpha=0.35)
         axes.plot((middle, middle), (row - 0.3, row + 0.3), color=_DARK, linewidth=1.5)
         axes.scatter(values, np.full(len(values), row), s=9, color=_DARK, alpha=0.5, linewidths=0)
     lowest = max(0.0, math.floor(lowest * 20 - 0.5) / 20)
-    axes.set_xlim(lowest, 1 + (1 - lowest) * 0.02)
+    axes.set_xlim(lowest or -0.02, 1 + (1 - lowest) * 0.02)  # a dot at 0 is the most important of all
+    return lowest
+
+
+def _dice_rows(axes: Any, agreement: Agreement) -> None:
+    lowest = score_rows(axes, agreement.values("dice").T)
     axes.set_xlabel("Dice, slim against dense")
     if worst := agreement.worst():
         row = agreement.class_names.index(worst.class_name)

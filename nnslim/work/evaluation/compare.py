@@ -12,7 +12,7 @@ import numpy as np
 
 from nnslim.errors import InputError
 from nnslim.work.evaluation.classes import Classes, LabelClass, numbered_classes
-from nnslim.work.evaluation.sources import Crop, LabelSource, MaskSource, open_source, union_box
+from nnslim.work.evaluation.sources import Crop, LabelSource, MaskSource, Source, open_source, union_box
 from nnslim.work.evaluation.surfaces import surface_distances
 from nnslim.work.overlap import dice_of_counts, joint_counts
 
@@ -121,7 +121,7 @@ def compare_case(name: str, prediction: Path, reference: Path, settings: Compare
     return CaseScores(name, prediction, reference, comparison.voxels, present, lacking, found)
 
 
-def _all_classes(one: LabelSource | MaskSource, other: LabelSource | MaskSource) -> Classes:
+def _all_classes(one: Source, other: Source) -> Classes:
     if isinstance(one, MaskSource) and isinstance(other, MaskSource):
         names = sorted({*one.files, *other.files})
         return Classes(tuple(LabelClass(name, (), name) for name in names))
@@ -134,9 +134,7 @@ def _all_classes(one: LabelSource | MaskSource, other: LabelSource | MaskSource)
 
 
 class _Comparison:
-    def __init__(
-        self, one: LabelSource | MaskSource, other: LabelSource | MaskSource, classes: Classes, settings: CompareSettings
-    ) -> None:
+    def __init__(self, one: Source, other: Source, classes: Classes, settings: CompareSettings) -> None:
         self.one, self.other, self.settings = one, other, settings
         self.ignore = classes.ignore
         self.counts = None

@@ -41,6 +41,11 @@ class Evaluation:
         lacking = any("prediction" in case.lacking.values() for case in self.cases)
         return not (self.failed or self.missing or lacking)
 
+    @property
+    def present(self) -> tuple[LabelClass, ...]:
+        """The classes that some case has, on either side."""
+        return tuple(one for one in self.classes if self.count(one))
+
     def values(self, metric: str) -> np.ndarray:
         """Return (cases, classes) of an attribute of `Scores`; NaN where a file was lacking."""
         rows = [[_value(case.score(one.key), metric) for one in self.classes] for case in self.cases]
@@ -62,15 +67,21 @@ class Evaluation:
     def worst(self, count: int) -> list[tuple[CaseScores, LabelClass]]:
         """Return the cases with the lowest Dice of any class, each with that class, the lowest first.
 
-        Of equal ones that with more wrong voxels comes first, so that a missed liver is before a missed vessel.
+        Of equal ones that with more wrong voxels comes first, so that a missed liver is before a missed vessel. Where
+        there are fewer cases than `count`, their next classes follow.
         """
-        worst = []
-        for case in self.cases:
-            found = [(score, one) for one in self.classes if (score := case.score(one.key)) and score.empty != "both"]
-            if found:
-                score, one = min(found, key=lambda item: _badness(item[0]))
-                worst.append((_badness(score), case, one))
-        return [(case, one) for _, case, one in sorted(worst, key=lambda item: (item[0], item[1].name))[:count]]
+        found = [
+            (_badness(score), case.name, case, one)
+            for case in self.cases
+            for one in self.classes
+            if (score := case.score(one.key)) is not None and score.empty != "both"
+        ]
+        found.sort(key=lambda item: item[:2])
+        firsts: dict[str, int] = {}
+        for place, (_, name, _, _) in enumerate(found):
+            firsts.setdefault(name, place)
+        order = sorted(range(len(found)), key=lambda place: (firsts[found[place][1]] != place, place))
+        return [found[place][2:] for place in order[:count]]
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def read_label_map(path: Path) -> LabelMap:
         InputError: the file is cut short or damaged; four axes or colours; values that are no integers in 0..65535;
         a spacing that is not positive.
     """
-    values, spacing, affine = _read(path)
+    values, spacing, affine = read_volume(path)
     if values.ndim not in (2, 3):
         raise InputError(f"{path} has shape {values.shape}; a label map has two or three axes")
     if not all(np.isfinite(size) and size > 0 for size in spacing):
@@ -97,8 +97,12 @@ def _numbers(values: Any) -> str:
     return "(" + ", ".join(f"{float(value):.4g}" for value in values) + ")"
 
 
-def _read(path: Path) -> tuple[np.ndarray, tuple[float, ...], np.ndarray]:
-    """Return values, spacing as the header has it, and affine (RAS)."""
+def read_volume(path: Path) -> tuple[np.ndarray, tuple[float, ...], np.ndarray]:
+    """Return the values of an image or label map, spacing (mm) as the header has it, and affine (RAS), unchecked.
+
+    Raises:
+        InputError: the file is cut short, damaged, or of no known format.
+    """
     try:
         return _read_nifti(path) if ending_of(path, NIFTI) else _read_itk(path)
     except FileNotFoundError as error:

@@ -62,7 +62,7 @@ class LabelSource:
             named = ", ".join(f"{label}" for label in sorted(classes.known)[:20])
             raise InputError(f"{place} has label(s) {listed}, which are none of the classes; known: {named}")
 
-    def check_grid(self, other: LabelSource | MaskSource) -> None:
+    def check_grid(self, other: Source) -> None:
         """Refuse another grid; see `check_same_grid`."""
         check_same_grid(self.map, other.any_map())
 
@@ -100,7 +100,7 @@ class MaskSource:
         self.spacing = self._first.spacing[::-1]
         self.size = self._first.labels.size
 
-    def check_grid(self, other: LabelSource | MaskSource) -> None:
+    def check_grid(self, other: Source) -> None:
         """Refuse another grid; see `check_same_grid`."""
         check_same_grid(self._first, other.any_map())
 
@@ -127,7 +127,10 @@ class MaskSource:
         return Crop(boxes[0] if boxes else None, volume, None)
 
 
-def open_source(place: Path, classes: Classes | None) -> LabelSource | MaskSource:
+Source = LabelSource | MaskSource
+
+
+def open_source(place: Path, classes: Classes | None) -> Source:
     """Return a folder as masks and a file as a label map.
 
     Raises:

@@ -22,7 +22,8 @@ from scipy.spatial import KDTree
 from nnslim.errors import InputError
 
 # The 256 ways to fill the eight corners of a 2x2x2 cube are, but for rotation, mirroring and exchange of inside and
-# outside, these (marching cubes). Each: code of the filled corners -> (normal, how often) of its triangles, in 1/8 voxel.
+# outside, these (marching cubes). Each: code of the filled corners -> (normal, how often) of its triangles, in eighths
+# of a voxel.
 _CASES = {
     0b0000_0001: (((1, 1, 1), 1),),
     0b0000_0011: (((1, 1, 0), 4),),
@@ -94,7 +95,9 @@ def surface_distances(prediction: np.ndarray, reference: np.ndarray, spacing: Se
     """
     if prediction.shape != reference.shape or prediction.ndim != len(spacing):
         shapes = f"{prediction.shape} and {reference.shape}"
-        raise InputError(f"masks of one shape and a spacing per axis are expected, found {shapes}, {len(spacing)} numbers")
+        raise InputError(
+            f"masks of one shape and a spacing per axis are expected, found {shapes}, {len(spacing)} numbers"
+        )
     table = element_areas(tuple(float(size) for size in spacing))
     codes = [_neighbour_codes(mask) for mask in (prediction, reference)]
     shape = codes[0].shape

@@ -46,7 +46,7 @@ def write_csv(path: Path, evaluation: Evaluation) -> None:
 
 
 def write_differences(path: Path, differences: dict[str, Sequence[Difference]]) -> None:
-    """Write a row per metric and class: number of cases, mean and SD of the paired differences, lowest one and its case.
+    """Write a row per metric and class: cases, mean and SD of the paired differences, lowest one and its case.
 
     Raises:
         OutputError: it cannot be written.
@@ -88,19 +88,25 @@ def write_summary(path: Path, evaluation: Evaluation) -> None:
 def class_lines(evaluation: Evaluation) -> list[str]:
     """Return a table for people: a line per class, the mean below."""
     width = max([len(one.name) for one in evaluation.classes] + [5])
-    lines = [f"{'class':{width}}  cases  missed  false pos.   Dice (SD)        NSD      HD95 mm"]
+    lines = [f"{'class':{width}}  cases  missed  false pos.  Dice    SD      NSD     HD95 mm"]
     spreads = [_sd(column) for column in evaluation.values("dice").T]
     means = [evaluation.class_means(metric) for metric in METRICS]
     for number, one in enumerate(evaluation.classes):
-        counts = [evaluation.count(one, empty) for empty in (None, "prediction", "reference")]
-        dice, nsd, hd95 = (column[number] for column in means)
-        lines.append(
-            f"{one.name:{width}}  {counts[0]:5d}  {counts[1]:6d}  {counts[2]:10d}   "
-            f"{dice:.4f} ({spreads[number]:.4f})  {nsd:.4f}  {hd95:7.2f}"
-        )
+        cases, missed, false = (evaluation.count(one, empty) for empty in (None, "prediction", "reference"))
+        if cases:
+            dice, nsd, hd95 = (column[number] for column in means)
+            numbers = _numbers_text(dice, spreads[number], nsd, hd95)
+            lines.append(f"{one.name:{width}}  {cases:5d}  {missed:6d}  {false:10d}  {numbers}")
     dice, nsd, hd95 = (evaluation.mean(metric) for metric in METRICS)
-    lines.append(f"{'mean':{width}}  {'':5}  {'':6}  {'':10}   {dice:.4f}           {nsd:.4f}  {hd95:7.2f}")
+    lines.append(f"{'mean':{width}}  {len(evaluation.cases):5d}  {'':18}  {_numbers_text(dice, math.nan, nsd, hd95)}")
+    if absent := len(evaluation.classes) - len(evaluation.present):
+        lines.append(f"{absent} class(es) are in no case")
     return lines
+
+
+def _numbers_text(dice: float, spread: float, nsd: float, hd95: float) -> str:
+    texts = [f"{value:.4f}" for value in (dice, spread, nsd)] + [f"{hd95:7.2f}"]
+    return "  ".join("-".ljust(6) if text.strip() == "nan" else text for text in texts)
 
 
 def _metrics(score: Scores | None) -> dict[str, float | int]:

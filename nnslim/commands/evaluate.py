@@ -1,0 +1,152 @@
+"""`nnslim evaluate`: predictions against references, per case and class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nnslim.commands.common import QuietOption, counting, start
+from nnslim.errors import InputError
+
+if TYPE_CHECKING:
+    from nnslim.work.evaluation.classes import Classes
+    from nnslim.work.evaluation.evaluation import Evaluation
+
+_TOTALSEG = "totalseg"  # a word for --groups
+
+
+def evaluate(
+    predictions: Annotated[Path, typer.Option("-p", "--predictions", help="folder, or one file")],
+    references: Annotated[Path, typer.Option("-g", "--references", help="folder, or one file")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="CSV; summary.json and pictures go beside it")],
+    dataset: Annotated[
+        str | None,
+        typer.Option("-d", "--dataset", help="dataset.json, or a TotalSegmentator task; default: the predictions'"),
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="of the surface Dice (NSD), mm")] = 1.0,
+    label: Annotated[list[str] | None, typer.Option("-l", "--label", help="class, repeatable; default: all")] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="other predictions, such as the dense model's: paired differences, too")
+    ] = None,
+    images: Annotated[Path | None, typer.Option("-i", "--images", help="images behind the pictures")] = None,
+    groups: Annotated[
+        str | None, typer.Option(help=f"YAML or JSON, group: [class, ...]; or {_TOTALSEG}: its organ groups")
+    ] = None,
+    worst: Annotated[int, typer.Option(min=0, help="how many of the worst cases are drawn")] = 3,
+    figures: Annotated[bool, typer.Option("--figures/--no-figures", help="draw pictures")] = True,
+    dice_only: Annotated[bool, typer.Option("--dice-only", help="no NSD and HD95")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes; default: as it pays, at most all CPUs")] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Dice, NSD and HD95 of predictions against references, per case and class: CSV, summary.json, pictures."""
+    from nnslim.files import make_folder
+    from nnslim.work.evaluation.folders import evaluate_folders
+    from nnslim.work.evaluation.tables import class_lines, write_csv, write_summary
+
+    start(quiet)
+    if output.suffix.lower() != ".csv":
+        raise InputError(f"{output}: the table is a CSV; give a name that ends with .csv")
+    classes, grouped = _classes(dataset, predictions)
+    common: dict[str, Any] = {"tolerance": tolerance, "surfaces": not dice_only, "workers": workers}
+    common["wanted"] = tuple(label) if label else None
+    with counting(quiet, "cases") as count:
+        found = evaluate_folders(predictions, references, classes, **common, progress=count)
+    chosen = _groups(groups or (_TOTALSEG if grouped else None), found)
+    make_folder(output.parent)
+    write_csv(output, found)
+    write_summary(output.with_name("summary.json"), found)
+    written = [output, output.with_name("summary.json")]
+    if baseline is not None:
+        with counting(quiet, "cases of the baseline") as count:
+            other = evaluate_folders(baseline, references, classes, **common, progress=count)
+        written += _compare(found, other, output)
+        _tell_problems(other, "baseline: ")
+    if figures:
+        written += _draw(found, output, chosen, worst, classes, images)
+    for line in class_lines(found):
+        typer.echo(line)
+    typer.echo("written: " + ", ".join(str(path) for path in written))
+    _tell_problems(found)
+    if not found.complete:
+        raise typer.Exit(1)
+
+
+def _classes(dataset: str | None, predictions: Path) -> tuple[Classes | None, bool]:
+    """Return what the labels mean, and whether TotalSegmentator's organ groups fit."""
+    from nnslim.work.evaluation.classes import named_classes, read_dataset_json
+
+    beside = predictions / "dataset.json"
+    if dataset is None:  # nnU-Net puts it beside its predictions
+        return (read_dataset_json(beside), False) if beside.is_file() else (None, False)
+    if Path(dataset).is_file() or dataset.endswith(".json"):
+        return read_dataset_json(Path(dataset)), False
+    from nnslim.hosts.totalseg.classes import task_classes
+
+    return named_classes(task_classes(dataset)), True
+
+
+def _groups(groups: str | None, found: Evaluation) -> dict[str, list[str]] | None:
+    from nnslim.work.evaluation.groups import group_classes, read_groups
+
+    names = [one.name for one in found.present]
+    if groups is None:
+        return None
+    if groups != _TOTALSEG:
+        return read_groups(Path(groups), [one.name for one in found.classes], names)
+    from nnslim.hosts.totalseg.classes import organ_groups
+
+    return group_classes(organ_groups(), names)
+
+
+def _draw(
+    found: Evaluation,
+    output: Path,
+    groups: dict[str, list[str]] | None,
+    worst: int,
+    classes: Classes | None,
+    images: Path | None,
+) -> list[Path]:
+    from nnslim.work.evaluation.pictures import class_figure, group_figure, worst_figures
+
+    stem = output.with_suffix("")
+    drawn = [stem.with_name(f"{stem.name}_classes.png")]
+    class_figure(found, drawn[0], groups)
+    if groups is not None:
+        drawn.append(stem.with_name(f"{stem.name}_groups.png"))
+        group_figure(found, drawn[-1], groups)
+    return drawn + worst_figures(found, stem, worst, classes, images)
+
+
+def _compare(found: Evaluation, other: Evaluation, output: Path) -> list[Path]:
+    """Tell and write the paired differences to the baseline."""
+    from nnslim.work.evaluation.evaluation import paired_differences
+    from nnslim.work.evaluation.tables import write_csv, write_differences
+
+    differences = {metric: paired_differences(found, other, metric) for metric in ("dice", "nsd")}
+    files = [output.with_name(f"{output.stem}_{what}.csv") for what in ("baseline", "difference")]
+    write_csv(files[0], other)
+    write_differences(files[1], differences)
+    for metric, listed in differences.items():
+        for one in listed:
+            typer.echo(
+                f"{metric} minus baseline, {one.name}: {one.mean:+.4f} (SD {one.sd:.4f}, {one.cases} case(s)), "
+                f"lowest {one.lowest:+.4f} in {one.worst}"
+            )
+    return files
+
+
+def _tell_problems(found: Evaluation, prefix: str = "") -> None:
+    for name, reason in found.failed.items():
+        typer.echo(f"{prefix}failed: {name}: {reason}", err=True)
+    for word, names in (("no prediction for", found.missing), ("no reference for", found.extra)):
+        if names:
+            typer.echo(f"{prefix}{word} {len(names)} case(s): {', '.join(names)}", err=True)
+    for case in found.cases:
+        for side in ("prediction", "reference"):
+            keys = [key for key, lacking in case.lacking.items() if lacking == side]
+            if keys:
+                names = [one.name for one in found.classes if one.key in keys]
+                listed = f"{len(names)} class(es): {', '.join(names)}"
+                typer.echo(f"{prefix}{case.name}: no {side} file of {listed}", err=True)
