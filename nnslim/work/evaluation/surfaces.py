@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from scipy import ndimage
 from scipy.spatial import KDTree
 
 from nnslim.errors import InputError
@@ -39,6 +40,7 @@ _CASES = {
     0b0011_1100: (((1, 1, 0), 8),),
     0b0110_1001: (((1, 1, 1), 4),),
 }
+_TIE = 1e-9  # relative; distances as near as that to the tolerance may be rounded to either side
 _LEAF = 32  # points; the tree is asked once only, so building it must be cheap
 
 
@@ -48,14 +50,19 @@ class SurfaceDistances:
 
     Attributes:
         to_reference, to_prediction: mm from each element of the prediction (of the reference) to the nearest one of the
-            other surface; empty where a mask is empty, and infinite where the other one is.
+            other surface; infinite where the other one is empty.
         prediction_areas, reference_areas: mm^2 of each element (mm in 2D), in the same order.
+        prediction_points, reference_points: (elements, axes) voxel corners, the lowest of both at 0.
+        spacing: mm per voxel along each axis.
     """
 
     to_reference: np.ndarray
     to_prediction: np.ndarray
     prediction_areas: np.ndarray
     reference_areas: np.ndarray
+    prediction_points: np.ndarray
+    reference_points: np.ndarray
+    spacing: tuple[float, ...]
 
     def surface_dice(self, tolerance: float) -> float:
         """Return the share of both surfaces that lies within `tolerance` mm of the other one (NSD).
@@ -65,8 +72,9 @@ class SurfaceDistances:
         total = self.prediction_areas.sum() + self.reference_areas.sum()
         if not total:
             return float("nan")
-        near = self.prediction_areas[self.to_reference <= tolerance].sum()
-        near += self.reference_areas[self.to_prediction <= tolerance].sum()
+        points = (self.prediction_points, self.reference_points)
+        near = self.prediction_areas[self._within(self.to_reference, *points, tolerance)].sum()
+        near += self.reference_areas[self._within(self.to_prediction, *reversed(points), tolerance)].sum()
         return float(near / total)
 
     def hausdorff(self, percent: float = 95.0) -> float:
@@ -79,6 +87,20 @@ class SurfaceDistances:
             return float("nan")
         directions = ((self.to_reference, self.prediction_areas), (self.to_prediction, self.reference_areas))
         return max(_percentile(distances, areas, percent) for distances, areas in directions)
+
+    def _within(self, distances: np.ndarray, points: np.ndarray, others: np.ndarray, tolerance: float) -> np.ndarray:
+        """Return which elements are within the tolerance, as a distance transform would decide.
+
+        Two elements of the other surface may be equally near, but rounded one up and one down: at a spacing of
+        (0.7, 0.8) mm both 5 mm and 2 x 0.7 by 6 x 0.8 mm. Where the tolerance is that distance, the choice between them
+        decides; DeepMind's is the distance transform's. It is asked in these rare cases only.
+        """
+        doubtful = (np.abs(distances - tolerance) <= _TIE * tolerance) & (distances > 0)
+        if doubtful.any() and not _is_exact(self.spacing):
+            outside = np.ones(np.maximum(points.max(axis=0), others.max(axis=0)) + 1, bool)
+            outside[tuple(others.T)] = False
+            distances = ndimage.distance_transform_edt(outside, sampling=self.spacing)[tuple(points.T)]
+        return distances <= tolerance
 
 
 def surface_distances(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> SurfaceDistances:
@@ -94,21 +116,22 @@ def surface_distances(prediction: np.ndarray, reference: np.ndarray, spacing: Se
     Cost: a few passes over the bytes, and a k-d tree query for each element that is not on both surfaces.
     """
     if prediction.shape != reference.shape or prediction.ndim != len(spacing):
-        shapes = f"{prediction.shape} and {reference.shape}"
-        raise InputError(
-            f"masks of one shape and a spacing per axis are expected, found {shapes}, {len(spacing)} numbers"
-        )
-    table = element_areas(tuple(float(size) for size in spacing))
+        found = f"{prediction.shape}, {reference.shape} and {len(spacing)} spacings"
+        raise InputError(f"masks of one shape and a spacing per axis are expected, found {found}")
+    spacing = tuple(float(size) for size in spacing)
+    table = element_areas(spacing)
     codes = [_neighbour_codes(mask) for mask in (prediction, reference)]
     shape = codes[0].shape
     flat = [code.reshape(-1) for code in codes]
     places = [np.flatnonzero(_is_surface(code, len(table))) for code in flat]
     areas = [table[code[place]] for code, place in zip(flat, places, strict=True)]
-    to_reference, to_prediction = (
-        _nearest(places[one], places[1 - one], _is_surface(flat[1 - one][places[one]], len(table)), shape, spacing)
-        for one in (0, 1)
-    )
-    return SurfaceDistances(to_reference, to_prediction, *areas)
+    shared = [_is_surface(flat[1 - one][places[one]], len(table)) for one in (0, 1)]
+    points = [np.stack(np.unravel_index(place, shape), axis=1) for place in places]
+    if any(len(one) for one in points):
+        lowest = np.min([one.min(axis=0) for one in points if len(one)], axis=0)
+        points = [one - lowest for one in points]
+    distances = [_nearest(points[one], points[1 - one], shared[one], spacing) for one in (0, 1)]
+    return SurfaceDistances(*distances, *areas, *points, spacing)
 
 
 @lru_cache(maxsize=64)
@@ -178,26 +201,28 @@ def _is_surface(codes: np.ndarray, count: int) -> np.ndarray:
     return codes - np.uint8(1) < count - 2
 
 
-def _nearest(
-    places: np.ndarray, others: np.ndarray, shared: np.ndarray, shape: tuple[int, ...], spacing: Sequence[float]
-) -> np.ndarray:
-    """Return mm from each place to the nearest of the others.
+def _nearest(points: np.ndarray, others: np.ndarray, shared: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """Return mm from each point to the nearest of the others.
 
     Args:
-        places, others: flat indices into `shape`. shared: (places,) which are also among the others, at distance 0.
+        points, others: (count, axes) integers. shared: (points,) which are also among the others, at distance 0.
     """
-    distances = np.zeros(len(places))
-    asked = places[~shared]
+    distances = np.zeros(len(points))
+    asked = points[~shared]
     if not len(asked):
         return distances
     if not len(others):
-        return np.full(len(places), np.inf)
-    asked, others = (np.stack(np.unravel_index(flat, shape), axis=1) for flat in (asked, others))
+        return np.full(len(points), np.inf)
     tree = KDTree(others * spacing, leafsize=_LEAF, compact_nodes=False, balanced_tree=False)
     found = others[tree.query(asked * spacing)[1]]
     # Not the tree's distance: whole voxels times spacing is what a distance transform computes, to the last bit.
     distances[~shared] = np.sqrt((((found - asked) * spacing) ** 2).sum(axis=1))
     return distances
+
+
+def _is_exact(spacing: Sequence[float]) -> bool:
+    """True if whole voxels times spacing, their squares and the sums of these are free of rounding in float64."""
+    return all(size < 8 and (size * 1024).is_integer() for size in spacing)
 
 
 def _percentile(distances: np.ndarray, areas: np.ndarray, percent: float) -> float:
