@@ -121,7 +121,7 @@ def test_find_best_configuration_reads_our_summary(tmp_path, monkeypatch):
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
         (tmp_path / name / "Dataset777_Test").mkdir(parents=True)
-    predictions, references = write_cases(tmp_path)
+    predictions, references = write_cases(tmp_path, top=2)
     model = tmp_path / "results" / "Dataset777_Test" / "nnUNetTrainer__nnUNetPlans__3d_fullres"
     merged = model / "crossval_results_folds_0"
     shutil.copytree(predictions, model / "fold_0" / "validation")
@@ -133,7 +133,7 @@ def test_find_best_configuration_reads_our_summary(tmp_path, monkeypatch):
     for folder, name in ((model, "plans"), (merged, "plans"), (gt.parent, "nnUNetPlans")):
         (folder / f"{name}.json").write_text(json.dumps(plans))
     for folder in (model, merged):
-        dataset = write_dataset(folder / "dataset.json", PLAIN)
+        dataset = write_dataset(folder / "dataset.json", {"background": 0, "one": 1})
     evaluation = evaluate_folders(merged, gt, read_dataset_json(dataset))
     write_summary(merged / "summary.json", evaluation)
     before = (merged / "summary.json").read_bytes()
