@@ -75,7 +75,7 @@ def make_maps(data: Path, shape: tuple[int, ...], count: int) -> tuple[np.ndarra
 
 def with_nnslim(prediction: np.ndarray, reference: np.ndarray, label: int) -> float:
     """Surface Dice and HD95, cropped to the class, as `nnslim evaluate` does it (there the boxes are found once)."""
-    boxes = [ndimage.find_objects(labels == label)[0] for labels in (prediction, reference)]
+    boxes = [ndimage.find_objects((labels == label).view(np.uint8))[0] for labels in (prediction, reference)]
     box = union_box(*boxes)
     found = surface_distances(prediction[box] == label, reference[box] == label, SPACING)
     found.hausdorff(95)
