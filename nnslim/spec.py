@@ -25,9 +25,14 @@ _KINDS: dict[str, type[Edit]] = {}
 
 
 class Edit:
-    """One structural change. Subclasses are frozen dataclasses of JSON values, registered under their `kind`."""
+    """One structural change. Subclasses are frozen dataclasses of JSON values, registered under their `kind`.
+
+    Where `separable`, the edit concerns one layer, named by its field `layer`, and the other edits of its method stand
+    without it.
+    """
 
     kind: ClassVar[str]
+    separable: ClassVar[bool] = False
 
     def apply(self, layers: LayerIndex, *, fill: bool) -> Callable[[], None]:
         """Change the network in place and return an undo.

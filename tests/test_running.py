@@ -148,7 +148,6 @@ def test_guard_compares_on_one_backend_and_says_by_how_much(tiny_net):
     assert speed.gains, "milliseconds do not matter"
     assert not Speed(0.5, 0.6, "eager").gains and Speed(0.5, 0.4, "eager").gains
     assert str(Speed(0.5, 0.25, "eager")) == "0.25 s per patch, dense 0.5 s (2.00x, eager)"
-    assert Speed(0.5, 0.25, "eager").to_dict() == {"dense_ms": 500.0, "slim_ms": 250.0, "backend": "eager"}
 
 
 # --- allocator -----------------------------------------------------------------------------------------------------

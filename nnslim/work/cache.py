@@ -17,9 +17,11 @@ from torch import nn
 from nnslim.errors import NNSlimError
 from nnslim.files import make_folder, save_checkpoint, user_cache
 from nnslim.methods.base import Decision
+from nnslim.running.guard import Speed
 from nnslim.spec import SPEC_VERSION, SlimSpec
 from nnslim.work.compress import Counts, Slimmed, StateDict, rebuild
 from nnslim.work.config import SlimConfig
+from nnslim.work.guard import Guard
 
 # Raise this when a method computes other weights from the same input, so that old files are not used.
 CACHE_VERSION = 2
@@ -82,6 +84,7 @@ def store(slimmed: Slimmed, key: str, folder: Path) -> Path:
         {
             "spec": json.dumps(slimmed.spec.to_dict()),
             "summary": json.dumps(slimmed.summary()),
+            "speed": json.dumps(slimmed.speed.to_dict() if slimmed.speed else None),
             "weights": list(slimmed.weights),
         },
         path,
@@ -89,15 +92,33 @@ def store(slimmed: Slimmed, key: str, folder: Path) -> Path:
     return path
 
 
-def recall(network: nn.Module, key: str, folder: Path) -> Slimmed | None:
-    """Return what `store` kept under the key, or None. A damaged file is reported, ignored and later replaced."""
-    path = folder / f"{key}.pt"
+def recall(network: nn.Module, key: str, folder: Path, guard: Guard | None = None) -> Slimmed | None:
+    """Return what `store` kept under the key, or None. A damaged file is reported, ignored and later replaced.
+
+    What a guard left dense on another machine, or with another backend, is not taken, nor without a guard. A network
+    that is whole is, and is measured first if it was not measured here.
+    """
+    found = _read(network, folder / f"{key}.pt")
+    if found is None or (guard is not None and not found.spec.edits and not found.refused):
+        return found
+    speed = found.speed
+    if guard is not None and speed is not None and speed.where == guard.where:
+        return found
+    if found.refused or (speed is not None and speed.put_back):
+        return None
+    if guard is None:
+        return found
+    speed = guard.measure(network, found.network, found.input_shape)
+    return dataclasses.replace(found, speed=speed) if speed.gains or not guard.puts_back else None
+
+
+def _read(network: nn.Module, path: Path) -> Slimmed | None:
     if not path.is_file():
         return None
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         spec = SlimSpec.from_dict(json.loads(content["spec"]))
-        summary = json.loads(content["summary"])
+        summary, speed = json.loads(content["summary"]), json.loads(content.get("speed", "null"))
         weights = tuple(content["weights"])
         return Slimmed(
             rebuild(network, spec, weights[0]),
@@ -108,6 +129,7 @@ def recall(network: nn.Module, key: str, folder: Path) -> Slimmed | None:
             Counts(**summary["slim"]),
             tuple(summary["input_shape"]),
             tuple(summary["recovery"]),
+            speed=Speed.from_dict(speed) if speed else None,
         )
     except (NNSlimError, OSError, RuntimeError, LookupError, AttributeError, ValueError, TypeError, EOFError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -25,6 +25,7 @@ from nnslim.spec import SlimSpec, apply_spec, extend_spec, spec_of
 from nnslim.surgery.walk import unwrap
 from nnslim.work.calibration import Calibration
 from nnslim.work.config import SlimConfig
+from nnslim.work.guard import Guard
 from nnslim.work.recover import Progress, Recovery, recover
 from nnslim.work.referee import Referee
 
@@ -59,7 +60,7 @@ class Slimmed:
         input_shape: (1, channels, *patch) in voxels, for which the counts hold.
         recovery: how recovery went for each fold, see `Recovery.to_dict`; empty without calibration images.
         seconds: spent on planning and computing weights; not part of the summary, which is reproducible.
-        speed: forward pass dense and slim, where it was measured; not part of the summary.
+        speed: forward pass dense and slim, where a guard measured it; not part of the summary.
     """
 
     network: nn.Module
@@ -72,6 +73,11 @@ class Slimmed:
     recovery: tuple[dict[str, Any], ...] = ()
     seconds: float = 0.0
     speed: Speed | None = None
+
+    @property
+    def refused(self) -> bool:
+        """Whether a guard left the model dense, because no slim form of it was faster here."""
+        return self.speed is not None and not self.spec.edits
 
     def summary(self) -> dict[str, Any]:
         """Return what is worth keeping beside the weights, as JSON values."""
@@ -93,6 +99,7 @@ def compress(
     data: Calibration | None = None,
     progress: Progress | None = None,
     checkpoint: Path | None = None,
+    guard: Guard | None = None,
 ) -> Slimmed:
     """Plan once, then compute the weights of each fold; `network` and `weights` are not modified.
 
@@ -104,6 +111,7 @@ def compress(
         data: calibration images; without them the weights alone decide, and nothing is recovered.
         progress: called with (what is done, units done, units in all).
         checkpoint: file beside which the state of an interrupted recovery is kept (`<name>.fold<N>`).
+        guard: puts layers back to dense where the plan is not faster, before weights are computed.
     Raises:
         SpecError, ConfigError, RankError: the network or the configuration does not fit.
     """
@@ -116,19 +124,11 @@ def compress(
     dense_cost = measure_cost(base, input_shape)
     device = _device(config) if data is not None else torch.device("cpu")
     first = _with_weights(base, weights, 0).to(device)
-    from nnslim.work.search import find_budget, searched  # the search compresses, too
-
-    found = None
-    if config.active and (position := searched(config)) is not None:
-        found = find_budget(first, config, position, dense_cost, input_shape, data, progress)
-        config = found.config
-    plans = plan_methods(first, config, dense_cost, input_shape, data) if found is None else found.plans
-    if found is None and data is not None:
-        plans = settle(first, config, plans, input_shape, data, progress)
+    config, plans, speed, done = _planned(first, config, dense_cost, input_shape, data, progress, guard)
     slims, states, recoveries = [], [], []
     for number in range(len(weights)):
-        if number == 0 and found is not None:
-            slim, recovery = found.slim, found.recovery
+        if number == 0 and done is not None:
+            slim, recovery = done
         else:
             fold = _Fold(config, plans, input_shape, data, progress, _beside(checkpoint, number))
             slim, recovery = fold.compress(_with_weights(base, weights, number).to(device))
@@ -155,7 +155,34 @@ def compress(
         tuple(input_shape),
         tuple(recovery.to_dict() for recovery in recoveries if recovery is not None),
         time.perf_counter() - started,
+        speed,
     )
+
+
+def _planned(
+    first: nn.Module,
+    config: SlimConfig,
+    cost: Cost,
+    input_shape: Sequence[int],
+    data: Calibration | None,
+    progress: Progress | None,
+    guard: Guard | None,
+) -> tuple[SlimConfig, tuple[Plan, ...], Speed | None, tuple[nn.Module, Recovery] | None]:
+    """Return the settings in force, the plans, their measured speed, and the first fold where a search has made it."""
+    from nnslim.work.search import find_budget, searched  # the search compresses, too
+
+    done = None
+    if config.active and (position := searched(config)) is not None:
+        found = find_budget(first, config, position, cost, input_shape, data, progress)
+        config, plans, done = found.config, found.plans, (found.slim, found.recovery)
+    else:
+        plans = plan_methods(first, config, cost, input_shape, data)
+        if data is not None:
+            plans = settle(first, config, plans, input_shape, data, progress)
+    if guard is None:
+        return config, plans, None, done
+    faster, speed = guard.check(first, plans, input_shape)
+    return config, faster, speed, done if faster == plans else None
 
 
 def plan_methods(

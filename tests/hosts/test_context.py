@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -19,11 +20,12 @@ from nnslim.errors import ConfigError, HostError
 from nnslim.hosts.nnunet.folder import build_untrained, read_model_folder
 from nnslim.hosts.nnunet.window import window_logits
 from nnslim.hosts.nnunet.write import compress_folder
+from nnslim.methods.tucker.layers import TuckerConv
 from nnslim.spec import spec_of
 from nnslim.work.config import from_dict, tucker
 
-# Stock torch, so that logits can be compared bit by bit; backends have tests of their own.
-STOCK = {"backend": "stock"}
+# Stock torch, so that logits can be compared bit by bit; backends and the guard have tests of their own.
+STOCK = {"backend": "stock", "guard": False}
 HALF = {"methods": [{"method": "tucker", "rank_factor": 0.5, "rank_min": 2}], "run": STOCK}
 QUARTER = {"methods": [{"method": "tucker", "rank_factor": 0.25, "rank_min": 2}], "run": STOCK}
 
@@ -399,18 +401,20 @@ def test_tucker_helper_and_dictionary_give_the_same_configuration():
 
 @pytest.mark.parametrize("backend", ["eager", "auto", "openvino"])
 @pytest.mark.parametrize("kind", ["plain", "2d", "anisotropic"])
-def test_context_backends_give_the_labels_of_stock_torch_for_every_fold(backend, kind, make_model):
+def test_context_backends_give_the_labels_of_stock_torch_for_every_fold(backend, kind, make_model, monkeypatch):
+    monkeypatch.setattr("nnslim.running.runner._WORTH_MEASURING", float("inf"))
     if backend == "openvino":
         pytest.importorskip("openvino")
     source = make_model(kind, folds=(0, 1))
     logits = {}
     for name in ("stock", backend):
-        with NNSlimContext({**HALF, "run": {"backend": name}}) as slim:
+        with NNSlimContext({**HALF, "run": {"backend": name, "guard": False}}) as slim:
             predictor = _load(source, (0, 1))
             data = random_data(predictor)
             logits[name] = predictor.predict_logits_from_preprocessed_data(data).float()
         assert slim.report.models[0].slimmed is not None
-    assert predictor.network.backend in (backend, "eager") and len(predictor.network._engines) == 2
+    assert predictor.network.backend == {"auto": "eager"}.get(backend, backend)
+    assert len(predictor.network._engines) == 2
     assert logits[backend].shape == logits["stock"].shape and logits[backend].is_contiguous()
     # The stock window sums in half precision, and its Gaussian underflows in the corners: compare labels.
     same = (logits[backend].argmax(0) == logits["stock"].argmax(0)).float().mean()
@@ -420,23 +424,62 @@ def test_context_backends_give_the_labels_of_stock_torch_for_every_fold(backend,
     assert difference.abs().max() < 0.02 * logits["stock"].std()
 
 
-def test_slim_model_that_is_slower_stays_dense_and_the_report_says_by_how_much(make_model, monkeypatch, tmp_path):
-    import nnslim.hosts.nnunet.predictor as module
-    import nnslim.hosts.nnunet.write as write
+@pytest.fixture
+def factored_takes(monkeypatch):
+    """Make up the seconds of a pass: 10 s for a dense network, and so many for each factored layer more or less."""
+
+    def set_times(seconds: float, first: float) -> None:
+        def measure(engines, shape):
+            chains = [[m for m in engine.modules() if isinstance(m, TuckerConv)] for engine in engines]
+            return [10 + sum(first if chain.in_channels == 8 else seconds for chain in found) for found in chains]
+
+        monkeypatch.setattr("nnslim.running.guard.measure", measure)
+
+    return set_times
+
+
+GUARDED = {**HALF, "run": {"backend": "stock"}, "cache": {"read": False}}
+
+
+def test_slim_model_that_is_slower_stays_dense_and_the_report_says_by_how_much(make_model, factored_takes, tmp_path):
     from nnslim.errors import SlowerError
-    from nnslim.running.guard import Speed
 
     source = make_model()
-    for place in (module, write):
-        monkeypatch.setattr(place, "compare_speed", lambda *args: Speed(1.0, 1.5, "eager"))
-    with NNSlimContext(HALF) as slim:
+    factored_takes(1.0, first=1.0)
+    with NNSlimContext(GUARDED) as slim:
         predictor = _load(source)
     assert spec_of(predictor.network) is None
-    assert "would be slower here: 1.5 s per patch, dense 1 s" in str(slim.report)
-    with pytest.raises(SlowerError, match="nothing is written"):
-        compress_folder(read_model_folder(source), tmp_path / "slim", from_dict(HALF))
+    assert "left as it is (the slim model would be slower here: 19 s per patch, dense 10 s" in str(slim.report)
+    assert "no factored layer saves time, of 9 measured: encoder.stages.0" in str(slim.report)
+    with pytest.raises(SlowerError, match=r"slower here: .*dense 10 s .*saves time, of 9 .*nothing is written"):
+        compress_folder(read_model_folder(source), tmp_path / "slim", from_dict(GUARDED))
     assert [path.name for path in tmp_path.iterdir()] == ["models"], "nothing beside what was there"
-    compress_folder(read_model_folder(source), tmp_path / "slim", from_dict(HALF), allow_slower=True)
-    unguarded = {**HALF, "run": {**STOCK, "guard": False}}
-    with NNSlimContext(unguarded):
-        assert spec_of(_load(source).network) is not None
+    forced = compress_folder(read_model_folder(source), tmp_path / "slim", from_dict(GUARDED), allow_slower=True)
+    assert not forced.speed.gains and not forced.speed.put_back and len(forced.spec.edits) == 9
+    with NNSlimContext(HALF):
+        assert spec_of(_load(source).network) == forced.spec
+
+
+def test_layers_go_back_to_dense_until_the_model_is_faster(make_model, factored_takes, tmp_path):
+    source = make_model()
+    with NNSlimContext(HALF):
+        whole = spec_of(_load(source).network)
+    factored_takes(-0.5, first=8.0)
+    with NNSlimContext(GUARDED) as slim:
+        predictor = _load(source)
+    (report,) = slim.report.models
+    spec, back = spec_of(predictor.network), report.speed.put_back
+    assert back and set(spec.edits) == {edit for edit in whole.edits if edit.layer not in back}
+    assert f"{len(back)} layer(s) went back to dense: {back[0]}" in str(slim.report)
+    dense = torch.load(source / "fold_0" / "checkpoint_final.pth", weights_only=False)["network_weights"]
+    for name in back:
+        assert torch.equal(predictor.list_of_parameters[0][f"{name}.weight"], dense[f"{name}.weight"])
+    written = compress_folder(read_model_folder(source), tmp_path / "slim", from_dict(GUARDED))
+    assert written.spec == spec
+    record = json.loads((tmp_path / "slim" / "nnslim.json").read_text())
+    assert record["speed"]["put_back"] == list(back) and record["speed"]["planned_ms"] > record["speed"]["slim_ms"]
+    stock = make_predictor()
+    stock.initialize_from_trained_model_folder(str(tmp_path / "slim"), (0,))
+    data = random_data(stock)
+    logits = [one.predict_logits_from_preprocessed_data(data) for one in (stock, predictor)]
+    torch.testing.assert_close(*logits)

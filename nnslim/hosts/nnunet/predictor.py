@@ -16,7 +16,6 @@ from nnslim.errors import OutputError
 from nnslim.hosts.nnunet.calibrate import calibration_of, fingerprint
 from nnslim.hosts.nnunet.compat import predictor_class
 from nnslim.hosts.nnunet.window import window_logits
-from nnslim.running.guard import compare_speed
 from nnslim.running.runner import Runner
 from nnslim.spec import spec_of
 from nnslim.surgery.patching import AttributePatch
@@ -24,6 +23,7 @@ from nnslim.surgery.walk import unwrap
 from nnslim.work.cache import cache_folder, cache_key, recall, store
 from nnslim.work.compress import Slimmed, StateDict, compress
 from nnslim.work.config import RunConfig, SlimConfig
+from nnslim.work.guard import Guard
 from nnslim.work.report import ModelReport, Report
 
 _log = logging.getLogger("nnslim")
@@ -124,17 +124,16 @@ def slim_predictor(predictor: Any, session: Session, source: str) -> None:
     config = session.config
     started = time.perf_counter()
     slimmed, cached, note, speed = None, False, "", None
+    shape = (1, _input_channels(predictor), *predictor.configuration_manager.patch_size)
     if not config.active:
         note = "compression is switched off"
     elif spec_of(dense) is not None:
         note = "it is a slim model already"
     else:
-        shape = (1, _input_channels(predictor), *predictor.configuration_manager.patch_size)
         slimmed, cached = _compress_or_recall(predictor, dense, folds, config, shape)
-        if config.run.guard and slimmed.spec.edits:
-            speed = compare_speed(dense, slimmed.network, shape, config.run.settings())
-            if not speed.gains:
-                slimmed, note = None, f"the slim model would be slower here: {speed}"
+        speed = slimmed.speed
+        if slimmed.refused:
+            slimmed, note = None, f"the slim model would be slower here: {speed}"
     network = dense if slimmed is None else slimmed.network
     if slimmed is not None and given:
         predictor.list_of_parameters = list(slimmed.weights)
@@ -172,10 +171,11 @@ def _compress_or_recall(
 ) -> tuple[Slimmed, bool]:
     folder = cache_folder(config)
     key = cache_key(network, folds, config, shape, fingerprint(config))
-    if config.cache.read and (found := recall(network, key, folder)) is not None:
+    guard = Guard(config.run.settings(), predictor.device) if config.run.guard else None
+    if config.cache.read and (found := recall(network, key, folder, guard)) is not None:
         return found, True
     with calibration_of(predictor, config) as data:
-        slimmed = compress(network, folds, config, shape, data=data)
+        slimmed = compress(network, folds, config, shape, data=data, guard=guard)
     if config.cache.write:
         try:
             store(slimmed, key, folder)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from nnslim._version import __version__
@@ -23,10 +23,10 @@ from nnslim.hosts.nnunet.folder import (
 )
 from nnslim.hosts.nnunet.network import BASE_KEY, NETWORK_CLASS_NAME, SPEC_KEY
 from nnslim.methods.tucker.table import write_table
-from nnslim.running.guard import Speed, compare_speed
 from nnslim.spec import SlimSpec, spec_of
 from nnslim.work.compress import Slimmed, compress
 from nnslim.work.config import SlimConfig
+from nnslim.work.guard import Guard
 from nnslim.work.recover import Progress
 
 
@@ -54,9 +54,9 @@ def compress_folder(
         config: the methods, and how data are used.
         images: folder of unlabelled calibration images, in place of the one that the configuration names.
         progress: called with (what is done, units done, units in all).
-        allow_slower: write the model also where it is slower than the dense one on this machine.
+        allow_slower: write the model as it was planned, also where it is slower than the dense one on this machine.
     Raises:
-        SlowerError: a forward pass of the slim model takes longer here, and `run.guard` is on.
+        SlowerError: no slim form of the model is faster here, and `run.guard` is on.
         ModelFolderError: already slim, or a trainer that builds its network without the plans.
         OutputError: the target exists or cannot be written; nothing half-written is left.
     """
@@ -80,11 +80,11 @@ def compress_folder(
                 data=data,
                 progress=progress,
                 checkpoint=state,
+                guard=_guard(config, allow_slower),
             )
-        speed = _speed(model, slimmed, config)
-        if speed is not None and not speed.gains and not allow_slower:
+        if slimmed.refused:
             raise SlowerError(
-                f"the slim model would be slower on this machine: {speed}; nothing is written. Compress harder, or "
+                f"the slim model would be slower here: {slimmed.speed}; nothing is written. Compress harder, or "
                 "allow it (--allow-slower) where the model is meant for another machine"
             )
         plans = slim_plans(model, slimmed.spec, target.name)
@@ -94,13 +94,13 @@ def compress_folder(
             (side / f"fold_{fold}").mkdir()
             path = side / f"fold_{fold}" / model.checkpoint_name
             save_checkpoint(slim_checkpoint(checkpoint, weights, plans), path)
-        write_json(side / "nnslim.json", record(model, slimmed, config, speed))
+        write_json(side / "nnslim.json", record(model, slimmed, config))
         write_table(slimmed.decisions, side / "plan.csv")
         if config.run.precision == "int8":
             _calibrate_int8(side, list(model.checkpoints), config, progress)
     for leftover in target.parent.glob(f"{state.name}.fold*"):
         leftover.unlink(missing_ok=True)
-    return replace(slimmed, speed=speed)
+    return slimmed
 
 
 def write_network(model: ModelFolder, network: nn.Module, target: Path) -> None:
@@ -136,10 +136,9 @@ def _calibrate_int8(side: Path, folds: list[str], config: SlimConfig, progress: 
             raise ModelFolderError(f"fold {fold}: the int8 model is too far from the one it was made from: {checked}")
 
 
-def _speed(model: ModelFolder, slimmed: Slimmed, config: SlimConfig) -> Speed | None:
-    if not config.run.guard or not slimmed.spec.edits:
-        return None
-    return compare_speed(build_network(model).eval(), slimmed.network, input_shape(model), config.run.settings())
+def _guard(config: SlimConfig, allow_slower: bool) -> Guard | None:
+    device = "cuda" if config.calibration.device != "cpu" and torch.cuda.is_available() else "cpu"
+    return Guard(config.run.settings(), torch.device(device), not allow_slower) if config.run.guard else None
 
 
 def slim_plans(model: ModelFolder, spec: SlimSpec, folder_name: str) -> dict[str, Any]:
@@ -182,7 +181,7 @@ def slim_checkpoint(checkpoint: dict[str, Any], weights: dict[str, Any], plans: 
     return made
 
 
-def record(model: ModelFolder, slimmed: Slimmed, config: SlimConfig, speed: Speed | None = None) -> dict[str, Any]:
+def record(model: ModelFolder, slimmed: Slimmed, config: SlimConfig) -> dict[str, Any]:
     """Return the content of nnslim.json: versions, source, settings, spec, counts, decisions and measured speed."""
     return {
         "nnslim": __version__,
@@ -193,6 +192,6 @@ def record(model: ModelFolder, slimmed: Slimmed, config: SlimConfig, speed: Spee
         "folds": list(model.checkpoints),
         "config": config.model_dump(mode="json"),
         "spec": slimmed.spec.to_dict(),
-        "speed": speed.to_dict() if speed else None,
+        "speed": slimmed.speed.to_dict() if slimmed.speed else None,
         **slimmed.summary(),
     }

@@ -31,6 +31,7 @@ class TuckerEdit(Edit):
     rank_in: int | None
     decompose: bool = True
     kind: ClassVar[str] = "tucker"
+    separable: ClassVar[bool] = True
 
     def apply(self, layers: LayerIndex, *, fill: bool) -> Callable[[], None]:
         """See Edit.apply. The chain sits under the old layer's names, as `<name>.first`, `.core`, `.last`."""
