@@ -32,7 +32,7 @@ class RunConfig(_Section):
     precision: Precision = Field("f32", description="bf16, f16 and int8 need the openvino backend")
     threads: int | None = Field(None, ge=1, description="CPU threads; default: all that the process may use")
     tile_batch: int = Field(1, ge=1, description="tiles per forward pass")
-    guard: bool = Field(True, description="measure dense and slim here, and leave a model dense that would get slower")
+    guard: bool = Field(True, description="measure dense and slim here; layers that make it slower stay dense")
 
     def settings(self) -> Settings:
         """Return what the running side needs."""
