@@ -34,7 +34,7 @@ def test_presets_each_loads_with_an_active_method():
     assert {"tucker-balanced", "tucker-small"} <= set(presets())
     for name in presets():
         config = load_config(name)
-        assert config.active or name in ("dense-fast-cpu", "embedded-int8"), name
+        assert config.active or name in ("dense-fast-cpu", "embedded-half", "embedded-int8"), name
         assert all(entry.method in methods() for entry in config.methods)
 
 

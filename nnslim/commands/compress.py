@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,8 @@ from nnslim.commands.common import (
     stepping,
 )
 
+Store = Enum("Store", {name: name for name in ("half", "as-is")}, type=str)
+
 
 def compress(
     model: ModelOption,
@@ -30,6 +33,7 @@ def compress(
     allow_slower: Annotated[
         bool, typer.Option("--allow-slower", help="write also a model that is slower than the dense one here")
     ] = False,
+    store: Annotated[Store | None, typer.Option(help="weights on disk; default: the config's, else as-is")] = None,
     trust: TrustOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -41,6 +45,8 @@ def compress(
 
     start(quiet)
     settings = load_config(config)
+    if store is not None:
+        settings = settings.model_copy(update={"store": store.value})
     source = read_model_folder(model, fold, checkpoint, trust=trust)
     with stepping(quiet) as step:
         slimmed = compress_folder(

@@ -130,6 +130,7 @@ def _read(network: nn.Module, path: Path) -> Slimmed | None:
             tuple(summary["input_shape"]),
             tuple(summary["recovery"]),
             speed=Speed.from_dict(speed) if speed else None,
+            half_agreement=summary.get("half_agreement"),
         )
     except (NNSlimError, OSError, RuntimeError, LookupError, AttributeError, ValueError, TypeError, EOFError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -24,6 +24,7 @@ class Calibration:
         images: how many there are.
         mirror_axes: spatial axes along which the model may be mirrored. mirrored: it will predict so.
         seed: the configuration's.
+        class_names: in the order of the network's channels, without background.
     """
 
     tiles: Tiles
@@ -35,3 +36,4 @@ class Calibration:
     mirror_axes: tuple[int, ...] = ()
     mirrored: bool = False
     seed: int = 0
+    class_names: tuple[str, ...] = ()

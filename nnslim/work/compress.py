@@ -8,14 +8,14 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nnslim.cost import Cost, measure_cost
 from nnslim.errors import ConfigError, SpecError
@@ -28,8 +28,8 @@ from nnslim.work.config import SlimConfig
 from nnslim.work.guard import Guard
 from nnslim.work.recover import Progress, Recovery, recover
 from nnslim.work.referee import Referee
+from nnslim.work.storage import StateDict, agreement_record, in_half, stored, tile_agreement
 
-StateDict = dict[str, Tensor]
 _log = logging.getLogger("nnslim")
 
 
@@ -61,6 +61,9 @@ class Slimmed:
         recovery: how recovery went for each fold, see `Recovery.to_dict`; empty without calibration images.
         seconds: spent on planning and computing weights; not part of the summary, which is reproducible.
         speed: forward pass dense and slim, where a guard measured it; not part of the summary.
+        half_agreement: Dice per class of the first fold stored in half precision with the same in float32, on held-out
+            tiles; None where it is not stored so, or there were no images.
+        file_bytes: of all checkpoints, dense and slim, where they were written; not part of the summary.
     """
 
     network: nn.Module
@@ -73,6 +76,8 @@ class Slimmed:
     recovery: tuple[dict[str, Any], ...] = ()
     seconds: float = 0.0
     speed: Speed | None = None
+    half_agreement: dict[str, Any] | None = None
+    file_bytes: tuple[int, int] | None = None
 
     @property
     def refused(self) -> bool:
@@ -87,6 +92,7 @@ class Slimmed:
             "slim": vars(self.slim),
             "layers": [vars(decision) for decision in self.decisions],
             "recovery": list(self.recovery),
+            "half_agreement": self.half_agreement,
         }
 
 
@@ -118,14 +124,14 @@ def compress(
     started = time.perf_counter()
     if not weights:
         raise SpecError("compress needs the weights of at least one fold")
-    if spec_of(unwrap(network)) is not None:
+    if config.active and spec_of(unwrap(network)) is not None:
         raise SpecError("the network already carries a SlimSpec; compress the network that it was made from")
     base = copy.deepcopy(unwrap(network)).to("cpu", torch.float32).eval()
     dense_cost = measure_cost(base, input_shape)
     device = _device(config) if data is not None else torch.device("cpu")
     first = _with_weights(base, weights, 0).to(device)
     config, plans, speed, done = _planned(first, config, dense_cost, input_shape, data, progress, guard)
-    slims, states, recoveries = [], [], []
+    slims, states, recoveries, agreement = [], [], [], None
     for number in range(len(weights)):
         if number == 0 and done is not None:
             slim, recovery = done
@@ -133,14 +139,12 @@ def compress(
             fold = _Fold(config, plans, input_shape, data, progress, _beside(checkpoint, number))
             slim, recovery = fold.compress(_with_weights(base, weights, number).to(device))
         slim = slim.to("cpu").eval()
-        if all(value.dtype == torch.half for value in weights[number].values()):
-            # Kept in the precision that the model was stored in: half the file, and the same result from a folder,
-            # from the cache and in memory.
-            slim = slim.half().float()
-            states.append(half_precision(slim.state_dict()))
-        else:
-            states.append(_copied(slim.state_dict()))
-        slims.append(slim)
+        # Half precision is kept where the model was stored in it.
+        kept, state = stored(slim, half=config.store == "half" or in_half(weights[number]))
+        if number == 0 and config.store == "half" and data is not None and in_half(state):
+            agreement = _agreement(slim, kept, data, device)
+        states.append(state)
+        slims.append(kept)
         slims = slims[:1]  # the first fold's network is handed out
         recoveries.append(recovery)
         if progress is not None:
@@ -156,7 +160,14 @@ def compress(
         tuple(recovery.to_dict() for recovery in recoveries if recovery is not None),
         time.perf_counter() - started,
         speed,
+        agreement,
     )
+
+
+def _agreement(slim: nn.Module, kept: nn.Module, data: Calibration, device: torch.device) -> dict[str, Any]:
+    """Compare a network with what is stored of it."""
+    pair = [copy.deepcopy(network).to(device).eval() for network in (slim, kept)]
+    return agreement_record(tile_agreement(*pair, data.held_out, data.class_names, regions=data.regions))
 
 
 def _planned(
@@ -322,27 +333,6 @@ def _with_weights(base: nn.Module, weights: Sequence[StateDict], number: int) ->
         where = f"fold number {number + 1} of {len(weights)}"
         raise SpecError(f"the weights of {where} do not fit: {reason}") from error
     return dense.eval()
-
-
-def half_precision(weights: Mapping[str, Tensor]) -> StateDict:
-    """Return the weights in float16; names that share one tensor go on sharing it, so that it is stored once.
-
-    Stock nnU-Net loads the result: `load_state_dict` copies into the network's float32 parameters.
-    """
-    halves: dict[tuple[int, torch.Size], Tensor] = {}
-    return {
-        name: halves.setdefault((tensor.data_ptr(), tensor.shape), tensor.detach().half())
-        for name, tensor in weights.items()
-    }
-
-
-def _copied(state: StateDict) -> StateDict:
-    """Return tensors of their own: nnU-Net loads one fold after the other into the network that is handed out."""
-    copies: dict[tuple[int, torch.Size], Tensor] = {}
-    return {
-        name: copies.setdefault((tensor.data_ptr(), tensor.shape), tensor.detach().clone())
-        for name, tensor in state.items()
-    }
 
 
 def rebuild(network: nn.Module, spec: SlimSpec, weights: StateDict) -> nn.Module:

@@ -104,6 +104,9 @@ class SlimConfig(_Section):
     recovery: RecoveryConfig = RecoveryConfig()
     run: RunConfig = RunConfig()
     cache: CacheConfig = CacheConfig()
+    store: Literal["as-is", "half"] = Field(
+        "as-is", description="weights on disk: in the precision of the dense model's, or float16, half the file"
+    )
 
     @field_validator("methods", mode="before")
     @classmethod
@@ -131,6 +134,8 @@ class SlimConfig(_Section):
         if self.calibration.images is not None:
             made["calibration"] = self.calibration.model_dump(mode="json", exclude={"images"})
             made["recovery"] = self.recovery.model_dump(mode="json", exclude={"workers"})
+        if self.store != "as-is":
+            made["store"] = self.store
         return made
 
     def with_images(self, images: Path | None) -> SlimConfig:

@@ -9,6 +9,10 @@ from nnslim.running.guard import Speed
 from nnslim.work.compress import Slimmed
 
 
+def _dice(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
 def _times(before: int, after: int) -> str:
     return f"{before / after:.2f}x fewer" if after <= before else f"{after / before:.2f}x more"
 
@@ -67,7 +71,12 @@ class ModelReport:
             )
         if speed := self.speed or self.slimmed.speed:
             lines.append(f"  forward pass {speed}")
-        if not changed:
+        if sizes := self.slimmed.file_bytes:
+            lines.append(f"  checkpoints {sizes[0] / 1e6:.1f} MB -> {sizes[1] / 1e6:.1f} MB")
+        if half := self.slimmed.half_agreement:
+            dices = (f"{name} {_dice(one['dice'])}" for name, one in half["classes"].items())
+            lines.append(f"  Dice of half with single precision on {half['tiles']} tile(s): {', '.join(dices)}")
+        if self.slimmed.decisions and not changed:
             lines.append("  nothing changed: no layer would get cheaper with these settings")
         return lines
 

@@ -20,8 +20,8 @@ from nnslim.hosts.nnunet.distill import distill_config, distill_folder, read_pai
 from nnslim.hosts.nnunet.error_grid import error_grid_folder, plan_folder
 from nnslim.hosts.nnunet.folder import read_model_folder
 from nnslim.hosts.nnunet.write import compress_folder
-from nnslim.work.compress import half_precision
 from nnslim.work.config import load_config
+from nnslim.work.storage import half_precision
 
 METHOD = {"method": "tucker", "rank_factor": 0.4, "rank_min": 2}
 LAYER = "encoder.stages.1.0.convs.1.conv"

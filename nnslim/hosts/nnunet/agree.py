@@ -15,6 +15,7 @@ from nnslim.errors import InputError, ModelFolderError, NNSlimError
 from nnslim.files import write_json
 from nnslim.hosts.nnunet.cases import check_stage, find_cases, preprocess_case, silent
 from nnslim.hosts.nnunet.folder import find_folds, read_json_object, read_model_folder
+from nnslim.hosts.nnunet.labels import classes_of
 from nnslim.hosts.nnunet.predict import PredictSettings, load_predictor, one_line
 from nnslim.work.agreement import TEMPERATURE, Agreement, CaseAgreement, LabelMaps, compare_case
 from nnslim.work.expected import harden
@@ -114,19 +115,6 @@ def write_agreement(slim: Path, agreement: Agreement, figure: bool = True) -> No
     if figure:
         agreement_figure(agreement, slim / "agreement.png")
     write_json(slim / "nnslim.json", content)
-
-
-def classes_of(label_manager: Any) -> dict[str, tuple[int, ...]]:
-    """Return the labels of each class or region, in the order of the model's channels, without background."""
-    named = {
-        str(name): tuple(int(label) for label in np.unique(value))
-        for name, value in label_manager.label_dict.items()
-        if name != "ignore"
-    }
-    foreground = {name: members for name, members in named.items() if members != (0,)}
-    if label_manager.has_regions:
-        return foreground
-    return dict(sorted(foreground.items(), key=lambda item: item[1]))
 
 
 def _check_pair(dense: Any, slim: Any) -> None:

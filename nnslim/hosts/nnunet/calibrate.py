@@ -20,6 +20,7 @@ from torch import Tensor
 from nnslim.errors import InputError
 from nnslim.files import output_error, sha256_of
 from nnslim.hosts.nnunet.cases import check_stage, find_cases, preprocess_case
+from nnslim.hosts.nnunet.labels import classes_of
 from nnslim.work.calibration import Calibration
 from nnslim.work.config import SlimConfig
 
@@ -322,7 +323,7 @@ def calibration_of(
         InputError: no images, or one that cannot be read. ModelFolderError: a cascade.
     """
     settings, learns = config.calibration, config.recovery.learns or _searches(config)
-    if settings.images is None or not config.active:
+    if settings.images is None or not (config.active or config.store == "half"):
         yield None
         return
     # Learning and judging want images of their own; a sixth of them is for judging.
@@ -344,6 +345,7 @@ def calibration_of(
             source.mirror_axes or (),
             settings.mirrored,
             settings.seed,
+            tuple(classes_of(source.label_manager)),
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nnslim._version import __version__
 from nnslim.errors import ConfigError, ModelFolderError, SpecError
@@ -20,9 +20,9 @@ from nnslim.hosts.nnunet.folder import ModelFolder, build_network, find_folds, r
 from nnslim.hosts.nnunet.write import slim_checkpoint
 from nnslim.spec import apply_spec, spec_of
 from nnslim.work.calibration import Calibration
-from nnslim.work.compress import StateDict, half_precision
 from nnslim.work.config import SlimConfig, from_dict
 from nnslim.work.recover import Progress, Recovery, recover
+from nnslim.work.storage import StateDict, in_half, stored
 
 _STALE = ("agreement",)  # entries of nnslim.json that were measured on the weights from before
 
@@ -151,7 +151,6 @@ def _fold(
     progress: Progress | None,
 ) -> tuple[StateDict, Recovery]:
     device = torch.device("cuda" if config.calibration.device != "cpu" and torch.cuda.is_available() else "cpu")
-    stored = slim.checkpoints[fold]["network_weights"]
     student, teacher = _network(slim, fold).to(device), _network(dense, fold).to(device)
     files = [model.path / f"fold_{fold}" / model.checkpoint_name for model in (slim, dense)]
     settings = {"calibration": config.identity()["calibration"], "recovery": config.identity()["recovery"]}
@@ -159,10 +158,8 @@ def _fold(
     recovery = recover(
         teacher, student, data, config.recovery, checkpoint=checkpoint, identity=identity, progress=progress
     )
-    weights: dict[str, Tensor] = student.to("cpu").state_dict()
-    if all(value.dtype == torch.half for value in stored.values()):
-        weights = half_precision(weights)
-    return weights, recovery
+    half = in_half(slim.checkpoints[fold]["network_weights"])
+    return stored(student.to("cpu"), half)[1], recovery
 
 
 def _network(model: ModelFolder, fold: str) -> nn.Module:

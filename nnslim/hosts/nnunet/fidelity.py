@@ -18,12 +18,12 @@ from torch import nn
 
 from nnslim.cost import measure_cost
 from nnslim.files import write_bytes
-from nnslim.hosts.nnunet.agree import classes_of
 from nnslim.hosts.nnunet.calibrate import Source, calibration_of
 from nnslim.hosts.nnunet.cases import find_cases, preprocess_case, silent
 from nnslim.hosts.nnunet.compat import predictor_class
 from nnslim.hosts.nnunet.finetune import FinetuneSettings, finetune_folder
 from nnslim.hosts.nnunet.folder import ModelFolder, build_network, input_shape, read_model_folder
+from nnslim.hosts.nnunet.labels import classes_of
 from nnslim.hosts.nnunet.write import write_network
 from nnslim.methods.base import Plan
 from nnslim.spec import SlimSpec, apply_spec

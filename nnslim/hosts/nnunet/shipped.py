@@ -7,7 +7,7 @@ from pathlib import Path
 from nnslim.errors import ModelFolderError
 from nnslim.files import save_checkpoint, whole_folder, write_json
 from nnslim.hosts.nnunet.folder import read_model_folder
-from nnslim.work.compress import half_precision
+from nnslim.work.storage import half_precision
 
 _MODELS = Path(__file__).resolve().parents[2] / "models"
 MODEL_FOLDER_NAME = "nnUNetTrainer__nnUNetPlans__3d_fullres"

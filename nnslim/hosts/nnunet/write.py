@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from nnslim._version import __version__
 from nnslim.errors import ConfigError, ModelFolderError, SlowerError
-from nnslim.files import save_checkpoint, whole_folder, write_json
+from nnslim.files import read_json, save_checkpoint, whole_folder, write_json
 from nnslim.hosts.nnunet.calibrate import calibration_of
 from nnslim.hosts.nnunet.folder import (
     ModelFolder,
@@ -28,6 +29,7 @@ from nnslim.work.compress import Slimmed, compress
 from nnslim.work.config import SlimConfig
 from nnslim.work.guard import Guard
 from nnslim.work.recover import Progress
+from nnslim.work.storage import bytes_of, in_half
 
 
 def compress_folder(
@@ -43,7 +45,8 @@ def compress_folder(
 
     The folder holds plans.json (the architecture names nnslim and carries the spec), dataset.json, the checkpoints
     under the names they had, nnslim.json (what was done, per layer) and plan.csv (the ranks, to be edited and passed
-    back). Optimiser state is left out: it belongs to tensors that are gone.
+    back). Optimiser state is left out: it belongs to tensors that are gone. Without a method the plans stay as they
+    are, so that a copy in half precision needs no nnslim.
 
     Recovery that is interrupted goes on where it stopped at the next call: its state lies beside the target, in
     `.<name>.recovery.fold<N>`, until the folder is written.
@@ -57,13 +60,13 @@ def compress_folder(
         allow_slower: write the model as it was planned, also where it is slower than the dense one on this machine.
     Raises:
         SlowerError: no slim form of the model is faster here, and `run.guard` is on.
-        ModelFolderError: already slim, or a trainer that builds its network without the plans.
+        ModelFolderError: already slim, or a trainer that builds its network without the plans; both are no hindrance
+            where the configuration names no method.
         OutputError: the target exists or cannot be written; nothing half-written is left.
     """
-    if model.is_slim:
+    if model.is_slim and config.active:
         raise ModelFolderError(f"{model.path} is already a slim model; compress the model that it was made from")
-    trainer = trainer_class(model.trainer_name)
-    if not builds_from_plans(trainer):
+    if config.active and not builds_from_plans(trainer_class(model.trainer_name)):
         raise ModelFolderError(
             f"{model.path}: trainer {model.trainer_name} builds its network itself, not from plans.json, so stock "
             "nnU-Net could not load a slim folder; use NNSlimContext (or nnslim run) for this model"
@@ -94,8 +97,10 @@ def compress_folder(
             (side / f"fold_{fold}").mkdir()
             path = side / f"fold_{fold}" / model.checkpoint_name
             save_checkpoint(slim_checkpoint(checkpoint, weights, plans), path)
+        slimmed = replace(slimmed, file_bytes=(_checkpoint_bytes(model, model.path), _checkpoint_bytes(model, side)))
         write_json(side / "nnslim.json", record(model, slimmed, config))
-        write_table(slimmed.decisions, side / "plan.csv")
+        if config.active:
+            write_table(slimmed.decisions, side / "plan.csv")
         if config.run.precision == "int8":
             _calibrate_int8(side, list(model.checkpoints), config, progress)
     for leftover in target.parent.glob(f"{state.name}.fold*"):
@@ -142,13 +147,22 @@ def _guard(config: SlimConfig, allow_slower: bool) -> Guard | None:
 
 
 def slim_plans(model: ModelFolder, spec: SlimSpec, folder_name: str) -> dict[str, Any]:
-    """Return the plans with the slim architecture in the trained configuration.
+    """Return the plans with the slim architecture in the trained configuration, or as they are if there is none to add.
 
     Inheritance is resolved in all configurations first, since others may inherit from the one that changes; an old
     plans format is written in the new one. A target named trainer__plans__configuration gives the plans their name,
     so that `totalsegmentator(plans=...)` and `nnUNetv2_predict -p` find the folder.
     """
     plans = copy.deepcopy(model.plans)
+    if spec.edits and not model.is_slim:
+        _name_architecture(plans, model, spec)
+    parts = folder_name.split("__")
+    if len(parts) == 3 and parts[1]:
+        plans["plans_name"] = parts[1]
+    return plans
+
+
+def _name_architecture(plans: dict[str, Any], model: ModelFolder, spec: SlimSpec) -> None:
     plans["configurations"] = {name: _resolved(plans["configurations"], name) for name in plans["configurations"]}
     settings = copy.deepcopy(model.configuration_manager.configuration)
     settings.pop("inherits_from", None)
@@ -160,10 +174,6 @@ def slim_plans(model: ModelFolder, spec: SlimSpec, folder_name: str) -> dict[str
     }
     architecture["network_class_name"] = NETWORK_CLASS_NAME
     plans["configurations"][model.configuration] = settings
-    parts = folder_name.split("__")
-    if len(parts) == 3 and parts[1]:
-        plans["plans_name"] = parts[1]
-    return plans
 
 
 def _resolved(configurations: dict[str, Any], name: str) -> dict[str, Any]:
@@ -181,8 +191,27 @@ def slim_checkpoint(checkpoint: dict[str, Any], weights: dict[str, Any], plans: 
     return made
 
 
+def _checkpoint_bytes(model: ModelFolder, folder: Path) -> int:
+    return sum((folder / f"fold_{fold}" / model.checkpoint_name).stat().st_size for fold in model.checkpoints)
+
+
 def record(model: ModelFolder, slimmed: Slimmed, config: SlimConfig) -> dict[str, Any]:
-    """Return the content of nnslim.json: versions, source, settings, spec, counts, decisions and measured speed."""
+    """Return the content of nnslim.json: versions, source, settings, spec, counts, decisions, sizes, measured speed.
+
+    A copy of a slim model in another precision keeps what was recorded of it.
+    """
+    dense, slim = slimmed.file_bytes or (None, None)
+    first = slimmed.weights[0]
+    stored = {
+        "precision": "half" if in_half(first) else "single",
+        "weight_bytes": sum(map(bytes_of, slimmed.weights)),
+        "checkpoint_bytes": slim,
+        "source_weight_bytes": sum(map(bytes_of, model.weights)),
+        "source_checkpoint_bytes": dense,  # nnU-Net's hold the optimiser's state, too
+        "agreement": slimmed.half_agreement,
+    }
+    if model.is_slim:
+        return {**read_json(model.path / "nnslim.json"), "nnslim": __version__, "stored": stored}
     return {
         "nnslim": __version__,
         "source": model.path.name,
@@ -193,5 +222,6 @@ def record(model: ModelFolder, slimmed: Slimmed, config: SlimConfig) -> dict[str
         "config": config.model_dump(mode="json"),
         "spec": slimmed.spec.to_dict(),
         "speed": slimmed.speed.to_dict() if slimmed.speed else None,
-        **slimmed.summary(),
+        "stored": stored,
+        **{key: value for key, value in slimmed.summary().items() if key != "half_agreement"},
     }

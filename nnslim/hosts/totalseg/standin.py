@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nnslim.errors import ConfigError, HostError
 from nnslim.files import read_json, save_checkpoint, whole_folder, write_json
 from nnslim.hosts.totalseg.weights import STAND_IN_NOTE, task_source
-from nnslim.work.compress import half_precision
+from nnslim.work.storage import half_precision
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
