@@ -26,6 +26,9 @@ def predict(
     output: Annotated[Path, typer.Option("-o", "--output", help="folder for the segmentations")],
     model: Annotated[Path, typer.Option("-m", "--model", help="model folder, dense or slim")],
     config: Annotated[str | None, typer.Option("-c", "--config", help="compress on the fly with this config")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="folder of unlabelled images, for -c and for --precision int8")
+    ] = None,
     fold: FoldOption = None,
     checkpoint: CheckpointOption = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps")] = "cpu",
@@ -41,6 +44,7 @@ def predict(
 ) -> None:
     """Predict a folder case by case: a bad case is reported and the others go on, results are never half-written."""
     from nnslim.hosts.nnunet.predict import PredictSettings, predict_folder
+    from nnslim.work.config import load_config
 
     start(quiet)
     settings = PredictSettings(
@@ -56,8 +60,9 @@ def predict(
         precision=precision.value if precision else None,
         threads=threads,
     )
+    chosen = load_config(config or {}).with_images(calibration)
     with counting(quiet, "cases") as count:
-        results = predict_folder(images, output, model, config, settings, count)
+        results = predict_folder(images, output, model, chosen, settings, count)
     failed = [case for case in results if case.status == "failed"]
     for case in failed:
         stderr.print(f"nnslim: {case.name}: {case.error}", markup=False)

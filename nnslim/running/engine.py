@@ -76,12 +76,15 @@ def make_engine(network: nn.Module, shape: Sequence[int], settings: Settings) ->
     return graph
 
 
-def check_precision(network: nn.Module, shape: Sequence[int], settings: Settings) -> None:
+def check_precision(
+    network: nn.Module, shape: Sequence[int], settings: Settings, device: torch.device | None = None
+) -> None:
     """Refuse a precision that this machine does not have, or in which this network would go wrong.
 
     Args:
-        network: on the device it will run on. shape: (B, C, *patch). settings: precision; "auto" is openvino where the
-            precision is not f32.
+        network: any. shape: (B, C, *patch).
+        settings: backend and precision; "auto" is openvino where the precision is not f32.
+        device: that it will run on; None: the network's.
     Raises:
         BackendError: see above; the message says what would work.
     """
@@ -90,6 +93,9 @@ def check_precision(network: nn.Module, shape: Sequence[int], settings: Settings
         return
     if settings.backend not in ("openvino", "auto"):
         raise BackendError(f"precision {precision} needs the openvino backend, found {settings.backend}")
+    device = device or next(network.parameters()).device
+    if device.type != "cpu":
+        raise BackendError(f"precision {precision} needs the openvino backend, which runs on the CPU, found {device}")
     from nnslim.running.openvino import check_processor
 
     check_processor(precision)

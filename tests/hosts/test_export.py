@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -17,9 +16,7 @@ from nnslim.errors import BackendError, InputError, ModelFolderError, OutputErro
 from nnslim.hosts.nnunet import export as side
 from nnslim.hosts.nnunet.export import ExportSettings, export_model, read_patch
 from nnslim.hosts.nnunet.folder import build_network, input_shape, read_model_folder
-from nnslim.hosts.nnunet.int8 import keep_int8, offer_int8
 from nnslim.hosts.nnunet.write import compress_folder
-from nnslim.running.openvino import OpenVINOEngine
 from nnslim.work.config import tucker
 
 pytest.importorskip("onnxruntime")
@@ -156,25 +153,6 @@ def test_faults_are_named_and_leave_nothing(make_model, case_folder, tmp_path, m
     with pytest.raises(BackendError, match=r"pip install nnslim\[openvino\]"):
         exported(folder, out / "m.xml")
     assert list(out.iterdir()) == []
-
-
-def test_int8_beside_the_checkpoints_is_found_by_the_predictors_network(make_model, case_folder, tmp_path, caplog):
-    pytest.importorskip("nncf")
-    folder = make_model(folds=(0, 1))
-    model = read_model_folder(folder)
-    checked = keep_int8(model, case_folder)
-    assert list(checked) == ["0", "1"] and all(found.passed for found in checked.values())
-    assert (folder / "fold_1" / "nnslim_int8.xml").is_file() and (folder / "fold_1" / "nnslim_int8.bin").is_file()
-    assert offer_int8(model, tmp_path / "cache") == ["0", "1"]
-    network = build_network(model)
-    for checkpoint in model.checkpoints.values():
-        network.load_state_dict(checkpoint["network_weights"])
-        OpenVINOEngine(network, input_shape(model), precision="int8", cache=tmp_path / "cache")
-    model.weights[0]["decoder.seg_layers.1.bias"] += 1
-    (folder / "fold_1" / "nnslim_int8.xml").unlink()
-    with caplog.at_level(logging.WARNING):
-        assert offer_int8(model, tmp_path / "cache") == []
-    assert "made from other weights" in caplog.text and "fold 1 has no nnslim_int8.xml" in caplog.text
 
 
 def test_command(make_model, case_folder, tmp_path, monkeypatch, capfd):

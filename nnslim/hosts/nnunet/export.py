@@ -213,9 +213,13 @@ def _patch(model: ModelFolder, network: nn.Module, inputs: int, asked: tuple[int
 
 
 def calibration_tiles(
-    model: ModelFolder, shape: tuple[int, ...], settings: ExportSettings, tell: Progress
+    model: Any, shape: tuple[int, ...], settings: ExportSettings, tell: Progress
 ) -> tuple[list[Tensor], Tensor, str]:
-    """Return tiles to calibrate on, one to compare on (of an image of its own if there are two) and its description."""
+    """Return tiles to calibrate on, one to compare on (of an image of its own if there are two) and its description.
+
+    Args:
+        model: a ModelFolder or an initialised nnUNetPredictor.
+    """
     if settings.images is None:
         return [], _made_up(shape, settings.seed), "a made-up tile (no images were given)"
     source, count = Source.of(model), _IMAGES if settings.precision == "int8" else 1

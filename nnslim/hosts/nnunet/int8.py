@@ -1,22 +1,26 @@
-"""Eight-bit models beside the checkpoints of a model folder: calibrate, check, keep, and offer to the engine."""
+"""Eight-bit models of a model's folds: calibrate, check, keep beside the checkpoints or in the cache."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from nnslim.errors import BackendError, ConfigError
 from nnslim.hosts.nnunet.calibrate import Source
 from nnslim.hosts.nnunet.export import ExportSettings, Progress, calibration_tiles
 from nnslim.hosts.nnunet.folder import ModelFolder, build_network, input_shape
-from nnslim.running.int8 import INT8_NAME, offer, quantize
-from nnslim.running.kept_models import replace_model
-from nnslim.running.openvino import OpenVINOEngine
+from nnslim.running.int8 import INT8_NAME, Quantised, offer, quantize
+from nnslim.running.kept_models import fingerprint, keep, model_key, recall, replace_model
+from nnslim.running.openvino import OpenVINOEngine, openvino_module
+from nnslim.work.config import SlimConfig
 from nnslim.work.parity import Parity, parity
+from nnslim.work.storage import StateDict
 
 _log = logging.getLogger("nnslim")
 
@@ -38,48 +42,80 @@ def keep_int8(
     """
     tell = progress or (lambda what, done, total: None)
     shape = input_shape(model)
-    settings = ExportSettings("openvino", "int8", images, seed=seed)
-    tiles, tile, name = calibration_tiles(model, shape, settings, tell)
     checked = {}
+    data = _Data(model, shape, images, seed, tell)
     for number, (fold, network) in enumerate(_networks(model)):
         tell("calibrating", number, len(model.checkpoints))
-        quantised = quantize(network, shape, tiles)
-        with torch.inference_mode():
-            wanted = network(tile)
-        found = OpenVINOEngine(quantised.model, shape, precision="int8")(tile)
-        checked[fold] = parity(wanted, found, precision="int8", tile=name, regions=Source.of(model).regions)
-        _log.info("fold %s: %s", fold, quantised.line())
+        quantised, checked[fold] = data.quantise(network, f"fold {fold}")
         if checked[fold].passed:
-            replace_model(quantised.model, _file(model, fold))
+            replace_model(quantised.model, model.path / f"fold_{fold}" / INT8_NAME)
     return checked
 
 
-def offer_int8(model: ModelFolder, cache: Path | None = None) -> list[str]:
-    """Let `OpenVINOEngine(network, precision="int8")` find the models beside the checkpoints that were read.
+def prepare_int8(
+    predictor: Any,
+    network: nn.Module,
+    weights: Sequence[StateDict],
+    shape: tuple[int, ...],
+    config: SlimConfig,
+    folder: Path | None = None,
+) -> None:
+    """Make sure that `OpenVINOEngine(network, precision="int8")` finds a model for each set of weights.
+
+    It may be there from an earlier time, or lie beside a checkpoint of the folder; else it is calibrated on the images
+    of the configuration, and kept for the next time.
 
     Args:
-        model: dense or slim. cache: folder of converted models; None for nnslim's.
-    Returns:
-        The folds that have one of their present weights; others are named in a warning.
+        predictor: an initialised nnUNetPredictor.
+        network: the one that will run, dense or slim; left with the last weights.
+        weights: state dicts of the folds. shape: (1, C, *patch).
+        folder: of the model, where it has one.
     Raises:
-        BackendError: openvino is missing, or a file cannot be read. OutputError: the cache cannot be written.
+        ConfigError: a model is missing, and no images are named. BackendError: openvino or nncf is missing, or the
+        eight bits are too far from the network. InputError: unusable images. OutputError: the cache cannot be written.
     """
-    offered = []
-    for fold, network in _networks(model):
-        file = _file(model, fold)
-        if not file.is_file():
-            _log.warning("fold %s has no %s; make it with: nnslim export --precision int8", fold, INT8_NAME)
-        elif not offer(network, input_shape(model), file, cache):
-            _log.warning("%s was made from other weights and is not used; make it again", file)
-        else:
-            offered.append(fold)
-    return offered
+    openvino_module()
+    files = [] if folder is None else sorted(Path(folder).glob(f"fold_*/{INT8_NAME}"))
+    images, data = config.calibration.images, None
+    for number, state in enumerate(weights):
+        network.load_state_dict(state)
+        key = model_key(fingerprint(network), shape, "int8")
+        if recall(key, None) is not None or any(offer(network, shape, file) for file in files):
+            continue
+        if images is None:
+            others = f"; {files[0]} was made from other weights" if files else ""
+            raise ConfigError(
+                "int8 is calibrated on images: name a folder of them (nnslim predict --calibration, nnslim run -i, "
+                f"NNSlimContext(images=...) or calibration.images){others}"
+            )
+        if data is None:
+            data = _Data(predictor, shape, Path(images), config.calibration.seed, lambda what, done, total: None)
+        quantised, checked = data.quantise(network, f"weights {number + 1} of {len(weights)}")
+        if not checked.passed:
+            raise BackendError(f"int8 is too far from the network that it was made from: {checked.line()}")
+        keep(quantised.model, key, None)
+
+
+class _Data:
+    """Calibration tiles of some images, and a tile to compare on."""
+
+    def __init__(self, model: Any, shape: tuple[int, ...], images: Path, seed: int, tell: Progress) -> None:
+        self.shape, self.regions = shape, Source.of(model).regions
+        settings = ExportSettings("openvino", "int8", images, seed=seed)
+        self.tiles, self.tile, self.name = calibration_tiles(model, shape, settings, tell)
+
+    def quantise(self, network: nn.Module, what: str) -> tuple[Quantised, Parity]:
+        """Return the model in eight bits and how it compares on a tile that was not calibrated on, if there are two."""
+        network.eval()
+        quantised = quantize(network, self.shape, self.tiles)
+        with torch.inference_mode():
+            wanted = network(self.tile)
+        found = OpenVINOEngine(quantised.model, self.shape, precision="int8")(self.tile)
+        checked = parity(wanted, found, precision="int8", tile=self.name, regions=self.regions)
+        _log.info("%s: %s; %s", what, quantised.line(), checked.line())
+        return quantised, checked
 
 
 def _networks(model: ModelFolder) -> Iterator[tuple[str, nn.Module]]:
     for fold, checkpoint in model.checkpoints.items():
         yield fold, build_network(replace(model, checkpoints={fold: checkpoint}))
-
-
-def _file(model: ModelFolder, fold: str) -> Path:
-    return model.path / f"fold_{fold}" / INT8_NAME

@@ -103,11 +103,7 @@ def load_predictor(model: Path, config: Any, settings: PredictSettings) -> Any:
         )
         folds = tuple(int(fold) if fold.isdigit() else fold for fold in source.checkpoints)
         predictor.initialize_from_trained_model_folder(str(model), folds, source.checkpoint_name)
-    if slim.run.precision == "int8" and not slim.active:
-        from nnslim.hosts.nnunet.int8 import offer_int8
-
-        offer_int8(source)
-    slim_predictor(predictor, _Session(slim, Report()), str(model))
+    slim_predictor(predictor, _Session(slim, Report()), str(model), Path(model))
     if slim.run.backend != "stock":
         # On this object alone: nothing of nnU-Net's class is touched outside a context.
         predictor._internal_predict_sliding_window_return_logits = functools.partial(

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from nnslim.errors import OutputError
 from nnslim.hosts.nnunet.calibrate import calibration_of, fingerprint
 from nnslim.hosts.nnunet.compat import predictor_class
 from nnslim.hosts.nnunet.window import window_logits
+from nnslim.running.engine import check_precision
 from nnslim.running.runner import Runner
 from nnslim.spec import spec_of
 from nnslim.surgery.patching import AttributePatch
@@ -57,7 +59,8 @@ def predictor_patches(current: Callable[[], Session | None]) -> list[AttributePa
         ) -> Any:
             result = original(self, model_training_output_dir, use_folds, checkpoint_name)
             if (session := current()) is not None:
-                slim_predictor(self, session, str(model_training_output_dir))
+                folder = str(model_training_output_dir)
+                slim_predictor(self, session, folder, Path(folder))
             return result
 
         return initialize_from_trained_model_folder
@@ -109,12 +112,18 @@ def predictor_patches(current: Callable[[], Session | None]) -> list[AttributePa
     ]
 
 
-def slim_predictor(predictor: Any, session: Session, source: str) -> None:
+def slim_predictor(predictor: Any, session: Session, source: str, folder: Path | None = None) -> None:
     """Replace the network and the fold weights of an initialised predictor, and report it.
 
     nnU-Net loads `list_of_parameters` into the network again for every case and fold, so both are replaced together.
     A trainer hands over its own network and no parameters: the predictor then gets a slim copy, and the trainer's
     network is not touched.
+
+    Args:
+        source: what the report calls the model. folder: of the model, where it has one.
+    Raises:
+        BackendError: the precision that was asked for is not to be had here, or goes wrong for this network.
+        ConfigError: int8 without images to calibrate it on.
     """
     compiled = hasattr(predictor.network, "_orig_mod")
     dense = unwrap(predictor.network)
@@ -142,6 +151,11 @@ def slim_predictor(predictor: Any, session: Session, source: str) -> None:
             network = dense
         else:
             settings = config.run.settings()
+            check_precision(network, shape, settings, predictor.device)
+            if settings.precision == "int8":
+                from nnslim.hosts.nnunet.int8 import prepare_int8
+
+                prepare_int8(predictor, network, slimmed.weights if slimmed else folds, shape, config, folder)
             if compiled and settings.backend == "auto":  # nnUNet_compile asks for it
                 settings = replace(settings, backend="compile")
             network = Runner(network.eval(), settings)
@@ -155,7 +169,7 @@ def slim_predictor(predictor: Any, session: Session, source: str) -> None:
 
 
 def _untouched(run: RunConfig) -> bool:
-    return run.backend == "stock" and run.tile_batch == 1
+    return run.backend == "stock" and run.tile_batch == 1 and run.precision == "f32"
 
 
 def _input_channels(predictor: Any) -> int:
