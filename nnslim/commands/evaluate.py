@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from nnslim.work.evaluation.classes import Classes
     from nnslim.work.evaluation.evaluation import Evaluation
 
+_log = logging.getLogger("nnslim")
 _TOTALSEG = "totalseg"  # a word for --groups
 
 
@@ -78,8 +80,11 @@ def _classes(dataset: str | None, predictions: Path) -> tuple[Classes | None, bo
     from nnslim.work.evaluation.classes import named_classes, read_dataset_json
 
     beside = predictions / "dataset.json"
-    if dataset is None:  # nnU-Net puts it beside its predictions
-        return (read_dataset_json(beside), False) if beside.is_file() else (None, False)
+    if dataset is None:
+        if not beside.is_file():
+            return None, False
+        _log.info("classes as in %s", beside)  # nnU-Net puts it there
+        return read_dataset_json(beside), False
     if Path(dataset).is_file() or dataset.endswith(".json"):
         return read_dataset_json(Path(dataset)), False
     from nnslim.hosts.totalseg.classes import task_classes

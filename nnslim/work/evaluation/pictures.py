@@ -59,7 +59,7 @@ def group_figure(evaluation: Evaluation, path: Path, groups: Mapping[str, Sequen
 def worst_figures(
     evaluation: Evaluation, stem: Path, count: int, classes: Classes | None = None, images: Path | None = None
 ) -> list[Path]:
-    """Draw the worst class of each of the worst cases, through the place with the most wrong voxels.
+    """Draw the worst class of each of the worst cases: in each direction the slice with the most wrong voxels.
 
     Args:
         stem: pictures are `<stem>_worst<number>.png`, the worst first.
