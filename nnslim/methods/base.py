@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,8 @@ class Decision:
         macs_before, macs_after: for one patch, convention "macs".
         parameters_before, parameters_after: with bias.
         reason: why the layer stays dense; empty if it does not.
-        error: relative error of the outputs (of the weights, without calibration images), where it is known.
+        error: relative error of the outputs (of the weights, without calibration images) before any recovery, where it
+            is known; of the first fold.
     """
 
     layer: str
@@ -46,6 +47,17 @@ class Decision:
     parameters_after: int
     reason: str = ""
     error: float | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Decision:
+        """Read what `vars` of a decision gives, also after it was JSON.
+
+        Raises:
+            TypeError: it is something else.
+        """
+        ranks = values.get("ranks")
+        tuples = {"shape": tuple(values.get("shape", ())), "ranks": None if ranks is None else tuple(ranks)}
+        return cls(**{**values, **tuples})
 
 
 @dataclass(frozen=True)
@@ -70,12 +82,14 @@ class Method:
             are calibration tiles or None.
         fit: (dense, slim, config, cost, tiles, compensate, on_layer) -> relative output error by layer; sets the
             weights of the slim network, in place, from data. None for a method that has no use for data.
+        weight_errors: (dense, slim) -> relative error of the weights by layer, where no data decide them.
     """
 
     name: str
     config_class: type[MethodConfig]
     plan: Callable[[nn.Module, Any, Cost, Tiles | None], Plan]
     fit: Callable[..., dict[str, float]] | None = None
+    weight_errors: Callable[[nn.Module, nn.Module], dict[str, float]] | None = None
 
 
 _METHODS: dict[str, Method] = {}

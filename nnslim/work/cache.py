@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -124,7 +123,7 @@ def _read(network: nn.Module, path: Path) -> Slimmed | None:
             rebuild(network, spec, weights[0]),
             weights,
             spec,
-            tuple(_decision(layer) for layer in summary["layers"]),
+            tuple(Decision.from_dict(layer) for layer in summary["layers"]),
             Counts(**summary["dense"]),
             Counts(**summary["slim"]),
             tuple(summary["input_shape"]),
@@ -138,8 +137,3 @@ def _read(network: nn.Module, path: Path) -> Slimmed | None:
     except pickle.PickleError as error:  # its text is a page of advice for programmers
         _log.warning("%s cannot be read (%s); compressing again", path, type(error).__name__)
     return None
-
-
-def _decision(values: dict[str, Any]) -> Decision:
-    tuples = {field.name for field in dataclasses.fields(Decision) if field.name in ("shape", "ranks")}
-    return Decision(**{k: tuple(v) if k in tuples and v is not None else v for k, v in values.items()})

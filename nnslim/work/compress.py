@@ -8,8 +8,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,13 +131,14 @@ def compress(
     device = _device(config) if data is not None else torch.device("cpu")
     first = _with_weights(base, weights, 0).to(device)
     config, plans, speed, done = _planned(first, config, dense_cost, input_shape, data, progress, guard)
-    slims, states, recoveries, agreement = [], [], [], None
+    slims, states, recoveries, agreement, errors = [], [], [], None, {}
     for number in range(len(weights)):
         if number == 0 and done is not None:
             slim, recovery = done
         else:
             fold = _Fold(config, plans, input_shape, data, progress, _beside(checkpoint, number))
-            slim, recovery = fold.compress(_with_weights(base, weights, number).to(device))
+            slim, recovery, layer_errors = fold.compress(_with_weights(base, weights, number).to(device))
+            errors = errors if number else layer_errors
         slim = slim.to("cpu").eval()
         # Half precision is kept where the model was stored in it.
         kept, state = stored(slim, half=config.store == "half" or in_half(weights[number]))
@@ -153,7 +154,7 @@ def compress(
         slims[0],
         tuple(states),
         spec_of(slims[0]) or SlimSpec(),
-        tuple(decision for plan in plans for decision in plan.decisions),
+        tuple(_with_error(decision, errors) for plan in plans for decision in plan.decisions),
         Counts.of(dense_cost),
         Counts.of(measure_cost(slims[0], input_shape)),
         tuple(input_shape),
@@ -227,14 +228,14 @@ class _Fold:
     checkpoint: Path | None
     target: float | None = None
 
-    def compress(self, dense: nn.Module) -> tuple[nn.Module, Recovery | None]:
-        """Return the slim network and how recovery went, None without data."""
-        slim = self.fit(dense)
+    def compress(self, dense: nn.Module) -> tuple[nn.Module, Recovery | None, dict[str, float]]:
+        """Return the slim network, how recovery went (None without data), and the error of each layer before it."""
+        slim, errors = self.fit(dense)
         if self.data is None or spec_of(slim) is None or not spec_of(slim).edits:
-            return slim, None
+            return slim, None, errors
         settings = json.dumps(self.config.identity(), sort_keys=True)
         identity = f"{self.data.fingerprint} {_digest(dense)} {settings} {spec_of(slim)}"
-        return slim, recover(
+        recovery = recover(
             dense,
             slim,
             self.data,
@@ -244,16 +245,17 @@ class _Fold:
             target=self.target,
             progress=self.progress,
         )
+        return slim, recovery, errors
 
-    def fit(self, dense: nn.Module) -> nn.Module:
-        """Return the slim network before recovery."""
-        slim = copy.deepcopy(dense)
+    def fit(self, dense: nn.Module) -> tuple[nn.Module, dict[str, float]]:
+        """Return the slim network before recovery, and the relative error of each layer that a method can tell."""
+        slim, errors = copy.deepcopy(dense), {}
         for entry, plan in zip(self.config.methods, self.plans, strict=False):
             before = slim
             slim = extend_spec(plan.edits, copy.deepcopy(before), fill=True).eval()
-            fit = method_named(entry.method).fit
-            if self.data is not None and fit is not None and plan.edits:
-                fit(
+            method = method_named(entry.method)
+            if self.data is not None and method.fit is not None and plan.edits:
+                errors |= method.fit(
                     before,
                     slim,
                     entry.settings,
@@ -263,7 +265,9 @@ class _Fold:
                     seed=self.config.calibration.seed,
                     on_layer=None if self.progress is None else partial(self.progress, "layers"),
                 )
-        return slim
+            elif method.weight_errors is not None:
+                errors |= method.weight_errors(before, slim)
+        return slim, errors
 
 
 def settle(
@@ -285,7 +289,7 @@ def settle(
     drops = {}
     for number, plan in enumerate((plans[-1], *plans[-1].rivals)):
         trial = (*plans[:-1], plan)
-        slim = _Fold(config, trial, input_shape, data, progress, None).fit(dense).eval()
+        slim = _Fold(config, trial, input_shape, data, progress, None).fit(dense)[0].eval()
         drops[number] = (referee.drop(slim), trial)
         _log.info("plan %d: estimated drop %.4f before recovery", number + 1, drops[number][0])
     return min(drops.values(), key=lambda item: math.inf if math.isnan(item[0]) else item[0])[1]
@@ -302,8 +306,15 @@ def fit_and_recover(
     progress: Progress | None = None,
 ) -> tuple[nn.Module, Recovery]:
     """Compress one network by plans that are made; learning ends early once the estimated drop is at most `target`."""
-    slim, recovery = _Fold(config, plans, input_shape, data, progress, None, target).compress(dense)
+    slim, recovery, _ = _Fold(config, plans, input_shape, data, progress, None, target).compress(dense)
     return slim, recovery or Recovery()
+
+
+def _with_error(decision: Decision, errors: Mapping[str, float]) -> Decision:
+    """Return the decision with the error that its layer came out with; the plan has at most predicted one."""
+    if decision.action == "dense" or decision.layer not in errors:
+        return decision
+    return replace(decision, error=round(errors[decision.layer], 6))
 
 
 def _device(config: SlimConfig) -> torch.device:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from nnslim.errors import SpecError
 from nnslim.lowrank import TuckerFactors
+from nnslim.surgery.walk import LayerIndex
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _POINTWISE = {
@@ -93,6 +94,29 @@ class TuckerConv(nn.Module):
         self.core.weight.copy_(core.transpose(0, 1) if is_transposed(self.core) else core)
         if bias is not None:
             (self.core if self.last is None else self.last).bias.copy_(bias)
+
+    @torch.no_grad()
+    def kernel(self) -> Tensor:
+        """Return the kernel (O, I, *K) that the chain stands for."""
+        kernel = kernel_of(self.core)
+        if self.first is not None:
+            kernel = torch.einsum("ab...,bi->ai...", kernel, self.first.weight.flatten(1))
+        if self.last is not None:
+            kernel = torch.einsum("oa,ai...->oi...", self.last.weight.flatten(1), kernel)
+        return kernel
+
+
+def weight_errors(dense: nn.Module, slim: nn.Module) -> dict[str, float]:
+    """Return ||W - W~||_F / ||W||_F of each layer that was factored between the two, 0 for a kernel of zeros."""
+    originals = LayerIndex(dense)
+    errors = {}
+    for layer in LayerIndex(slim).of_type(TuckerConv):
+        if not isinstance(originals[layer.name].module, CONVOLUTIONS):
+            continue  # an earlier method's
+        kernel = kernel_of(originals[layer.name].module).detach()
+        norm = float(kernel.norm())
+        errors[layer.name] = float((kernel - layer.module.kernel()).norm()) / norm if norm else 0.0
+    return errors
 
 
 def _check(conv: nn.Module, rank_out: int | None, rank_in: int | None) -> None:
