@@ -126,6 +126,12 @@ class Agreement:
         found = [Worst(case.name, name, case.classes[name].dice) for case in self.cases for name in names]
         return min((one for one in found if not math.isnan(one.dice)), key=lambda one: one.dice, default=None)
 
+    def ordered(self) -> list[CaseAgreement]:
+        """Return the cases by mean Dice over their classes, the worst first; without those that have no class."""
+        means = {number: _mean(row) for number, row in enumerate(self.values("dice"))}
+        known = [number for number, mean in means.items() if not math.isnan(mean)]
+        return [self.cases[number] for number in sorted(known, key=lambda number: means[number])]
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values; NaN becomes null."""
         shown = ("dice", "volume_difference", "expected_drop", "dice_dense", "dice_slim", "drop")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from nnslim.work.alternate import Timing
 from nnslim.work.roofline import Roofline
 
 Row = dict[str, Any]
+REPORT = "benchmark.json"
 
 # As the predecessor's benchmark has them, so that its plots read our tables. g_flops: 1e9 MACs of a pass in fvcore's
 # convention; m_params: 1e6; exec_time_*: ms.
@@ -171,3 +174,38 @@ def write_report(
     content: Row = {"rows": list(rows), "passes": passes, "meaning": meaning}
     content["roofline"] = None if roofline is None else roofline.to_dict()
     write_json(path, {**content, **(more or {})})
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A table of timings, read back.
+
+    Attributes:
+        name: of its folder or file. rows: see `COLUMNS`; as text where they come from a CSV file.
+        profiles: pipeline -> stage -> seconds per case. starts: what -> seconds to start it.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    profiles: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    starts: Mapping[str, float] = field(default_factory=dict)
+
+
+def read_benchmark(path: Path) -> Benchmark:
+    """Read what `nnslim benchmark` wrote.
+
+    Args:
+        path: its folder, its benchmark.json, or a CSV file of it or of a grid (without stages).
+    Raises:
+        InputError: there is nothing of that kind, or it cannot be read.
+    """
+    if path.suffix == ".csv":
+        return Benchmark(path.stem, read_table(path))
+    file = path / REPORT if path.is_dir() else path
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        profiles = {str(name): dict(stages) for name, stages in (content.get("stages") or {}).items()}
+        rows = [dict(row) for row in content["rows"]]
+        return Benchmark(file.resolve().parent.name, rows, profiles, dict(content.get("starts") or {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file} is not what nnslim benchmark writes: {type(error).__name__}: {error}") from error

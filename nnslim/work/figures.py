@@ -17,9 +17,12 @@ from nnslim.files import write_bytes
 if TYPE_CHECKING:  # it needs torch, which takes seconds and which a picture does not need
     from nnslim.work.agreement import Agreement
 
-_COLOURS = ("#00b7eb", "#ff9f1c")
+_COLOURS = ("#00b7eb", "#ff9f1c", "#ff4fd8")
+_STROKES = ("solid", "dashed", "dotted")
 _DARK = "#123a4a"
 _FEW = 12  # classes; with more, rows are narrow
+_PLANES = ((0, "sagittal"), (1, "coronal"), (2, "axial"))  # across which axis they lie
+_PLANE, _PLANE_STROKE = 5.0, 2.4  # inches of the longer side, and points, of a plane in a picture of its own
 _FORMATS = (".png", ".pdf", ".svg")
 
 _P = ParamSpec("_P")
@@ -76,7 +79,7 @@ def overlay(
 
     Args:
         image: (X, Y, Z) intensities, axes towards right, anterior, superior.
-        maps: one or two (name, label map of the image's shape); the first is drawn solid, the second dashed.
+        maps: up to three (name, label map of the image's shape), drawn solid, dashed and dotted.
         path: picture to write; the ending chooses the format.
         spacing: mm per voxel along X, Y, Z.
         title: line above the picture.
@@ -85,33 +88,77 @@ def overlay(
         InputError: a label map has another shape than the image, or the ending is unknown. OutputError: it cannot be
         written.
     """
-    for name, labels in maps:
-        if labels.shape != image.shape:
-            raise InputError(f"label map '{name}' has shape {labels.shape}, the image {image.shape}")
+    _check_shapes(image, maps)
     if centre is None:
         marked = np.argwhere(np.any([labels > 0 for _, labels in maps], axis=0))
         centre = marked.mean(0).round().astype(int) if len(marked) else np.array(image.shape) // 2
-    low, high = np.percentile(image, (1, 99.5))
-    planes = list(enumerate(("sagittal", "coronal", "axial")))
-    planes = [plane for plane in planes if min(np.delete(image.shape, plane[0])) > 1] or planes  # contours need two
+    planes, window = _planes(image.shape), np.percentile(image, (1, 99.5))
     figure = new_figure((1.4 + 3.2 * len(planes), 4.4))
     for position, (axis, plane) in enumerate(planes):
         axes = figure.add_subplot(1, len(planes), position + 1)
-        across, up = (spacing[a] for a in range(3) if a != axis)
-        axes.imshow(
-            image.take(centre[axis], axis).T, cmap="gray", origin="lower", vmin=low, vmax=high, aspect=up / across
-        )
-        for (_, labels), colour, style in zip(maps, _COLOURS, ("solid", "dashed"), strict=False):
-            cut = labels.take(centre[axis], axis).T
-            for label in np.unique(cut[cut > 0]):
-                axes.contour(cut == label, levels=[0.5], colors=colour, linestyles=style, linewidths=1.4)
+        _draw_plane(axes, image, maps, axis, centre, spacing, window)
         axes.set_title(plane)
-        axes.set_axis_off()
-    for (name, _), colour, style in zip(maps, _COLOURS, ("solid", "dashed"), strict=False):
+    for (name, _), colour, style in zip(maps, _COLOURS, _STROKES, strict=False):
         figure.axes[0].plot([], [], color=colour, linestyle=style, label=name)
     figure.axes[0].legend(loc="lower left", fontsize=8)
     figure.suptitle(title)
     save_figure(figure, Path(path))
+
+
+@own_style
+def overlay_planes(
+    image: np.ndarray,
+    maps: Sequence[tuple[str, np.ndarray]],
+    *,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    centre: Sequence[int],
+) -> dict[str, bytes]:
+    """Return a PNG picture of each plane, without margins: its name -> bytes. Arguments as for `overlay`."""
+    _check_shapes(image, maps)
+    pictures, window = {}, np.percentile(image, (1, 99.5))
+    for axis, plane in _planes(image.shape):
+        across, up = (image.shape[a] * spacing[a] for a in range(3) if a != axis)
+        figure = new_figure((_PLANE * across / max(across, up), _PLANE * up / max(across, up)))
+        figure.set_layout_engine("none")
+        axes = figure.add_axes((0, 0, 1, 1))
+        _draw_plane(axes, image, maps, axis, centre, spacing, window, _PLANE_STROKE)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=110, facecolor="black", metadata={"Software": None})
+        pictures[plane] = picture.getvalue()
+    return pictures
+
+
+def _planes(shape: Sequence[int]) -> list[tuple[int, str]]:
+    """Return (axis, name) of the planes that can be drawn: a contour needs two voxels both ways."""
+    drawn = [(axis, plane) for axis, plane in _PLANES if min(np.delete(shape, axis)) > 1]
+    return drawn or list(_PLANES)
+
+
+def _check_shapes(image: np.ndarray, maps: Sequence[tuple[str, np.ndarray]]) -> None:
+    for name, labels in maps:
+        if labels.shape != image.shape:
+            raise InputError(f"label map '{name}' has shape {labels.shape}, the image {image.shape}")
+
+
+def _draw_plane(
+    axes: Any,
+    image: np.ndarray,
+    maps: Sequence[tuple[str, np.ndarray]],
+    axis: int,
+    centre: Sequence[int],
+    spacing: Sequence[float],
+    window: Sequence[float],
+    width: float = 1.4,
+) -> None:
+    """Draw one plane; `window` is what is black and white, `width` that of the outlines, in points."""
+    across, up = (spacing[a] for a in range(3) if a != axis)
+    scale = {"vmin": window[0], "vmax": window[1], "aspect": up / across}
+    axes.imshow(image.take(centre[axis], axis).T, cmap="gray", origin="lower", **scale)
+    for (_, labels), colour, style in zip(maps, _COLOURS, _STROKES, strict=False):
+        cut = labels.take(centre[axis], axis).T
+        for label in np.unique(cut[cut > 0]):
+            axes.contour(cut == label, levels=[0.5], colors=colour, linestyles=style, linewidths=width)
+    axes.set_axis_off()
 
 
 @own_style

@@ -13,8 +13,9 @@ def _dice(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _times(before: int, after: int) -> str:
-    return f"{before / after:.2f}x fewer" if after <= before else f"{after / before:.2f}x more"
+def times_fewer(before: float, after: float, fewer: str = "fewer") -> str:
+    """Return "3.10x fewer", or "1.20x more"; the same number is "1.00x fewer"."""
+    return f"{before / after:.2f}x {fewer}" if after <= before else f"{after / before:.2f}x more"
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ class ModelReport:
         lines = [
             f"{self.source}: {self.folds} fold(s), {how} in {self.seconds:.1f} s",
             f"  parameters {before.parameters:,} -> {after.parameters:,} "
-            f"({_times(before.parameters, after.parameters)})",
+            f"({times_fewer(before.parameters, after.parameters)})",
             f"  MACs per {patch} patch {before.macs / 1e9:.2f} G -> {after.macs / 1e9:.2f} G "
-            f"({_times(before.macs, after.macs)})",
+            f"({times_fewer(before.macs, after.macs)})",
             f"  layers changed {changed}, kept dense {sum(kept.values())}"
             + (f" ({', '.join(f'{reason}: {count}' for reason, count in kept.items())})" if kept else ""),
         ]

@@ -50,11 +50,22 @@ def agreement_of_folders(
         any of them, or no case that could be compared. A single bad case is listed in `Agreement.failed`.
     """
     settings = settings or PredictSettings()
-    source = read_model_folder(Path(slim), settings.folds, settings.checkpoint, trust=settings.trust)
-    same = source.checkpoint_name if find_folds(Path(dense), source.checkpoint_name) else settings.checkpoint
-    small = load_predictor(Path(slim), None, settings)
-    large = load_predictor(Path(dense), None, replace(settings, folds=list(source.checkpoints), checkpoint=same))
+    large, small = load_pair(Path(dense), Path(slim), settings)
     return agreement_of_predictors(large, small, images, labels, settings, progress, temperature)
+
+
+def load_pair(dense: Path, slim: Path, settings: PredictSettings) -> tuple[Any, Any]:
+    """Return initialised predictors of the dense and the slim model, with the same folds.
+
+    Raises:
+        ModelFolderError: one of them is unusable, or they do not belong together.
+    """
+    source = read_model_folder(slim, settings.folds, settings.checkpoint, trust=settings.trust)
+    same = source.checkpoint_name if find_folds(dense, source.checkpoint_name) else settings.checkpoint
+    small = load_predictor(slim, None, settings)
+    large = load_predictor(dense, None, replace(settings, folds=list(source.checkpoints), checkpoint=same))
+    _check_pair(large, small)
+    return large, small
 
 
 def agreement_of_predictors(
@@ -72,7 +83,7 @@ def agreement_of_predictors(
     check_stage(dense, settings.previous_stage)
     ending = dense.dataset_json["file_ending"]
     cases = find_cases(Path(images), ending)
-    truths = _find_labels(labels, cases, ending)
+    truths = find_labels(labels, cases, ending)
     agreement = Agreement(tuple(classes_of(dense.label_manager)), temperature=temperature)
     for number, (name, files) in enumerate(cases.items(), start=1):
         previous = settings.previous_stage and settings.previous_stage / f"{name}{ending}"
@@ -136,7 +147,12 @@ def _check_pair(dense: Any, slim: Any) -> None:
             raise ModelFolderError(f"the slim model was not made from this dense one: {what} {other} and {one}")
 
 
-def _find_labels(folder: Path | None, cases: dict[str, list[Path]], ending: str) -> dict[str, Path]:
+def find_labels(folder: Path | None, cases: dict[str, list[Path]], ending: str) -> dict[str, Path]:
+    """Return the label map of each case that has one.
+
+    Raises:
+        InputError: no such folder, or none in it.
+    """
     if folder is None:
         return {}
     if not Path(folder).is_dir():
@@ -157,12 +173,12 @@ def _compare(
     temperature: float,
 ) -> CaseAgreement:
     data, properties = preprocess_case(dense, files, previous)
-    read = None if truth is None else _read_labels(dense, truth)
+    read = None if truth is None else read_labels(dense, truth)
     regions = dense.label_manager.has_regions
-    slim_probabilities, slim_map = _predict(slim, data, properties, truth is not None)
+    slim_probabilities, slim_map = predict_maps(slim, data, properties, truth is not None)
     decided = harden(slim_probabilities, not regions)
     del slim_probabilities  # before the dense model's are made
-    probabilities, dense_map = _predict(dense, data, properties, truth is not None)
+    probabilities, dense_map = predict_maps(dense, data, properties, truth is not None)
     members = classes_of(dense.label_manager)
     maps = None
     if read is not None:
@@ -174,7 +190,7 @@ def _compare(
     return compare_case(name, probabilities, decided, spacing, list(members), maps, temperature=temperature)
 
 
-def _read_labels(predictor: Any, path: Path) -> np.ndarray:
+def read_labels(predictor: Any, path: Path) -> np.ndarray:
     """Return the (*grid) label map in the reader's order of axes."""
     check_complete(path)
     try:
@@ -184,7 +200,7 @@ def _read_labels(predictor: Any, path: Path) -> np.ndarray:
     return np.rint(labels).astype(np.int64)
 
 
-def _predict(
+def predict_maps(
     predictor: Any, data: np.ndarray, properties: dict[str, Any], with_map: bool
 ) -> tuple[Tensor, np.ndarray | None]:
     """Return (C, *spatial) probabilities in the preprocessed grid and, on request, the label map in the image's."""

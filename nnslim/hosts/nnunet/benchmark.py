@@ -22,7 +22,7 @@ from nnslim.hosts.nnunet.stages import Pipeline, stage_medians, start_times
 from nnslim.methods.tucker.config import TuckerConfig
 from nnslim.running.engine import BACKENDS
 from nnslim.work.alternate import Job, Progress, Timing, measure
-from nnslim.work.benchmark import DENSE, Row, compare, read_dice, timed_row, write_report, write_table
+from nnslim.work.benchmark import DENSE, REPORT, Row, compare, read_dice, timed_row, write_report, write_table
 from nnslim.work.benchmark_figures import dice_figure, stage_figure, time_figure
 from nnslim.work.compress import compress
 from nnslim.work.config import SlimConfig, load_config
@@ -130,7 +130,7 @@ def benchmark_folder(
     _add_end_to_end(rows, profiles)
     write_table(output / "benchmark.csv", rows)
     more = {"stages": profiles, "starts": starts, "cases": [_case_record(timing) for timing in piped]}
-    write_report(output / "benchmark.json", rows, timings, roofline, more)
+    write_report(output / REPORT, rows, timings, roofline, more)
     title = f"{source.plans.get('dataset_name', Path(model).name)}, {device_name(ways[0].device)}"
     time_figure(rows, roofline if on_cpu else None, output / "time.png", title=title)
     dice_figure(rows, output / "dice.png", title=title)
