@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from nnslim.errors import HostError
+from nnslim.hosts.nnunet.export_patches import ExportPatches
 from nnslim.hosts.nnunet.predictor import predictor_patches
 from nnslim.methods.base import MethodConfig
 from nnslim.work.config import SlimConfig, load_config
@@ -71,9 +72,12 @@ class NNSlimContext:
                 raise HostError("this NNSlimContext is active already; make a new one for another block")
             if _installed is None:
                 with ExitStack() as stack:  # leaves nothing behind if a later patch fails
-                    for patch in predictor_patches(_current):
+                    exports = ExportPatches(_streams)
+                    for patch in predictor_patches(_current, exports.apply):
                         patch.apply()
                         stack.callback(patch.undo)
+                    stack.callback(exports.undo)
+                    exports.apply()
                     _installed = stack.pop_all()
             _active.append((threading.get_ident(), self))
             self._entered = True
@@ -92,6 +96,11 @@ class NNSlimContext:
                 stack.close()
         if error is None and not self.report.models:
             _log.warning("NNSlimContext: no nnU-Net model was loaded inside the block, so nothing was compressed")
+
+
+def _streams() -> bool:
+    context = _current()
+    return context is not None and context.config.apply and context.config.run.export == "streamed"
 
 
 def _current() -> NNSlimContext | None:

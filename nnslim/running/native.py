@@ -1,4 +1,4 @@
-"""The kernels of kernels.c: built once by the machine's C compiler, called on torch tensors by several threads."""
+"""The kernels of kernels.c and labels.c: built once by the machine's C compiler, called on tensors by threads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nnslim.running.processor import cpu_flags, cpu_name
 
 LANES = 8  # floats of one vector; widths are padded to a multiple
 WIDEST = 512  # channels that the kernels have room for
-_SOURCE = Path(__file__).with_name("kernels.c")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "labels.c"))
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC")
 _log = logging.getLogger("nnslim")
 
@@ -67,15 +67,18 @@ def _built(threads: bool) -> Path:
     flags = (*_FLAGS, "-fopenmp") if threads else _FLAGS
     # The machine's features belong to the key: a cache may be shared by different machines.
     features = " ".join(sorted(cpu_flags())) or cpu_name()
-    parts = (_SOURCE.read_text(encoding="utf-8"), *flags, chosen, platform.machine(), features)
+    texts = [source.read_text(encoding="utf-8") for source in _SOURCES]
+    parts = (*texts, *flags, chosen, platform.machine(), features)
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     target = user_cache() / "native" / f"kernels-{key}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            compiled, made = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
-            _run(chosen, *flags, "-c", "-o", str(compiled), str(_SOURCE))
-            _run(chosen, "-shared", "-o", str(made), str(compiled))
+            made = Path(folder) / "kernels.so"
+            compiled = [str(Path(folder) / f"{source.stem}.o") for source in _SOURCES]
+            for source, target_file in zip(_SOURCES, compiled, strict=True):
+                _run(chosen, *flags, "-c", "-o", target_file, str(source))
+            _run(chosen, "-shared", "-o", str(made), *compiled)
             made.replace(target)
     return target
 
@@ -94,6 +97,8 @@ class Kernels:
         self._library = library
         for name in ("moments", "pass", "transposed", "conv"):
             getattr(library, f"nnslim_{name}").restype = None
+        for name in ("labels", "labels_blocks", "labels_scratch"):
+            getattr(library, f"nnslim_{name}").restype = _long
         self.threaded = bool(library.nnslim_has_threads())
 
     def moments(self, z: Tensor, full: bool) -> tuple[Tensor, Tensor]:
@@ -185,9 +190,29 @@ class Kernels:
 
         self._shared(part, x.shape[0] * x.shape[1])
 
-    def _shared(self, part: Callable[[int, int, int, int], None], rows: int) -> int:
-        """Call part(first thread, low, high, threads) until all rows are done; return how many threads worked."""
-        threads = max(1, min(torch.get_num_threads(), rows // 64))
+    def labels(self, job: ctypes.Structure) -> bool:
+        """Do a `labels.Job`; return whether all scores are finite."""
+        at = ctypes.byref(job)
+        each, rows = self._library.nnslim_labels_scratch(at), self._library.nnslim_labels_blocks(at)
+        threads = max(1, min(torch.get_num_threads(), rows))
+        memory = torch.empty(threads * each, dtype=torch.uint8)
+        done = [0] * threads
+
+        def part(number: int, low: int, high: int, threads: int) -> None:
+            done[number] = self._library.nnslim_labels(
+                at, _long(low), _long(high), _long(threads), _at(memory[number * each :])
+            )
+
+        self._shared(part, rows, 1)
+        return min(done) >= 0
+
+    def _shared(self, part: Callable[[int, int, int, int], None], rows: int, least: int = 64) -> int:
+        """Call part(first thread, low, high, threads) until all rows are done; return how many threads worked.
+
+        Args:
+            least: rows that are worth a thread.
+        """
+        threads = max(1, min(torch.get_num_threads(), rows // least))
         if self.threaded or threads == 1:
             part(0, 0, rows, threads)
             return threads

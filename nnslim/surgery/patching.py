@@ -44,9 +44,14 @@ class AttributePatch:
         self._ours = wrapper(made) if wrapper else made
         setattr(self.owner, self.name, self._ours)
 
+    @property
+    def in_force(self) -> bool:
+        """Whether our object is there, and not another that was put over it."""
+        return self._ours is not None and vars(self.owner).get(self.name) is self._ours
+
     def undo(self) -> None:
         """Put the saved object back, if ours is still the one in force."""
-        if vars(self.owner).get(self.name) is not self._ours:
+        if not self.in_force:
             _log.warning(
                 "%s.%s was replaced by somebody else while nnslim was active; left as it is",
                 getattr(self.owner, "__name__", self.owner),

@@ -32,6 +32,10 @@ class RunConfig(_Section):
     precision: Precision = Field("f32", description="bf16, f16 and int8 need the openvino backend")
     threads: int | None = Field(None, ge=1, description="CPU threads; default: all that the process may use")
     tile_batch: int = Field(1, ge=1, description="tiles per forward pass")
+    export: Literal["streamed", "stock"] = Field(
+        "stock",
+        description="stock: nnU-Net's; streamed: labels without full-size scores, preprocessing without float64 copies",
+    )
     guard: bool = Field(True, description="measure dense and slim here; layers that make it slower stay dense")
 
     def settings(self) -> Settings:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from nnslim.errors import InputError, ModelFolderError
+from nnslim.hosts.nnunet.resampling import lean_configuration
 from nnslim.work.images import check_complete
 
 
@@ -64,13 +65,16 @@ def _check_channels(predictor: Any, files: list[Path]) -> None:
         raise InputError(f"the model needs {len(described)} channel(s) ({names}), found {len(files)} file(s): {found}")
 
 
-def preprocess_case(predictor: Any, files: list[Path], previous: Path | None) -> tuple[np.ndarray, dict[str, Any]]:
+def preprocess_case(
+    predictor: Any, files: list[Path], previous: Path | None, *, lean: bool = False
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Check, read and preprocess one case with nnU-Net's own parts.
 
     Args:
         predictor: an initialised nnUNetPredictor.
         files: one per channel.
         previous: for a cascade, the segmentation of the stage before.
+        lean: resample without large copies, see `lean_configuration`.
     Returns:
         (channels, *spatial) data, and nnU-Net's properties of the case.
     Raises:
@@ -81,14 +85,15 @@ def preprocess_case(predictor: Any, files: list[Path], previous: Path | None) ->
     _check_channels(predictor, files)
     for file in files:
         check_complete(file)
-    preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
+    configuration = predictor.configuration_manager
+    preprocessor = configuration.preprocessor_class(verbose=False)
     try:
         with silent():
             data, stage, properties = preprocessor.run_case(
                 [str(file) for file in files],
                 None if previous is None else str(previous),
                 predictor.plans_manager,
-                predictor.configuration_manager,
+                lean_configuration(configuration) if lean else configuration,
                 predictor.dataset_json,
             )
     except Exception as error:  # readers raise whatever their format library raises

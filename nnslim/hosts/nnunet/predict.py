@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,6 +20,7 @@ from nnslim.hosts.nnunet.cases import check_stage, find_cases, preprocess_case, 
 from nnslim.hosts.nnunet.compat import predictor_class
 from nnslim.hosts.nnunet.folder import read_model_folder
 from nnslim.hosts.nnunet.predictor import slim_predictor
+from nnslim.hosts.nnunet.streamed import write_prediction
 from nnslim.hosts.nnunet.window import window_logits
 from nnslim.running.allocator import keep_heap
 from nnslim.running.engine import Backend, Precision
@@ -39,6 +40,7 @@ class PredictSettings:
         checkpoint: checkpoint_final.pth, else checkpoint_best.pth, if None. trust: see `load_checkpoint`.
         previous_stage: for a cascade, folder of the segmentations of the stage before.
         backend, precision, threads: see `nnslim.running.engine.Settings`; None: the config's.
+        export: "streamed" or nnU-Net's own, "stock"; None: the config's.
     """
 
     device: str = "cpu"
@@ -52,6 +54,7 @@ class PredictSettings:
     backend: Backend | None = None
     precision: Precision | None = None
     threads: int | None = None
+    export: Literal["streamed", "stock"] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def load_predictor(model: Path, config: Any, settings: PredictSettings) -> Any:
     """
     cls = predictor_class()
     slim = SlimConfig() if config is None else load_config(config)
-    chosen = {key: getattr(settings, key) for key in ("backend", "precision", "threads")}
+    chosen = {key: getattr(settings, key) for key in ("backend", "precision", "threads", "export")}
     slim = slim.model_copy(
         update={"run": slim.run.model_copy(update={key: value for key, value in chosen.items() if value is not None})}
     )
@@ -104,6 +107,7 @@ def load_predictor(model: Path, config: Any, settings: PredictSettings) -> Any:
         folds = tuple(int(fold) if fold.isdigit() else fold for fold in source.checkpoints)
         predictor.initialize_from_trained_model_folder(str(model), folds, source.checkpoint_name)
     slim_predictor(predictor, _Session(slim, Report()), str(model), Path(model))
+    predictor.nnslim_export = slim.run.export
     if slim.run.backend != "stock":
         # On this object alone: nothing of nnU-Net's class is touched outside a context.
         predictor._internal_predict_sliding_window_return_logits = functools.partial(
@@ -185,19 +189,12 @@ def one_line(error: Exception) -> str:
 
 def _predict_case(predictor: Any, files: list[Path], previous: Path | None, truncated: Path) -> None:
     """Read, preprocess, predict and write one case with nnU-Net's own parts, in this process."""
-    from nnunetv2.inference.export_prediction import export_prediction_from_logits
-
-    data, properties = preprocess_case(predictor, files, previous)
+    streamed = getattr(predictor, "nnslim_export", "stock") == "streamed"
+    data, properties = preprocess_case(predictor, files, previous, lean=streamed)
     with silent():
         logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data))
+        del data
         try:
-            export_prediction_from_logits(
-                logits.numpy(),
-                properties,
-                predictor.configuration_manager,
-                predictor.plans_manager,
-                predictor.dataset_json,
-                str(truncated),
-            )
+            write_prediction(predictor, logits, properties, truncated, streamed=streamed)
         except RuntimeError as error:  # SimpleITK's way to report a failed write
             raise OutputError(f"cannot write {truncated}: {' '.join(str(error).split())[-300:]}") from error

@@ -38,7 +38,9 @@ class Session(Protocol):
     report: Report
 
 
-def predictor_patches(current: Callable[[], Session | None]) -> list[AttributePatch]:
+def predictor_patches(
+    current: Callable[[], Session | None], prepare: Callable[[], None] = lambda: None
+) -> list[AttributePatch]:
     """Return the patches, not yet applied.
 
     Only methods that TotalSegmentator leaves alone are replaced, and on the class: whoever imported the class before
@@ -47,6 +49,7 @@ def predictor_patches(current: Callable[[], Session | None]) -> list[AttributePa
 
     Args:
         current: returns the session in force for the calling thread, or None to leave the model as it is.
+        prepare: called whenever a model is made ready.
     Raises:
         HostError: nnU-Net is missing or not one that we know; nothing is changed.
     """
@@ -58,6 +61,7 @@ def predictor_patches(current: Callable[[], Session | None]) -> list[AttributePa
             self: Any, model_training_output_dir: str, use_folds: Any, checkpoint_name: str = "checkpoint_final.pth"
         ) -> Any:
             result = original(self, model_training_output_dir, use_folds, checkpoint_name)
+            prepare()
             if (session := current()) is not None:
                 folder = str(model_training_output_dir)
                 slim_predictor(self, session, folder, Path(folder))
@@ -87,6 +91,7 @@ def predictor_patches(current: Callable[[], Session | None]) -> list[AttributePa
                 trainer_name,
                 inference_allowed_mirroring_axes,
             )
+            prepare()
             if (session := current()) is not None:
                 slim_predictor(self, session, f"{plans_manager.dataset_name} ({trainer_name}, in memory)")
             return result

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Pipeline:
 
     Attributes:
         name: of the row. model: model folder. config: to compress by, None for the model as it is.
-        settings: as for `nnslim predict`; backend "stock" is nnU-Net's own pipeline.
+        settings: as for `nnslim predict`; backend "stock" is nnU-Net's own pipeline, its export included.
     """
 
     name: str
@@ -64,7 +64,10 @@ def prepare_pipeline(pipeline: Pipeline, images: Path) -> Candidate:
     config = pipeline.config
     if config is not None:  # what is asked for is timed, also where it does not pay
         config = config.model_copy(update={"run": config.run.model_copy(update={"guard": False})})
-    predictor = load_predictor(pipeline.model, config, pipeline.settings)
+    settings = pipeline.settings
+    if settings.backend == "stock" and settings.export is None:
+        settings = replace(settings, export="stock")
+    predictor = load_predictor(pipeline.model, config, settings)
     cases = find_cases(images, predictor.dataset_json["file_ending"])
     loaded = time.perf_counter()
     _first_pass(predictor)
