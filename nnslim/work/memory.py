@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import threading
 from pathlib import Path
 
 _PROCESS = Path("/proc/self")
@@ -26,6 +27,35 @@ def peak_bytes() -> int:
         return found
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
+
+
+class PeakMeter:
+    """Peaks of spans that overlap, from the one high-water mark that a process has. May be used by several threads."""
+
+    def __init__(self) -> None:
+        """Watch nothing yet."""
+        self._lock = threading.Lock()
+        self._open: dict[int, int] = {}
+        self._next = 0
+
+    def begin(self) -> int:
+        """Open a span and return its handle."""
+        with self._lock:
+            self._note()
+            self._next += 1
+            self._open[self._next] = 0
+            return self._next
+
+    def end(self, handle: int) -> int:
+        """Close a span; return the peak of resident memory while it was open, bytes."""
+        with self._lock:
+            self._note()
+            return self._open.pop(handle)
+
+    def _note(self) -> None:
+        peak = peak_bytes()
+        self._open = {handle: max(found, peak) for handle, found in self._open.items()}
+        reset_peak()
 
 
 def available_bytes() -> int | None:

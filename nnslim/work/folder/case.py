@@ -1,0 +1,133 @@
+"""What a folder run is about: cases, what came of them, and who predicts them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to predict.
+
+    Attributes:
+        name: identifier, unique in the folder.
+        files: the images, one per channel.
+        target: name of the file or folder that is written, in the output folder.
+        voxels: of one image, for the order of work; bytes where the format does not tell.
+        problem: why it cannot be predicted, where the listing shows that already; else "".
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    target: str
+    voxels: int = 0
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What came of a case: one line of manifest.jsonl.
+
+    Attributes:
+        name, target, voxels: see `Case`.
+        status: "done", "failed", or "there" (predicted before; not written to the manifest).
+        error: why it failed, one line.
+        seconds: from the first byte read to the result in place.
+        stages: seconds of "read" (and preprocess), "forward" and "write" (resample, label, compress).
+        peak_mb: high-water mark of the worker's resident memory while it had the case, in 2^20 bytes; with overlapping
+            stages its neighbours' share is in it.
+        sha256: of the file; of a folder, see `checksum`.
+        input: bytes and latest modification time (Unix seconds) of the images.
+        worker: host and process. attempts: workers that had it, itself included.
+        model: 16 hexadecimal digits of weights and settings that decide the result.
+        versions: of nnslim, its hosts, torch and Python.
+        time: when it ended, UTC, ISO 8601.
+    """
+
+    name: str
+    status: str
+    error: str = ""
+    seconds: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
+    voxels: int = 0
+    peak_mb: float = 0.0
+    target: str = ""
+    sha256: str = ""
+    input: dict[str, float] = field(default_factory=dict)
+    worker: str = ""
+    attempts: int = 1
+    model: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    time: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Record | None:
+        """Return the record of a manifest line, None where it is none; keys of later versions are dropped."""
+        known = {item.name for item in fields(cls)}
+        try:
+            return cls(**{key: value for key, value in values.items() if key in known})
+        except TypeError:
+            return None
+
+
+def now() -> str:
+    """Return the time, UTC, ISO 8601 with milliseconds."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+class Model(Protocol):
+    """A loaded model. Its three methods run in three threads, each on another case."""
+
+    def read(self, case: Case) -> Any:
+        """Return what `forward` needs."""
+        ...
+
+    def forward(self, case: Case, data: Any) -> Any:
+        """Return what `write` needs."""
+        ...
+
+    def write(self, case: Case, result: Any, beside: Path) -> None:
+        """Write the file or folder `beside`, which ends as `case.target` does."""
+        ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker runs: its number, its CPU threads (None: all), its GPU (None: the one that is visible)."""
+
+    index: int = 0
+    threads: int | None = None
+    gpu: int | None = None
+
+
+class Job(Protocol):
+    """What is sent to a worker: small, can be pickled, and imports little before it is opened."""
+
+    @property
+    def first_alone(self) -> bool:
+        """Whether one worker should load first because it leaves something on disk for the others."""
+        ...
+
+    def stamp(self) -> tuple[str, dict[str, str]]:
+        """Return the identity of the model with its settings, and the versions; see `Record`."""
+        ...
+
+    def open(self, place: Place) -> AbstractContextManager[Model]:
+        """Load the model.
+
+        Raises:
+            NNSlimError: it cannot be used; the whole run ends.
+        """
+        ...
+
+
+Report = Callable[[Record], None]

@@ -1,0 +1,162 @@
+"""Predict what is left of a folder: skip what is done and whole, order the rest, keep the manifest."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from nnslim.errors import ConfigError, OutputError, nearest
+from nnslim.files import make_folder
+from nnslim.work.folder.case import Case, Job, Record, now
+from nnslim.work.folder.engines import Crew, Engine
+from nnslim.work.folder.manifest import NAME, Manifest, alone, checksum
+from nnslim.work.folder.pipeline import input_facts, remove_leftovers
+from nnslim.work.folder.schedule import Schedule, in_order, share
+
+_ENGINES = {"here": "here", "local": "local", "ray": "ray_actors"}
+_log = logging.getLogger("nnslim")
+
+
+@dataclass(frozen=True)
+class FolderSettings:
+    """How a folder is gone through.
+
+    Attributes:
+        engine: "here": in this process; "local": worker processes; "ray".
+        crew: see `Crew`.
+        overwrite: predict again what is there.
+        attempts: workers that may die with a case before it is given up.
+        part: (number, count): this run does one of `count` shares of the folder, the others are done elsewhere.
+    """
+
+    engine: str = "here"
+    crew: Crew = field(default_factory=Crew)
+    overwrite: bool = False
+    attempts: int = 3
+    part: tuple[int, int] | None = None
+
+
+def run_folder(
+    job: Job,
+    cases: Sequence[Case],
+    output: Path,
+    settings: FolderSettings,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Record]:
+    """Predict the cases that are not done, and return one record for each case, in the order given.
+
+    A case is done if the manifest has it as done by the same model with the same settings from the same images, and
+    the file has the checksum that the manifest gives; a file that is there without a word about it in the manifest is
+    somebody else's and stays.
+
+    Args:
+        job: the model. cases: of the folder, all of them. output: created if missing. settings: see there.
+        progress: called with (cases done, cases in all).
+    Raises:
+        OutputError: the folder cannot be written, holds another model's results, or another run is writing to it.
+        HostError, ModelFolderError: the model cannot be used.
+        ConfigError: no such engine.
+    """
+    engine = _engine(settings.engine)
+    if settings.part is not None:
+        cases = share(cases, *settings.part)
+    targets = {case.target for case in cases}
+    make_folder(output)
+    with alone(output, shared=settings.part is not None):
+        manifest = Manifest(output, settings.part)
+        manifest.tidy()
+        keeper = _Keeper(manifest, job.stamp(), len(cases), progress)
+        begun = manifest.begun()
+        left = in_order(_left(cases, output, begun, keeper, settings.overwrite), begun)
+        remove_leftovers(output, targets)
+        schedule = Schedule(left, settings.attempts, begin=lambda case: manifest.begin(case.name))
+        try:
+            if left:
+                engine(job, schedule, output, settings.crew, keeper.keep)
+        finally:
+            remove_leftovers(output, targets)
+        manifest.finish(keeper.records.values())
+    return [keeper.records[case.name] for case in cases]
+
+
+class _Keeper:
+    """Writes each record down as it comes."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        stamp: tuple[str, dict[str, str]],
+        total: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self.manifest = manifest
+        self.model, self._versions = stamp
+        self._total = total
+        self._progress = progress
+        self.records: dict[str, Record] = {}
+
+    def keep(self, record: Record) -> None:
+        record = replace(record, model=self.model, versions=self._versions)
+        self.manifest.append(record)
+        self.note(record)
+
+    def note(self, record: Record) -> None:
+        self.records[record.name] = record
+        if self._progress is not None:
+            self._progress(len(self.records), self._total)
+
+
+def _left(
+    cases: Sequence[Case], output: Path, begun: Mapping[str, int], keeper: _Keeper, overwrite: bool
+) -> list[Case]:
+    """Return the cases to predict; the others get their records."""
+    known = {} if overwrite else keeper.manifest.read()
+    done = {case.name: known[case.name] for case in cases if case.name in known and known[case.name].status == "done"}
+    other = [
+        c.name for c in cases if c.name in done and done[c.name].model != keeper.model and (output / c.target).exists()
+    ]
+    if other:
+        raise OutputError(
+            f"{output} holds results of another model or of other settings ({len(other)} in {NAME}, "
+            f"{other[0]} among them); choose another folder, or --overwrite"
+        )
+    left, strangers = [], []
+    for case in cases:
+        if case.problem:
+            keeper.keep(Record(case.name, "failed", case.problem, target=case.target, time=now()))
+        elif case.name in done and _is_whole(done[case.name], case, output / case.target):
+            keeper.note(replace(done[case.name], status="there"))
+        elif not overwrite and case.name not in known and case.name not in begun and (output / case.target).exists():
+            strangers.append(case.target)
+            keeper.note(Record(case.name, "there", voxels=case.voxels, target=case.target))
+        else:
+            left.append(case)
+    if strangers:
+        _log.warning(
+            "%d results are kept that %s does not name (%s ...); --overwrite predicts them again",
+            len(strangers),
+            NAME,
+            strangers[0],
+        )
+    return left
+
+
+def _is_whole(record: Record, case: Case, target: Path) -> bool:
+    facts = input_facts(case.files)
+    if facts["bytes"] != record.input.get("bytes") or facts["time"] > record.input.get("time", 0.0):
+        _log.warning("%s: its images have changed; it is predicted again", case.name)
+        return False
+    found = checksum(target)
+    if found and found != record.sha256:
+        _log.warning("%s is not what was written (another checksum); it is predicted again", target)
+    return found == record.sha256 != ""
+
+
+def _engine(name: str) -> Engine:
+    if name not in _ENGINES:
+        raise ConfigError(f"no engine '{name}'; {nearest(name, _ENGINES)}")
+    module: object = importlib.import_module(f"nnslim.work.folder.engines.{_ENGINES[name]}")
+    return module.run  # type: ignore[attr-defined,no-any-return]
