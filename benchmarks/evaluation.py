@@ -143,10 +143,10 @@ def time_classes(
         method(*small, 1)  # imports
     rows = []
     for label in chosen:
-        row: dict[str, float] = {"label": label, "voxels": int(sizes[label])}
+        row: dict[str, float] = {"label": int(label), "voxels": int(sizes[label])}
         for name, method in methods.items():
             clock = Clock()
-            row[f"{name}: NSD"] = method(prediction, reference, label)
+            row[f"{name}: NSD"] = float(method(prediction, reference, label))
             row[f"{name}: cpu s"], row[f"{name}: s"] = clock.read()
         rows.append(row)
         print({key: round(value, 8) for key, value in row.items()}, flush=True)
@@ -163,6 +163,7 @@ def main() -> int:
     parser.add_argument("-o", "--output", type=Path, default=Path("evaluation"), help="folder to write")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="monai")
     args.output.mkdir(parents=True, exist_ok=True)
     prediction, reference = make_maps(args.data, tuple(args.shape), 61)
     sizes = np.bincount(reference.reshape(-1))
