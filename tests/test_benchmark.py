@@ -208,7 +208,7 @@ def test_points_have_names_of_their_own():
 
 def test_ray_missing_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(Exception, match=r"--ray needs Ray .*pip install nnslim\[ray\]"):
+    with pytest.raises(Exception, match=r"ray is not installed; --ray needs it; pip install nnslim\[ray\]"):
         RayPool(lambda point: {}, 1)
 
 

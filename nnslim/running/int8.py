@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from nnslim.errors import BackendError
+from nnslim.optional import needed
 from nnslim.running.kept_models import fingerprint, keep, model_key, read_model, write_model
 from nnslim.running.openvino import convert, openvino_module, silent_loggers
 
@@ -48,19 +49,6 @@ class Quantised:
         )
 
 
-def nncf_module() -> Any:
-    """Return the package.
-
-    Raises:
-        BackendError: it is not installed.
-    """
-    try:
-        import nncf
-    except ImportError as error:
-        raise BackendError("nncf is not installed; pip install nnslim[openvino]") from error
-    return nncf
-
-
 def quantize(
     network: Any,
     shape: Sequence[int],
@@ -87,7 +75,7 @@ def quantize(
         BackendError: openvino or nncf is missing, there are no tiles, or one has another shape.
     """
     openvino_module()
-    nncf = nncf_module()
+    nncf = needed("nncf", "nnslim[openvino]")
     shape = (1, *(int(size) for size in shape[1:]))
     name = fingerprint(network) if isinstance(network, nn.Module) else ""
     model = convert(network, shape, channels_last=channels_last) if name else network

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nnslim.errors import BackendError, RewriteError
 from nnslim.files import write_bytes
+from nnslim.optional import needed
 from nnslim.running.engine import rewritten
 from nnslim.running.openvino import silent_loggers
 
@@ -31,12 +32,7 @@ def onnx_modules() -> tuple[Any, Any]:
     Raises:
         BackendError: one is not installed.
     """
-    try:
-        import onnx
-        import onnxruntime
-    except ImportError as error:
-        raise BackendError(f"{error.name} is not installed; pip install nnslim[onnx]") from error
-    return onnx, onnxruntime
+    return needed("onnx", "nnslim[onnx]"), needed("onnxruntime", "nnslim[onnx]")
 
 
 def to_onnx(network: nn.Module, shape: Sequence[int]) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnslim.errors import BackendError, OutputError, RewriteError
+from nnslim.optional import needed
 from nnslim.running.engine import rewritten
 from nnslim.running.kept_models import fingerprint, keep, model_key, read_model, recall
 
@@ -34,11 +35,7 @@ def openvino_module() -> Any:
     Raises:
         BackendError: it is not installed.
     """
-    try:
-        import openvino
-    except ImportError as error:
-        raise BackendError("openvino is not installed; pip install nnslim[openvino]") from error
-    return openvino
+    return needed("openvino", "nnslim[openvino]")
 
 
 @contextmanager

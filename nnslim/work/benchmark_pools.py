@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from nnslim.errors import BackendError
+from nnslim.optional import needed
 from nnslim.work.alternate import Timing, reason
 from nnslim.work.benchmark import Row, timed_row
 from nnslim.work.benchmark_point import Point
@@ -54,12 +54,7 @@ class RayPool:
         Raises:
             BackendError: Ray is missing.
         """
-        try:
-            import ray
-        except ImportError as error:
-            raise BackendError(
-                f"--ray needs Ray ({error}); run pip install nnslim[ray], or go without --ray"
-            ) from error
+        ray = needed("ray", "nnslim[ray]", purpose="--ray")
         if not ray.is_initialized():
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", include_dashboard=None)
         self._ray = ray

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nnslim.cost import Cost, measure_cost
 from nnslim.errors import BackendError, ConfigError, nearest
 from nnslim.files import save_checkpoint
+from nnslim.optional import needed
 from nnslim.running.engine import BACKENDS, Settings, make_engine
 from nnslim.running.processor import cpu_name
 from nnslim.work.alternate import Candidate, Job
@@ -153,10 +154,7 @@ def convert_plain(network: nn.Module, shape: Sequence[int]) -> Any:
     Raises:
         BackendError: OpenVINO is not installed.
     """
-    try:
-        import openvino
-    except ImportError as error:
-        raise BackendError(f"openvino is not installed ({error}); run pip install nnslim[openvino]") from error
+    openvino = needed("openvino", "nnslim[openvino]")
     small = [size // 2 if size % 64 == 0 and size > 64 else size for size in shape[2:]]
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the converter's tracing is deprecated in torch

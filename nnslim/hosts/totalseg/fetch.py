@@ -8,11 +8,11 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from nnslim.errors import DownloadError, HostError
 from nnslim.files import output_error, read_json, write_json
+from nnslim.optional import needed
 
 log = logging.getLogger("nnslim")
 
@@ -63,17 +63,13 @@ def discard(part: Path) -> None:
     _note(part).unlink(missing_ok=True)
 
 
-def import_requests() -> ModuleType:
+def import_requests() -> Any:
     """Import the HTTP client late: only a download needs it.
 
     Raises:
         HostError: it is not installed.
     """
-    try:
-        import requests
-    except ImportError as error:
-        raise HostError("downloads need the package requests; run pip install requests") from error
-    return requests
+    return needed("requests", "requests", purpose="a download", error=HostError)
 
 
 def _note(part: Path) -> Path:

@@ -1,0 +1,25 @@
+"""Packages that not everybody has: imported late, with what to install where they are missing."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from nnslim.errors import BackendError, NNSlimError
+
+
+def needed(name: str, install: str, *, purpose: str = "", error: type[NNSlimError] = BackendError) -> Any:
+    """Import a package and return it.
+
+    Args:
+        name: of the module. install: what pip takes. purpose: what it is needed for, for the message.
+        error: to raise.
+    Raises:
+        error: the package is missing, or does not import.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as problem:
+        missing = problem.name or name
+        why = f"{purpose} needs it; " if purpose else ""
+        raise error(f"{missing} is not installed; {why}pip install {install}") from problem
