@@ -21,11 +21,15 @@ from nnslim.methods.base import Decision
 from nnslim.work.agreement import Agreement, CaseAgreement, ClassAgreement
 from nnslim.work.benchmark import COLUMNS, Benchmark, read_benchmark, write_table
 from nnslim.work.config import tucker
+from nnslim.work.evaluation.classes import LabelClass
+from nnslim.work.evaluation.compare import CaseScores, Scores
+from nnslim.work.evaluation.evaluation import Evaluation
+from nnslim.work.evaluation.scores import ClassScores, ScoreTable, read_scores
+from nnslim.work.evaluation.tables import write_csv, write_summary
 from nnslim.work.html_figures import Axis, Point, recovery_lines, scatter, stage_bars, strips
 from nnslim.work.html_report import FileFact, ReportData, Viewer, render_report, viewer_view
 from nnslim.work.html_tables import best_pair
 from nnslim.work.html_viewer import Scene, embed, find_niivue, label_box
-from nnslim.work.scores import read_scores
 from nnslim.work.slim_record import SlimRecord
 
 EVIL = "<b>&\"'</script><!--"
@@ -257,8 +261,6 @@ def test_what_was_not_measured_is_said_with_the_command():
 
 
 def nsd_scores():
-    from nnslim.work.scores import ClassScores, ScoreTable
-
     return ScoreTable("slim", {"one": ClassScores(0.8, 0.9, 1.0, 3)}, 3)
 
 
@@ -538,6 +540,23 @@ def test_scores_of_something_else_are_refused(tmp_path):
             read_scores(path, "slim")
     with pytest.raises(InputError, match="cannot be read"):
         read_scores(tmp_path / "none.csv", "slim")
+
+
+def test_scores_are_those_that_evaluate_writes(tmp_path):
+    names = (LabelClass("one", (1,), "1"), LabelClass("two", (2,), "2"))
+    found = Evaluation(names, tolerance=2.5)
+    for name, counts in (("a", (10, 20, 5)), ("b", (10, 10, 10)), ("c", (0, 5, 0))):
+        scores = {"1": Scores(*counts, 100, nsd=0.5, hd95=3.0 if counts[0] else math.nan)}
+        found.cases.append(CaseScores(name, tmp_path, tmp_path, 100, scores))
+    write_csv(tmp_path / "m.csv", found)
+    write_summary(tmp_path / "summary.json", found)
+    table = read_scores(tmp_path / "m.csv", "slim")
+    assert (table.cases, table.tolerance, list(table.classes)) == (3, 2.5, ["one", "two"])
+    assert table.classes["one"].dice == pytest.approx((2 * 5 / 30 + 1 + 0) / 3, abs=1e-5)
+    assert (table.classes["one"].nsd, table.classes["one"].hd95, table.classes["one"].cases) == (0.5, 3.0, 3)
+    assert math.isnan(table.classes["two"].dice) and table.classes["two"].cases == 0
+    for metric in ("dice", "nsd", "hd95"):
+        assert table.mean(metric) == pytest.approx(found.mean(metric), abs=1e-5)
 
 
 def test_benchmark_is_read_from_folder_and_table(tmp_path):

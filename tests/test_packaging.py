@@ -28,6 +28,7 @@ def test_T2_wheel_holds_every_module_preset_and_the_model(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "nnslim").rglob("*.py")}
     assert sources <= names
+    assert {f"nnslim/work/html/{p.name}" for p in (ROOT / "nnslim" / "work" / "html").iterdir()} <= names
     assert {f"nnslim/configs/{p.name}" for p in (ROOT / "configs").glob("*.yml")} <= names
     assert any(name.endswith("fold_0/checkpoint_final.pth") for name in names)
     assert wheel.stat().st_size < 15e6

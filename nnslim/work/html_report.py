@@ -11,6 +11,7 @@ from typing import Any
 from nnslim._version import __version__
 from nnslim.errors import InputError
 from nnslim.work.benchmark import Benchmark
+from nnslim.work.evaluation.scores import ScoreTable
 from nnslim.work.figures import overlay_planes
 from nnslim.work.html_figures import View, layer_bars, recovery_lines, scatter
 from nnslim.work.html_format import FILTERS, dice
@@ -27,7 +28,6 @@ from nnslim.work.html_sections import (
 )
 from nnslim.work.html_tables import classes_view, kept_dense, methods_view, model_points, time_points
 from nnslim.work.html_viewer import Scene, embed
-from nnslim.work.scores import ScoreTable
 from nnslim.work.slim_record import SlimRecord
 
 _TEMPLATES = Path(__file__).parent / "html"

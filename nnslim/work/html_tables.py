@@ -13,8 +13,8 @@ from nnslim.errors import ConfigError
 from nnslim.methods.base import method_named
 from nnslim.work.benchmark import DENSE, Benchmark, Row, find
 from nnslim.work.compress import Counts
+from nnslim.work.evaluation.scores import ScoreTable
 from nnslim.work.html_figures import Point, View, strips
-from nnslim.work.scores import ScoreTable
 from nnslim.work.slim_record import SlimRecord
 
 

@@ -14,10 +14,10 @@ from nnslim.hosts.nnunet.agree import slim_record
 from nnslim.hosts.nnunet.folder import find_folds, load_checkpoint, read_json_object
 from nnslim.hosts.nnunet.predict import PredictSettings
 from nnslim.work.benchmark import read_benchmark
+from nnslim.work.evaluation.scores import read_scores
 from nnslim.work.html_report import FileFact, ReportData, Viewer, render_report
 from nnslim.work.html_viewer import find_niivue
 from nnslim.work.recover import Progress
-from nnslim.work.scores import read_scores
 from nnslim.work.slim_record import SlimRecord
 
 

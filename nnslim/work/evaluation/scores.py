@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from nnslim.errors import InputError
 from nnslim.files import read_json
-
-METRICS = ("dice", "nsd", "hd95")
+from nnslim.work.evaluation.evaluation import METRICS, mean
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class ScoreTable:
 
     def mean(self, metric: str) -> float:
         """Return the mean over classes of the means over cases; NaN left out."""
-        return _mean([getattr(one, metric) for one in self.classes.values()])
+        return mean(np.array([getattr(one, metric) for one in self.classes.values()], float))
 
 
 def read_scores(path: Path, name: str, labels: Mapping[str, str] | None = None) -> ScoreTable:
@@ -73,15 +74,10 @@ def read_scores(path: Path, name: str, labels: Mapping[str, str] | None = None) 
         found.setdefault(key, []).append(values)
     classes = {
         key: ClassScores(
-            **{metric: _mean([values[metric] for values in listed]) for metric in METRICS},
+            **{metric: mean(np.array([values[metric] for values in listed])) for metric in METRICS},
             cases=sum(not math.isnan(values["dice"]) for values in listed),
         )
         for key, listed in found.items()
     }
     tolerance = read_json(path.with_name("summary.json")).get("nnslim", {}).get("tolerance_mm")
     return ScoreTable(name, classes, len({row["case"] for row in rows}), tolerance)
-
-
-def _mean(values: list[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
