@@ -20,6 +20,9 @@ def distill(
     seconds: Annotated[float | None, typer.Option(help="time budget per fold")] = None,
     batch_size: Annotated[int | None, typer.Option(help="patches per step; default: 2")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="of AdamW; default: 0.0005")] = None,
+    mirrored_teacher: Annotated[
+        bool, typer.Option(help="learn the mean of the dense answers to mirror images, where the model may be mirrored")
+    ] = True,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     trust: TrustOption = False,
     quiet: QuietOption = False,
@@ -29,6 +32,7 @@ def distill(
 
     start(quiet)
     given = {"seconds": seconds, "batch_size": batch_size, "learning_rate": learning_rate}
+    given["mirrored_teacher"] = mirrored_teacher
     settings = distill_config(images, device, steps=steps, block_steps=block_steps, **given)
     slim, dense = read_pair(model, teacher, trust=trust)
     with stepping(quiet) as step:

@@ -285,7 +285,7 @@ def settle(
     """
     if not plans or not plans[-1].rivals:
         return plans
-    referee = Referee.of(dense, data)
+    referee = Referee.of(dense, data, images=config.recovery.mirrored_teacher)
     drops = {}
     for number, plan in enumerate((plans[-1], *plans[-1].rivals)):
         trial = (*plans[:-1], plan)

@@ -187,7 +187,7 @@ def distil(
         progress: called with (what, steps done, steps in all).
     """
     dense.eval()
-    referee = Referee.of(dense, data)
+    referee = Referee.of(dense, data, images=settings.mirrored_teacher)
     learner = _Learner(dense, slim, data, settings)
     run = _Run(learner, referee, settings, checkpoint, identity, target, progress)
     try:
@@ -335,7 +335,7 @@ def recover(
 ) -> Recovery:
     """Run what the settings switch on (compensation is part of the fit), in place; see `distil` for the arguments."""
     if settings.norms:
-        referee = Referee.of(dense, data)
+        referee = Referee.of(dense, data, images=settings.mirrored_teacher)
         before, saved = referee.drop(slim), {k: v.clone() for k, v in slim.state_dict().items()}
         recalibrate_norms(dense, slim, data.tiles)
         if not referee.drop(slim) <= before:  # a line per channel can overshoot where the error is large
@@ -344,5 +344,5 @@ def recover(
         return distil(
             dense, slim, data, settings, checkpoint=checkpoint, identity=identity, target=target, progress=progress
         )
-    drop = Referee.of(dense, data).drop(slim)
+    drop = Referee.of(dense, data, images=settings.mirrored_teacher).drop(slim)
     return Recovery(before=drop, after=drop)

@@ -52,9 +52,13 @@ class Referee:
         self._budget = 256 * 2**20  # bytes that are kept in memory
 
     @classmethod
-    def of(cls, dense: nn.Module, data: Calibration) -> Referee:
-        """Return the referee of calibration data."""
-        axes, mirrored = data.mirror_axes, data.mirrored
+    def of(cls, dense: nn.Module, data: Calibration, *, images: bool = True) -> Referee:
+        """Return the referee of calibration data.
+
+        Args:
+            images: mirror images count towards the truth; they must not where the plain answer is learned.
+        """
+        axes, mirrored = data.mirror_axes if images or data.mirrored else (), data.mirrored
         return cls(dense, data.held_out, regions=data.regions, axes=axes, mirrored=mirrored)
 
     @torch.inference_mode()

@@ -121,9 +121,18 @@ def test_plan_totals_are_those_of_compress(make_model, case_folder, tmp_path, me
     slimmed = compress_folder(source, tmp_path / "slim", config)
     assert planned.parameters == (slimmed.dense.parameters, slimmed.slim.parameters)
     assert planned.macs == (slimmed.dense.macs, slimmed.slim.macs)
-    assert (tmp_path / "plan.csv").read_bytes() == (tmp_path / "slim" / "plan.csv").read_bytes()
+    tables = [read_table(path) for path in (tmp_path / "plan.csv", tmp_path / "slim" / "plan.csv")]
+    for table in tables:
+        for row in table:
+            del row["error"]  # predicted by the plan, measured by the compression
+    assert tables[0] == tables[1]
     text = "\n".join(planned.lines())
     assert f"{slimmed.slim.parameters:,}" in text and "MACs per 16x16x16 patch" in text
+
+
+def read_table(path):
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
 
 
 def test_plan_faults_exit_2(make_model, config, tmp_path, nnslim):
@@ -171,7 +180,7 @@ def test_distill_comes_nearer_to_the_dense_answers(
     target = tmp_path / "nnUNetTrainer__nnUNetPlansBetter__x"
     out, _ = nnslim(
         "distill", "-m", slim, "--teacher", source, "-i", case_folder, "-o", target,
-        "--steps", 90, "--block-steps", 10, "--learning-rate", 3e-3,
+        "--steps", 90, "--block-steps", 10, "--learning-rate", 3e-3, "--no-mirrored-teacher",
     )  # fmt: skip
     for fold in folds:
         assert f"fold {fold}: 100 steps" in out
