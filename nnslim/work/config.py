@@ -33,8 +33,8 @@ class RunConfig(_Section):
     threads: int | None = Field(None, ge=1, description="CPU threads; default: all that the process may use")
     tile_batch: int = Field(1, ge=1, description="tiles per forward pass")
     export: Literal["streamed", "stock"] = Field(
-        "stock",
-        description="stock: nnU-Net's; streamed: labels without full-size scores, preprocessing without float64 copies",
+        "streamed",
+        description="streamed: labels without full-size scores, preprocessing without float64 copies; stock: nnU-Net's",
     )
     guard: bool = Field(True, description="measure dense and slim here; layers that make it slower stay dense")
 
