@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from nnslim.running.resample import Grid, grid_like_interpolate, grid_like_resize, resample
+from nnslim.running.resample_seg import resample_labels
 
 _DEFAULT = {"is_seg", "order", "order_z", "force_separate_z", "separate_z_anisotropy_threshold"}
 _TORCH = {"is_seg", "num_threads", "device", "memefficient_seg_resampling", "force_separate_z", "mode"} | {
@@ -61,18 +62,25 @@ def grid_of(
     settings = _taken_apart(function)[1]
     if kind is None or settings.get("is_seg", False):
         return None
+    sizes = [int(size) for size in shape], [int(size) for size in new_shape]
+    last_axis = _separate_axis(settings, kind, spacing, new_spacing)
+    if kind == "resize":
+        return grid_like_resize(*sizes, settings.get("order", 3), settings.get("order_z", 0), last_axis)
+    return grid_like_interpolate(*sizes, "linear", settings.get("aniso_axis_mode", "nearest-exact"), last_axis)
+
+
+def _separate_axis(
+    settings: dict[str, Any], kind: str, spacing: Sequence[float], new_spacing: Sequence[float]
+) -> int | None:
+    """Return the axis of thick slices, which nnU-Net resamples by itself; None where all are resampled as one."""
     from nnunetv2.preprocessing.resampling import default_resampling as default
 
     by_default = False if kind == "resize" else None
     threshold = settings.get("separate_z_anisotropy_threshold", default.ANISO_THRESHOLD)
-    separate, last_axis = default.determine_do_sep_z_and_axis(
+    separate, axis = default.determine_do_sep_z_and_axis(
         settings.get("force_separate_z", by_default), spacing, new_spacing, threshold
     )
-    sizes = [int(size) for size in shape], [int(size) for size in new_shape]
-    last_axis = int(last_axis) if separate else None
-    if kind == "resize":
-        return grid_like_resize(*sizes, settings.get("order", 3), settings.get("order_z", 0), last_axis)
-    return grid_like_interpolate(*sizes, "linear", settings.get("aniso_axis_mode", "nearest-exact"), last_axis)
+    return int(axis) if separate else None
 
 
 def _taken_apart(function: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -125,13 +133,26 @@ def _resampled(
 
 def _resampled_seg(
     function: Callable[..., Any],
-    seg: np.ndarray,
+    seg: Any,
     new_shape: Sequence[int],
     current_spacing: Sequence[float],
     new_spacing: Sequence[float],
 ) -> Any:
-    if known_function(function) == "resize" and isinstance(seg, np.ndarray) and seg.size:
-        label = seg.flat[0]
-        if (seg == label).all():
-            return np.full((len(seg), *(int(size) for size in new_shape)), label, dtype=seg.dtype)
-    return function(seg, new_shape, current_spacing, new_spacing)
+    if not (isinstance(seg, np.ndarray) and seg.ndim == 4 and seg.size and _votes(function)):
+        return function(seg, new_shape, current_spacing, new_spacing)
+    sizes = [int(size) for size in new_shape]
+    if list(seg.shape[1:]) == sizes:
+        return seg
+    last_axis = _separate_axis(_taken_apart(function)[1], "resize", current_spacing, new_spacing)
+    return np.stack([resample_labels(one, sizes, last_axis) for one in seg])
+
+
+def _votes(function: Callable[..., Any]) -> bool:
+    """Whether labels are resampled linearly, by the rule that we know; older batchgenerators have another."""
+    from batchgenerators.augmentations import utils
+
+    settings = _taken_apart(function)[1]
+    orders = settings.get("order", 3), settings.get("order_z", 0)
+    tie = inspect.signature(utils.resize_segmentation).parameters.get("seg_tiebreak")
+    known = known_function(function) == "resize" and settings.get("is_seg", False) and orders == (1, 0)
+    return known and tie is not None and tie.default == "nearest"

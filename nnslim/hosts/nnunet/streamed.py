@@ -162,6 +162,8 @@ def _plain(name: str, cropped: bool) -> Callable[..., Any]:
 
 def _known(configuration: Any, labels: Any) -> bool:
     """Whether resampling and choosing of labels are nnU-Net's, as we know them."""
+    if isinstance(labels, Stand):
+        return False  # called by nnU-Net's export inside ours: it is seen to
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
     function = configuration.resampling_fn_probabilities
