@@ -64,6 +64,13 @@ CONTENT = {
         }
     ]
     * 2,
+    "stored": {
+        "precision": "half",
+        "weight_bytes": 1_900_000,
+        "source_weight_bytes": 3_000_000,
+        "source_checkpoint_bytes": 8_000_000,
+        "agreement": {"tiles": 4, "mean_dice": 0.999, "classes": {"one": {"dice": 0.999, "worst_dice": 0.99}}},
+    },
     "speed": {"dense_ms": 800.0, "slim_ms": 200.0, "backend": "eager"},
 }
 
@@ -161,11 +168,12 @@ def test_layer_table_equals_the_record():
 
 
 def test_headline_figures_equal_the_record():
-    page = parse(render_report(data(record=replace(record(), agreement=agreed()), dense_bytes=8_000_000)))
+    page = parse(render_report(data(record=replace(record(), agreement=agreed()))))
     assert "1,000 dense 3,000, 3.00x fewer" in tile(page, "Parameters")
     macs = tile(page, "Multiply-accumulates per 40x56x40 patch")
     assert "1.00 G dense 4.00 G, 4.00x fewer" in macs and "4.10 G and 1.10 G" in macs
-    assert "2.00 MB dense 8.00 MB, 4.00x less" in tile(page, "Checkpoint file")
+    size = tile(page, "Checkpoint file")
+    assert "2.00 MB dense 8.00 MB, 4.00x less weights alone 1.90 MB (half precision), dense 3.00 MB" in size
     assert "200 ms dense 800 ms, 4.00x less eager, when it was compressed" in tile(page, "One forward pass")
     # one: (0.9 + 0.7 + 0.8) / 3; two: (0.99 + 0.95) / 2
     assert f"{(0.8 + 0.97) / 2:.4f} mean over classes, 3 case(s); lowest: one in b, 0.7000" in tile(page, "Dice, slim")
@@ -190,7 +198,21 @@ def test_method_names_only_the_settings_that_differ():
     assert [one.text for one in facts.all("dd")] == ["0.3"]
     text = page.one("section", id="done").text
     assert "No images were used" in text
+    assert "Dice with the same weights in single on 4 tile(s): one 0.9990." in text
     assert json.loads(page.one("section", id="done").one("pre").text) == CONTENT["config"]
+
+
+def test_layers_that_went_back_to_dense_are_told():
+    speed = {**CONTENT["speed"], "where": "a CPU", "planned_ms": 300.0, "put_back": ["a", "b"]}
+    text = parse(render_report(data(record=record(speed=speed)))).one("section", id="time").text
+    assert "took 200 ms, of the dense network 800 ms (alternated rounds, a CPU)." in text
+    assert "It took 300 ms before 2 layer(s) that saved no time went back to dense." in text
+
+
+def test_copy_in_half_precision_has_no_layers_to_show():
+    page = parse(render_report(data(record=record(layers=[], slim=CONTENT["dense"], recovery=[], config={}))))
+    assert "No layer was changed; the weights are stored in half precision." in page.text
+    assert rows(page.one("table", id="layer-table")) == []
 
 
 def test_reasons_for_dense_layers_are_counted_with_their_share():
@@ -244,7 +266,7 @@ def test_what_was_not_measured_is_said_with_the_command():
     bare = data(record=record(speed=None, recovery=[]), files=[])
     page = parse(render_report(bare))
     gaps = page.one("section", id="gaps").text
-    for command in ("nnslim agree", "nnslim evaluate", "nnslim benchmark", "nnslim report --dense DENSE"):
+    for command in ("nnslim agree", "nnslim evaluate", "nnslim benchmark", "nnslim report --dense DENSE -i IMAGES"):
         assert command in gaps
     for title in ("One forward pass", "Dice, slim against dense", "Dice against labels"):
         assert "not measured" in tile(page, title)
@@ -254,7 +276,6 @@ def test_what_was_not_measured_is_said_with_the_command():
         record=replace(record(), agreement=agreed()),
         benchmarks=[bench()],
         scores=[nsd_scores()],
-        dense_bytes=1,
         scenes=[scene()],
     )
     assert not parse(render_report(full)).all("section", id="gaps")

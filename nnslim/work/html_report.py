@@ -20,13 +20,15 @@ from nnslim.work.html_sections import (
     class_lines,
     error_note,
     gaps,
+    half_line,
     how_data,
     later,
     origin,
+    speed_line,
     summary,
-    tiles,
 )
 from nnslim.work.html_tables import classes_view, kept_dense, methods_view, model_points, time_points
+from nnslim.work.html_tiles import tiles
 from nnslim.work.html_viewer import Scene, embed
 from nnslim.work.slim_record import SlimRecord
 
@@ -63,7 +65,7 @@ class ReportData:
     Attributes:
         model: a short name. record: its nnslim.json. made: date of the page. folder: name of the model folder.
         written: date of the checkpoint file.
-        files: of the model. dense_bytes: of the dense model's checkpoints; dense_note: what is in these beside weights.
+        files: of the model.
         benchmarks: timings. scores: against labels, of any predictions. others: more models to compare with, by name.
         scenes: cases to show. viewer: None without one.
     """
@@ -74,8 +76,6 @@ class ReportData:
     folder: str = ""
     written: str = ""
     files: Sequence[FileFact] = ()
-    dense_bytes: int | None = None
-    dense_note: str = ""
     benchmarks: Sequence[Benchmark] = ()
     scores: Sequence[ScoreTable] = ()
     others: Mapping[str, SlimRecord] = field(default_factory=dict)
@@ -118,7 +118,8 @@ def _context(data: ReportData) -> View:
         "tiles": tiles(data),
         "methods": methods_view(record.config),
         "how_data": how_data(record),
-        "later": later(record),
+        "later": [line for line in (half_line(record), *later(record)) if line],
+        "speed_line": speed_line(record),
         "kept": kept_dense(record),
         "recovery": recovery_lines(record.recovery, record.facts.get("folds") or ()),
         "config": record.config,

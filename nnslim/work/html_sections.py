@@ -1,4 +1,4 @@
-"""Words of the report: headline figures, what was done, and what was not measured."""
+"""Words of the report: what was done, what the tables show, and what was not measured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nnslim.work.benchmark import Benchmark
 from nnslim.work.html_figures import View, stage_bars
 from nnslim.work.html_format import dice, seconds, short
-from nnslim.work.html_tables import Pair, best_pair, is_network, number, way_of
+from nnslim.work.html_tables import best_pair, is_network, number, way_of
 from nnslim.work.report import times_fewer
 from nnslim.work.slim_record import SlimRecord
 
@@ -18,108 +18,11 @@ if TYPE_CHECKING:
     from nnslim.work.html_report import ReportData
 
 
-def tiles(data: ReportData) -> list[View]:
-    """Return the headline figures; what was not measured says so in its place."""
-    record = data.record
-    size = sum(file.bytes for file in data.files)
-    made = [
-        _tile(
-            "Parameters",
-            f"{record.slim.parameters:,}",
-            f"dense {record.dense.parameters:,}",
-            "that a forward pass reaches",
-            (record.dense.parameters, record.slim.parameters),
-        ),
-        _tile(
-            f"Multiply-accumulates per {record.patch} patch",
-            f"{record.slim.macs / 1e9:.2f} G",
-            f"dense {record.dense.macs / 1e9:.2f} G",
-            f'convention "macs": products with weights alone; as fvcore counts, norms included, '
-            f"{record.dense.macs_fvcore / 1e9:.2f} G and {record.slim.macs_fvcore / 1e9:.2f} G",
-            (record.dense.macs, record.slim.macs),
-        ),
-        _tile(
-            "Checkpoint files" if len(data.files) > 1 else "Checkpoint file",
-            f"{size / 1e6:.2f} MB",
-            "" if data.dense_bytes is None else f"dense {data.dense_bytes / 1e6:.2f} MB",
-            data.dense_note or "the dense model was not given",
-            (data.dense_bytes, size) if data.dense_bytes else None,
-            "less",
-        ),
-        _time_tile(best_pair(data.benchmarks, record), record),
-        _agreement_tile(record),
-        _accuracy_tile(data),
-    ]
-    return made
-
-
-def _tile(
-    title: str, value: str, before: str, note: str, pair: tuple[float, float] | None = None, fewer: str = "fewer"
-) -> View:
-    return {
-        "title": title,
-        "value": value,
-        "before": before,
-        "change": times_fewer(*pair, fewer) if pair else "",
-        "worse": pair is not None and pair[1] > pair[0],
-        "note": note,
-        "gap": False,
-    }
-
-
-def _gap(title: str, note: str) -> View:
-    return {"title": title, "value": "not measured", "before": "", "change": "", "note": note, "gap": True}
-
-
-def _time_tile(pair: Pair | None, record: SlimRecord) -> View:
-    title = "One forward pass"
-    if pair is None and record.speed is None:
-        return _gap(title, "neither when it was compressed nor by a benchmark")
-    if pair is None:
-        dense, slim, how = record.speed.dense, record.speed.slim, f"{record.speed.backend}, when it was compressed"
-    else:
-        dense, slim = (number(row, "time_median_ms") / 1e3 for row in (pair.dense, pair.slim))
-        threads = pair.slim.get("threads")
-        counted = f", {threads} thread(s)" if threads not in (None, "") else ""
-        how = f"{way_of(pair.slim)}{counted}, median of {pair.slim.get('eval_passes', '?')} passes in turn"
-        if pair.stock is not None:
-            stock = number(pair.stock, "time_median_ms") / 1e3
-            how += f"; dense by stock nnU-Net {seconds(stock)}, {stock / slim:.2f}x the time"
-    return _tile(title, seconds(slim), f"dense {seconds(dense)}", how, (dense, slim), "less")
-
-
-def _agreement_tile(record: SlimRecord) -> View:
-    title = "Dice, slim against dense"
-    if record.agreement is None:
-        return _gap(title, "nnslim agree compares the two on images; no labels are needed")
-    worst = record.agreement.worst()
-    where = f"; lowest: {worst.class_name} in {worst.case}, {dice(worst.dice)}" if worst else ""
-    note = f"mean over classes, {len(record.agreement.cases)} case(s){where}"
-    return _tile(title, dice(record.agreement.mean_dice), "", note)
-
-
-def _accuracy_tile(data: ReportData) -> View:
-    title, agreement = "Dice against labels", data.record.agreement
-    if agreement is not None and not math.isnan(agreement.drop):
-        labelled = sum(case.labelled for case in agreement.cases)
-        note = f"drop {agreement.drop:.4f} over {labelled} labelled case(s); estimated without labels: "
-        note += f"{dice(agreement.expected_drop)}"
-        dense, slim = (dice(agreement.mean(f"dice_{which}")) for which in ("dense", "slim"))
-        return _tile(title, slim, f"dense {dense}", note)
-    if data.scores:
-        first, *rest = data.scores
-        others = ", ".join(f"{table.name} {dice(table.mean('dice'))}" for table in rest)
-        note = f"{first.name}, {first.cases} case(s); NSD {dice(first.mean('nsd'))}"
-        return _tile(title, dice(first.mean("dice")), others, note)
-    if agreement is not None and not math.isnan(agreement.expected_drop):
-        note = "without labels: what the dense model's probabilities let one expect; an estimate, not a measurement"
-        return _tile("Estimated drop in Dice against labels", dice(agreement.expected_drop), "", note)
-    return _gap(title, "nnslim agree -l LABELS, or nnslim evaluate and --metrics")
-
-
 def summary(record: SlimRecord) -> str:
     """Return one sentence about the whole."""
     changed = [one for one in record.decisions if one.action != "dense"]
+    if not changed:
+        return f"No layer was changed; the weights are stored in {record.stored.get('precision') or 'some'} precision."
     kinds = ", ".join(dict.fromkeys(one.action for one in changed)) or "no method"
     text = f"{len(changed)} of {len(record.decisions)} layers were replaced ({kinds}): "
     text += f"{times_fewer(record.dense.macs, record.slim.macs)} multiply-accumulates"
@@ -143,6 +46,28 @@ def how_data(record: SlimRecord) -> str:
         text += f"{where} {fold.get('steps', 0)} steps without labels, estimated drop in Dice {before} before and "
         text += f'{after} after; ended by "{fold.get("stopped", "")}".'
     return text
+
+
+def speed_line(record: SlimRecord) -> str:
+    """Return what was timed when the model was compressed."""
+    speed = record.speed
+    if speed is None:
+        return "No forward pass was timed when the model was compressed."
+    text = f"When the model was compressed, one forward pass took {seconds(speed.slim)}, of the dense network "
+    text += f"{seconds(speed.dense)} (alternated rounds, {speed.where or speed.backend})."
+    if speed.planned is not None:
+        text += f" It took {seconds(speed.planned)} before {len(speed.put_back)} layer(s) that saved no time went back "
+        text += "to dense."
+    return text
+
+
+def half_line(record: SlimRecord) -> str:
+    """Return what storing in half precision changed, where that was measured."""
+    half = record.stored.get("agreement")
+    if not half:
+        return ""
+    classes = ", ".join(f"{name} {dice(one['dice'])}" for name, one in half["classes"].items())
+    return f"Stored in half precision; Dice with the same weights in single on {half['tiles']} tile(s): {classes}."
 
 
 def later(record: SlimRecord) -> list[str]:
@@ -273,7 +198,6 @@ def gaps(data: ReportData) -> list[View]:
         "Stages of the whole pipeline, dense and slim",
         "nnslim benchmark -m DENSE -c MODEL -i IMAGES -o DIR, then nnslim report --benchmark DIR",
     )
-    add(data.dense_bytes is None, "Size of the dense checkpoint", "nnslim report --dense DENSE")
     add(not data.scenes, "Pictures of the worst and the median case", "nnslim report --dense DENSE -i IMAGES")
     return found
 

@@ -26,6 +26,7 @@ class SlimRecord:
         speed: one forward pass, measured when the model was compressed.
         agreement: with the dense model, on images.
         facts: the rest: nnslim (version), source, dataset, configuration, checkpoint, folds, distill, finetune.
+        stored: precision of the weights, bytes of them and of the files, of the dense model's too.
     """
 
     input_shape: tuple[int, ...]
@@ -37,6 +38,7 @@ class SlimRecord:
     speed: Speed | None = None
     agreement: Agreement | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    stored: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], where: str = "nnslim.json") -> SlimRecord:
@@ -58,9 +60,10 @@ class SlimRecord:
                 tuple(Decision.from_dict(layer) for layer in content["layers"]),
                 tuple(dict(fold) for fold in content.get("recovery") or ()),
                 dict(content.get("config") or {}),
-                speed and Speed(speed["dense_ms"] / 1e3, speed["slim_ms"] / 1e3, str(speed["backend"])),
+                speed and Speed.from_dict({"where": "", "planned_ms": None, "put_back": (), **speed}),
                 agreement and Agreement.from_dict(agreement),
                 {key: content.get(key) for key in _FACTS},
+                dict(content.get("stored") or {}),
             )
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise InputError(f"{where} is not what nnslim writes: {type(error).__name__}: {error}") from error

@@ -238,16 +238,17 @@ def test_names_of_models_and_tables(make_model, tmp_path):
 def test_sizes_of_checkpoints(make_model, tmp_path):
     source = make_model(folds=(0, 1))
     slim = slim_of(source, tmp_path / "slim")
-    data = gather(slim, ReportSettings(source))
-    assert data.dense_bytes == sum(path.stat().st_size for path in source.glob("fold_*/*.pth"))
-    assert "optimiser's state" in data.dense_note
+    page, data = write_report(slim)
+    files = [[folder / f"fold_{fold}" / "checkpoint_final.pth" for fold in "01"] for folder in (source, slim)]
+    dense, small = ([path.stat().st_size for path in paths] for paths in files)
     assert [(file.name, file.bytes) for file in data.files] == [
-        (f"fold_{fold}/checkpoint_final.pth", (slim / f"fold_{fold}" / "checkpoint_final.pth").stat().st_size)
-        for fold in "01"
+        ("fold_0/checkpoint_final.pth", small[0]),
+        ("fold_1/checkpoint_final.pth", small[1]),
     ]
-    shutil.rmtree(source / "fold_1")
-    with pytest.raises(ModelFolderError, match=r"fold_1.checkpoint_final.pth, which belongs to"):
-        gather(slim, ReportSettings(source))
+    (tile,) = [one for one in parse(page.read_text()).all("li", class_="tile") if "Checkpoint" in one.text]
+    assert f"{sum(small) / 1e6:.2f} MB dense {sum(dense) / 1e6:.2f} MB" in tile.text
+    weights = sum(p.numel() for p in build_network(read_model_folder(source)).parameters()) * 4 * 2
+    assert f"dense {weights / 1e6:.2f} MB; the rest" in tile.text and "single precision" in tile.text
 
 
 @pytest.mark.parametrize(

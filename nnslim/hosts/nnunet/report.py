@@ -11,7 +11,7 @@ from typing import Any
 from nnslim.errors import InputError, ModelFolderError
 from nnslim.files import sha256_of, write_bytes
 from nnslim.hosts.nnunet.agree import slim_record
-from nnslim.hosts.nnunet.folder import find_folds, load_checkpoint, read_json_object
+from nnslim.hosts.nnunet.folder import find_folds, read_json_object
 from nnslim.hosts.nnunet.predict import PredictSettings
 from nnslim.work.benchmark import read_benchmark
 from nnslim.work.evaluation.scores import read_scores
@@ -26,7 +26,7 @@ class ReportSettings:
     """What goes into the page beside the model's own record.
 
     Attributes:
-        dense: model that the slim one was made from. images: cases to compare and to show; needs `dense`.
+        images: cases to compare and to show. dense: model that the slim one was made from, to predict them with.
         labels: of these. predict: how they are predicted.
         benchmarks: folders or files of `nnslim benchmark`.
         scores: tables of `nnslim evaluate`, each FILE or NAME=FILE.
@@ -84,7 +84,7 @@ def gather(model: Path, settings: ReportSettings, progress: Progress | None = No
         scores=tuple(read_scores(path, name, _labels(dataset)) for name, path in map(_score_name, settings.scores)),
         others=_others(settings.others),
     )
-    data = _with_files(data, model, settings)
+    data = _with_files(data, model)
     if settings.images is None or settings.dense is None:
         return data
     from nnslim.hosts.nnunet.scenes import scenes_of_folders
@@ -103,7 +103,7 @@ def _record(model: Path) -> SlimRecord:
         raise ModelFolderError(f"{error}; a report needs the folder of a slim model") from error
 
 
-def _with_files(data: ReportData, model: Path, settings: ReportSettings) -> ReportData:
+def _with_files(data: ReportData, model: Path) -> ReportData:
     checkpoint = str(data.record.facts.get("checkpoint"))
     files = [model / f"fold_{fold}" / checkpoint for fold in find_folds(model, checkpoint)]
     if not files:
@@ -111,15 +111,7 @@ def _with_files(data: ReportData, model: Path, settings: ReportSettings) -> Repo
     facts = [FileFact(f"{path.parent.name}/{path.name}", path.stat().st_size, sha256_of(path)) for path in files]
     newest = max(path.stat().st_mtime for path in files)
     written = datetime.datetime.fromtimestamp(newest).astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    data = replace(data, files=facts, written=written)
-    if settings.dense is None:
-        return data
-    dense = [settings.dense / path.parent.name / checkpoint for path in files]
-    if missing := [path for path in dense if not path.is_file()]:
-        raise ModelFolderError(f"no {missing[0]}, which belongs to the slim model's {missing[0].parent.name}")
-    optimiser = load_checkpoint(dense[0], trust=settings.predict.trust).get("optimizer_state")
-    note = "of the dense model's, most is the optimiser's state" if optimiser else "both hold weights alone"
-    return replace(data, dense_bytes=sum(path.stat().st_size for path in dense), dense_note=note)
+    return replace(data, files=facts, written=written)
 
 
 def _others(named: Sequence[str]) -> dict[str, SlimRecord]:
