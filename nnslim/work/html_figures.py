@@ -14,6 +14,8 @@ from nnslim.methods.base import Decision
 from nnslim.work.benchmark_figures import pareto
 
 SERIES = 8  # colours that the style sheet has
+_CORNERS = ((8, -7), (8, 16), (-15, -7), (-15, 16))  # pixels from a point to its number
+_NEAR = 6.0  # percent of the plot
 View = dict[str, Any]
 
 
@@ -105,6 +107,7 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str) -> View | None:
         }
         for number, point in enumerate(points)
     ]
+    _place_numbers(placed)
     return {
         "points": placed,
         "front": [(placed[one], placed[other]) for one, other in itertools.pairwise(best)],
@@ -112,6 +115,18 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str) -> View | None:
         "x": {"title": x_title, "ticks": x_axis.ticks()},
         "y": {"title": y_title, "ticks": _from_top(y_axis)},
     }
+
+
+def _place_numbers(placed: Sequence[View]) -> None:
+    """Give each point a corner for its number, another one than that of the points near it have."""
+    for number, point in enumerate(placed):
+        near = [
+            other["corner"]
+            for other in placed[:number]
+            if abs(other["left"] - point["left"]) < _NEAR and abs(other["top"] - point["top"]) < _NEAR
+        ]
+        point["corner"] = min(range(len(_CORNERS)), key=lambda corner: (near.count(corner), corner))
+        point["dx"], point["dy"] = _CORNERS[point["corner"]]
 
 
 def recovery_lines(recovery: Sequence[Mapping[str, Any]], folds: Sequence[str]) -> View | None:

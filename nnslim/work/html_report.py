@@ -114,7 +114,7 @@ def _context(data: ReportData) -> View:
         "made": data.made,
         "policy": _POLICY + (_PAGE if viewer is None else _VIEWER),
         "record": record,
-        "summary": summary(record),
+        "summary": summary(data),
         "tiles": tiles(data),
         "methods": methods_view(record.config),
         "how_data": how_data(record),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nnslim.work.benchmark import Benchmark
 from nnslim.work.html_figures import View, stage_bars
 from nnslim.work.html_format import dice, seconds, short
-from nnslim.work.html_tables import best_pair, is_network, number, way_of
+from nnslim.work.html_tables import best_pair, is_network, number, pass_seconds, way_of
 from nnslim.work.report import times_fewer
 from nnslim.work.slim_record import SlimRecord
 
@@ -18,16 +18,17 @@ if TYPE_CHECKING:
     from nnslim.work.html_report import ReportData
 
 
-def summary(record: SlimRecord) -> str:
+def summary(data: ReportData) -> str:
     """Return one sentence about the whole."""
+    record = data.record
     changed = [one for one in record.decisions if one.action != "dense"]
     if not changed:
         return f"No layer was changed; the weights are stored in {record.stored.get('precision') or 'some'} precision."
     kinds = ", ".join(dict.fromkeys(one.action for one in changed)) or "no method"
     text = f"{len(changed)} of {len(record.decisions)} layers were replaced ({kinds}): "
     text += f"{times_fewer(record.dense.macs, record.slim.macs)} multiply-accumulates"
-    if record.speed:
-        text += f", {times_fewer(record.speed.dense, record.speed.slim, 'less')} time for a forward pass"
+    if timed := pass_seconds(best_pair(data.benchmarks, record), record):
+        text += f", {times_fewer(*timed, 'less')} time for a forward pass"
     if record.agreement:
         text += f", a mean Dice of {dice(record.agreement.mean_dice)} against the dense model"
     return f"{text}."
@@ -132,19 +133,19 @@ def benchmark_view(benchmark: Benchmark, record: SlimRecord) -> View:
             | {"name": row.get("name", ""), "way": way_of(row), "remark": remark}
         )
     told = {
-        "device_name": "",
-        "threads": " thread(s)",
-        "eval_passes": " passes of each row, in turn",
-        "torch": " (torch)",
+        "device_name": "{}",
+        "threads": "{} thread(s)",
+        "eval_passes": "{} passes of each row, in turn",
+        "torch": "torch {}",
     }
-    facts = [
-        ", ".join(dict.fromkeys(str(row[key]) for row in benchmark.rows if row.get(key) not in (None, ""))) + unit
-        for key, unit in told.items()
-    ]
+    known = {
+        key: ", ".join(dict.fromkeys(str(row[key]) for row in benchmark.rows if row.get(key) not in (None, "")))
+        for key in told
+    }
     return {
         "name": benchmark.name,
         "rows": rows,
-        "about": "; ".join(fact for fact in facts if fact),
+        "about": "; ".join(told[key].format(value) for key, value in known.items() if value),
         "stages": stage_bars(benchmark.profiles),
         "starts": ", ".join(f"{name} {seconds(value)}" for name, value in benchmark.starts.items()),
     }

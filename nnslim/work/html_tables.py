@@ -63,6 +63,14 @@ def best_pair(benchmarks: Iterable[Benchmark], record: SlimRecord) -> Pair | Non
     return min(pairs, key=lambda pair: number(pair.slim, "time_median_ms"), default=None)
 
 
+def pass_seconds(pair: Pair | None, record: SlimRecord) -> tuple[float, float] | None:
+    """Return seconds of a pass (dense, slim): of a benchmark, else as measured when the model was compressed."""
+    if pair is not None:
+        dense, slim = (number(row, "time_median_ms") / 1e3 for row in (pair.dense, pair.slim))
+        return dense, slim
+    return (record.speed.dense, record.speed.slim) if record.speed else None
+
+
 def methods_view(config: Mapping[str, Any]) -> list[View]:
     """Return each method with the settings that are not its defaults; all that are set where it is not known here."""
     made = []

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from nnslim.work.html_figures import View
 from nnslim.work.html_format import dice, seconds
-from nnslim.work.html_tables import Pair, best_pair, number, way_of
+from nnslim.work.html_tables import Pair, best_pair, number, pass_seconds, way_of
 from nnslim.work.report import times_fewer
 from nnslim.work.slim_record import SlimRecord
 
@@ -67,7 +67,9 @@ def _size_tile(data: ReportData) -> View:
     weights = [stored.get(key) for key in ("weight_bytes", "source_weight_bytes")]
     if all(weights):
         note = f"weights alone {weights[0] / 1e6:.2f} MB ({stored['precision']} precision), dense "
-        note += f"{weights[1] / 1e6:.2f} MB; the rest of nnU-Net's files is the optimiser's state"
+        note += f"{weights[1] / 1e6:.2f} MB"
+        if dense and dense > 1.5 * weights[1]:
+            note += "; the rest of its file is the optimiser's state"
     title = "Checkpoint files" if len(data.files) > 1 else "Checkpoint file"
     before = f"dense {dense / 1e6:.2f} MB" if dense else ""
     return _tile(title, f"{size / 1e6:.2f} MB", before, note, (dense, size) if dense and size else None, "less")
@@ -75,12 +77,13 @@ def _size_tile(data: ReportData) -> View:
 
 def _time_tile(pair: Pair | None, record: SlimRecord) -> View:
     title = "One forward pass"
-    if pair is None and record.speed is None:
+    timed = pass_seconds(pair, record)
+    if timed is None:
         return _gap(title, "neither when it was compressed nor by a benchmark")
+    dense, slim = timed
     if pair is None:
-        dense, slim, how = record.speed.dense, record.speed.slim, f"{record.speed.backend}, when it was compressed"
+        how = f"{record.speed.backend}, when it was compressed"
     else:
-        dense, slim = (number(row, "time_median_ms") / 1e3 for row in (pair.dense, pair.slim))
         threads = pair.slim.get("threads")
         counted = f", {threads} thread(s)" if threads not in (None, "") else ""
         how = f"{way_of(pair.slim)}{counted}, median of {pair.slim.get('eval_passes', '?')} passes in turn"
