@@ -280,3 +280,11 @@ def test_script_takes_the_predecessors_configuration(tmp_path):
     del config["label_root"]
     (tmp_path / "predict.yml").write_text(json.dumps(config))
     assert "the evaluation needs label_root" in run_script(tmp_path / "predict.yml", expect=2)
+
+
+def test_command_maps_without_any_label_have_nothing_to_compare(tmp_path, nnslim):
+    empty = save(tmp_path / "a.nii.gz", np.zeros((6, 6, 6)))
+    out, _ = nnslim("-p", empty, "-g", empty, "-o", tmp_path / "m.csv")
+    assert "mean" in out
+    assert len((tmp_path / "m.csv").read_text().splitlines()) == 1
+    assert json.loads((tmp_path / "summary.json").read_text())["foreground_mean"] == {}
