@@ -157,7 +157,7 @@ def test_stages_of_neighbouring_cases_overlap(tmp_path, notes):
 
 def test_largest_case_is_begun_first(tmp_path, notes):
     cases = write_cases(tmp_path / "in", {"a": "x", "b": "xxx", "c": "xx"})
-    run_folder(CopyJob(notes), cases, tmp_path / "out", HERE)
+    run_folder(CopyJob(notes, seconds=0.05), cases, tmp_path / "out", HERE)  # file times have steps of milliseconds
     order = sorted(notes.glob("forward-*"), key=lambda path: path.stat().st_mtime_ns)
     assert [path.name[8] for path in order] == ["b", "c", "a"]
 
