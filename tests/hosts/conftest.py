@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -203,6 +205,39 @@ def random_data(predictor: Any, size: int = 20) -> torch.Tensor:
     from nnslim.hosts.nnunet.predictor import _input_channels
 
     return torch.randn(_input_channels(predictor), size, size, size, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run `nnslim` in this process (importing torch anew takes seconds); return exit code, stdout and stderr."""
+    from nnslim.cli import main
+
+    def run(*arguments: object, expect: int | None = None) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["nnslim", *map(str, arguments)])
+        monkeypatch.setattr("rich.console.Console.width", 1000)
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capfd.readouterr()
+        assert expect in (None, code), f"exit code {code}\n{out}\n{err}"
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def case_labels(case_folder: Path, tmp_path: Path) -> Path:
+    """Labels of the cases a and b (not of c), on the grid of the images."""
+    folder = tmp_path / "labels"
+    folder.mkdir()
+    for name in "ab":
+        image = nib.load(case_folder / f"{name}_0000.nii.gz")
+        made = np.digitize(image.get_fdata(), (0.0, 1.0)).astype(np.uint8)
+        nib.save(nib.Nifti1Image(made, image.affine), folder / f"{name}.nii.gz")
+    return folder
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 from conftest import make_plans
 
-from nnslim.cli import main
 from nnslim.errors import InputError, ModelFolderError
 from nnslim.hosts.nnunet.agree import agreement_of_folders, write_agreement
 from nnslim.hosts.nnunet.folder import read_model_folder
@@ -34,15 +32,8 @@ def label_map(path: Path) -> np.ndarray:
 
 
 @pytest.fixture
-def labels(case_folder, tmp_path) -> Path:
-    """Labels of the cases a and b (not of c), on the grid of the images."""
-    folder = tmp_path / "labels"
-    folder.mkdir()
-    for name in "ab":
-        image = nib.load(case_folder / f"{name}_0000.nii.gz")
-        made = np.digitize(image.get_fdata(), (0.0, 1.0)).astype(np.uint8)
-        nib.save(nib.Nifti1Image(made, image.affine), folder / f"{name}.nii.gz")
-    return folder
+def labels(case_labels):
+    return case_labels
 
 
 @pytest.mark.parametrize("kind", ["plain", "2d", "regions", "anisotropic"])
@@ -199,19 +190,11 @@ def test_models_that_do_not_belong_together_are_refused(make_model, case_folder)
 
 
 @pytest.fixture
-def agree(monkeypatch, capfd):
+def agree(command):
     """Run `nnslim agree`; return exit code, stdout and the last line of stderr."""
 
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["nnslim", "agree", *map(str, arguments)])
-        monkeypatch.setattr("rich.console.Console.width", 1000)
-        capfd.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capfd.readouterr()
+    def run(*arguments):
+        code, out, err = command("agree", *arguments)
         return code, out, (err.strip().splitlines() or [""])[-1]
 
     return run

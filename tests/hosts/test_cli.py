@@ -17,8 +17,6 @@ import pytest
 import torch
 from conftest import make_predictor
 
-from nnslim.cli import main
-
 # No guard: networks this narrow have nothing to gain, and are compressed to see that it is done.
 HALF = "version: 1\nrun:\n  guard: false\nmethods:\n  - method: tucker\n    rank_factor: 0.5\n    rank_min: 2\n"
 
@@ -32,23 +30,8 @@ class Done(NamedTuple):
 
 
 @pytest.fixture
-def nnslim(monkeypatch, capfd):
-    """Run the command in this process and check its exit code (importing torch and nnU-Net anew takes seconds)."""
-
-    def run(*arguments, expect: int) -> Done:
-        monkeypatch.setattr(sys, "argv", ["nnslim", *map(str, arguments)])
-        monkeypatch.setattr("rich.console.Console.width", 1000)
-        capfd.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capfd.readouterr()
-        assert code == expect, f"exit code {code}\n{out}\n{err}"
-        return Done(code, out, err)
-
-    return run
+def nnslim(command):
+    return lambda *arguments, expect: Done(*command(*arguments, expect=expect))
 
 
 @pytest.fixture

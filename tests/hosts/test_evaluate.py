@@ -15,7 +15,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from nnslim.cli import main
 from nnslim.errors import HostError, InputError
 from nnslim.hosts.totalseg.classes import organ_groups, task_classes
 from nnslim.work.evaluation.classes import read_dataset_json
@@ -54,23 +53,9 @@ def write_dataset(path: Path, labels: dict) -> Path:
 
 
 @pytest.fixture
-def nnslim(monkeypatch, capfd):
-    """Run the command in this process and return (stdout, stderr)."""
-
-    def run(*arguments, expect: int = 0) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["nnslim", "evaluate", *map(str, arguments), "-q"])
-        monkeypatch.setattr("rich.console.Console.width", 1000)
-        capfd.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capfd.readouterr()
-        assert code == expect, f"exit code {code}\n{out}\n{err}"
-        return out, err
-
-    return run
+def nnslim(command):
+    """Run `nnslim evaluate` and return (stdout, stderr)."""
+    return lambda *arguments, expect=0: command("evaluate", *arguments, "-q", expect=expect)[1:]
 
 
 @pytest.mark.parametrize(

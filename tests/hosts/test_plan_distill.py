@@ -5,14 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from nnslim.cli import main
 from nnslim.errors import ConfigError, ModelFolderError, OutputError
 from nnslim.files import read_json, write_json
 from nnslim.hosts.nnunet import distill as distill_module
@@ -28,20 +26,11 @@ LAYER = "encoder.stages.1.0.convs.1.conv"
 
 
 @pytest.fixture
-def nnslim(monkeypatch, capfd):
-    """Run the command in this process and return what it printed: (stdout, last line of stderr)."""
+def nnslim(command):
+    """Run the command and return what it printed: (stdout, last line of stderr)."""
 
-    def run(*arguments, expect: int = 0) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["nnslim", *map(str, arguments)])
-        monkeypatch.setattr("rich.console.Console.width", 1000)
-        capfd.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capfd.readouterr()
-        assert code == expect, f"exit code {code}\n{out}\n{err}"
+    def run(*arguments, expect=0):
+        _, out, err = command(*arguments, expect=expect)
         return out, (err.strip().splitlines() or [""])[-1]
 
     return run
