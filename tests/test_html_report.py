@@ -28,7 +28,7 @@ from nnslim.work.evaluation.scores import ClassScores, ScoreTable, read_scores
 from nnslim.work.evaluation.tables import write_csv, write_summary
 from nnslim.work.html_figures import Axis, Point, recovery_lines, scatter, stage_bars, strips
 from nnslim.work.html_report import FileFact, ReportData, Viewer, render_report, viewer_view
-from nnslim.work.html_tables import best_pair
+from nnslim.work.html_tables import best_pair, time_points
 from nnslim.work.html_viewer import Scene, embed, find_niivue, label_box
 from nnslim.work.slim_record import SlimRecord
 
@@ -75,10 +75,9 @@ CONTENT = {
 }
 
 
-def case(name, labelled=True, **dice):
-    classes = {
-        key: ClassAgreement(value, 100, 110, 0.01, *((0.9, 0.88) if labelled else ())) for key, value in dice.items()
-    }
+def case(name, labelled=True, dice_slim=0.88, **dice):
+    labels = (0.9, dice_slim) if labelled else ()
+    classes = {key: ClassAgreement(value, 100, 110, 0.01, *labels) for key, value in dice.items()}
     return CaseAgreement(name, classes, labelled)
 
 
@@ -202,6 +201,14 @@ def test_method_names_only_the_settings_that_differ():
     assert json.loads(page.one("section", id="done").one("pre").text) == CONTENT["config"]
 
 
+def test_page_tells_no_folders_of_the_machine():
+    config = copy.deepcopy(CONTENT["config"])
+    config["calibration"]["images"] = "/home/someone/secret/imagesTr"
+    config["methods"][0]["settings"]["plan"] = "/home/someone/plan.csv"
+    text = render_report(data(record=record(config=config)))
+    assert "someone" not in text and ".../imagesTr" in text and ".../plan.csv" in text
+
+
 def test_layers_that_went_back_to_dense_are_told():
     speed = {**CONTENT["speed"], "where": "a CPU", "planned_ms": 300.0, "put_back": ["a", "b"]}
     text = parse(render_report(data(record=record(speed=speed)))).one("section", id="time").text
@@ -316,6 +323,18 @@ def test_times_of_a_benchmark_are_drawn_against_the_dice_of_the_model_that_a_row
         ("mine", "stock f32", "200", "0.8800"),
         ("mine", "openvino f32", "50", "0.8800"),
     ]
+
+
+def test_row_of_one_of_two_models_of_one_structure_is_told_by_its_name():
+    mine = replace(record(), agreement=agreed())
+    twin = replace(mine, agreement=Agreement(("one",), [case("a", one=0.5, dice_slim=0.4)]))
+    points = {}
+    for name in ("small", "twin", "mine"):
+        timed = bench(rows=[row(name, "stock", 100.0, CONTENT["slim"])])
+        (point,), _ = time_points([timed], {"small": mine, "twin": twin})
+        points[name] = point.y
+    assert points["small"] == pytest.approx(0.88) and points["twin"] == pytest.approx(0.4)
+    assert math.isnan(points["mine"])  # it may be either
 
 
 # --- nothing breaks out, nothing is loaded ----------------------------------------------------------------------------

@@ -212,8 +212,8 @@ def test_page_prints_without_controls(browser, page):
     show(browser, page, 1400)
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     shown = browser.execute_script(
-        "return ['nav', '.controls', '#viewer .canvas', '#layer-table', '.planes img', '.paper']"
+        "return ['nav', '.controls', '#viewer', '#layer-table', '.planes img']"
         ".map((one) => document.querySelector(one).checkVisibility())"
     )
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
-    assert shown == [False, False, False, True, True, True]
+    assert shown == [False, False, False, True, True]

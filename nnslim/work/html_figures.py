@@ -81,11 +81,12 @@ class Point:
     dense: bool = False
 
 
-def scatter(points: Sequence[Point], x_title: str, y_title: str) -> View | None:
+def scatter(points: Sequence[Point], x_title: str, y_title: str, way_title: str = "run by") -> View | None:
     """Return a scatter plot on a logarithmic x axis, with the points that no other beats in both joined by a line.
 
     Args:
         points: x: cost, lower is better; y: quality, 0..1, higher is better. NaN is left out.
+        way_title: head of the column that names what a colour stands for.
     Returns:
         None with fewer than two points.
     """
@@ -111,6 +112,7 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str) -> View | None:
     return {
         "points": placed,
         "front": [(placed[one], placed[other]) for one, other in itertools.pairwise(best)],
+        "way_title": way_title,
         "ways": [{"name": way, "series": number % SERIES} for number, way in enumerate(ways) if way],
         "x": {"title": x_title, "ticks": x_axis.ticks()},
         "y": {"title": y_title, "ticks": _from_top(y_axis)},

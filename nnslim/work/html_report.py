@@ -27,7 +27,7 @@ from nnslim.work.html_sections import (
     speed_line,
     summary,
 )
-from nnslim.work.html_tables import classes_view, kept_dense, methods_view, model_points, time_points
+from nnslim.work.html_tables import classes_view, kept_dense, methods_view, model_points, time_points, without_folders
 from nnslim.work.html_tiles import tiles
 from nnslim.work.html_viewer import Scene, embed
 from nnslim.work.slim_record import SlimRecord
@@ -104,7 +104,7 @@ def render_report(data: ReportData) -> str:
 
 
 def _context(data: ReportData) -> View:
-    record = data.record
+    record, config = data.record, without_folders(data.record.config)
     viewer = None if data.viewer is None else viewer_view(data.scenes, data.viewer)
     classes = classes_view(record, data.scores)
     name = str(record.facts.get("dataset") or data.model)
@@ -116,13 +116,13 @@ def _context(data: ReportData) -> View:
         "record": record,
         "summary": summary(data),
         "tiles": tiles(data),
-        "methods": methods_view(record.config),
+        "methods": methods_view(config),
         "how_data": how_data(record),
         "later": [line for line in (half_line(record), *later(record)) if line],
         "speed_line": speed_line(record),
         "kept": kept_dense(record),
         "recovery": recovery_lines(record.recovery, record.facts.get("folds") or ()),
-        "config": record.config,
+        "config": config,
         "bars": layer_bars(record.decisions),
         "error_note": error_note(record),
         "actions": sorted({one.action for one in record.decisions}),
@@ -143,7 +143,7 @@ def _pareto(data: ReportData) -> View:
         raise InputError(f"two models are named {data.model}; rename one of the folders")
     records = {data.model: data.record, **data.others}
     points, labelled = model_points(records)
-    models = scatter(points, "GMAC per patch", "Dice") if data.others else None
+    models = scatter(points, "GMAC per patch", "Dice", "kind") if data.others else None
     timed, timed_labelled = time_points(data.benchmarks, records)
     times = scatter(timed, "ms per patch", "Dice")
     return {

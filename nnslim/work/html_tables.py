@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,15 @@ def pass_seconds(pair: Pair | None, record: SlimRecord) -> tuple[float, float] |
         dense, slim = (number(row, "time_median_ms") / 1e3 for row in (pair.dense, pair.slim))
         return dense, slim
     return (record.speed.dense, record.speed.slim) if record.speed else None
+
+
+def without_folders(value: Any) -> Any:
+    """Return JSON values with absolute paths cut to their last part: a page is passed on, a home folder need not be."""
+    if isinstance(value, Mapping):
+        return {key: without_folders(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_folders(one) for one in value]
+    return f".../{PurePath(value).name}" if isinstance(value, str) and PurePath(value).is_absolute() else value
 
 
 def methods_view(config: Mapping[str, Any]) -> list[View]:
@@ -160,14 +170,20 @@ def time_points(benchmarks: Sequence[Benchmark], records: Mapping[str, SlimRecor
     for benchmark in benchmarks:
         prefix = f"{benchmark.name}: " if len(benchmarks) > 1 else ""
         for row in benchmark.rows:
+            dense = any(is_network(row, record.dense) for record in records.values())
             dice = number(row, "dice")
-            dense = False
-            for record in records.values():
-                if is_network(row, record.dense) or is_network(row, record.slim):
-                    dense = is_network(row, record.dense)
-                    known = quality(record, labelled)[0 if dense else 1]
-                    dice = known if math.isnan(dice) else dice
-                    break
+            if math.isnan(dice) and (record := _record_of(row, records, dense)) is not None:
+                dice = quality(record, labelled)[0 if dense else 1]
             milliseconds = number(row, "time_median_ms") / max(number(row, "batch_size"), 1)
             points.append(Point(f"{prefix}{row.get('name', '')}", way_of(row), milliseconds, dice, dense))
     return points, labelled
+
+
+def _record_of(row: Row, records: Mapping[str, SlimRecord], dense: bool) -> SlimRecord | None:
+    """Return the model that a row is of; None where several have its counts, and none its name."""
+    if dense:
+        return next(record for record in records.values() if is_network(row, record.dense))
+    found = {name: record for name, record in records.items() if is_network(row, record.slim)}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    return found.get(str(row.get("name")))

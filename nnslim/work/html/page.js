@@ -52,5 +52,3 @@ for (const controls of document.querySelectorAll("[data-filters]")) {
   if (kind) kind.addEventListener("change", show);
   show();
 }
-/* What is folded away is printed, too. */
-addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => { one.open = true; }));
