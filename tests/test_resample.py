@@ -201,13 +201,14 @@ def test_label_map_regions_are_painted_in_order(engine, name, smooth):
     assert (out.numpy() != expected).sum() <= 1e-4 * expected.size
 
 
-def test_label_map_other_layouts_and_targets(engine):
+def test_label_map_other_layouts_and_targets(engine, monkeypatch):
     """Scores with the classes last, as channels-last networks give them; a target inside a transposed array."""
     grid = GRIDS["finer"]
     scores = _scores(6, (20, 21, 35), True).half()
     expected = torch.zeros(grid.shape, dtype=torch.uint8)
     label_map(scores, grid, expected, rounded=torch.float16)
     last = scores.movedim(0, -1).contiguous().movedim(-1, 0)
+    monkeypatch.setattr(labels_module, "_SLICES", 7)
     whole = torch.zeros(80, 60, 45, dtype=torch.uint8)
     label_map(last, grid, whole.permute(2, 1, 0)[2:42, 5:55, 3:73], rounded=torch.float16)
     assert torch.equal(whole.permute(2, 1, 0)[2:42, 5:55, 3:73], expected)

@@ -18,6 +18,7 @@ from nnslim.running.native import kernels
 from nnslim.running.resample import Axis, Grid, slabs, two_taps
 
 _BLOCK = 32  # output voxels along each axis
+_SLICES = 32  # output slices at a time, of scores with the classes last
 _AT_ONCE = 1 << 20  # floats of resampled scores in the works
 _ROUNDED = (torch.float16, torch.float32)
 _MARGIN = 1e-5  # of the largest score: beyond what sums in single precision can err
@@ -53,6 +54,16 @@ def label_map(
     """
     if scores.dtype not in (torch.float16, torch.float32):
         scores = scores.float()
+    if scores.stride(0) < scores.stride(3) and grid.convex and len(out) > _SLICES:
+        # Classes last: class by class, that is one number per cache line. A few slices at a time are put in order.
+        whole = True
+        for low in range(0, len(out), _SLICES):
+            high = min(low + _SLICES, len(out))
+            begin, end, axis = grid.axes[0].piece(low, high)
+            piece = Grid((axis, *grid.axes[1:]), grid.last_axis, grid.clip)
+            given = scores[:, begin:end].contiguous()
+            whole &= label_map(given, piece, out[low:high], regions=regions, rounded=rounded)
+        return whole
     done = _by_kernel(scores, grid, out, regions, rounded)
     if done is not None:
         return done

@@ -48,6 +48,12 @@ class Axis:
         begin, end = self.first[low], self.last[high - 1]
         return begin, end, self.weights[low:high, begin:end]
 
+    def piece(self, low: int, high: int) -> tuple[int, int, Axis]:
+        """Return which inputs the outputs low .. high - 1 need, and the axis from these alone to those."""
+        begin, end, weights = self.part(low, high)
+        spans = [tuple(at - begin for at in side[low:high]) for side in (self.first, self.last)]
+        return begin, end, Axis(weights.contiguous(), *spans, identity=False, convex=self.convex)
+
     def to(self, device: torch.device) -> Axis:
         """Return it with the weights on a device."""
         return Axis(self.weights.to(device), self.first, self.last, self.identity, self.convex)

@@ -408,7 +408,7 @@ def test_context_backends_give_the_labels_of_stock_torch_for_every_fold(backend,
     source = make_model(kind, folds=(0, 1))
     logits = {}
     for name in ("stock", backend):
-        with NNSlimContext({**HALF, "run": {"backend": name, "guard": False}}) as slim:
+        with NNSlimContext({**HALF, "run": {"backend": name, "guard": False, "export": "stock"}}) as slim:
             predictor = _load(source, (0, 1))
             data = random_data(predictor)
             logits[name] = predictor.predict_logits_from_preprocessed_data(data).float()

@@ -37,9 +37,8 @@ stock = [getattr(predict, name) for name in NAMES]
 if {early}:
     import totalsegmentator.nnunet
 with NNSlimContext({DENSE!r}):
-    import totalsegmentator.nnunet
     import totalsegmentator.nnunet  # patches nnU-Net
-import totalsegmentator.nnunet_runtime_patches as theirs
+    import totalsegmentator.nnunet_runtime_patches as theirs
     predictor = predict.nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder({str(make_model())!r}, (0,))
     for module in (predict, theirs):

@@ -111,7 +111,7 @@ def load_predictor(model: Path, config: Any, settings: PredictSettings) -> Any:
     if slim.run.backend != "stock":
         # On this object alone: nothing of nnU-Net's class is touched outside a context.
         predictor._internal_predict_sliding_window_return_logits = functools.partial(
-            window_logits, predictor, batch=slim.run.tile_batch
+            window_logits, predictor, batch=slim.run.tile_batch, contiguous=slim.run.export == "stock"
         )
     return predictor
 

@@ -106,7 +106,9 @@ def predictor_patches(
             session = current()
             if session is None or not session.config.apply or _untouched(session.config.run):
                 return original(self, data, slicers, do_on_device)
-            return window_logits(self, data, slicers, do_on_device, session.config.run.tile_batch)
+            run = session.config.run
+            contiguous = run.export == "stock"
+            return window_logits(self, data, slicers, do_on_device, run.tile_batch, contiguous=contiguous)
 
         return _internal_predict_sliding_window_return_logits
 

@@ -12,7 +12,9 @@ from nnslim.running.allocator import keep_heap
 
 
 @torch.inference_mode()
-def window_logits(predictor: Any, data: Tensor, slicers: Sequence[Any], on_device: bool, batch: int = 1) -> Tensor:
+def window_logits(
+    predictor: Any, data: Tensor, slicers: Sequence[Any], on_device: bool, batch: int = 1, *, contiguous: bool = True
+) -> Tensor:
     """Predict all tiles, `batch` at a time, and merge them with nnU-Net's Gaussian weights.
 
     Same result as nnU-Net's own loop, which runs one tile at a time and sums in half precision; on a CPU the sums are
@@ -25,13 +27,15 @@ def window_logits(predictor: Any, data: Tensor, slicers: Sequence[Any], on_devic
         slicers: one index tuple per tile, from the predictor.
         on_device: keep the sums on the predictor's device; else on the CPU.
         batch: tiles per forward pass, at least 1.
+        contiguous: False for logits in the network's memory layout, which saves a copy.
     Returns:
-        (heads, *spatial) logits on the device of the sums, contiguous.
+        (heads, *spatial) logits on the device of the sums.
     Raises:
         RuntimeError: infinite logits (as nnU-Net does).
     """
     with keep_heap():
-        return _merged(predictor, data, slicers, on_device, batch)
+        logits = _merged(predictor, data, slicers, on_device, batch)
+        return logits.contiguous() if contiguous else logits
 
 
 def _merged(predictor: Any, data: Tensor, slicers: Sequence[Any], on_device: bool, batch: int) -> Tensor:
@@ -57,7 +61,7 @@ def _merged(predictor: Any, data: Tensor, slicers: Sequence[Any], on_device: boo
     logits /= weights
     if torch.isinf(logits).any():
         raise RuntimeError("Encountered inf in predicted array. Aborting...")
-    return logits.contiguous()
+    return logits
 
 
 def _gaussian(predictor: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
