@@ -190,7 +190,7 @@ def _planned(
     else:
         plans = plan_methods(first, config, cost, input_shape, data)
         if data is not None:
-            plans = settle(first, config, plans, input_shape, data, progress)
+            plans, _ = settle(first, config, plans, input_shape, data, progress)
     if guard is None:
         return config, plans, None, done
     faster, speed = guard.check(first, plans, input_shape)
@@ -216,6 +216,9 @@ def plan_methods(
     return tuple(plans)
 
 
+Fitted = tuple[nn.Module, dict[str, float]]  # a slim network before recovery, and the error of each of its layers
+
+
 @dataclass(frozen=True)
 class _Fold:
     """How one fold is compressed once the plans are made."""
@@ -228,9 +231,11 @@ class _Fold:
     checkpoint: Path | None
     target: float | None = None
 
-    def compress(self, dense: nn.Module) -> tuple[nn.Module, Recovery | None, dict[str, float]]:
+    def compress(
+        self, dense: nn.Module, fitted: Fitted | None = None
+    ) -> tuple[nn.Module, Recovery | None, dict[str, float]]:
         """Return the slim network, how recovery went (None without data), and the error of each layer before it."""
-        slim, errors = self.fit(dense)
+        slim, errors = fitted or self.fit(dense)
         if self.data is None or spec_of(slim) is None or not spec_of(slim).edits:
             return slim, None, errors
         settings = json.dumps(self.config.identity(), sort_keys=True)
@@ -247,7 +252,7 @@ class _Fold:
         )
         return slim, recovery, errors
 
-    def fit(self, dense: nn.Module) -> tuple[nn.Module, dict[str, float]]:
+    def fit(self, dense: nn.Module) -> Fitted:
         """Return the slim network before recovery, and the relative error of each layer that a method can tell."""
         slim, errors = copy.deepcopy(dense), {}
         for entry, plan in zip(self.config.methods, self.plans, strict=False):
@@ -277,22 +282,26 @@ def settle(
     input_shape: Sequence[int],
     data: Calibration,
     progress: Progress | None = None,
-) -> tuple[Plan, ...]:
+) -> tuple[tuple[Plan, ...], Fitted | None]:
     """Choose between the last plan and its rivals by what each costs the network once it is fitted.
 
     Predictions from single layers do not tell plans of about the same quality apart. Only the last method's: a rival of
     an earlier one would change what later ones plan on.
     """
     if not plans or not plans[-1].rivals:
-        return plans
-    referee = Referee.of(dense, data, images=config.recovery.mirrored_teacher)
-    drops = {}
+        return plans, None
+    both = replace(
+        data, mirrored=bool(data.mirror_axes)
+    )  # the worse of plain and mirrored answers tells plans apart best
+    referee = Referee.of(dense, both, tiles=data.fresh)
+    trials: list[tuple[float, tuple[Plan, ...], Fitted]] = []
     for number, plan in enumerate((plans[-1], *plans[-1].rivals)):
         trial = (*plans[:-1], plan)
-        slim = _Fold(config, trial, input_shape, data, progress, None).fit(dense)[0].eval()
-        drops[number] = (referee.drop(slim), trial)
-        _log.info("plan %d: estimated drop %.4f before recovery", number + 1, drops[number][0])
-    return min(drops.values(), key=lambda item: math.inf if math.isnan(item[0]) else item[0])[1]
+        fitted = _Fold(config, trial, input_shape, data, progress, None).fit(dense)
+        drop = referee.drop(fitted[0])
+        _log.info("plan %d: estimated drop %.4f before recovery", number + 1, drop)
+        trials.append((math.inf if math.isnan(drop) else drop, trial, fitted))
+    return min(trials, key=lambda one: one[0])[1:]
 
 
 def fit_and_recover(
@@ -302,11 +311,17 @@ def fit_and_recover(
     input_shape: Sequence[int],
     data: Calibration,
     *,
+    fitted: Fitted | None = None,
     target: float | None = None,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, Recovery]:
-    """Compress one network by plans that are made; learning ends early once the estimated drop is at most `target`."""
-    slim, recovery, _ = _Fold(config, plans, input_shape, data, progress, None, target).compress(dense)
+    """Compress one network by plans that are made.
+
+    Args:
+        fitted: what `settle` has made of them already.
+        target: learning ends early once the estimated drop is at most so.
+    """
+    slim, recovery, _ = _Fold(config, plans, input_shape, data, progress, None, target).compress(dense, fitted)
     return slim, recovery or Recovery()
 
 

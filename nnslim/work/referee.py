@@ -52,14 +52,16 @@ class Referee:
         self._budget = 256 * 2**20  # bytes that are kept in memory
 
     @classmethod
-    def of(cls, dense: nn.Module, data: Calibration, *, images: bool = True) -> Referee:
+    def of(cls, dense: nn.Module, data: Calibration, *, tiles: Tiles | None = None, images: bool = True) -> Referee:
         """Return the referee of calibration data.
 
         Args:
+            tiles: other ones than those held out.
             images: mirror images count towards the truth; they must not where the plain answer is learned.
         """
         axes, mirrored = data.mirror_axes if images or data.mirrored else (), data.mirrored
-        return cls(dense, data.held_out, regions=data.regions, axes=axes, mirrored=mirrored)
+        judged = data.held_out if tiles is None else tiles
+        return cls(dense, judged, regions=data.regions, axes=axes, mirrored=mirrored)
 
     @torch.inference_mode()
     def _reference(self, number: int, tile: Tensor) -> tuple[Tensor, Tensor]:

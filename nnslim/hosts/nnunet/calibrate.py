@@ -24,6 +24,7 @@ from nnslim.hosts.nnunet.labels import classes_of
 from nnslim.work.calibration import Calibration
 from nnslim.work.config import SlimConfig
 
+_FRESH = 24  # images, at most, on which fitted plans are compared
 _FLAT = 0.02  # a tile whose spread is below this share of the image's shows padding or air
 
 
@@ -335,6 +336,7 @@ def calibration_of(
         learned = images.part(0, len(images) - held)
         judged = images.part(len(images) - held) if held else images
         tiles = partial(ImageTiles, per_image=settings.tiles_per_image, mirrored=settings.mirrored)
+        unfitted = min(len(images) - settings.count, _FRESH)
         yield Calibration(
             tiles(learned.part(0, settings.count), seed=settings.seed),
             tiles(judged, seed=settings.seed + 1),
@@ -346,6 +348,7 @@ def calibration_of(
             settings.mirrored,
             settings.seed,
             tuple(classes_of(source.label_manager)),
+            ImageTiles(images.part(len(images) - unfitted), 1, seed=settings.seed + 1) if unfitted > held else None,
         )
 
 

@@ -196,7 +196,7 @@ def _rows_of(
     config, stages = asked.config, asked.stages
     started = time.perf_counter()
     plans = plan_methods(dense, config, measure_cost(dense, shape), shape, data)
-    plans = settle(dense, config, plans, shape, data)
+    plans, _ = settle(dense, config, plans, shape, data)
     planning = time.perf_counter() - started
 
     def row(stage: str, slim: nn.Module, recovery: Recovery, seconds: float) -> Row:

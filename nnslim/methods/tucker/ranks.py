@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -48,8 +49,8 @@ def choose_ranks(
 ) -> list[dict[str, Chosen]]:
     """Return the ranks of each layer that may be factored, by the rule of the configuration.
 
-    For a budget with images there is a second answer beside the best one, the uniform rank factor of the same cost:
-    which of the two is better shows when they are fitted.
+    For a budget with images there are two answers beside the best one, the uniform rank factor of the same cost and one
+    between the two: which of them is better shows when they are fitted.
 
     Args:
         network: dense, with weights. layers: by name, those that may be factored.
@@ -155,7 +156,7 @@ def _by_budget(
 
     Sensitivities are measured one layer at a time, but errors of many layers do not simply add up. So the knapsack is
     solved with the sensitivities as measured and with flattened ones, and the plan that moves the network's answer
-    least, as a whole, comes first; the uniform rank factor of the same cost is second.
+    least, as a whole, comes first; its rivals are the uniform rank factor of the same cost and the plan half-way.
     """
     name, amount = config.budget
     if name == "max_drop":
@@ -179,7 +180,9 @@ def _by_budget(
     if surveys.can_judge:
         plans.sort(key=lambda plan: surveys.distance({key: ranks for key, ranks in plan.items() if ranks is not None}))
         uniform = _uniform(layers, config, price, budget)
-        rivals = [uniform] if uniform is not None and uniform != plans[0] else []
+        if uniform is not None and uniform != plans[0]:
+            between = _between(layers, config, price, budget, (plans[0], uniform))
+            rivals = [uniform, *([between] if between not in (None, plans[0], uniform) else [])]
     return [
         {
             key: Chosen(reason="costs least where it is", error=0.0)
@@ -220,6 +223,38 @@ def _uniform(
             outputs, inputs = _shape(layer)
             ranks = aligned.rank(outputs, share / 100), aligned.rank(inputs, share / 100)
             plan[key] = ranks if price(layer, ranks) < price(layer, None) else None
+        if sum(price(layers[key], ranks) for key, ranks in plan.items()) <= budget:
+            return plan
+    return None
+
+
+def _between(
+    layers: Mapping[str, Layer],
+    config: TuckerConfig,
+    price: Callable[[Layer, Ranks | None], float],
+    budget: float,
+    plans: tuple[Mapping[str, Ranks | None], Mapping[str, Ranks | None]],
+) -> dict[str, Ranks | None] | None:
+    """Return the geometric means of the ranks of two plans, scaled to the budget; None if that cannot be met.
+
+    Two plans of one cost and about one error that spend it differently have a better one between them, as the
+    error is about convex in the logarithms of the ranks.
+    """
+    step = config.rank_multiple if config.rank_multiple > 1 else _ALIGNMENT
+    least = step * -(-(config.rank_min or 1) // step)
+    whole = (None, None)
+    for percent in range(200, 0, -1):
+        plan: dict[str, Ranks | None] = {}
+        for key, layer in layers.items():
+            pairs = zip(*(plan_of[key] or whole for plan_of in plans), _shape(layer), strict=True)
+            wanted = [
+                (math.sqrt((one or channels) * (other or channels)) * percent / 100, channels)
+                for one, other, channels in pairs
+            ]
+            rounded = [(max(least, step * round(rank / step)), channels) for rank, channels in wanted]
+            out, in_ = (None if rank >= channels else rank for rank, channels in rounded)
+            ranks = (out, in_)
+            plan[key] = ranks if ranks != whole and price(layer, ranks) < price(layer, None) else None
         if sum(price(layers[key], ranks) for key, ranks in plan.items()) <= budget:
             return plan
     return None
