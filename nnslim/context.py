@@ -12,6 +12,7 @@ from typing import Any
 
 from nnslim.errors import HostError
 from nnslim.hosts.nnunet.export_patches import ExportPatches
+from nnslim.hosts.nnunet.kept_predictors import KeptPredictors
 from nnslim.hosts.nnunet.predictor import predictor_patches
 from nnslim.methods.base import MethodConfig
 from nnslim.work.config import SlimConfig, load_config
@@ -38,6 +39,7 @@ class NNSlimContext:
     Attributes:
         config: the SlimConfig in force.
         report: what was done, model by model.
+        kept: loaded models, with `run.keep_models`.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class NNSlimContext:
         """
         self.config = load_config(config).with_images(None if images is None else Path(images))
         self.report = Report()
+        self.kept = KeptPredictors()
         self._entered = False
 
     def __enter__(self) -> NNSlimContext:
@@ -91,6 +94,7 @@ class NNSlimContext:
         with _lock:
             _active[:] = [(thread, context) for thread, context in _active if context is not self]
             self._entered = False
+            self.kept.clear()
             if not _active and _installed is not None:
                 stack, _installed = _installed, None
                 stack.close()

@@ -1,6 +1,9 @@
-"""A cut image is refused; ITK would read it."""
+"""What readers would take with a wrong meaning is refused."""
 
 from __future__ import annotations
+
+import gzip
+import struct
 
 import nibabel as nib
 import numpy as np
@@ -8,7 +11,7 @@ import pytest
 import SimpleITK
 
 from nnslim.errors import InputError
-from nnslim.work.images import check_complete
+from nnslim.work.images import check_complete, check_image, count_voxels
 
 
 @pytest.fixture(params=["nii.gz", "nii"])
@@ -45,3 +48,46 @@ def test_check_complete_damaged_byte_is_refused(tmp_path):
 def test_check_complete_other_formats_pass_unchecked(tmp_path):
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.zeros((3, 3, 3), np.uint8)), str(tmp_path / "image.mha"))
     assert check_complete(tmp_path / "image.mha") is None
+
+
+def _with_bytes(path, offset: int, value: bytes) -> None:
+    raw = bytearray(gzip.decompress(path.read_bytes()))
+    raw[offset : offset + len(value)] = value
+    path.write_bytes(gzip.compress(bytes(raw)))
+
+
+def test_check_image_passes_what_is_whole(image):
+    check_image(image)
+    assert count_voxels(image) == 20 * 21 * 22
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_check_image_counts_voxels_that_are_no_numbers(tmp_path, dtype):
+    """ITK reads them as 0; the second and third lie beyond the first block that is read."""
+    path, voxels = tmp_path / "image.nii.gz", np.zeros((70, 80, 90), dtype)
+    for place, value in (((0, 0, 0), np.nan), ((69, 79, 89), np.inf), ((1, 2, 80), -np.inf)):
+        voxels[place] = value
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
+    check_complete(path)
+    with pytest.raises(InputError, match=r"image.nii.gz has 3 of 504,000 voxels that are NaN or infinite"):
+        check_image(path)
+
+
+def test_check_image_names_a_spacing_that_is_no_length(tmp_path):
+    path = tmp_path / "image.nii.gz"
+    for value, said in ((0.0, "1 x 0 x 1"), (np.nan, "1 x nan x 1"), (np.inf, "1 x inf x 1")):
+        nib.save(nib.Nifti1Image(np.zeros((3, 4, 5), np.int16), np.eye(4)), path)
+        _with_bytes(path, 84, struct.pack("<f", value))
+        with pytest.raises(InputError, match=rf"has a voxel spacing of {said} mm; expected positive numbers"):
+            check_image(path)
+    nib.save(nib.Nifti1Image(np.zeros((3, 4, 5), np.int16), np.diag([-1, -2, 3, 1])), path)
+    check_image(path)
+
+
+def test_check_image_takes_three_axes(tmp_path):
+    for shape in ((3, 4, 5, 1), (3, 4), (3, 4, 1)):
+        nib.save(nib.Nifti1Image(np.zeros(shape, np.int16), np.eye(4)), tmp_path / "image.nii")
+        check_image(tmp_path / "image.nii")
+    nib.save(nib.Nifti1Image(np.zeros((3, 4, 5, 2), np.int16), np.eye(4)), tmp_path / "image.nii")
+    with pytest.raises(InputError, match=r"has 4 axes \(3 x 4 x 5 x 2 voxels\); expected 3"):
+        check_image(tmp_path / "image.nii")

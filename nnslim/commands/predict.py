@@ -1,9 +1,12 @@
-"""`nnslim predict`: segment a folder of images, case by case."""
+"""`nnslim predict`: segment a folder of images, case by case, on one machine or many."""
 
 from __future__ import annotations
 
+import os
+import sys
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,50 +22,91 @@ from nnslim.commands.common import (
     start,
     stderr,
 )
+from nnslim.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nnslim.work.folder.run import FolderSettings
+
+Engine = Enum("Engine", {name: name for name in ("local", "ray", "slurm")}, type=str)
 
 
 def predict(
     images: Annotated[Path, typer.Option("-i", "--input", help="folder of images, or one image")],
     output: Annotated[Path, typer.Option("-o", "--output", help="folder for the segmentations")],
-    model: Annotated[Path, typer.Option("-m", "--model", help="model folder, dense or slim")],
+    model: Annotated[Path | None, typer.Option("-m", "--model", help="model folder, dense or slim")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="TotalSegmentator's, in place of -m: total, total_fast, total_mr ...")
+    ] = None,
     config: Annotated[str | None, typer.Option("-c", "--config", help="compress on the fly with this config")] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="folder of unlabelled images, for -c and for --precision int8")
     ] = None,
+    engine: Annotated[Engine, typer.Option(help="local: this machine; ray; slurm")] = Engine.local,  # type: ignore[attr-defined]
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="processes; default: one per GPU, else none but this one")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each; default: an equal share")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite/--resume", help="predict again what is done, or go on where a run stopped")
+    ] = False,
+    overlap: Annotated[bool, typer.Option(help="read, predict and write neighbouring cases at the same time")] = True,
     fold: FoldOption = None,
     checkpoint: CheckpointOption = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps")] = "cpu",
     step_size: Annotated[float, typer.Option(help="tile step as a share of the patch, 0..1")] = 0.5,
     mirroring: Annotated[bool, typer.Option(help="test-time mirroring, up to 8x the time")] = False,
-    overwrite: Annotated[bool, typer.Option(help="predict again what is there already")] = False,
     previous_stage: PreviousStageOption = None,
     backend: BackendOption = None,
     precision: PrecisionOption = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all")] = None,
+    ml: Annotated[bool, typer.Option("--ml", help="with --task: one label map per case, not a file per class")] = False,
+    roi: Annotated[
+        list[str] | None, typer.Option(help="with --task: class to segment, repeatable; default: all")
+    ] = None,
+    parts: Annotated[
+        int | None, typer.Option(min=1, help="with slurm: shares in all; default: the array's tasks")
+    ] = None,
+    print_sbatch: Annotated[
+        bool, typer.Option("--print-sbatch", help="with slurm: print the script to submit")
+    ] = False,
+    ray_address: Annotated[
+        str | None, typer.Option(help="with ray: of the cluster; default: the running one, else a local one")
+    ] = None,
     trust: TrustOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Predict a folder case by case: a bad case is reported and the others go on, results are never half-written."""
-    from nnslim.hosts.nnunet.predict import PredictSettings, predict_folder
-    from nnslim.work.config import load_config
+    """Predict a folder: a bad case is reported and the others go on, what is done is whole and is not repeated."""
+    if (model is None) == (task is None):
+        raise ConfigError("give one of -m MODEL and --task TASK")
+    if print_sbatch:
+        from nnslim.work.folder.engines.slurm import sbatch_script
 
+        typer.echo(sbatch_script(sys.argv[1:], parts or 8, gpu=device == "cuda", cpus=threads or 8), nl=False)
+        return
     start(quiet)
-    settings = PredictSettings(
-        device=device,
-        step_size=step_size,
-        mirroring=mirroring,
-        overwrite=overwrite,
-        folds=fold,
-        checkpoint=checkpoint,
-        trust=trust,
-        previous_stage=previous_stage,
-        backend=backend.value if backend else None,
-        precision=precision.value if precision else None,
-        threads=threads,
-    )
-    chosen = load_config(config or {}).with_images(calibration)
+    folder = _folder_settings(engine.value, device, workers, threads, overlap, overwrite, parts, ray_address)
+    chosen = {"backend": backend.value if backend else None, "precision": precision.value if precision else None}
+    settled = _with_images(config, calibration)
     with counting(quiet, "cases") as count:
-        results = predict_folder(images, output, model, chosen, settings, count)
+        if task is not None:
+            from nnslim.hosts.totalseg.folder_job import TaskSettings, predict_task_folder
+
+            only_models = {
+                "--fold": fold,
+                "-chk": checkpoint,
+                "--previous-stage": previous_stage,
+                "--mirroring": mirroring,
+            }
+            if given := [name for name, value in only_models.items() if value]:
+                raise ConfigError(f"{given[0]} goes with -m; TotalSegmentator decides it for its tasks")
+            wanted = TaskSettings(task, device, ml, tuple(roi or ()), threads=threads, **chosen)
+            results = predict_task_folder(images, output, wanted, settled, count, folder)
+        else:
+            from nnslim.hosts.nnunet.folder_job import PredictSettings, predict_folder
+
+            settings = PredictSettings(
+                device, step_size, mirroring, fold, checkpoint, trust, previous_stage, threads=threads, **chosen
+            )
+            results = predict_folder(images, output, model, settled, settings, count, folder)
     failed = [case for case in results if case.status == "failed"]
     for case in failed:
         stderr.print(f"nnslim: {case.name}: {case.error}", markup=False)
@@ -71,3 +115,34 @@ def predict(
     typer.echo(f"{done} predicted, {there} there already, {len(failed)} failed: {output}")
     if failed:
         raise typer.Exit(1)
+
+
+def _with_images(config: str | None, calibration: Path | None) -> Any:
+    """Return what the workers read; with neither, nothing that takes torch's seconds here."""
+    if calibration is None:
+        return config
+    from nnslim.work.config import load_config
+
+    return load_config(config or {}).with_images(calibration.absolute())
+
+
+def _folder_settings(
+    engine: str,
+    device: str,
+    workers: int | None,
+    threads: int | None,
+    overlap: bool,
+    overwrite: bool,
+    parts: int | None,
+    address: str | None,
+) -> FolderSettings:
+    from nnslim.work.folder.engines import Crew, crew_here
+    from nnslim.work.folder.engines.slurm import part_of
+    from nnslim.work.folder.run import FolderSettings
+
+    if engine == "ray":
+        crew = Crew(workers or 0, threads, int(device == "cuda"), overlap, address)
+        return FolderSettings("ray", crew, overwrite)
+    runner, crew = crew_here(device, workers, threads, overlap=overlap)
+    part = part_of(os.environ, parts) if engine == "slurm" else None
+    return FolderSettings(runner, crew, overwrite, part=part)

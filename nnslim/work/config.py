@@ -32,6 +32,7 @@ class RunConfig(_Section):
     precision: Precision = Field("f32", description="bf16, f16 and int8 need the openvino backend")
     threads: int | None = Field(None, ge=1, description="CPU threads; default: all that the process may use")
     tile_batch: int = Field(1, ge=1, description="tiles per forward pass")
+    keep_models: bool = Field(False, description="models loaded in a context serve later predictors of the same folder")
     export: Literal["streamed", "stock"] = Field(
         "streamed",
         description="streamed: labels without full-size scores, preprocessing without float64 copies; stock: nnU-Net's",

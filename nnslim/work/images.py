@@ -6,8 +6,10 @@ import gzip
 import math
 import zlib
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
+import numpy as np
 
 from nnslim.errors import InputError
 
@@ -18,30 +20,94 @@ def check_complete(path: Path) -> None:
     """Refuse a NIfTI file that is cut short; other formats pass unchecked.
 
     ITK reads a cut .nii.gz without an error and fills the rest with whatever it has, so a half-copied CT would be
-    segmented as if it were whole.
+    segmented as if it were whole. On a full disk it writes such files, also without an error.
 
     Args:
         path: .nii or .nii.gz file. Cost: one pass of decompression.
     Raises:
         InputError: unreadable header, damaged compression, or fewer bytes of voxels than the header promises.
     """
-    compressed = path.name.endswith(".nii.gz")
-    if not compressed and path.suffix != ".nii":
+    if is_nifti(path):
+        _scanned(path, finite=False)
+
+
+def check_image(path: Path) -> None:
+    """Refuse a NIfTI file that readers would take with a wrong meaning; other formats pass unchecked.
+
+    ITK takes 1 mm for a spacing of zero or NaN, and 0 for voxels that are NaN, without a word; nnU-Net cannot write
+    what belongs to a 4D file.
+
+    Args:
+        path: .nii or .nii.gz file. Cost: one pass of decompression.
+    Raises:
+        InputError: what `check_complete` refuses, a fourth axis, a spacing that is not a positive number, or voxels
+        that are NaN or infinite.
+    """
+    if not is_nifti(path):
         return
+    header, bad = _scanned(path, finite=True)
+    shape = [int(size) for size in header.get_data_shape()]
+    if math.prod(shape[3:]) > 1:
+        raise InputError(
+            f"{path.name} has {len(shape)} axes ({' x '.join(map(str, shape))} voxels); expected 3, and a file of its "
+            "own for each channel or time"
+        )
+    spacing = [float(value) for value in header["pixdim"][1 : 1 + min(3, len(shape))]]
+    if not all(math.isfinite(value) and value != 0 for value in spacing):
+        text = " x ".join(f"{value:g}" for value in spacing)
+        raise InputError(f"{path.name} has a voxel spacing of {text} mm; expected positive numbers")
+    if bad:
+        raise InputError(not_finite(path, bad, math.prod(shape)))
+
+
+def not_finite(path: Path, bad: int, total: int) -> str:
+    """Say that so many voxels of an image are no numbers."""
+    return (
+        f"{path.name} has {bad:,} of {total:,} voxels that are NaN or infinite; expected numbers only, 0 for instance"
+    )
+
+
+def is_nifti(path: Path) -> bool:
+    """Return whether a file is one by its name."""
+    return path.name.endswith((".nii", ".nii.gz"))
+
+
+def count_voxels(path: Path) -> int:
+    """Return the voxels of a NIfTI file by its header; of others the bytes, 0 for none."""
     try:
-        header = nib.load(path).header
-        expected = int(header.get_data_offset()) + math.prod(header.get_data_shape()) * header["bitpix"].item() // 8
-        found = _uncompressed_size(path) if compressed else path.stat().st_size
+        if is_nifti(path):
+            return math.prod(int(size) for size in nib.load(path).header.get_data_shape())
+    except (OSError, EOFError, zlib.error, ValueError, nib.filebasedimages.ImageFileError):
+        pass
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _scanned(path: Path, *, finite: bool) -> tuple[Any, int]:
+    """Read a NIfTI file once; return its header as it is, and on request how many voxels are no numbers.
+
+    Raises:
+        InputError: see `check_complete`.
+    """
+    try:
+        kind = type(nib.load(path).header)
+        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as stream:
+            header = kind.from_fileobj(stream, check=False)  # checked, it would come repaired
+            stream.seek(0)
+            offset, dtype = int(header.get_data_offset()), header.get_data_dtype()
+            expected = offset + math.prod(int(size) for size in header.get_data_shape()) * dtype.itemsize
+            head = stream.read(offset)
+            size, bad = len(head), 0
+            while block := stream.read(_BLOCK):
+                if finite and dtype.kind == "f":
+                    usable = min(len(block), expected - size) // dtype.itemsize
+                    bad += usable - int(np.count_nonzero(np.isfinite(np.frombuffer(block, dtype, max(usable, 0)))))
+                size += len(block)
     except (OSError, EOFError, zlib.error, ValueError, nib.filebasedimages.ImageFileError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path.name} cannot be read: {reason[:300]}") from error
-    if found < expected:
-        raise InputError(f"{path.name} cannot be read: cut short, {found:,} bytes of voxels and header of {expected:,}")
+        raise InputError(f"{path.name} cannot be read: {_text(error)}") from error
+    if size < expected:
+        raise InputError(f"{path.name} cannot be read: cut short, {size:,} bytes of voxels and header of {expected:,}")
+    return header, bad
 
 
-def _uncompressed_size(path: Path) -> int:
-    size = 0
-    with gzip.open(path) as stream:
-        while block := stream.read(_BLOCK):
-            size += len(block)
-    return size
+def _text(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -273,3 +274,28 @@ def write_ball_dataset(folder: Path) -> None:
     (folder / "splits_final.json").write_text(json.dumps([{"train": names[:4], "val": names[4:]}]))
     dataset = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "ball": 1}}
     (folder / "dataset.json").write_text(json.dumps({**dataset, "numTraining": 6, "file_ending": ".nii.gz"}))
+
+
+@pytest.fixture
+def ct(data_root: Path, tmp_path: Path) -> Path:
+    """The middle of the sample CT, small enough for seconds: 48x48x30 voxels of 3 mm."""
+    import nibabel as nib
+
+    path = data_root / "data" / "totalsegmentator_samples" / "example_ct_sm.nii.gz"
+    if not path.is_file():
+        pytest.skip(f"{path} is absent; set NNSLIM_DATA to the folder that holds data/totalsegmentator_samples")
+    nib.save(nib.load(path).slicer[40:88, 30:78, :], tmp_path / "ct.nii.gz")
+    return tmp_path / "ct.nii.gz"
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A TotalSegmentator home of its own, without statistics; nnU-Net's variables are put back afterwards."""
+    from nnslim.hosts.totalseg.weights import disable_usage_statistics
+
+    monkeypatch.setenv("TOTALSEG_HOME_DIR", str(tmp_path / "home"))
+    monkeypatch.delenv("TOTALSEG_WEIGHTS_PATH", raising=False)
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, os.environ.get(name, str(tmp_path)))
+    disable_usage_statistics()
+    return tmp_path / "home"

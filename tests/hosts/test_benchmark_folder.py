@@ -18,6 +18,7 @@ from nnslim.work.benchmark import COLUMNS, read_table
 from nnslim.work.benchmark_point import Point
 from nnslim.work.compress import compress
 from nnslim.work.config import load_config
+from nnslim.work.folder.case import Case
 from nnslim.work.passes import Way
 
 HALF = "version: 1\nmethods:\n  - method: tucker\n    rank_factor: 0.5\n    rank_min: 2\n"
@@ -122,7 +123,8 @@ def test_stages_add_up_and_the_result_is_that_of_predict(make_model, case_folder
     predictor = load_predictor(model, None, settings)
     reader = predictor.plans_manager.image_reader_writer_class
     before = vars(reader).copy()
-    stages = profile_case(predictor, [case_folder / "a_0000.nii.gz"], tmp_path / "a")
+    case = Case("a", (case_folder / "a_0000.nii.gz",), "a.nii.gz")
+    stages = profile_case(predictor, case, tmp_path, settings)
     assert tuple(stages) == STAGES and all(seconds > 0 for seconds in stages.values())
     assert dict(vars(reader)) == before and "predict_logits_from_preprocessed_data" not in vars(predictor)
     predict_folder(case_folder, tmp_path / "out", model, None, settings)

@@ -84,10 +84,12 @@ def test_compress_then_predict_then_again(make_model, half, case_folder, tmp_pat
         image, labels = nib.load(case_folder / f"{name}_0000.nii.gz"), nib.load(out / f"{name}.nii.gz")
         assert labels.shape == image.shape and np.allclose(labels.affine, image.affine, atol=1e-5)
     assert sorted(p.name for p in out.iterdir()) == ["a.nii.gz", "b.nii.gz", "c.nii.gz", "manifest.jsonl"]
-    done = nnslim("predict", "-i", case_folder, "-o", out, "-m", source, "-c", half, "-q", expect=0)
+    done = nnslim("predict", "-i", case_folder, "-o", out, "-m", tmp_path / "slim", "-q", expect=0)
     assert "0 predicted, 3 there already" in done.stdout and done.stderr == ""
     states = [json.loads(line)["status"] for line in (out / "manifest.jsonl").read_text().splitlines()]
-    assert states == ["done"] * 3 + ["there"] * 3
+    assert states == ["done"] * 3
+    done = nnslim("predict", "-i", case_folder, "-o", out, "-m", source, "-c", half, "-q", expect=2)
+    assert "holds results of another model or of other settings (3 in manifest.jsonl, a among them)" in done.stderr
 
 
 def test_predict_equals_stock_nnunet(make_model, case_folder, tmp_path, nnslim):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import nibabel as nib
@@ -18,34 +17,13 @@ from nnslim import NNSlimContext
 from nnslim.hosts.nnunet.folder import read_model_folder
 from nnslim.hosts.nnunet.write import compress_folder
 from nnslim.hosts.totalseg.standin import write_stand_in
-from nnslim.hosts.totalseg.weights import disable_usage_statistics, weights_folder
+from nnslim.hosts.totalseg.weights import weights_folder
 from nnslim.spec import spec_of
 from nnslim.work.config import RunConfig, tucker
 
 # No guard: networks this narrow have nothing to gain, and are compressed to see that it is done.
 SLIM = tucker(rank_factor=0.5, rank_min=2).model_copy(update={"run": RunConfig(guard=False)})
 SMALL_PATCH = (64, 64, 64)
-
-
-@pytest.fixture
-def ct(data_root: Path, tmp_path: Path) -> Path:
-    """The middle of the sample CT, small enough for seconds: 48x48x30 voxels of 3 mm."""
-    path = data_root / "data" / "totalsegmentator_samples" / "example_ct_sm.nii.gz"
-    if not path.is_file():
-        pytest.skip(f"{path} is absent; set NNSLIM_DATA to the folder that holds data/totalsegmentator_samples")
-    nib.save(nib.load(path).slicer[40:88, 30:78, :], tmp_path / "ct.nii.gz")
-    return tmp_path / "ct.nii.gz"
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """A TotalSegmentator home of its own, without statistics; nnU-Net's variables are put back afterwards."""
-    monkeypatch.setenv("TOTALSEG_HOME_DIR", str(tmp_path / "home"))
-    monkeypatch.delenv("TOTALSEG_WEIGHTS_PATH", raising=False)
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(name, os.environ.get(name, str(tmp_path)))
-    disable_usage_statistics()
-    return tmp_path / "home"
 
 
 @pytest.fixture

@@ -14,12 +14,14 @@ from torch import Tensor
 from nnslim.errors import InputError, ModelFolderError, NNSlimError
 from nnslim.files import write_json
 from nnslim.hosts.nnunet.cases import check_stage, find_cases, preprocess_case, silent
-from nnslim.hosts.nnunet.folder import find_folds, read_json_object, read_model_folder
+from nnslim.hosts.nnunet.folder import read_model_folder
 from nnslim.hosts.nnunet.labels import classes_of
-from nnslim.hosts.nnunet.predict import PredictSettings, load_predictor, one_line
+from nnslim.hosts.nnunet.model_files import find_folds, read_json_object
+from nnslim.hosts.nnunet.predict import PredictSettings, load_predictor
 from nnslim.work.agreement import TEMPERATURE, Agreement, CaseAgreement, LabelMaps, compare_case
 from nnslim.work.expected import harden
 from nnslim.work.figures import agreement_figure
+from nnslim.work.folder.pipeline import one_line
 from nnslim.work.images import check_complete
 
 

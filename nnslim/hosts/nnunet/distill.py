@@ -16,7 +16,8 @@ from nnslim.files import save_checkpoint, sha256_of, whole_folder, write_json
 from nnslim.hosts.nnunet.agree import slim_record
 from nnslim.hosts.nnunet.calibrate import calibration_of
 from nnslim.hosts.nnunet.finetune.data import model_key
-from nnslim.hosts.nnunet.folder import ModelFolder, build_network, find_folds, read_model_folder
+from nnslim.hosts.nnunet.folder import ModelFolder, build_network, read_model_folder
+from nnslim.hosts.nnunet.model_files import find_folds
 from nnslim.hosts.nnunet.write import slim_checkpoint
 from nnslim.spec import apply_spec, spec_of
 from nnslim.work.calibration import Calibration

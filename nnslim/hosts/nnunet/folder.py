@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 import logging
 import os
 import pickle
@@ -20,9 +19,9 @@ from torch import nn
 
 from nnslim.errors import ModelFolderError
 from nnslim.hosts.nnunet.compat import check_version, nnunet_version
+from nnslim.hosts.nnunet.model_files import chosen_folds, read_json_object
 from nnslim.hosts.nnunet.network import NETWORK_CLASS_NAME, base_class, locate_trusted
 
-CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth")
 _log = logging.getLogger("nnslim")
 
 
@@ -59,30 +58,6 @@ class ModelFolder:
     def is_slim(self) -> bool:
         """Whether nnslim wrote this folder."""
         return self.configuration_manager.network_arch_class_name == NETWORK_CLASS_NAME
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of a model folder.
-
-    Raises:
-        ModelFolderError: missing, unreadable, or not an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelFolderError(f"{path.parent} is not an nnU-Net model folder: it has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise ModelFolderError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelFolderError(f"{path} should hold a JSON object, found {type(content).__name__}")
-    return content
-
-
-def find_folds(path: Path, checkpoint_name: str) -> list[str]:
-    """Return the folds that have the checkpoint: numbers in order, else "all"."""
-    folds = [p.parent.name.removeprefix("fold_") for p in path.glob(f"fold_*/{checkpoint_name}")]
-    numbers = sorted((fold for fold in folds if fold.isdigit()), key=int)
-    return numbers or [fold for fold in folds if fold == "all"]
 
 
 def load_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
@@ -171,13 +146,9 @@ def read_model_folder(
         ModelFolderError: whatever is missing, unreadable or not nnU-Net's. HostError: nnU-Net is missing.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise ModelFolderError(f"{path} is not a folder; expected a trained nnU-Net model folder with plans.json")
-    plans, dataset = read_json_object(path / "plans.json"), read_json_object(path / "dataset.json")
-    name = checkpoint_name or next((name for name in CHECKPOINTS if find_folds(path, name)), CHECKPOINTS[0])
-    wanted = [str(fold) for fold in folds] if folds is not None else find_folds(path, name)
-    if not wanted:
-        raise ModelFolderError(f"{path} has no fold_X folder with {name}")
+    if path.is_dir():
+        plans, dataset = read_json_object(path / "plans.json"), read_json_object(path / "dataset.json")
+    wanted, name = chosen_folds(path, folds, checkpoint_name)
     checkpoints = {fold: load_checkpoint(path / f"fold_{fold}" / name, trust=trust) for fold in wanted}
     first = next(iter(checkpoints.values()))
     try:

@@ -6,7 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from torch import nn
 from nnslim.errors import OutputError
 from nnslim.hosts.nnunet.calibrate import calibration_of, fingerprint
 from nnslim.hosts.nnunet.compat import predictor_class
+from nnslim.hosts.nnunet.kept_predictors import KeptPredictors, loading_key
 from nnslim.hosts.nnunet.window import window_logits
 from nnslim.running.engine import check_precision
 from nnslim.running.runner import Runner
@@ -36,6 +37,16 @@ class Session(Protocol):
 
     config: SlimConfig
     report: Report
+    kept: KeptPredictors
+
+
+@dataclass
+class OwnSession:
+    """A session without a context."""
+
+    config: SlimConfig
+    report: Report = field(default_factory=Report)
+    kept: KeptPredictors = field(default_factory=KeptPredictors)
 
 
 def predictor_patches(
@@ -60,11 +71,22 @@ def predictor_patches(
         def initialize_from_trained_model_folder(
             self: Any, model_training_output_dir: str, use_folds: Any, checkpoint_name: str = "checkpoint_final.pth"
         ) -> Any:
+            session = current()
+            if session is None:
+                result = original(self, model_training_output_dir, use_folds, checkpoint_name)
+                prepare()
+                return result
+            keeps = session.config.run.keep_models
+            key = loading_key(self, model_training_output_dir, use_folds, checkpoint_name) if keeps else ()
+            if keeps and session.kept.give(self, key):
+                prepare()
+                return None
             result = original(self, model_training_output_dir, use_folds, checkpoint_name)
             prepare()
-            if (session := current()) is not None:
-                folder = str(model_training_output_dir)
-                slim_predictor(self, session, folder, Path(folder))
+            folder = str(model_training_output_dir)
+            slim_predictor(self, session, folder, Path(folder))
+            if keeps:
+                session.kept.keep(self, key)
             return result
 
         return initialize_from_trained_model_folder

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 from nnslim.errors import NNSlimError
-from nnslim.hosts.nnunet import predict
 from nnslim.hosts.nnunet.cases import find_cases
+from nnslim.hosts.nnunet.folder_job import NNUNetModel
 from nnslim.hosts.nnunet.predict import PredictSettings, load_predictor
 from nnslim.surgery.patching import AttributePatch
 from nnslim.work.alternate import Candidate, Job, Timing
 from nnslim.work.config import SlimConfig
+from nnslim.work.folder.case import Case
 
 STAGES = ("read", "preprocess", "forward", "merge", "export", "write")
 _STARTS = {
@@ -100,32 +101,30 @@ def _next_case(
     predictor: Any, cases: dict[str, list[Path]], names: Iterator[str], settings: PredictSettings
 ) -> dict[str, Any]:
     name = next(names)
-    ending = predictor.dataset_json["file_ending"]
-    previous = settings.previous_stage and settings.previous_stage / f"{name}{ending}"
+    case = Case(name, tuple(cases[name]), f"{name}{predictor.dataset_json['file_ending']}")
     with tempfile.TemporaryDirectory(prefix="nnslim-") as folder:
-        return {"case": name, **profile_case(predictor, cases[name], Path(folder) / name, previous)}
+        return {"case": name, **profile_case(predictor, case, Path(folder), settings)}
 
 
-def profile_case(
-    predictor: Any, files: Sequence[Path], truncated: Path, previous: Path | None = None
-) -> dict[str, float]:
+def profile_case(predictor: Any, case: Case, folder: Path, settings: PredictSettings) -> dict[str, float]:
     """Predict one case as `nnslim predict` does and return the seconds of each of `STAGES`.
 
     merge is what the sliding window does beside the network; export is resampling to the image's grid and choosing
     labels. The stages add up to the whole.
 
     Args:
-        predictor: from `load_predictor`. files: one per channel. truncated: file to write, without its ending.
-        previous: for a cascade, the segmentation of the stage before.
+        predictor: from `load_predictor`. case: its files, and the name of the result. folder: to write into.
+        settings: those that the predictor was loaded with.
     """
     spent = dict.fromkeys(("read", "case", "predict", "network", "write"), 0.0)
     reader = predictor.plans_manager.image_reader_writer_class
     cuda = predictor.device.type == "cuda"
+    model = NNUNetModel(predictor, settings)
     patches = [
         AttributePatch(reader, "read_images", partial(_timed, spent, "read")),
         AttributePatch(reader, "write_seg", partial(_timed, spent, "write")),
-        AttributePatch(predict, "preprocess_case", partial(_timed, spent, "case")),
-        AttributePatch(predictor, "predict_logits_from_preprocessed_data", partial(_timed, spent, "predict")),
+        AttributePatch(model, "read", partial(_timed, spent, "case")),
+        AttributePatch(model, "forward", partial(_timed, spent, "predict")),
     ]
     with ExitStack() as stack:
         for patch in patches:
@@ -133,7 +132,7 @@ def profile_case(
             stack.callback(patch.undo)
         stack.enter_context(_timed_network(predictor.network, spent, cuda))
         started = time.perf_counter()
-        predict._predict_case(predictor, list(files), previous, truncated)
+        model.write(case, model.forward(case, model.read(case)), folder / case.target)
         total = time.perf_counter() - started
     return {
         "read": spent["read"],

@@ -28,7 +28,13 @@ _log = logging.getLogger("nnslim")
 
 
 def write_prediction(
-    model: Any, logits: Tensor | np.ndarray, properties: dict[str, Any], truncated: Path, *, streamed: bool = True
+    model: Any,
+    logits: Tensor | np.ndarray,
+    properties: dict[str, Any],
+    truncated: Path,
+    *,
+    streamed: bool = True,
+    threads: int | None = None,
 ) -> Path:
     """Write the segmentation of a case in the geometry of its image.
 
@@ -38,14 +44,15 @@ def write_prediction(
         properties: nnU-Net's, from preprocessing.
         truncated: file to write, without its ending.
         streamed: False for nnU-Net's own export.
+        threads: of torch; default: nnU-Net's.
     Returns:
         The file.
     """
     export = export_prediction_from_logits if streamed else _original("export_prediction_from_logits")
     logits = logits if streamed or isinstance(logits, np.ndarray) else logits.numpy()
-    export(
-        logits, properties, model.configuration_manager, model.plans_manager, model.dataset_json, str(truncated)
-    )  # fmt: skip
+    rest = {} if threads is None else {"num_threads_torch": threads}
+    given = (logits, properties, model.configuration_manager, model.plans_manager, model.dataset_json, str(truncated))
+    export(*given, **rest)
     return Path(f"{truncated}{model.dataset_json['file_ending']}")
 
 

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Predict a folder with several workers: 03_predict_folder.sh -c CONFIG -d IMAGES -n WORKERS [-o OUT] [-e LABELS] [-- OPTIONS]
+#   -c  preset or YAML file; none: the model as it is
+#   -d  folder of images
+#   -n  worker processes (default: 1)
+#   -o  folder of results (default: IMAGES with _predicted at its end)
+#   -e  folder of label maps: evaluate afterwards, metrics.csv beside the results
+#   --  further options of `nnslim predict`; without -m MODEL or --task TASK there: --task total
+# Unlike the predecessor's script of this name: one queue, largest case first; a killed worker is replaced; run it again
+# and only what is missing is predicted; the exit code is 1 where a case failed.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+run=${NNSLIM_RUN:-$here/../run.sh}
+config= images= workers=1 output= labels=
+
+usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" >&2; }
+
+while getopts "c:d:n:o:e:h" option; do
+    case $option in
+        c) config=$OPTARG ;;
+        d) images=$OPTARG ;;
+        n) workers=$OPTARG ;;
+        o) output=$OPTARG ;;
+        e) labels=$OPTARG ;;
+        *) usage; exit 2 ;;
+    esac
+done
+shift $((OPTIND - 1))
+if [ -z "$images" ]; then usage; exit 2; fi
+images=${images%/}
+output=${output:-${images}_predicted}
+
+what=(--task total)
+for argument in "$@"; do
+    case $argument in -m | --model | --model=* | --task | --task=*) what=() ;; esac
+done
+
+started=$SECONDS code=0
+"$run" -m nnslim.cli predict -i "$images" -o "$output" --workers "$workers" ${config:+-c "$config"} \
+    ${what[@]+"${what[@]}"} "$@" || code=$?
+echo "$((SECONDS - started)) s"
+if [ "$code" -gt 1 ]; then exit "$code"; fi
+if [ -n "$labels" ]; then
+    "$run" -m nnslim.cli evaluate -p "$output" -g "$labels" -o "$output/metrics.csv" || code=$?
+fi
+exit "$code"
