@@ -11,7 +11,7 @@ from typing import Any
 from nnslim.errors import InputError, ModelFolderError
 from nnslim.files import sha256_of, write_bytes
 from nnslim.hosts.nnunet.agree import slim_record
-from nnslim.hosts.nnunet.folder import find_folds, read_json_object
+from nnslim.hosts.nnunet.model_files import find_folds, read_json_object
 from nnslim.hosts.nnunet.predict import PredictSettings
 from nnslim.work.benchmark import read_benchmark
 from nnslim.work.evaluation.scores import read_scores
