@@ -301,7 +301,8 @@ def test_printed_sbatch_script_predicts_the_folder_share_by_share(
     script.write_text(capfd.readouterr().out)
     done = []
     for task in ("0", "1"):
-        environment = {**os.environ, "SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": "2"}
+        path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": path, "SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": "2"}
         ran = subprocess.run(
             ["bash", str(script)], capture_output=True, text=True, timeout=1200, env=environment, check=False
         )
