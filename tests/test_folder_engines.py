@@ -176,7 +176,7 @@ def test_resume_finds_torn_missing_and_changed_files_and_leaves_strangers_alone(
     run_folder(CopyJob(notes), cases[:4], out, HERE)
     (out / "a.out").write_text("")  # torn
     (out / "b.out").unlink()
-    os.utime(tmp_path / "in" / "c.txt", (time.time() + 10, time.time() + 10))
+    os.utime(tmp_path / "in" / "c.txt", (1e9, 1e9))  # another image, copied with its old time
     (out / "e.out").write_text("by hand")
     (out / ".nnslim-0123abcd-a.out").write_text("half")  # of a run that was killed
     (out / ".nnslim-0123abcd-b-a.out").write_text("another case's")
@@ -219,6 +219,25 @@ def test_image_that_vanishes_is_a_failed_case(tmp_path, notes):
     assert (
         statuses(records) == {"a": "failed", "b": "done"} and "a.txt cannot be read: No such file" in records[0].error
     )
+
+
+def test_image_that_vanishes_between_listing_and_resume_is_a_failed_case(tmp_path, notes):
+    cases = write_cases(tmp_path / "in", {"a": "x", "b": "x"})
+    run_folder(CopyJob(notes), cases, tmp_path / "out", HERE)
+    cases[0].files[0].unlink()
+    records = run_folder(CopyJob(notes), cases, tmp_path / "out", HERE)
+    assert statuses(records) == {"a": "failed", "b": "there"} and "a.txt cannot be read" in records[0].error
+
+
+@pytest.mark.parametrize("place", ["a.out", "a.out/ct.txt"])
+def test_result_in_the_place_of_an_image_is_refused(tmp_path, notes, place):
+    image = tmp_path / place
+    image.parent.mkdir(exist_ok=True)
+    image.write_text("x")
+    for settings in (HERE, FolderSettings(overwrite=True)):
+        with pytest.raises(OutputError, match=r"a\.out would replace the image .*; choose another output folder"):
+            run_folder(CopyJob(notes), [Case("a", (image,), "a.out")], tmp_path, settings)
+    assert image.read_text() == "x"
 
 
 # --- deaths ---------------------------------------------------------------------------------------------------------

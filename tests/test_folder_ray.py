@@ -61,6 +61,10 @@ def test_node_killed_midway_every_case_is_finished_once_and_bad_models_end_the_r
     with pytest.raises(ModelFolderError, match="no such model"):
         run_folder(CopyJob(notes, refuse=True), cases, tmp_path / "other", settings)
 
+    greedy = FolderSettings("ray", Crew(1, threads=999, address=cluster.address))
+    with pytest.raises(HostError, match="999 threads were asked for, but the machines of the Ray cluster have at most"):
+        run_folder(CopyJob(notes), cases, tmp_path / "other", greedy)
+
 
 def test_missing_ray_is_named_with_its_remedy(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)

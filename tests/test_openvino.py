@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from nnslim.errors import BackendError
+from nnslim.running import kept_models
 from nnslim.running import openvino as side
 from nnslim.running.engine import Settings, make_engine
 from nnslim.running.int8 import offer, quantize
-from nnslim.running.kept_models import fingerprint, replace_model, write_model
+from nnslim.running.kept_models import fingerprint, keep, recall, replace_model, write_model
 from nnslim.running.openvino import OpenVINOEngine, convert
 from nnslim.work.compress import compress
 from nnslim.work.config import tucker
@@ -255,3 +256,17 @@ def test_int8_faults(tiny_net, tiny_shape, monkeypatch):
     monkeypatch.setitem(sys.modules, "nncf", None)
     with pytest.raises(BackendError, match="nncf is not installed"):
         quantize(network, shape, [tile(shape)])
+
+
+def test_model_that_another_worker_keeps_meanwhile_is_no_fault(tiny_net, tiny_shape, tmp_path, monkeypatch):
+    """Workers of a folder run convert the same network at the same time."""
+    model, key = convert(tiny_net, tiny_shape), "0" * 40
+
+    def write_while_another_does(given, path):
+        monkeypatch.undo()
+        keep(given, key, tmp_path)
+        write_model(given, path)
+
+    monkeypatch.setattr(kept_models, "write_model", write_while_another_does)
+    keep(model, key, tmp_path)
+    assert recall(key, tmp_path) is not None and [path.name for path in tmp_path.iterdir()] == [key]

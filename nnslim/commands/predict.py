@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,9 +26,12 @@ from nnslim.commands.common import (
 from nnslim.errors import ConfigError
 
 if TYPE_CHECKING:
+    from nnslim.work.folder.case import Record
     from nnslim.work.folder.run import FolderSettings
 
 Engine = Enum("Engine", {name: name for name in ("local", "ray", "slurm")}, type=str)
+_STEP = 0.5
+_MODEL_ONLY = ("--fold", "-chk", "--previous-stage", "--mirroring", "--step-size", "--trust-checkpoint")
 
 
 def predict(
@@ -53,7 +57,7 @@ def predict(
     fold: FoldOption = None,
     checkpoint: CheckpointOption = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps")] = "cpu",
-    step_size: Annotated[float, typer.Option(help="tile step as a share of the patch, 0..1")] = 0.5,
+    step_size: Annotated[float, typer.Option(help="tile step as a share of the patch, 0..1")] = _STEP,
     mirroring: Annotated[bool, typer.Option(help="test-time mirroring, up to 8x the time")] = False,
     previous_stage: PreviousStageOption = None,
     backend: BackendOption = None,
@@ -77,36 +81,47 @@ def predict(
     """Predict a folder: a bad case is reported and the others go on, what is done is whole and is not repeated."""
     if (model is None) == (task is None):
         raise ConfigError("give one of -m MODEL and --task TASK")
+    goes_with_models = (fold, checkpoint, previous_stage, mirroring, step_size != _STEP, trust)
+    _refuse(task is not None, _MODEL_ONLY, goes_with_models, "-m; TotalSegmentator decides it for its tasks")
+    _refuse(model is not None, ("--ml", "--roi"), (ml, roi), "--task")
+    _refuse(engine.value != "ray", ("--ray-address",), (ray_address,), "--engine ray")
+    _refuse(engine.value != "slurm" and not print_sbatch, ("--parts",), (parts,), "--engine slurm")
     if print_sbatch:
         from nnslim.work.folder.engines.slurm import sbatch_script
 
-        typer.echo(sbatch_script(sys.argv[1:], parts or 8, gpu=device == "cuda", cpus=threads or 8), nl=False)
+        cpus = (threads or 8) * (workers if workers and threads else 1)
+        typer.echo(sbatch_script(sys.argv[1:], parts or 8, gpu=device == "cuda", cpus=cpus), nl=False)
         return
     start(quiet)
     folder = _folder_settings(engine.value, device, workers, threads, overlap, overwrite, parts, ray_address)
-    chosen = {"backend": backend.value if backend else None, "precision": precision.value if precision else None}
+    chosen: Any = {"backend": backend and backend.value, "precision": precision and precision.value, "threads": threads}
     settled = _with_images(config, calibration)
     with counting(quiet, "cases") as count:
         if task is not None:
             from nnslim.hosts.totalseg.folder_job import TaskSettings, predict_task_folder
 
-            only_models = {
-                "--fold": fold,
-                "-chk": checkpoint,
-                "--previous-stage": previous_stage,
-                "--mirroring": mirroring,
-            }
-            if given := [name for name, value in only_models.items() if value]:
-                raise ConfigError(f"{given[0]} goes with -m; TotalSegmentator decides it for its tasks")
-            wanted = TaskSettings(task, device, ml, tuple(roi or ()), threads=threads, **chosen)
+            wanted = TaskSettings(task, device, ml, tuple(roi or ()), **chosen)
             results = predict_task_folder(images, output, wanted, settled, count, folder)
         else:
             from nnslim.hosts.nnunet.folder_job import PredictSettings, predict_folder
 
-            settings = PredictSettings(
-                device, step_size, mirroring, fold, checkpoint, trust, previous_stage, threads=threads, **chosen
-            )
+            settings = PredictSettings(device, step_size, mirroring, fold, checkpoint, trust, previous_stage, **chosen)
             results = predict_folder(images, output, model, settled, settings, count, folder)
+    _tell(results, output)
+
+
+def _refuse(out_of_place: bool, names: Sequence[str], values: Sequence[Any], place: str) -> None:
+    """Refuse options that would do nothing here."""
+    if out_of_place and (given := [name for name, value in zip(names, values, strict=True) if value]):
+        raise ConfigError(f"{given[0]} goes with {place}")
+
+
+def _tell(results: Sequence[Record], output: Path) -> None:
+    """Say what came of the cases.
+
+    Raises:
+        typer.Exit: a case failed (1).
+    """
     failed = [case for case in results if case.status == "failed"]
     for case in failed:
         stderr.print(f"nnslim: {case.name}: {case.error}", markup=False)

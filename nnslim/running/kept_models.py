@@ -67,9 +67,13 @@ def keep(model: Any, key: str, cache: Path | None) -> None:
     target = model_folder(cache) / key
     if target.exists():
         return
-    with whole_folder(target) as side:
-        write_model(model, side / "model.xml")
-        write_json(side / _SUMS, {name: sha256_of(side / name) for name in ("model.xml", "model.bin")})
+    try:
+        with whole_folder(target) as side:
+            write_model(model, side / "model.xml")
+            write_json(side / _SUMS, {name: sha256_of(side / name) for name in ("model.xml", "model.bin")})
+    except OutputError:
+        if not (target / _SUMS).exists():  # else another worker of this run was first
+            raise
 
 
 def recall(key: str, cache: Path | None) -> Any | None:

@@ -265,9 +265,13 @@ def test_command_names_faults_of_its_options(make_model, case_folder, tmp_path, 
 
     assert "give one of -m MODEL and --task TASK" in fault()
     assert "give one of -m MODEL and --task TASK" in fault("-m", "x", "--task", "total")
-    assert "-f goes with -m" in fault("--task", "total", "-f", "0") or "--fold goes with -m" in fault(
-        "--task", "total", "-f", "0"
-    )
+    for option in (("-f", "0"), ("--step-size", "0.7"), ("--mirroring",), ("--trust-checkpoint",)):
+        name = "--fold" if option[0] == "-f" else option[0]
+        assert f"{name} goes with -m; TotalSegmentator decides it" in fault("--task", "total", *option)
+    assert "--ml goes with --task" in fault("-m", "x", "--ml")
+    assert "--roi goes with --task" in fault("-m", "x", "--roi", "liver")
+    assert "--parts goes with --engine slurm" in fault("-m", "x", "--parts", "2")
+    assert "--ray-address goes with --engine ray" in fault("-m", "x", "--ray-address", "auto")
     assert "inside a Slurm job" in fault("-m", make_model(), "--engine", "slurm")
     assert not (tmp_path / "out").exists()
 

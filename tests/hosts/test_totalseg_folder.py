@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import nibabel as nib
@@ -19,7 +23,7 @@ from nnslim.hosts.totalseg import standin
 from nnslim.hosts.totalseg.folder_job import TaskSettings, predict_task_folder, task_cases
 from nnslim.hosts.totalseg.standin import Layout, write_stand_in
 from nnslim.hosts.totalseg.tasks import find_task
-from nnslim.hosts.totalseg.weights import weights_folder
+from nnslim.hosts.totalseg.weights import STAND_IN_NOTE, task_source, weights_folder
 from nnslim.work.config import RunConfig, SlimConfig
 from nnslim.work.folder.engines import Crew
 from nnslim.work.folder.run import FolderSettings
@@ -52,6 +56,13 @@ def loads(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(nnUNetPredictor, "initialize_from_trained_model_folder", initialize_from_trained_model_folder)
     return seen
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """Serves files, and logs nothing."""
+
+    def log_message(self, *_) -> None:
+        pass
 
 
 def plain(image: Path, out: Path, **options) -> None:
@@ -159,6 +170,25 @@ def test_context_keeps_models_between_calls_on_request(cts, home, loads, tmp_pat
     plain(cts / "one.nii.gz", tmp_path / "after.nii.gz", ml=True, fast=True)
     assert loads == ["Dataset297"] * 2
     assert all(same_file(tmp_path / f"{name}.nii.gz", tmp_path / "after.nii.gz") for name in "01")
+
+
+def test_missing_weights_are_fetched_before_they_name_the_results(cts, home, tmp_path, monkeypatch):
+    """Were they fetched by the first image, a second run would take its results for those of another model."""
+    dataset = write_stand_in(297, tmp_path / "source", base_features=2, patch_size=SMALL_PATCH)
+    (dataset / STAND_IN_NOTE).unlink()
+    name, url = task_source(297, base_url="")
+    shutil.make_archive(str(tmp_path / "web" / url.lstrip("/").removesuffix(".zip")), "zip", dataset.parent, name)
+    handler = functools.partial(QuietHandler, directory=tmp_path / "web")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("NNSLIM_TS_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        settings = TaskSettings("total_fast", ml=True, threads=1)
+        records = predict_task_folder(cts / "one.nii.gz", tmp_path / "out", settings)
+        server.shutdown()
+    assert [(r.name, r.status, r.error) for r in records] == [("one", "done", "")]
+    again = predict_task_folder(cts / "one.nii.gz", tmp_path / "out", settings)
+    assert again[0].status == "there" and again[0].model == records[0].model
 
 
 def test_kept_model_is_read_again_after_its_file_has_changed(home, loads, tmp_path):

@@ -28,7 +28,9 @@ def silent() -> Iterator[None]:
     global _hushed, _shown
     with _lock:
         if not _hushed:
-            _shown, sys.stdout = sys.stdout, open(os.devnull, "w")  # noqa: PTH123, SIM115
+            # Names of files may be no UTF-8, and nnU-Net prints them.
+            sink = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: PTH123, SIM115
+            _shown, sys.stdout = sys.stdout, sink
         _hushed += 1
     try:
         yield

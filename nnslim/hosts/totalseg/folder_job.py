@@ -18,7 +18,7 @@ from nnslim.hosts.nnunet.folder_job import absolute_config
 from nnslim.hosts.nnunet.model_files import content_digest
 from nnslim.hosts.nnunet.predict_settings import config_identity, digest
 from nnslim.hosts.totalseg.tasks import Task, find_task, totalseg_version
-from nnslim.hosts.totalseg.weights import weights_folder
+from nnslim.hosts.totalseg.weights import download, weights_folder
 from nnslim.work.folder.case import Case, Place, Record
 from nnslim.work.folder.engines import Crew
 from nnslim.work.folder.run import FolderSettings, run_folder
@@ -72,12 +72,28 @@ def predict_task_folder(
         folder: engine and workers; default: in this process.
     Raises:
         InputError: no images. HostError: TotalSegmentator is missing. ConfigError: no such task or class.
+        DownloadError: the weights are not here and cannot be fetched.
         OutputError: the output folder cannot be written, or holds other results. A single bad case raises nothing.
     """
-    find_task(settings.task, settings.roi)  # before anything is read
+    task = find_task(settings.task, settings.roi)  # before anything is read
     cases = task_cases(Path(images).absolute(), ml=settings.ml)
+    fetch_missing(task)
     job = TotalsegJob(settings, absolute_config(config))
     return run_folder(job, cases, Path(output), folder or FolderSettings(crew=Crew(threads=settings.threads)), progress)
+
+
+def fetch_missing(task: Task) -> None:
+    """Fetch the weights that are not here yet, before the run asks which ones it is about: they are its identity.
+
+    Raises:
+        DownloadError: they need a licence, or cannot be fetched. OutputError: they cannot be written.
+    """
+    for number in task.missing(weights_folder()):
+        from nnslim.hosts.totalseg.in_process import locked_home
+
+        _log.info("fetching the weights of TotalSegmentator's model %d", number)
+        with locked_home():  # of tasks of a Slurm array one fetches, the others find
+            download(number, weights_folder())
 
 
 def task_cases(images: Path, *, ml: bool) -> list[Case]:
@@ -147,7 +163,7 @@ class TotalsegJob:
 
     @contextmanager
     def open(self, place: Place) -> Iterator[TotalsegModel]:
-        """Make `totalsegmentator()` ready; its weights are loaded (and fetched, where they are missing) as needed.
+        """Make `totalsegmentator()` ready; it loads weights as needed, and fetches those of its rough cropping model.
 
         Raises:
             HostError, ConfigError: what cannot be used.

@@ -39,7 +39,7 @@ def many_images(session: OwnSession, threads: int | None) -> Iterator[Callable[.
     """
     from totalsegmentator import python_api
 
-    with _locked_home():
+    with locked_home():
         python_api.setup_nnunet()  # nnU-Net's folders: some versions read them as they are imported
         python_api.setup_totalseg()
     import totalsegmentator.nnunet  # noqa: F401  patches nnU-Net's predictor; ours go on top of that
@@ -102,14 +102,14 @@ def _in_process(threads: int | None, original: Callable[..., Any]) -> Callable[.
 def _locked(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def locked(*args: Any, **kwargs: Any) -> Any:
-        with _locked_home():
+        with locked_home():
             return original(*args, **kwargs)
 
     return locked
 
 
 @contextmanager
-def _locked_home() -> Iterator[None]:
+def locked_home() -> Iterator[None]:
     """Hold TotalSegmentator's home against other workers: it writes its files in place."""
     home = totalseg_home()
     make_folder(home)

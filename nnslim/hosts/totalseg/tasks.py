@@ -43,6 +43,10 @@ class Task:
         found = [sorted(weights.glob(f"Dataset{number:03d}_*/{name}")) for number in self.ids]
         return [folder for folders in found for folder in folders[:1]]
 
+    def missing(self, weights: Path) -> list[int]:
+        """Return the dataset numbers without a folder below the weights folder."""
+        return [number for number in self.ids if not any(weights.glob(f"Dataset{number:03d}_*"))]
+
 
 def totalseg_version() -> str:
     """Return the version of the installed TotalSegmentator.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nnslim.errors import ConfigError, OutputError, nearest
+from nnslim.errors import ConfigError, InputError, OutputError, nearest
 from nnslim.files import make_folder
 from nnslim.work.folder.case import Case, Job, Record, now
 from nnslim.work.folder.engines import Crew, Engine
@@ -56,7 +56,8 @@ def run_folder(
         job: the model. cases: of the folder, all of them. output: created if missing. settings: see there.
         progress: called with (cases done, cases in all).
     Raises:
-        OutputError: the folder cannot be written, holds another model's results, or another run is writing to it.
+        OutputError: the folder cannot be written, holds another model's results, another run is writing to it, or a
+            result would take the place of an image.
         HostError, ModelFolderError: the model cannot be used.
         ConfigError: no such engine.
     """
@@ -65,6 +66,7 @@ def run_folder(
         cases = share(cases, *settings.part)
     targets = {case.target for case in cases}
     make_folder(output)
+    _spare_images(cases, output)
     with alone(output, shared=settings.part is not None):
         manifest = Manifest(output, settings.part)
         manifest.tidy()
@@ -80,6 +82,17 @@ def run_folder(
             remove_leftovers(output, targets)
         manifest.finish(keeper.records.values())
     return [keeper.records[case.name] for case in cases]
+
+
+def _spare_images(cases: Sequence[Case], output: Path) -> None:
+    """Refuse an output folder in which a result has the place of an image, or of the folder that holds it."""
+    folder = output.resolve()
+    for case in cases:
+        target = folder / case.target
+        for file in case.files:
+            place = file.parent.resolve() / file.name
+            if target == place or target in place.parents:
+                raise OutputError(f"the result {target} would replace the image {place}; choose another output folder")
 
 
 class _Keeper:
@@ -145,8 +158,11 @@ def _left(
 
 
 def _is_whole(record: Record, case: Case, target: Path) -> bool:
-    facts = input_facts(case.files)
-    if facts["bytes"] != record.input.get("bytes") or facts["time"] > record.input.get("time", 0.0):
+    try:
+        facts = input_facts(case.files)
+    except InputError:  # gone since it was listed; the case itself says so
+        return False
+    if facts != record.input:  # an older time, too: a copy of another image keeps its own
         _log.warning("%s: its images have changed; it is predicted again", case.name)
         return False
     found = checksum(target)

@@ -55,6 +55,11 @@ def _sized(ray: Any, crew: Crew) -> Crew:
         raise HostError("device cuda was asked for, but no machine of the Ray cluster has a GPU; use --device cpu")
     workers = crew.workers or (gpus if crew.gpus else len(machines))
     cpus = int(min(resources.get("CPU", 1) for resources in machines))
+    most = int(max(resources.get("CPU", 1) for resources in machines))
+    if (crew.threads or 1) > most:  # Ray would wait for such a machine
+        raise HostError(
+            f"{crew.threads} threads were asked for, but the machines of the Ray cluster have at most {most} CPUs"
+        )
     return replace(crew, workers=workers, threads=crew.threads or max(cpus // math.ceil(workers / len(machines)), 1))
 
 
