@@ -1,11 +1,13 @@
-"""A folder of cases against stock nnUNetv2_predict, and ten runs that are killed and resumed.
+"""A folder of cases: runs that are killed and resumed, speed against stock nnUNetv2_predict, a Ray node that is lost.
 
-Examples: ./run.sh benchmarks/folder.py speed -o folder_speed.json --rounds 3
-          ./run.sh benchmarks/folder.py kills -o folder_kills.json --kills 10 --seed 1
+Examples: ./run.sh benchmarks/folder.py kills speed -o folder.json
+          ./run.sh benchmarks/folder.py kills -o small.json --cases 6 --kills 2
+          ./run.sh benchmarks/folder.py ray -o ray.json --cases 12
 
-Needs the hippocampus images and the trained model of NNSLIM_DATA. `speed` alternates all rows in each round, since
-other programs on the machine change its speed. `kills` sends SIGKILL to the main process at a random moment of its run,
-looks at what is there, resumes, and compares every file with that of a run that was left alone.
+Needs the hippocampus images and the trained model of NNSLIM_DATA. `kills` sends SIGKILL to all processes of a run at a
+random moment, looks at what is there, resumes, and compares every file with that of a run that was left alone. `speed`
+alternates all rows in each round, since other programs on the machine change its speed. `ray` (needs Ray) starts two
+nodes on this machine and kills one midway. The JSON file is written again after each of them.
 """
 
 from __future__ import annotations
@@ -24,16 +26,68 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 
-from nnslim.work.folder.manifest import Manifest
+from nnslim.files import write_json
+from nnslim.work.folder.case import Record
+from nnslim.work.folder.manifest import NAME, Manifest
 from nnslim.work.images import check_complete
 
 _DATASET = "Dataset004_Hippocampus"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all measurements share: arguments, images and how many, a folder for results, variables of the commands."""
+
+    args: argparse.Namespace
+    images: Path
+    count: int
+    work: Path
+    environment: dict[str, str]
+
+    def ours(self, output: Path, *options: str) -> list[str]:
+        """Return the command line of nnslim."""
+        command = [sys.executable, "-W", "ignore", "-m", "nnslim.cli", "predict", "-q", *_io(self.images, output)]
+        return [*command, "-m", str(self.args.model), "--workers", str(self.args.workers), *options]
+
+    def stock(self, output: Path) -> list[str]:
+        """Return the command line of nnU-Net."""
+        code = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point as run; run()"
+        workers = str(self.args.workers)
+        options = ["-d", "4", "-c", "3d_fullres", "-f", "0", "-device", "cpu", "-npp", workers, "-nps", workers]
+        if not self.args.mirroring:
+            options.append("--disable_tta")
+        return [sys.executable, "-W", "ignore", "-c", code, *_io(self.images, output), *options]
+
+    def run(self, command: Sequence[str]) -> float:
+        """Run a command to its end and return the seconds that it took."""
+        started = time.perf_counter()
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(
+                f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+            )
+        return time.perf_counter() - started
+
+    def reference(self) -> tuple[float, dict[str, str]]:
+        """Predict everything in a run that is left alone; return its seconds and the digests of its files."""
+        output = self.work / "whole"
+        shutil.rmtree(output, ignore_errors=True)
+        seconds = self.run(self.ours(output, "--backend", self.args.backend[0]))
+        found = digests(output)
+        print(f"left alone: {seconds:.1f} s, {len(found)} files", flush=True)
+        return seconds, found
+
+
+def _io(images: Path, output: Path) -> list[str]:
+    return ["-i", str(images), "-o", str(output)]
 
 
 def choose_cases(data: Path, folder: Path, count: int) -> int:
@@ -68,172 +122,193 @@ def voxels_that_differ(one: Path, other: Path) -> tuple[int, int]:
     return differ, total
 
 
-def ours(images: Path, output: Path, model: Path, *options: str) -> list[str]:
-    """Return the command line of nnslim."""
-    return [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "nnslim.cli",
-        "predict",
-        "-q",
-        *_io(images, output),
-        "-m",
-        str(model),
-        *options,
-    ]
-
-
-def stock(images: Path, output: Path, workers: int, mirroring: bool) -> list[str]:
-    """Return the command line of nnU-Net."""
-    code = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point as run; run()"
-    options = ["-d", "4", "-c", "3d_fullres", "-f", "0", "-device", "cpu", "-npp", str(workers), "-nps", str(workers)]
-    return [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        code,
-        *_io(images, output),
-        *options,
-        *([] if mirroring else ["--disable_tta"]),
-    ]
-
-
-def _io(images: Path, output: Path) -> list[str]:
-    return ["-i", str(images), "-o", str(output)]
-
-
-def run(command: Sequence[str], environment: dict[str, str]) -> float:
-    """Run a command to its end and return the seconds that it took."""
-    started = time.perf_counter()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(
-            f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-        )
-    return time.perf_counter() - started
-
-
-def measure_speed(args: argparse.Namespace, images: Path, count: int, work: Path, environment: dict[str, str]) -> dict:
+def measure_speed(setting: Setting) -> dict[str, Any]:
     """Alternate stock and ours; return rows of seconds, cases per minute, and voxels that differ from stock."""
-    common = ["--workers", str(args.workers), *(["--mirroring"] if args.mirroring else [])]
-    rows = {"nnUNetv2_predict": stock(images, work / "stock", args.workers, args.mirroring)}
+    args, work = setting.args, setting.work
+    rows = {"nnUNetv2_predict": (work / "stock", setting.stock(work / "stock"))}
     for backend in args.backend:
-        rows[f"nnslim predict --backend {backend}"] = ours(
-            images, work / backend, args.model, "--backend", backend, *common
-        )
+        options = ["--backend", backend, *(["--mirroring"] if args.mirroring else [])]
+        rows[f"nnslim predict --backend {backend}"] = (work / backend, setting.ours(work / backend, *options))
     seconds: dict[str, list[float]] = {name: [] for name in rows}
-    for _ in range(args.rounds):
-        for name, command in rows.items():
-            shutil.rmtree(command[command.index("-o") + 1], ignore_errors=True)
-            seconds[name].append(round(run(command, environment), 2))
+    for number in range(args.rounds):
+        for name in list(rows)[:: -1 if number % 2 else 1]:
+            output, command = rows[name]
+            shutil.rmtree(output, ignore_errors=True)
+            seconds[name].append(round(setting.run(command), 2))
             print(f"{name}: {seconds[name][-1]:.1f} s", flush=True)
     result = []
     first = seconds["nnUNetv2_predict"]
-    for name, command in rows.items():
-        differ, total = voxels_that_differ(work / "stock", Path(command[command.index("-o") + 1]))
-        ratios = [stock_seconds / mine for stock_seconds, mine in zip(first, seconds[name], strict=True)]
-        per_minute = round(60 * count / statistics.median(seconds[name]), 1)
-        result.append(
-            {"row": name, "seconds": seconds[name], "cases_per_minute": per_minute, "times_stock": _round(ratios)}
-            | {"voxels_that_differ": differ, "voxels": total}
-        )
+    print("| row | seconds | cases per minute | times stock | voxels that differ |\n| --- | --- | --- | --- | --- |")
+    for name, (output, _) in rows.items():
+        differ, total = voxels_that_differ(work / "stock", output)
+        ratios = [round(theirs / mine, 3) for theirs, mine in zip(first, seconds[name], strict=True)]
+        middle = statistics.median(seconds[name])
+        row = {"row": name, "seconds": seconds[name], "cases_per_minute": round(60 * setting.count / middle, 1)}
+        row |= {"times_stock": ratios, "voxels_that_differ": differ, "voxels": total, "stages": stages(output)}
+        result.append(row)
+        times = statistics.median(ratios)
         print(
-            f"| `{name}` | {statistics.median(seconds[name]):.1f} | {per_minute} | {statistics.median(ratios):.2f} | "
-            f"{differ} of {total} |"
+            f"| `{name}` | {middle:.1f} | {row['cases_per_minute']} | {times:.2f} | {differ} of {total} |", flush=True
         )
-    return {"rows": result}
+    return {"mirroring": args.mirroring, "rows": result}
 
 
-def _round(values: Sequence[float]) -> list[float]:
-    return [round(value, 3) for value in values]
+def stages(output: Path) -> dict[str, float]:
+    """Return the mean seconds of each stage of a case; nothing for a folder without a manifest."""
+    found = [record.stages for record in Manifest(output).read().values()]
+    return {name: round(statistics.mean(case[name] for case in found), 3) for name in (found[0] if found else ())}
 
 
-def kill_and_resume(
-    args: argparse.Namespace, images: Path, count: int, work: Path, environment: dict[str, str]
-) -> dict:
-    """Kill `args.kills` runs at random moments and resume each; return what was found."""
-    options = ["--workers", str(args.workers), "--backend", args.backend[0]]
-    whole = run(ours(images, work / "whole", args.model, *options), environment)
-    reference = digests(work / "whole")
-    print(f"left alone: {whole:.1f} s, {len(reference)} files", flush=True)
+def kill_and_resume(setting: Setting) -> dict[str, Any]:
+    """Kill `--kills` runs at random moments and resume each; a run that ends before its moment does not count."""
+    args = setting.args
+    whole, reference = setting.reference()
     chance = random.Random(args.seed)
-    trials = []
-    for number in range(args.kills):
-        output = work / f"killed_{number}"
-        command = ours(images, output, args.model, *options)
-        moment = chance.uniform(0, whole)
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(moment)
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)
-        killed = process.wait() == -signal.SIGKILL
-        time.sleep(0.5)  # workers end when their parent does; what they wrote until then is looked at, too
-        there = digests(output) if output.is_dir() else {}
-        finished = {name: r for name, r in Manifest(output).read().items() if r.status == "done"}
-        seconds = run(command, environment)
-        after = Manifest(output).read()
-        trials.append(
-            {
-                "moment_s": round(moment, 2),
-                "killed": killed,
-                "files_then": len(there),
-                "done_then": len(finished),
-                "wrong_then": sum(reference.get(name) != digest for name, digest in there.items()),
-                "repeated": sum(after[name].time != record.time for name, record in finished.items()),
-                "resume_s": round(seconds, 2),
-                "equal": digests(output) == reference,
-                "lines": len((output / "manifest.jsonl").read_text().splitlines()),
-                "leftovers": [
-                    p.name for p in output.iterdir() if not p.name.endswith(".nii.gz") and p.name != "manifest.jsonl"
-                ],
-            }
-        )
+    trials: list[dict[str, Any]] = []
+    while sum(trial["killed"] for trial in trials) < args.kills and len(trials) < 3 * args.kills:
+        output = setting.work / f"killed_{len(trials)}"
+        trials.append(_one_kill(setting, output, chance.uniform(0, whole), reference))
         print(trials[-1], flush=True)
-    passed = all(t["equal"] and not t["wrong_then"] and not t["repeated"] and not t["leftovers"] for t in trials)
-    passed = passed and all(t["lines"] == count for t in trials)
-    verdict = "all whole and equal" if passed else "FAILED"
-    print(f"{len(trials)} runs, {sum(t['killed'] for t in trials)} killed: {verdict}")
-    return {"left_alone_s": round(whole, 2), "trials": trials, "passed": passed}
+    passed = all(trial["passed"] for trial in trials) and sum(trial["killed"] for trial in trials) == args.kills
+    print(
+        f"{len(trials)} runs, {sum(t['killed'] for t in trials)} killed: {'passed' if passed else 'FAILED'}", flush=True
+    )
+    return {"left_alone_s": round(whole, 2), "seed": args.seed, "trials": trials, "passed": passed}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one of the two."""
-    data = Path(os.environ.get("NNSLIM_DATA") or Path(__file__).resolve().parents[2] / "shared")
+def _one_kill(setting: Setting, output: Path, moment: float, reference: dict[str, str]) -> dict[str, Any]:
+    command = setting.ours(output, "--backend", setting.args.backend[0])
+    process = subprocess.Popen(
+        command,
+        env=setting.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # a process group of its own, workers included
+    )
+    try:
+        process.wait(moment)
+    except subprocess.TimeoutExpired:
+        (os.killpg if setting.args.kill == "group" else os.kill)(process.pid, signal.SIGKILL)
+    killed = process.wait() == -signal.SIGKILL
+    _wait_for_group(process.pid)  # with --kill main: the workers end when their parent does
+    there = digests(output) if output.is_dir() else {}
+    finished = {name: r for name, r in Manifest(output).read().items() if r.status == "done"}
+    seconds = setting.run(command)
+    found = _compared(output, reference, setting.count)
+    after = Manifest(output).read()
+    wrong = sum(reference.get(name) != digest for name, digest in there.items())
+    repeated = sum(after[name].time != record.time for name, record in finished.items())
+    return {
+        "moment_s": round(moment, 2),
+        "killed": killed,
+        "files_then": len(there),
+        "done_then": len(finished),
+        "wrong_then": wrong,
+        "repeated": repeated,
+        "resume_s": round(seconds, 2),
+        **found,
+        "passed": found["passed"] and not wrong and not repeated,
+    }
+
+
+def _compared(output: Path, reference: dict[str, str], count: int) -> dict[str, Any]:
+    """Say whether a folder holds the files of the reference, one manifest line for each case, and nothing else."""
+    lines = [Record.from_json(json.loads(line)) for line in (output / NAME).read_text(encoding="utf-8").splitlines()]
+    once = {record.name for record in lines if record is not None and record.status == "done"}
+    others = sorted(path.name for path in output.iterdir() if path.name not in reference and path.name != NAME)
+    equal = digests(output) == reference
+    passed = equal and len(lines) == len(once) == count and not others
+    return {"equal": equal, "lines": len(lines), "done": len(once), "leftovers": others, "passed": passed}
+
+
+def _wait_for_group(group: int, patience: float = 10.0) -> None:
+    """Wait until no process of a group is left."""
+    end = time.monotonic() + patience
+    with suppress(ProcessLookupError):
+        while time.monotonic() < end:
+            os.killpg(group, 0)
+            time.sleep(0.05)
+
+
+def lose_a_node(setting: Setting) -> dict[str, Any]:
+    """Predict on two Ray nodes with a CPU each, and kill one when a quarter of the cases is done."""
+    from ray.cluster_utils import Cluster
+
+    _, reference = setting.reference()
+    output = setting.work / "ray"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        second = cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        options = ["--engine", "ray", "--ray-address", cluster.address, "--threads", "1"]
+        command = setting.ours(output, *options, "--backend", setting.args.backend[0])
+        started, killed_at = time.perf_counter(), None
+        with (setting.work / "ray.log").open("w+") as log:
+            process = subprocess.Popen(command, env=setting.environment, stdout=log, stderr=log)
+            while process.poll() is None:
+                done = Manifest(output).read().values()
+                if killed_at is None and len(done) >= setting.count / 4 and len({r.worker for r in done}) > 1:
+                    cluster.remove_node(second, allow_graceful=False)
+                    killed_at = len(done)
+                time.sleep(0.05)
+            log.seek(0)
+            print(log.read(), end="", flush=True)
+    finally:
+        cluster.shutdown()
+    found = _compared(output, reference, setting.count)
+    tries = {record.name: record.attempts for record in Manifest(output).read().values() if record.attempts > 1}
+    result = {"seconds": round(time.perf_counter() - started, 2), "done_when_killed": killed_at, "tried_again": tries}
+    result |= {"exit_code": process.returncode, **found}
+    result["passed"] = found["passed"] and killed_at is not None and process.returncode == 0
+    print(result, flush=True)
+    return result
+
+
+_PARTS = {"kills": kill_and_resume, "speed": measure_speed, "ray": lose_a_node}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "kills"])
+    parser.add_argument("what", nargs="+", choices=list(_PARTS))
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file for the figures")
     parser.add_argument("-m", "--model", type=Path, help="model folder (default: the hippocampus model of NNSLIM_DATA)")
     parser.add_argument("--cases", type=int, default=40, help="test cases first, then training cases (default: 40)")
     parser.add_argument("--workers", type=int, default=2, help="of ours, and of nnU-Net's -npp and -nps (default: 2)")
+    parser.add_argument(
+        "--backend", nargs="+", default=["stock", "auto"], help="speed: rows of ours; kills and ray take the first"
+    )
+    parser.add_argument("--kills", type=int, default=10, help="kills: runs to kill (default: 10)")
+    parser.add_argument("--kill", choices=["group", "main"], default="group", help="kills: all processes, or the first")
+    parser.add_argument("--seed", type=int, default=0, help="kills: of the moments (default: 0)")
     parser.add_argument("--rounds", type=int, default=3, help="speed: passes of each row, in turn (default: 3)")
-    parser.add_argument("--backend", nargs="+", default=["stock", "auto"], help="rows of ours; kills takes the first")
     parser.add_argument("--mirroring", action="store_true", help="speed: with test-time mirroring, all rows")
-    parser.add_argument("--kills", type=int, default=10, help="runs to kill (default: 10)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, and return 1 where something was lost, torn or repeated."""
+    args = make_parser().parse_args(arguments)
+    data = Path(os.environ.get("NNSLIM_DATA") or Path(__file__).resolve().parents[2] / "shared")
     models = data / "models"
     args.model = args.model or models / _DATASET / "nnUNetTrainer__nnUNetPlans__3d_fullres"
     with tempfile.TemporaryDirectory(prefix="nnslim-folder-") as folder:
         work = Path(folder)
         count = choose_cases(data / "data", work / "images", args.cases)
         environment = {**os.environ, "nnUNet_results": str(models), "nnUNet_raw": folder, "nnUNet_preprocessed": folder}
-        measured: dict[str, Any] = (measure_speed if args.what == "speed" else kill_and_resume)(
-            args, work / "images", count, work, environment
-        )
-    facts = {
-        "cases": count,
-        "workers": args.workers,
-        "cpus": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-    }
-    args.output.write_text(
-        json.dumps({**facts, "mirroring": args.mirroring, "seed": args.seed, **measured}, indent=1) + "\n"
-    )
-    return 0 if measured.get("passed", True) else 1
+        environment.setdefault("NNSLIM_CACHE", str(work / "cache"))
+        environment.pop("OMP_NUM_THREADS", None)  # it would hold back stock, which has no option for threads
+        setting = Setting(args, work / "images", count, work, environment)
+        measured: dict[str, Any] = {
+            "cases": count,
+            "workers": args.workers,
+            "cpus": len(os.sched_getaffinity(0)),
+            "python": platform.python_version(),
+        }
+        for what in args.what:
+            measured[what] = _PARTS[what](setting)
+            write_json(args.output, measured)
+    return 0 if all(measured[what].get("passed", True) for what in args.what) else 1
 
 
 if __name__ == "__main__":
