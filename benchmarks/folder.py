@@ -4,10 +4,11 @@ Examples: ./run.sh benchmarks/folder.py kills speed -o folder.json
           ./run.sh benchmarks/folder.py kills -o small.json --cases 6 --kills 2
           ./run.sh benchmarks/folder.py ray -o ray.json --cases 12
 
-Needs the hippocampus images and the trained model of NNSLIM_DATA. `kills` sends SIGKILL to all processes of a run at a
-random moment, looks at what is there, resumes, and compares every file with that of a run that was left alone. `speed`
-alternates all rows in each round, since other programs on the machine change its speed. `ray` (needs Ray) starts two
-nodes on this machine and kills one midway. The JSON file is written again after each of them.
+Needs the hippocampus images and the trained model of NNSLIM_DATA. `kills` sends SIGKILL to all processes of a run at
+a random moment (after a random number of cases, somewhere before the next one would be done), looks at what is there,
+resumes, and compares every file with that of a run that was left alone. `speed` alternates all rows in each round,
+since other programs on the machine change its speed. `ray` (needs Ray) starts two nodes on this machine and kills one
+midway. The JSON file is written again after each of them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -162,12 +164,17 @@ def stages(output: Path) -> dict[str, float]:
 def kill_and_resume(setting: Setting) -> dict[str, Any]:
     """Kill `--kills` runs at random moments and resume each; a run that ends before its moment does not count."""
     args = setting.args
+    begun = datetime.now(timezone.utc)
     whole, reference = setting.reference()
+    ends = sorted(datetime.fromisoformat(r.time) for r in Manifest(setting.work / "whole").read().values())
+    gaps = [(end - before).total_seconds() for before, end in zip([begun, *ends], ends, strict=False)]
     chance = random.Random(args.seed)
     trials: list[dict[str, Any]] = []
     while sum(trial["killed"] for trial in trials) < args.kills and len(trials) < 3 * args.kills:
         output = setting.work / f"killed_{len(trials)}"
-        trials.append(_one_kill(setting, output, chance.uniform(0, whole), reference))
+        # By progress, not by the clock: on a busy machine no two runs take the same time.
+        after = chance.randrange(setting.count)
+        trials.append(_one_kill(setting, output, (after, chance.uniform(0, gaps[after])), reference))
         print(trials[-1], flush=True)
     passed = all(trial["passed"] for trial in trials) and sum(trial["killed"] for trial in trials) == args.kills
     print(
@@ -176,7 +183,8 @@ def kill_and_resume(setting: Setting) -> dict[str, Any]:
     return {"left_alone_s": round(whole, 2), "seed": args.seed, "trials": trials, "passed": passed}
 
 
-def _one_kill(setting: Setting, output: Path, moment: float, reference: dict[str, str]) -> dict[str, Any]:
+def _one_kill(setting: Setting, output: Path, moment: tuple[int, float], reference: dict[str, str]) -> dict[str, Any]:
+    """Kill a run so many seconds after so many cases were done, and resume it."""
     command = setting.ours(output, "--backend", setting.args.backend[0])
     process = subprocess.Popen(
         command,
@@ -185,8 +193,10 @@ def _one_kill(setting: Setting, output: Path, moment: float, reference: dict[str
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # a process group of its own, workers included
     )
+    while process.poll() is None and len(Manifest(output).read()) < moment[0]:
+        time.sleep(0.02)
     try:
-        process.wait(moment)
+        process.wait(moment[1])
     except subprocess.TimeoutExpired:
         (os.killpg if setting.args.kill == "group" else os.kill)(process.pid, signal.SIGKILL)
     killed = process.wait() == -signal.SIGKILL
@@ -199,7 +209,8 @@ def _one_kill(setting: Setting, output: Path, moment: float, reference: dict[str
     wrong = sum(reference.get(name) != digest for name, digest in there.items())
     repeated = sum(after[name].time != record.time for name, record in finished.items())
     return {
-        "moment_s": round(moment, 2),
+        "cases_before": moment[0],
+        "seconds_after": round(moment[1], 2),
         "killed": killed,
         "files_then": len(there),
         "done_then": len(finished),
