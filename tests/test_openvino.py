@@ -260,7 +260,7 @@ def test_int8_faults(tiny_net, tiny_shape, monkeypatch):
 
 def test_model_that_another_worker_keeps_meanwhile_is_no_fault(tiny_net, tiny_shape, tmp_path, monkeypatch):
     """Workers of a folder run convert the same network at the same time."""
-    model, key = convert(tiny_net, tiny_shape), "0" * 40
+    model, key = convert(tiny_net("plain3d"), tiny_shape("plain3d"), channels_last=True), "0" * 40
 
     def write_while_another_does(given, path):
         monkeypatch.undo()

@@ -176,8 +176,9 @@ def test_missing_weights_are_fetched_before_they_name_the_results(cts, home, tmp
     """Were they fetched by the first image, a second run would take its results for those of another model."""
     dataset = write_stand_in(297, tmp_path / "source", base_features=2, patch_size=SMALL_PATCH)
     (dataset / STAND_IN_NOTE).unlink()
-    name, url = task_source(297, base_url="")
-    shutil.make_archive(str(tmp_path / "web" / url.lstrip("/").removesuffix(".zip")), "zip", dataset.parent, name)
+    name, url = task_source(297, base_url="http://web")
+    archive = tmp_path / "web" / url.removeprefix("http://web/").removesuffix(".zip")
+    shutil.make_archive(str(archive), "zip", dataset.parent, name)
     handler = functools.partial(QuietHandler, directory=tmp_path / "web")
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

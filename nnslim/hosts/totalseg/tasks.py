@@ -83,7 +83,7 @@ def find_task(name: str, classes: Sequence[str] = ()) -> Task:
     raw = TASK_CONFIGS[base]
     modes = raw.get("sub_modes", {"default": raw})
     if mode not in modes:
-        known = ", ".join(base if key == "default" else f"{base}_{key}" for key in modes)
+        known = ", ".join(sorted(base if key == "default" else f"{base}_{key}" for key in modes))
         raise ConfigError(f"TotalSegmentator {version} has no task '{name}'; it has {known}")
     known = set(class_map[base].values())
     if unknown := [wanted for wanted in classes if wanted not in known]:
