@@ -108,8 +108,8 @@ def digests(folder: Path) -> dict[str, str]:
         InputError: a file is torn.
     """
     found = {}
-    for file in sorted(folder.glob("*.nii.gz")):
-        check_complete(file)
+    for file in (path for path in sorted(folder.glob("*.nii.gz")) if not path.name.startswith(".")):
+        check_complete(file)  # what begins with a dot is what a killed run left unfinished
         image = nib.load(file)
         found[file.name] = hashlib.sha256(np.asarray(image.dataobj).tobytes() + image.affine.tobytes()).hexdigest()
     return found
@@ -202,6 +202,7 @@ def _one_kill(setting: Setting, output: Path, moment: tuple[int, float], referen
     killed = process.wait() == -signal.SIGKILL
     _wait_for_group(process.pid)  # with --kill main: the workers end when their parent does
     there = digests(output) if output.is_dir() else {}
+    unfinished = len(list(output.glob(".nnslim-*.nii.gz")))
     finished = {name: r for name, r in Manifest(output).read().items() if r.status == "done"}
     seconds = setting.run(command)
     found = _compared(output, reference, setting.count)
@@ -213,6 +214,7 @@ def _one_kill(setting: Setting, output: Path, moment: tuple[int, float], referen
         "seconds_after": round(moment[1], 2),
         "killed": killed,
         "files_then": len(there),
+        "unfinished_then": unfinished,
         "done_then": len(finished),
         "wrong_then": wrong,
         "repeated": repeated,
