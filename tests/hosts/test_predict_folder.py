@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 from conftest import make_predictor
 
-from nnslim.cli import main
 from nnslim.errors import InputError
 from nnslim.hosts.nnunet.cases import list_cases, silent
 from nnslim.hosts.nnunet.folder_job import NNUNetJob, nnunet_cases
@@ -251,17 +250,9 @@ def test_full_disk_is_named_and_leaves_nothing_torn(make_model, case_folder, tmp
     assert done.returncode in (1, 2) and "manifest.jsonl" in left
 
 
-def test_command_names_faults_of_its_options(make_model, case_folder, tmp_path, monkeypatch, capfd):
+def test_command_names_faults_of_its_options(make_model, case_folder, tmp_path, command):
     def fault(*arguments) -> str:
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            ["nnslim", "predict", "-q", "-i", str(case_folder), "-o", str(tmp_path / "out"), *map(str, arguments)],
-        )
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert end.value.code == 2
-        return " ".join(capfd.readouterr().err.split())
+        return command("predict", "-q", "-i", case_folder, "-o", tmp_path / "out", *arguments, expect=2)[2]
 
     assert "give one of -m MODEL and --task TASK" in fault()
     assert "give one of -m MODEL and --task TASK" in fault("-m", "x", "--task", "total")
@@ -277,32 +268,14 @@ def test_command_names_faults_of_its_options(make_model, case_folder, tmp_path, 
 
 
 def test_printed_sbatch_script_predicts_the_folder_share_by_share(
-    make_model, case_folder, tmp_path, monkeypatch, capfd
+    make_model, case_folder, tmp_path, monkeypatch, command
 ):
     """The script that --print-sbatch gives, run by bash with the variables that Slurm would set."""
     model, out = make_model(), tmp_path / "my out"
     monkeypatch.chdir(tmp_path)
-    arguments = [
-        "predict",
-        "-q",
-        "-i",
-        "images",
-        "-o",
-        "my out",
-        "-m",
-        str(model),
-        "--threads",
-        "1",
-        "--parts",
-        "2",
-        "--print-sbatch",
-    ]
-    monkeypatch.setattr(sys, "argv", ["nnslim", *arguments])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert not end.value.code
+    options = ("-m", model, "--threads", 1, "--parts", 2, "--print-sbatch")
     script = tmp_path / "job.sh"
-    script.write_text(capfd.readouterr().out)
+    script.write_text(command("predict", "-q", "-i", "images", "-o", "my out", *options, expect=0)[1])
     done = []
     for task in ("0", "1"):
         path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
