@@ -21,6 +21,7 @@ from nnslim.running.rewrites import fold_norms, merge_products, split_concatenat
 Backend = Literal["auto", "stock", "eager", "compile", "openvino"]
 Precision = Literal["f32", "bf16", "f16", "int8"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
+_CUDA_TYPES = {"f32": torch.half, "f16": torch.half, "bf16": torch.bfloat16}  # nnU-Net's autocast is float16
 _log = logging.getLogger("nnslim")
 
 
@@ -31,7 +32,8 @@ class Settings:
     Attributes:
         backend: "stock": the network untouched. "eager": torch, after the exact rewrites. "compile": torch.compile.
             "openvino". "auto": whichever measures fastest here, see `nnslim.running.select`.
-        precision: of the arithmetic; anything but f32 needs the openvino backend.
+        precision: of the arithmetic; on a CPU anything but f32 needs the openvino backend. On CUDA f32 is what nnU-Net
+            does, autocast to float16; bf16 is autocast to bfloat16.
         threads: CPU threads; None for all that the process may use.
     """
 
@@ -70,7 +72,12 @@ def make_engine(network: nn.Module, shape: Sequence[int], settings: Settings) ->
         _log.info("no rewrites: %s", error)
         graph = network
     if settings.backend == "compile":
-        return torch.compile(graph)
+        graph = torch.compile(graph)
+    if device.type == "cuda":
+        from nnslim.running.cuda import Graphed, fastest_variant
+
+        graph = fastest_variant(graph, shape) if isinstance(graph, fx.GraphModule) else graph
+        return Graphed(graph, _CUDA_TYPES[settings.precision])
     if device.type == "cpu" and isinstance(graph, fx.GraphModule):
         graph = channels_last(graph)
     return graph
@@ -91,9 +98,15 @@ def check_precision(
     precision = settings.precision
     if precision == "f32":
         return
+    device = device or next(network.parameters()).device
+    if device.type == "cuda" and precision in ("f16", "bf16"):
+        if settings.backend in ("stock", "openvino"):
+            raise BackendError(f"precision {precision} on CUDA needs eager, compile or auto, found {settings.backend}")
+        if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise BackendError(f"precision bf16 is not to be had: {torch.cuda.get_device_name(device)} lacks it")
+        return
     if settings.backend not in ("openvino", "auto"):
         raise BackendError(f"precision {precision} needs the openvino backend, found {settings.backend}")
-    device = device or next(network.parameters()).device
     if device.type != "cpu":
         raise BackendError(f"precision {precision} needs the openvino backend, which runs on the CPU, found {device}")
     from nnslim.running.openvino import check_processor

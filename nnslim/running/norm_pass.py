@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +15,12 @@ from nnslim.running.native import LANES, WIDEST, Kernels, kernels
 
 _NARROW = 64  # channels of z up to which the native kernel is used
 _BLOCK = 2**20  # numbers of the wide tensor at a time: 4 MB, which stay in the cache
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Return whether Triton, which comes with torch for CUDA on Linux, is there."""
+    return importlib.util.find_spec("triton") is not None
 
 
 class NormPass(nn.Module):
@@ -79,13 +87,37 @@ class NormPass(nn.Module):
         if self.keep:
             made.append(z if self.in_place and self.w is None else _empty(z, len(self.gain), layout))
         native = self._fits(z)
+        on_gpu = native is None and self._fits_gpu(z)
         for number in range(len(z)):
             rows, outs = _rows(z[number]), [_rows(out[number]) for out in made]
-            if native is None:
-                self._one(rows, outs)
-            else:
+            if native is not None:
                 self._one_native(native, rows, outs)
+            elif on_gpu:
+                self._one_on_gpu(rows, outs)
+            else:
+                self._one(rows, outs)
         return tuple(made)
+
+    def _fits_gpu(self, z: Tensor) -> bool:
+        """Return whether Triton's kernels can do this pass: only they save the wide tensor's way through memory."""
+        if z.device.type != "cuda" or self.w is None or isinstance(z, FakeTensor) or not has_triton():
+            return False
+        from nnslim.running.triton_pass import fits
+
+        return fits(z.shape[1], [getattr(self, f"v{n}").shape[1] for n in range(self.outputs - self.keep)])
+
+    def _one_on_gpu(self, z: Tensor, outs: list[Tensor]) -> None:
+        from nnslim.running.triton_pass import moments, product
+
+        scale, shift = self._scale_shift(*moments(z))
+        weight = (self.w * scale[:, None]).t()
+        if self.keep:
+            torch.addmm(shift.to(z.dtype), z, weight.to(z.dtype), out=outs[-1])
+            if self.slope != 1:
+                nn.functional.leaky_relu_(outs[-1], self.slope)
+        for number in range(self.outputs - self.keep):
+            bias, v = getattr(self, f"c{number}"), getattr(self, f"v{number}")
+            product(z, weight, shift, self.slope, v, bias, outs[number])
 
     def _fits(self, z: Tensor) -> Kernels | None:
         """Return the native kernels where they can do this pass."""
@@ -116,10 +148,11 @@ class NormPass(nn.Module):
     def _one(self, z: Tensor, outs: list[Tensor]) -> None:
         """(N, C) rows of voxels -> the rows of each output, in place."""
         scale, shift = self._fold(z)
-        weight = None if self.w is None else (self.w * scale[:, None]).t()
+        weight = None if self.w is None else (self.w * scale[:, None]).t().to(z.dtype)
+        scale, shift = scale.to(z.dtype), shift.to(z.dtype)  # of 16 bits under autocast
         wide = outs[-1] if self.keep else None
         products = outs[:-1] if self.keep else outs
-        block = max(64, _BLOCK // len(scale))
+        block = max(64, _BLOCK // len(scale)) if z.device.type == "cpu" else len(z)
         buffer = None if wide is not None else z.new_empty((min(block, len(z)), len(scale)))
         for first in range(0, len(z), block):
             part = z[first : first + block]
@@ -132,11 +165,11 @@ class NormPass(nn.Module):
                 nn.functional.leaky_relu_(y, self.slope)
             for number, out in enumerate(products):
                 bias, v = getattr(self, f"c{number}"), getattr(self, f"v{number}")
-                target = out[first : first + block]
+                target, v = out[first : first + block], v.to(z.dtype)
                 if bias is None:
                     torch.mm(y, v, out=target)
                 else:
-                    torch.addmm(bias, y, v, out=target)
+                    torch.addmm(bias.to(z.dtype), y, v, out=target)
 
     def _fold(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scale and the shift of each wide channel: norm(y) = scale * y + shift, y = W z without bias."""
@@ -157,11 +190,12 @@ def _moments(z: Tensor, full: bool) -> tuple[Tensor, Tensor]:
     Around the mean of the first block, because the difference of two large numbers would lose digits.
     """
     block = max(64, _BLOCK // z.shape[1])
-    pivot = z[:block].mean(0)
+    exact = z.dtype if z.dtype in (torch.float32, torch.float64) else torch.float32
+    pivot = z[:block].to(exact).mean(0)
     total = torch.zeros_like(pivot, dtype=torch.float64)
     square = torch.zeros((len(pivot),) * (1 + full), dtype=torch.float64, device=z.device)
     for first in range(0, len(z), block):
-        part = z[first : first + block] - pivot
+        part = z[first : first + block].to(exact) - pivot
         total += part.sum(0)
         square += part.t() @ part if full else part.square_().sum(0)
     mean = total / len(z)

@@ -100,7 +100,8 @@ class Runner(nn.Module):
                 return engine
             name = self.backend or remembered(self._orig_mod, shape, chosen)
             self._measured = self._measured or name is not None
-            standard = "eager" if chosen.precision == "f32" else "openvino"
+            on_gpu = next(self._orig_mod.parameters()).device.type == "cuda"
+            standard = "eager" if chosen.precision == "f32" or on_gpu else "openvino"
             chosen = Settings(name or standard, chosen.precision, chosen.threads)  # type: ignore[arg-type]
         engine, self.backend = with_fallback(self._orig_mod, shape, chosen)
         return engine

@@ -62,12 +62,14 @@ def fastest(network: nn.Module, shape: Sequence[int], settings: Settings) -> tup
     Raises:
         BackendError: no backend runs with that precision.
     """
-    if settings.precision != "f32":
+    device, single = next(network.parameters()).device, settings.precision == "f32"
+    if not single and device.type != "cuda":
         return with_fallback(network, shape, Settings("openvino", settings.precision, settings.threads))
     made: dict[str, nn.Module] = {}
-    for name in candidates(next(network.parameters()).device):
-        engine, found = with_fallback(network, shape, Settings(name, "f32", settings.threads))
-        made.setdefault(found, engine)
+    for name in candidates(device):
+        if single or name != "stock":
+            engine, found = with_fallback(network, shape, Settings(name, settings.precision, settings.threads))
+            made.setdefault(found, engine)
     seconds = dict(zip(made, measure(list(made.values()), shape), strict=True))
     best = min(seconds, key=seconds.__getitem__)
     _log.info("backend %s: %s", best, ", ".join(f"{name} {value * 1e3:.0f} ms" for name, value in seconds.items()))
@@ -79,7 +81,7 @@ def _key(network: nn.Module, shape: Sequence[int], settings: Settings) -> str:
     device = next(network.parameters()).device
     named = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     threads = settings.threads or torch.get_num_threads()
-    parts = [str(network), list(shape), device.type, named, threads, torch.__version__]
+    parts = [str(network), list(shape), device.type, named, threads, settings.precision, torch.__version__]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
