@@ -164,7 +164,7 @@ def slim_predictor(predictor: Any, session: Session, source: str, folder: Path |
     slimmed, cached, note, speed = None, False, "", None
     shape = (1, _input_channels(predictor), *predictor.configuration_manager.patch_size)
     if not config.active:
-        note = "compression is switched off"
+        note = "no method is named" if config.apply else "compression is switched off"
     elif spec_of(dense) is not None:
         note = "it is a slim model already"
     else:
@@ -181,6 +181,8 @@ def slim_predictor(predictor: Any, session: Session, source: str, folder: Path |
         else:
             settings = config.run.settings()
             check_precision(network, shape, settings, predictor.device)
+            if slimmed is None and settings.precision != "f32":
+                note += f"; it runs in {settings.precision}"
             if settings.precision == "int8":
                 from nnslim.hosts.nnunet.int8 import prepare_int8
 
