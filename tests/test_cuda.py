@@ -1,138 +1,38 @@
 """The CUDA side, as far as a machine without a GPU can test it, and the rest where there is one.
 
-Triton's kernels run in its interpreter, and are compiled for GPUs that are not there. The forms of a graph run on the
-CPU, in single precision and under autocast.
+The forms of a graph run on the CPU, in single precision and under autocast; recording and replaying is played there.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import contextlib
+import gc
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from nnslim.errors import BackendError
+from nnslim.running import engine as backends
 from nnslim.running import select
-from nnslim.running.cuda import Graphed, variants
-from nnslim.running.engine import Settings, check_precision, make_engine, rewritten
+from nnslim.running.cuda import Graphed, fastest_variant, variants
+from nnslim.running.engine import Settings, check_precision, make_engine, rewritten, with_fallback
 from nnslim.running.norm_pass import NormPass
 from nnslim.running.runner import Runner
 from nnslim.work.compress import compress
 from nnslim.work.config import tucker
 
-ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {"plain3d": (1, 1, 16, 16, 16), "anisotropic": (1, 1, 4, 16, 16), "plain2d": (2, 1, 16, 16)}
 CUDA = torch.device("cuda")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
 
 
 def slim_net(tiny_net, kind: str) -> nn.Module:
     dense = tiny_net(kind, features=(8, 16, 24))
     config = tucker(rank_factor=0.5, rank_min=4, transposed=True)
     return compress(dense, [dense.state_dict()], config, SHAPES[kind]).network.eval()
-
-
-def run_triton(code: str, **environment: str) -> str:
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-_INTERPRETED = """
-import torch
-from torch import nn
-from nnslim.running.norm_pass import NormPass
-from nnslim.running.triton_pass import fits, moments, product
-torch.manual_seed(0)
-assert fits(64, [128, 3]) and not fits(65, [8]) and not fits(8, [8, 129])
-for rows, narrow, wide, out in [(1000, 16, 40, 24), (65, 20, 33, 7), (1, 5, 8, 3)]:
-    for kind, close in ((torch.float32, 2e-6), (torch.float16, 2e-3)):
-        z = (torch.randn(rows, narrow) @ torch.randn(narrow, narrow) + 3 * torch.randn(narrow)).to(kind)
-        mean, square = moments(z)
-        exact = z.double()
-        torch.testing.assert_close(mean, exact.mean(0), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(square, torch.cov(exact.T, correction=0), rtol=1e-4, atol=1e-4)
-        assert torch.equal(moments(z)[1], square), "the same numbers each time"
-        weight, shift = torch.randn(narrow, wide), torch.randn(wide)
-        v, bias = torch.randn(wide, out), torch.randn(out)
-        made = torch.empty(rows, out, dtype=kind)
-        for added in (bias, None):
-            product(z, weight, shift, 0.01, v, added, made)
-            y = nn.functional.leaky_relu(exact @ weight.double() + shift.double(), 0.01) @ v.double()
-            y = y if added is None else y + added.double()
-            assert (made.double() - y).norm() <= close * y.norm()
-NormPass._fits = lambda self, z: None
-NormPass._fits_gpu = lambda self, z: True  # the interpreter takes tensors on the CPU
-for keep in (False, True):
-    before, norm = nn.Conv3d(12, 24, 1), nn.InstanceNorm3d(24, affine=True)
-    nn.init.uniform_(norm.weight, 0.5, 1.5), nn.init.uniform_(norm.bias, -0.2, 0.2)
-    after = [nn.Conv3d(24, 8, 1), nn.Conv3d(24, 5, 1, bias=False)]
-    fused = NormPass(before, norm, 0.01, after, keep=keep)
-    z = torch.randn(2, 12, 5, 6, 7)
-    with torch.no_grad():
-        y = nn.functional.leaky_relu(norm(before(z)), 0.01)
-        wanted = [conv(y) for conv in after] + [y] * keep
-        for kind, close in ((torch.float32, 1e-4), (torch.float16, 2e-2)):
-            found = fused(z.to(kind))
-            assert len(found) == len(wanted) and all(one.dtype == kind for one in found)
-            for one, other in zip(found, wanted):
-                torch.testing.assert_close(one.float(), other, rtol=close, atol=close)
-print("done")
-"""
-
-
-def test_triton_kernels_in_the_interpreter_equal_double_precision():
-    assert run_triton(_INTERPRETED, TRITON_INTERPRET="1").strip() == "done"
-
-
-_COMPILED = """
-import sys, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from nnslim.running.triton_kernels import moments_kernel, product_kernel
-target = GPUTarget("cuda", int(sys.argv[1]), 32)
-for kind in sys.argv[2].split(","):
-    data = {name: "*" + kind for name in ("z", "weight", "v", "out")}
-    rest = {name: "*fp32" for name in ("pivot", "sums", "squares", "shift", "bias")} | {"rows": "i32", "each": "i32"}
-    known = {**data, **rest, "slope": "fp32"}
-    for kernel, sizes in (
-        (moments_kernel, {"C": 16, "CP": 16, "BLOCK": 64}),
-        (product_kernel, {"R": 16, "C": 40, "K": 24, "RP": 16, "KP": 32, "CB": 32, "BLOCK": 64}),
-    ):
-        signature = {name: known.get(name, "constexpr") for name in kernel.arg_names}
-        made = triton.compile(ASTSource(kernel, signature, sizes), target=target)
-        assert len(made.asm["cubin"]) > 1000
-        print(kind, "mma" in made.asm["ptx"])
-"""
-
-
-@pytest.mark.parametrize(
-    ("capability", "kinds"),
-    [
-        ("80", "fp16"),
-        *(
-            pytest.param(one, kinds, marks=pytest.mark.slow)
-            for one, kinds in (("75", "fp16,fp32"), ("80", "bf16,fp32"), ("90", "fp16,bf16"), ("120", "fp16,bf16"))
-        ),
-    ],
-)
-def test_triton_kernels_compile_for_gpus_that_are_not_here(tmp_path, capability, kinds):
-    code = f"import sys; sys.argv[1:] = [{capability!r}, {kinds!r}]\n{_COMPILED}"
-    lines = run_triton(code, TRITON_CACHE_DIR=str(tmp_path), TRITON_DEFAULT_FP_FUSION="1").split("\n")[:-1]
-    assert len(lines) == 2 * len(kinds.split(","))
-    if capability == "80":
-        assert "fp16 True" in lines or "bf16 True" in lines, "16 bits are multiplied by the tensor cores"
 
 
 # --- forms of a graph ---------------------------------------------------------------------------------------------
@@ -165,10 +65,170 @@ def test_statistics_in_sixteen_bits_are_summed_in_more(tiny_net):
 
 
 @torch.no_grad()
+def test_autocast_does_not_reach_the_statistics():
+    """Of many channels, which Triton's kernels leave to torch: a covariance in bfloat16 has two digits."""
+    before, norm = nn.Conv3d(80, 96, 1, bias=False), nn.InstanceNorm3d(96)
+    layer, z = NormPass(before, norm, 1.0, [], keep=True), torch.randn(1, 80, 6, 7, 8) + 2
+    rows = z[0].movedim(0, -1).reshape(-1, 80)
+    with torch.autocast("cpu", torch.bfloat16):
+        scale, shift = layer._fold(rows)
+    y = before(z)[0].double().flatten(1)
+    torch.testing.assert_close(scale.double(), (y.var(1, correction=0) + norm.eps).rsqrt(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(shift.double(), -y.mean(1) * scale.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_failing_backend_in_sixteen_bits_is_followed_by_eager_on_cuda_alone(tiny_net, monkeypatch):
+    tried = []
+
+    def made(network, shape, settings):
+        tried.append(settings.backend)
+        if settings.backend == "compile":
+            raise RuntimeError("no compiler")
+        return network
+
+    monkeypatch.setattr(backends, "make_engine", made)
+    monkeypatch.setattr(backends, "run", lambda network, x: x)
+    network, shape = tiny_net("plain3d"), SHAPES["plain3d"]
+    with pytest.raises(BackendError, match="backend compile, precision bf16: RuntimeError: no compiler"):
+        with_fallback(network, shape, Settings("compile", "bf16"))
+    assert tried == ["compile"]
+    on_cuda = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=CUDA)]))
+    monkeypatch.setattr(torch, "zeros", lambda shape, device: torch.empty(shape, device="meta"))
+    assert with_fallback(on_cuda, shape, Settings("compile", "bf16")) == (on_cuda, "eager")
+    assert tried == ["compile", "compile", "eager"]
+
+
+class OnGPU(torch.Tensor):
+    """A tensor of the CPU that says it is on a GPU."""
+
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+
+
+class Stream(str):
+    """A stream by its name."""
+
+    def wait_stream(self, other: str) -> None:
+        assert other != self
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """What `Graphed` asks of torch.cuda, played on a CPU: a recorded network is run again by each replay."""
+    state = SimpleNamespace(stream="main", pools=[], fails="", replayed=[])
+
+    class Recording:
+        def __init__(self) -> None:
+            self.replay = lambda: state.replayed.append(self)
+
+        def pool(self) -> tuple[int, int]:
+            return (0, 7)
+
+    @contextlib.contextmanager
+    def record(graph, pool, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        state.pools.append(pool)
+        if state.fails:
+            raise RuntimeError(state.fails)
+        yield
+
+    names = {
+        "device": lambda device: contextlib.nullcontext(),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": lambda device: Stream(state.stream),
+        "Stream": lambda device: Stream("side"),
+        "synchronize": lambda device: None,
+        "CUDAGraph": Recording,
+        "graph": record,
+    }
+    for name, value in names.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(Graphed, "_recorded", weakref.WeakSet())
+    monkeypatch.setattr(Graphed, "_run", lambda self, x: self.network(x))  # without autocast: equal to the bit
+    return state
+
+
+class Counted(nn.Module):
+    """2 x, and how often."""
+
+    passes = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        return 2 * x
+
+
+def test_what_a_recorded_pass_reads_and_hands_out(played):
+    network, x = Counted(), torch.randn(1, 1, 4, 4).as_subclass(OnGPU)
+    engine = Graphed(network)
+    with torch.inference_mode():  # as in nnU-Net: what is held must not be of it
+        first = engine(x)
+    assert network.passes == 4 and len(played.replayed) == 1, "three to warm up, one recorded, then it is replayed"
+    assert not engine._input.is_inference() and not engine._input.requires_grad
+    assert torch.equal(first, 2 * x) and first.data_ptr() != engine._output.data_ptr(), "the caller's own"
+    engine(x + 1)
+    assert torch.equal(engine._input, x + 1) and len(played.replayed) == 2 and network.passes == 4
+    assert torch.equal(first, 2 * x)
+    for other in (torch.randn(2, 1, 4, 4).as_subclass(OnGPU), x.half()):
+        assert torch.equal(engine(other), 2 * other) and len(played.replayed) == 2, "not recorded for these"
+    played.stream = "another"
+    assert torch.equal(engine(x), 2 * x) and len(played.replayed) == 2, "a stream that does not wait for the first"
+
+
+def test_recordings_of_a_stream_share_their_memory(played):
+    x = torch.randn(1, 1, 4, 4).as_subclass(OnGPU)
+    engines = [Graphed(Counted()) for _ in range(3)]
+    for one, stream in zip(engines, ("main", "main", "another"), strict=True):
+        played.stream = stream
+        one(x)
+    assert played.pools == [None, (0, 7), None]
+    del one
+    engines.clear(), gc.collect()
+    played.stream = "main"
+    Graphed(Counted())(x)
+    assert played.pools[-1] is None, "those that are gone lend nothing"
+
+
+def test_a_pass_that_cannot_be_recorded_runs_without_and_says_so(played, caplog):
+    x, played.fails = torch.randn(1, 1, 4, 4).as_subclass(OnGPU), "operation not permitted when stream is capturing\n."
+    engine = Graphed(Counted())
+    assert torch.equal(engine(x), 2 * x) and torch.equal(engine(x + 1), 2 * x + 2)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == [
+        "the pass is not recorded as a CUDA graph, and runs without: operation not permitted when stream is capturing"
+    ]
+    assert len(played.pools) == 1 and not played.replayed, "tried once"
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("a real fault")
+
+    engine = Graphed(Counted())
+    engine.network.forward = broken
+    with pytest.raises(ValueError, match="a real fault"):
+        engine(x)
+
+
+def test_forms_that_fail_are_left_out_and_the_fastest_stays_recorded(tiny_net, monkeypatch, caplog):
+    graph = rewritten(slim_net(tiny_net, "plain2d"), SHAPES["plain2d"])
+    seconds = {"plain": 0.3, "channels last": 0.2, "folded": 0.1}
+
+    def timed(engines, shape, rounds=3):
+        if rounds == 1 and any(isinstance(module, NormPass) for module in engines[0].modules()):
+            raise RuntimeError("no C compiler\nfor Triton")
+        return [seconds["channels last" if hasattr(engine.network, "layout") else "plain"] for engine in engines]
+
+    monkeypatch.setattr(select, "measure", timed)
+    found = fastest_variant(graph, SHAPES["plain2d"], torch.bfloat16)
+    assert isinstance(found, Graphed) and found.dtype == torch.bfloat16 and found.network.layout == torch.channels_last
+    assert "folded cannot be used on this GPU: no C compiler" in caplog.text
+    monkeypatch.setattr(select, "measure", lambda *args, **others: 1 / 0)
+    assert fastest_variant(graph, SHAPES["plain2d"]).network is graph
+
+
+@torch.no_grad()
 def test_recorded_pass_on_a_cpu_is_the_network(tiny_net):
     network, x = tiny_net("plain3d"), torch.randn(SHAPES["plain3d"])
-    recorded = Graphed(network)
-    assert torch.equal(recorded(x), network(x)) and recorded._graph is None
+    engine = Graphed(network)
+    assert torch.equal(engine(x), network(x)) and engine._graph is None
 
 
 @pytest.mark.slow

@@ -219,8 +219,10 @@ def test_speed_as_json():
         "where": "a CPU",
         "planned_ms": 750.0,
         "put_back": ["a", "b"],
+        "device": "cpu",
     }
     assert Speed.from_dict(values) == speed
+    assert Speed.from_dict({key: value for key, value in values.items() if key != "device"}) == speed, "older files"
     assert Speed.from_dict(Speed(0.5, 0.25, "eager").to_dict()) == Speed(0.5, 0.25, "eager")
     many = Speed(1.0, 2.0, "eager", planned=3.0, put_back=tuple("abcde"))
     assert str(many).endswith("3 s before 5 layer(s) went back to dense: a, b, c, ...")

@@ -147,6 +147,8 @@ def test_guard_compares_on_one_backend_and_says_by_how_much(tiny_net):
     assert speed.backend == "eager" and speed.dense > 0 and speed.slim > 0
     assert speed.gains, "milliseconds do not matter"
     assert not Speed(0.5, 0.6, "eager").gains and Speed(0.5, 0.4, "eager").gains
+    assert Speed(0.03, 0.04, "eager").gains and not Speed(0.03, 0.04, "eager", device="cuda").gains
+    assert Speed(0.0005, 0.0006, "eager", device="cuda").gains
     assert str(Speed(0.5, 0.25, "eager")) == "0.25 s per patch, dense 0.5 s (2.00x, eager)"
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
+import weakref
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,9 +24,15 @@ class Graphed(nn.Module):
     """A network under autocast whose pass is recorded as a CUDA graph and replayed: no time between two kernels.
 
     A slim network has many short kernels; without this, launching them takes longer than they do. What is put out
-    belongs to the caller. Input that is not like the first, or not on CUDA, and networks that cannot be recorded, run
-    as without.
+    belongs to the caller. The first input is the one to record for: input of another shape or type, on another stream
+    or not on CUDA, and networks that cannot be recorded, run as without.
+
+    All recordings of a stream share their memory, so that the folds of an ensemble need it once: one is replayed at a
+    time, from its input to the copy of its output.
     """
+
+    _recorded: ClassVar[weakref.WeakSet[Graphed]] = weakref.WeakSet()
+    _one_at_a_time = threading.RLock()
 
     def __init__(self, network: nn.Module, dtype: torch.dtype = torch.half) -> None:
         """Take the network; nothing is recorded yet.
@@ -34,6 +43,7 @@ class Graphed(nn.Module):
         super().__init__()
         self.network, self.dtype = network, dtype
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._input: Tensor | None = None
         self._output: Tensor | None = None
         self._tried = False
@@ -42,41 +52,56 @@ class Graphed(nn.Module):
         """(B, C, *patch) -> (B, heads, *patch)."""
         if not x.is_cuda:
             return self.network(x)
-        if not self._tried:
-            self._tried = True
-            self._record(x)
+        with torch.cuda.device(x.device), Graphed._one_at_a_time:
+            if not self._tried:
+                self._tried = True
+                self._record(x)
+            if not self._fits(x):
+                return self._run(x)
+            self._input.copy_(x)
+            self._graph.replay()
+            return self._output.clone()
+
+    def _fits(self, x: Tensor) -> bool:
+        """Return whether the recording is of such a pass."""
         held = self._input
-        if self._graph is None or held is None or x.shape != held.shape or x.dtype != held.dtype:
-            return self._run(x)
-        held.copy_(x)
-        self._graph.replay()
-        return self._output.clone()
+        if self._graph is None or held is None or torch.cuda.current_stream(x.device) != self._stream:
+            return False
+        return (x.shape, x.dtype, x.device) == (held.shape, held.dtype, held.device)
 
     def _run(self, x: Tensor) -> Tensor:
         # Autocast keeps the weights that it has cast until the outermost block ends: a recorded pass must not use them.
-        with torch.autocast("cuda", self.dtype, cache_enabled=False):
+        with torch.autocast(x.device.type, self.dtype, cache_enabled=False):
             return self.network(x)
 
     def _record(self, x: Tensor) -> None:
         # Not in inference mode: the tensors live on, and are written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            held = torch.empty_like(x, memory_format=torch.contiguous_format)
-            held.copy_(x)
-            stream = torch.cuda.Stream(x.device)
-            stream.wait_stream(torch.cuda.current_stream(x.device))
+            current = torch.cuda.current_stream(x.device)
             try:
-                with torch.cuda.stream(stream):
+                held = torch.empty_like(x, memory_format=torch.contiguous_format)
+                held.copy_(x)
+                side = torch.cuda.Stream(x.device)
+                side.wait_stream(current)
+                with torch.cuda.stream(side):
                     for _ in range(_WARM):
                         self._run(held)
-                torch.cuda.current_stream(x.device).wait_stream(stream)
+                current.wait_stream(side)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
+                # Other threads may go on, e.g. one that pins memory: only what this one does must be recordable.
+                with torch.cuda.graph(graph, pool=self._shared(current), capture_error_mode="thread_local"):
                     made = self._run(held)
-            except RuntimeError as error:  # an operation that waits for the host, or no memory for a second set
-                _log.info("the pass is not recorded as a CUDA graph: %s", str(error).splitlines()[0])
+            except Exception as error:  # an operation that waits for the host, memory; a real fault comes back in _run
+                _log.warning("the pass is not recorded as a CUDA graph, and runs without: %s", _first_line(error))
                 torch.cuda.synchronize(x.device)
                 return
-        self._graph, self._input, self._output = graph, held, made
+        self._graph, self._stream, self._input, self._output = graph, current, held, made
+        Graphed._recorded.add(self)
+
+    @staticmethod
+    def _shared(stream: torch.cuda.Stream) -> tuple[int, int] | None:
+        """Return the pool of the recordings that are replayed on that stream; None if there is none."""
+        return next((one._graph.pool() for one in Graphed._recorded if one._stream == stream), None)
 
 
 def variants(graph: fx.GraphModule) -> dict[str, nn.Module]:
@@ -86,38 +111,40 @@ def variants(graph: fx.GraphModule) -> dict[str, nn.Module]:
     channels last, each 1x1 -> norm -> activation -> 1x1 one pass, see `NormPass`.
     """
     made: dict[str, nn.Module] = {"plain": graph}
-    layout = torch.channels_last if any(_is_flat(layer_of(node)) for node in graph.graph.nodes) else None
-    made["channels last"] = _Laid(graph, layout or torch.channels_last_3d)
+    flat = any(_is_flat(layer_of(node)) for node in graph.graph.nodes)
+    layout = torch.channels_last if flat else torch.channels_last_3d
+    made["channels last"] = _Laid(graph, layout)
     try:
-        folded = fold_norms(graph)
+        made["folded"] = _Laid(fold_norms(graph), layout)
     except RewriteError as error:
         _log.info("norms are not folded: %s", error)
-    else:
-        made["folded"] = _Laid(folded, layout or torch.channels_last_3d)
     return made
 
 
-def fastest_variant(graph: fx.GraphModule, shape: Sequence[int]) -> nn.Module:
-    """Measure the forms of a graph on its device, each recorded as it will run, and return the fastest.
+def fastest_variant(graph: fx.GraphModule, shape: Sequence[int], dtype: torch.dtype = torch.half) -> nn.Module:
+    """Measure the forms of a graph on its device, each recorded as it will run; return the fastest, recorded.
+
+    A form that fails, e.g. without a compiler for Triton, is left out with a message.
 
     Args:
-        graph: on CUDA. shape: (B, C, *patch).
+        graph: on CUDA. shape: (B, C, *patch). dtype: of autocast.
     """
     from nnslim.running.select import measure
 
-    kept: dict[str, nn.Module] = {}
+    kept: dict[str, Graphed] = {}
     for name, variant in variants(graph).items():
+        recorded = Graphed(variant, dtype)
         try:
-            measure([recorded := Graphed(variant)], shape, rounds=1)
+            measure([recorded], shape, rounds=1)
             kept[name] = recorded
         except Exception as error:  # whatever a compiler raises
-            _log.info("%s cannot be used: %s", name, (str(error).splitlines() or [type(error).__name__])[0])
+            _log.warning("%s cannot be used on this GPU: %s", name, _first_line(error))
     if not kept:
-        return graph
+        return Graphed(graph, dtype)
     seconds = dict(zip(kept, measure(list(kept.values()), shape), strict=True))
     best = min(seconds, key=seconds.__getitem__)
     _log.info("on CUDA: %s", ", ".join(f"{name} {value * 1e3:.1f} ms" for name, value in seconds.items()))
-    return kept[best].network
+    return kept[best]
 
 
 class _Laid(nn.Module):
@@ -137,3 +164,7 @@ class _Laid(nn.Module):
 
 def _is_flat(layer: nn.Module | None) -> bool:
     return isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:300] or type(error).__name__

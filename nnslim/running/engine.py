@@ -76,8 +76,8 @@ def make_engine(network: nn.Module, shape: Sequence[int], settings: Settings) ->
     if device.type == "cuda":
         from nnslim.running.cuda import Graphed, fastest_variant
 
-        graph = fastest_variant(graph, shape) if isinstance(graph, fx.GraphModule) else graph
-        return Graphed(graph, _CUDA_TYPES[settings.precision])
+        dtype = _CUDA_TYPES[settings.precision]
+        return fastest_variant(graph, shape, dtype) if isinstance(graph, fx.GraphModule) else Graphed(graph, dtype)
     if device.type == "cpu" and isinstance(graph, fx.GraphModule):
         graph = channels_last(graph)
     return graph
@@ -90,7 +90,7 @@ def check_precision(
 
     Args:
         network: any. shape: (B, C, *patch).
-        settings: backend and precision; "auto" is openvino where the precision is not f32.
+        settings: backend and precision; on a CPU "auto" is openvino where the precision is not f32.
         device: that it will run on; None: the network's.
     Raises:
         BackendError: see above; the message says what would work.
@@ -175,11 +175,13 @@ def with_fallback(network: nn.Module, shape: Sequence[int], settings: Settings) 
     """Return an engine that has run once, and its backend: the one asked for, else eager, else the network itself.
 
     Raises:
-        BackendError: a precision was asked for that only the failing backend has.
+        BackendError: a precision was asked for that only the failing backends have.
     """
-    x = torch.zeros(tuple(shape), device=next(network.parameters()).device)
+    device = next(network.parameters()).device
+    x = torch.zeros(tuple(shape), device=device)
     for name in dict.fromkeys((settings.backend, "eager", "stock")):
-        if name != settings.backend and settings.precision != "f32":
+        has_it = settings.precision == "f32" or (name == "eager" and device.type == "cuda")
+        if name != settings.backend and not has_it:
             break
         try:
             engine = make_engine(network, shape, Settings(name, settings.precision, settings.threads))

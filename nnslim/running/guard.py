@@ -18,7 +18,8 @@ from nnslim.running.processor import cpu_name
 from nnslim.running.select import machine_threads, measure, remembered
 from nnslim.surgery.walk import LayerIndex
 
-_NEGLIGIBLE = 0.05  # seconds of the dense pass below which overheads decide, and nobody waits
+# Seconds of the dense pass below which overheads decide, and nobody waits. A whole 128^3 patch takes a GPU 0.02 s.
+_NEGLIGIBLE, _NEGLIGIBLE_ON_CUDA = 0.05, 0.001
 _NAMED = 3  # layers in a message
 _NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d, nn.BatchNorm2d, nn.BatchNorm3d)
 _ACTIVATIONS = (nn.LeakyReLU, nn.ReLU)
@@ -33,6 +34,7 @@ class Speed:
         where: the device, threads and version of torch that it holds for, see `place`.
         planned: seconds of the slim network before layers went back to dense; None where `slim` is of the whole plan.
         put_back: the layers that went back to dense, because the network was not faster with them factored.
+        device: "cpu" or "cuda".
     """
 
     dense: float
@@ -41,11 +43,12 @@ class Speed:
     where: str = ""
     planned: float | None = None
     put_back: tuple[str, ...] = ()
+    device: str = "cpu"
 
     @property
     def gains(self) -> bool:
         """Whether slim wins, or a pass is so short that it does not matter."""
-        return self.slim < self.dense or self.dense < _NEGLIGIBLE
+        return self.slim < self.dense or self.dense < (_NEGLIGIBLE_ON_CUDA if self.device == "cuda" else _NEGLIGIBLE)
 
     def __str__(self) -> str:
         text = f"{self.slim:.3g} s per patch, dense {self.dense:.3g} s ({self.dense / self.slim:.2f}x, {self.backend})"
@@ -65,6 +68,7 @@ class Speed:
             "where": self.where,
             "planned_ms": None if self.planned is None else round(self.planned * 1e3, 2),
             "put_back": list(self.put_back),
+            "device": self.device,
         }
 
     @classmethod
@@ -78,6 +82,7 @@ class Speed:
             values["where"],
             None if planned is None else planned / 1e3,
             tuple(values["put_back"]),
+            values.get("device", "cpu"),
         )
 
 
@@ -103,7 +108,8 @@ def compare_speed(dense: nn.Module, slim: nn.Module, shape: Sequence[int], setti
         single = replace(single, backend=remembered(dense, shape, single) or "eager")
     engines = [with_fallback(network, shape, single) for network in (dense, slim)]
     seconds = measure([engine for engine, _ in engines], shape)
-    return Speed(*seconds, engines[1][1], place(next(dense.parameters()).device, settings))
+    device = next(dense.parameters()).device
+    return Speed(*seconds, engines[1][1], place(device, settings), device=device.type)
 
 
 def layer_gains(

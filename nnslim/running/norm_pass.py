@@ -15,6 +15,7 @@ from nnslim.running.native import LANES, WIDEST, Kernels, kernels
 
 _NARROW = 64  # channels of z up to which the native kernel is used
 _BLOCK = 2**20  # numbers of the wide tensor at a time: 4 MB, which stay in the cache
+_BLOCK_CUDA = 2**25  # where kernels of 4 MB would be too short
 
 
 @functools.cache
@@ -102,17 +103,23 @@ class NormPass(nn.Module):
         """Return whether Triton's kernels can do this pass: only they save the wide tensor's way through memory."""
         if z.device.type != "cuda" or self.w is None or isinstance(z, FakeTensor) or not has_triton():
             return False
+        if z.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return False
         from nnslim.running.triton_pass import fits
 
         return fits(z.shape[1], [getattr(self, f"v{n}").shape[1] for n in range(self.outputs - self.keep)])
 
     def _one_on_gpu(self, z: Tensor, outs: list[Tensor]) -> None:
+        """(N, C) rows of voxels -> the rows of each output, in place, by Triton's kernels."""
         from nnslim.running.triton_pass import moments, product
 
-        scale, shift = self._scale_shift(*moments(z))
-        weight = (self.w * scale[:, None]).t()
+        mean, square = moments(z)
+        scale, _ = self._scale_shift(mean, square)
+        weight = (self.w * scale[:, None]).t().to(z.dtype)
+        # From the weights as they are rounded: so the mean of a channel, which may be large, leaves nothing behind.
+        shift = self.offset - (weight.double().t() @ mean).to(self.offset.dtype)
         if self.keep:
-            torch.addmm(shift.to(z.dtype), z, weight.to(z.dtype), out=outs[-1])
+            torch.addmm(shift.to(z.dtype), z, weight, out=outs[-1])
             if self.slope != 1:
                 nn.functional.leaky_relu_(outs[-1], self.slope)
         for number in range(self.outputs - self.keep):
@@ -189,7 +196,7 @@ def _moments(z: Tensor, full: bool) -> tuple[Tensor, Tensor]:
 
     Around the mean of the first block, because the difference of two large numbers would lose digits.
     """
-    block = max(64, _BLOCK // z.shape[1])
+    block = max(64, (_BLOCK if z.device.type == "cpu" else _BLOCK_CUDA) // z.shape[1])
     exact = z.dtype if z.dtype in (torch.float32, torch.float64) else torch.float32
     pivot = z[:block].to(exact).mean(0)
     total = torch.zeros_like(pivot, dtype=torch.float64)
@@ -197,7 +204,8 @@ def _moments(z: Tensor, full: bool) -> tuple[Tensor, Tensor]:
     for first in range(0, len(z), block):
         part = z[first : first + block].to(exact) - pivot
         total += part.sum(0)
-        square += part.t() @ part if full else part.square_().sum(0)
+        with torch.autocast(z.device.type, enabled=False):  # it would multiply and sum in 16 bits
+            square += part.t() @ part if full else part.square_().sum(0)
     mean = total / len(z)
     return mean + pivot, square / len(z) - (mean.outer(mean) if full else mean.square())
 

@@ -12,6 +12,7 @@ NARROW = 64  # channels of z: a covariance of more does not fit in registers
 WIDEST_OUT = 128  # channels that a product may put out
 _ROWS = 64  # rows at a time
 _WIDE = 32  # wide channels at a time
+_SAMPLE = 1024  # rows all over the volume: one alone may be of its border, far from all others
 _PROGRAMS = 512  # that share the rows when moments are summed: a few for each multiprocessor
 
 
@@ -23,8 +24,9 @@ def fits(channels: int, products: list[int]) -> bool:
 def moments(z: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean (C,) and the covariance (C, C) of the rows, float64.
 
-    Sums go around the first row, because the difference of two large numbers would lose digits; each program adds up
-    its own share in float32, and the shares are added in float64. No atomics: the same input gives the same numbers.
+    Sums go around the mean of a sample, because the difference of two large numbers would lose digits; each program
+    adds up its own share in float32, and the shares are added in float64. No atomics: the same input gives the same
+    numbers.
 
     Args:
         z: (N, C) contiguous, float32 or 16 bits, on a CUDA device (or in Triton's interpreter).
@@ -35,7 +37,7 @@ def moments(z: Tensor) -> tuple[Tensor, Tensor]:
     each = triton.cdiv(triton.cdiv(rows, programs), _ROWS) * _ROWS
     sums = torch.empty((programs, padded), dtype=torch.float32, device=z.device)
     squares = torch.empty((programs, padded, padded), dtype=torch.float32, device=z.device)
-    pivot = z[0].float()
+    pivot = z[:: max(1, rows // _SAMPLE)].float().mean(0)
     moments_kernel[(programs,)](z, pivot, sums, squares, rows, each, C=channels, CP=padded, BLOCK=_ROWS)
     mean = sums.sum(0, dtype=torch.float64)[:channels] / rows
     square = squares.sum(0, dtype=torch.float64)[:channels, :channels] / rows

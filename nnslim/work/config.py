@@ -29,7 +29,9 @@ class RunConfig(_Section):
     """How the network runs."""
 
     backend: Backend = Field("auto", description="stock (untouched), eager, compile, openvino; auto: the fastest here")
-    precision: Precision = Field("f32", description="bf16, f16 and int8 need the openvino backend")
+    precision: Precision = Field(
+        "f32", description="bf16, f16, int8 need the openvino backend on a CPU; on CUDA f32 is float16 autocast"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads; default: all that the process may use")
     tile_batch: int = Field(1, ge=1, description="tiles per forward pass")
     keep_models: bool = Field(False, description="models loaded in a context serve later predictors of the same folder")

@@ -1,0 +1,202 @@
+"""Time dense and Tucker networks on a GPU, stock and by nnslim, in one run and in alternated rounds: gpu.md, gpu.csv.
+
+All rows under autocast to float16, as nnU-Net runs. "stock" rows are torch's eager mode: the dense network as nnU-Net
+runs it, and the plain Tucker layers. "nnslim-eager": rewritten, recorded as a CUDA graph, in the form that is the
+fastest here; "nnslim-compile": torch.compile of the rewritten network, recorded, too. A row that fails says why.
+
+Example: ./run.sh benchmarks/gpu.py --rank-factors 0.5 0.3 0.2 --rounds 30 -o gpu
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnslim.errors import BackendError, NNSlimError
+from nnslim.running.engine import Backend, Settings, make_engine, run
+from nnslim.work.alternate import reason
+from nnslim.work.passes import device_name, network_facts
+
+_NETWORKS = {"ts15": False, "ts3": True}
+_WAYS: dict[str, Backend] = {"stock": "stock", "nnslim-eager": "eager", "nnslim-compile": "compile"}
+_COLUMNS = (
+    "name", "way", "gmac", "ms", "ms_q1", "ms_q3", "x_stock_dense", "x_same_dense", "error", "reason",
+)  # fmt: skip
+
+
+@dataclass
+class Entry:
+    """A row: a network and a way of running it.
+
+    Attributes:
+        name: of the network. way: key of `_WAYS`. macs: of a pass.
+        engine: None where it could not be made, see `problem`.
+        error: norm of the difference to the same network in float32, relative. seconds: of each counted pass.
+    """
+
+    name: str
+    way: str
+    macs: int
+    engine: nn.Module | None = None
+    problem: str = ""
+    error: float | None = None
+    seconds: list[float] = field(default_factory=list)
+
+
+def networks(args: argparse.Namespace) -> tuple[dict[str, nn.Module], tuple[int, ...]]:
+    """Return the dense network and one for each rank factor, on the CPU, and (B, C, *patch)."""
+    from nnslim.hosts.nnunet.benchmark_grid import grid_network
+    from nnslim.work.benchmark_point import Point
+
+    def made(factor: float | None) -> tuple[nn.Module, tuple[int, ...]]:
+        point = Point(
+            batch_size=args.batch_size,
+            apply_tucker=factor is not None,
+            rank_factor=factor or 0.5,
+            rank_min=args.rank_min,
+            low_resolution=_NETWORKS.get(args.network, False),
+            decompose=args.network not in _NETWORKS,
+            patch=None if args.patch is None else tuple(args.patch),
+            model="" if args.network in _NETWORKS else args.network,
+        )
+        return grid_network(point)
+
+    found, shape = {}, ()
+    for factor in (None, *args.rank_factors):
+        name = "dense" if factor is None else f"tucker {factor:g}"
+        found[name], shape = made(factor)
+    return found, shape
+
+
+def entries(found: dict[str, nn.Module], shape: Sequence[int], ways: Sequence[str], device: str) -> list[Entry]:
+    """Prepare every way of running every network on the device, and compare what it puts out with float32."""
+    x, made = sample(shape, device), []
+    for name, network in found.items():
+        macs = network_facts(network, shape)["macs"]
+        network = copy.deepcopy(network).to(device).eval()
+        with torch.inference_mode():
+            wanted = network(x)
+        for way in ways:
+            entry = Entry(name, way, macs)
+            try:
+                entry.engine = make_engine(network, shape, Settings(_WAYS[way]))
+                entry.error = float((run(entry.engine, x).float() - wanted).norm() / wanted.norm())
+            except Exception as error:  # whatever a compiler raises: the other rows go on
+                entry.engine, entry.problem = None, reason(error)
+            made.append(entry)
+            print(f"{name}, {way}: {entry.problem or 'ready'}", file=sys.stderr, flush=True)
+    return made
+
+
+def time_entries(made: Sequence[Entry], shape: Sequence[int], device: str, rounds: int) -> None:
+    """Add the seconds of that many passes to each entry: A B C A B C ..."""
+    x = sample(shape, device)
+    running = [(entry, entry.engine) for entry in made if entry.engine is not None]
+    for number in range(rounds + 1):
+        for entry, engine in running:
+            begun = time.perf_counter()
+            run(engine, x)  # waits for the GPU
+            if number:  # the first round is not counted
+                entry.seconds.append(time.perf_counter() - begun)
+
+
+def sample(shape: Sequence[int], device: str) -> Tensor:
+    """Return seeded noise."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def rows_of(made: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Return the table: milliseconds, and times faster than stock dense and than dense run alike."""
+    medians = {(one.name, one.way): statistics.median(one.seconds) for one in made if one.seconds}
+    rows = []
+    for one in made:
+        row: dict[str, Any] = dict.fromkeys(_COLUMNS, "")
+        row |= {"name": one.name, "way": one.way, "gmac": f"{one.macs / 1e9:.1f}", "reason": one.problem}
+        if one.error is not None:
+            row["error"] = f"{one.error:.1e}"
+        if (mine := medians.get((one.name, one.way))) is not None:
+            quartiles = statistics.quantiles(one.seconds, n=4) if len(one.seconds) > 1 else [mine] * 3
+            row |= {
+                "ms": f"{mine * 1e3:.3f}",
+                "ms_q1": f"{quartiles[0] * 1e3:.3f}",
+                "ms_q3": f"{quartiles[2] * 1e3:.3f}",
+            }
+            for column, way in (("x_stock_dense", "stock"), ("x_same_dense", one.way)):
+                if ("dense", way) in medians:
+                    row[column] = f"{medians['dense', way] / mine:.2f}"
+        rows.append(row)
+    return rows
+
+
+def slower_than_dense(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the rows of nnslim whose slim network loses against the dense one run alike."""
+    mine = [row for row in rows if row["name"] != "dense" and row["way"].startswith("nnslim") and row["x_same_dense"]]
+    return [f"{row['name']}, {row['way']}" for row in mine if float(row["x_same_dense"]) < 1]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="exit code: 0 done, 1 a row failed (the reason is in the table), 2 no CUDA device, or bad arguments",
+    )
+    parser.add_argument("--network", default="ts15", help="ts15, ts3 (untrained TotalSegmentator) or a model folder")
+    parser.add_argument("--rank-factors", type=float, nargs="+", default=[0.5, 0.3, 0.2])
+    parser.add_argument("--rank-min", type=int, default=16)
+    parser.add_argument("--ways", nargs="+", choices=list(_WAYS), default=list(_WAYS))
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--patch", type=int, nargs="+", help="voxels (default: the network's own, 128^3)")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("-o", "--output", type=Path, default=Path("gpu"), help="files, without their ending")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(arguments)
+    from nnslim.files import write_bytes
+    from nnslim.work.benchmark import write_table
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("nnslim").setLevel(logging.INFO)  # which form of a graph was the fastest
+    try:
+        if not torch.cuda.is_available():
+            raise BackendError("benchmarks/gpu.py needs a GPU, and torch finds no CUDA device here")
+        found, shape = networks(args)
+        made = entries(found, shape, args.ways, "cuda")
+        time_entries(made, shape, "cuda", args.rounds)
+        rows = rows_of(made)
+        write_table(args.output.with_suffix(".csv"), rows, _COLUMNS)
+        size = "x".join(map(str, shape))
+        text = (
+            f"{args.network}, {size}, autocast, {device_name('cuda')}, torch {torch.__version__}, {args.rounds} rounds"
+        )
+        text += f"\n\n{markdown(rows)}"
+        if lost := slower_than_dense(rows):
+            text += f"\n\nslower than dense: {'; '.join(lost)}"
+        write_bytes(args.output.with_suffix(".md"), text.encode())
+    except NNSlimError as error:
+        print(f"nnslim: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    return int(any(row["reason"] for row in rows))
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows as a Markdown table."""
+    lines = [_COLUMNS, ("---",) * len(_COLUMNS), *(tuple(str(row[name]) for name in _COLUMNS) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
