@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -212,10 +213,21 @@ def test_ray_missing_is_said(monkeypatch):
         RayPool(lambda point: {}, 1)
 
 
+def row_with_priority(point: Point) -> dict:
+    return {**stand_in_row(point, []), "reason": f"nice {os.nice(0)}"}
+
+
 def test_ray_measures_a_grid(tmp_path):
-    pytest.importorskip("ray")
-    pool = RayPool(lambda point: stand_in_row(point, []), 1)
-    rows = run_grid([Point(batch_size=batch) for batch in (1, 2)], tmp_path / "g.csv", pool)
+    ray = pytest.importorskip("ray")
+    cloudpickle = pytest.importorskip("ray.cloudpickle")
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import the tests
+    try:
+        pool = RayPool(row_with_priority, 1)
+        rows = run_grid([Point(batch_size=batch) for batch in (1, 2)], tmp_path / "g.csv", pool)
+    finally:
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+        ray.shutdown()
+    assert [row["reason"] for row in rows] == [f"nice {os.nice(0)}"] * 2, "timed at our own priority"
     assert [row["status"] for row in rows] == ["done", "done"]
 
 

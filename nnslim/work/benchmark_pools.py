@@ -49,14 +49,18 @@ class RayPool:
     def __init__(self, work: Callable[[Point], Row], cpus: int, address: str | None = None) -> None:
         """Connect to the cluster, or start one here.
 
+        Ray gives its workers a low priority; in a cluster started here they keep ours, because their passes are timed.
+
         Args:
-            work: can be pickled. cpus: that one row keeps for itself. address: of the cluster.
+            work: can be pickled, and what it needs can be imported on the nodes. cpus: that one row keeps for itself.
+            address: of the cluster.
         Raises:
             BackendError: Ray is missing.
         """
         ray = needed("ray", "nnslim[ray]", purpose="--ray")
         if not ray.is_initialized():
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", include_dashboard=None)
+            own = {} if address else {"include_dashboard": False, "_system_config": {"worker_niceness": 0}}
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
         self._ray = ray
 
         def task(point: Point) -> Row:  # Ray takes plain functions only
