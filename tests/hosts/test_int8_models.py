@@ -72,8 +72,9 @@ def test_models_beside_the_checkpoints_are_used(make_model, case_folder, no_cali
     assert list(checked) == ["0", "1"] and all(found.passed for found in checked.values())
     assert (source / "fold_1" / "nnslim_int8.xml").is_file() and (source / "fold_1" / "nnslim_int8.bin").is_file()
     no_calibration()
-    with NNSlimContext({"methods": [], "run": INT8}):
+    with NNSlimContext({"methods": [], "run": INT8}) as slim:
         assert torch.isfinite(logits(load(source, (0, 1)))).all()
+    assert "left as it is (no method is named; it runs in int8)" in str(slim.report)
     path = source / "fold_1" / "checkpoint_final.pth"
     content = torch.load(path, weights_only=False)
     content["network_weights"]["decoder.seg_layers.1.bias"] += 1
