@@ -124,8 +124,8 @@ def played(monkeypatch):
             return (0, 7)
 
     @contextlib.contextmanager
-    def record(graph, pool, capture_error_mode):
-        assert capture_error_mode == "thread_local"
+    def record(graph, pool, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local" and stream == "side"
         state.pools.append(pool)
         if state.fails:
             raise RuntimeError(state.fails)

@@ -88,8 +88,10 @@ class Graphed(nn.Module):
                         self._run(held)
                 current.wait_stream(side)
                 graph = torch.cuda.CUDAGraph()
-                # Other threads may go on, e.g. one that pins memory: only what this one does must be recordable.
-                with torch.cuda.graph(graph, pool=self._shared(current), capture_error_mode="thread_local"):
+                # On a stream of this device: torch's own may be of another. Other threads may go on, e.g. one that
+                # pins memory: only what this one does must be recordable.
+                pool = self._shared(current)
+                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                     made = self._run(held)
             except Exception as error:  # an operation that waits for the host, memory; a real fault comes back in _run
                 _log.warning("the pass is not recorded as a CUDA graph, and runs without: %s", _first_line(error))
