@@ -290,9 +290,8 @@ def settle(
     """
     if not plans or not plans[-1].rivals:
         return plans, None
-    both = replace(
-        data, mirrored=bool(data.mirror_axes)
-    )  # the worse of plain and mirrored answers tells plans apart best
+    # The worse of the plain and the mirrored answers tells plans apart best.
+    both = replace(data, mirrored=bool(data.mirror_axes))
     referee = Referee.of(dense, both, tiles=data.fresh)
     trials: list[tuple[float, tuple[Plan, ...], Fitted]] = []
     for number, plan in enumerate((plans[-1], *plans[-1].rivals)):
