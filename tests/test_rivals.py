@@ -81,6 +81,18 @@ def test_third_plan_lies_between_the_other_two(net, plans):
     assert distance["first"] < distance["ends"] and distance["uniform"] < distance["ends"]
 
 
+def test_uniform_rival_is_the_rank_factor_rule(net, tiles, plans):
+    """Its transposed convolutions stay dense; where the budget is too small for that, they do not."""
+    factored = {edit.layer: (edit.rank_out, edit.rank_in) for edit in plans[1].edits}
+    assert factored and not any("transp" in layer for layer in factored)
+    cost = measure_cost(net, SHAPE)
+    rules = (
+        plan_tucker(net, TuckerConfig(rank_factor=n / 100, rank_min=8, rank_multiple=8), cost) for n in range(99, 0, -1)
+    )
+    rule = next(plan for plan in rules if macs(net, plan) <= 0.5 * cost.macs())
+    assert factored == {edit.layer: (edit.rank_out, edit.rank_in) for edit in rule.edits}
+
+
 def test_without_images_there_are_no_rivals(net):
     assert plan_tucker(net, TuckerConfig(macs=0.5, rank_min=8), measure_cost(net, SHAPE)).rivals == ()
 

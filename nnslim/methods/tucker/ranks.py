@@ -14,7 +14,7 @@ from nnslim.errors import ConfigError, RankError
 from nnslim.knapsack import Choice, choose
 from nnslim.methods.tucker.chain import chain_macs, chain_parameters
 from nnslim.methods.tucker.config import TuckerConfig
-from nnslim.methods.tucker.layers import kernel_of
+from nnslim.methods.tucker.layers import is_transposed, kernel_of
 from nnslim.methods.tucker.survey import LayerSurvey, Ranks, Survey, survey
 from nnslim.methods.tucker.table import read_ranks
 from nnslim.methods.tucker.timing import LatencyTable
@@ -215,16 +215,22 @@ def _uniform(
     price: Callable[[Layer, Ranks | None], float],
     budget: float,
 ) -> dict[str, Ranks | None] | None:
-    """Return the largest uniform rank factor that the budget allows, None if there is none."""
+    """Return the largest uniform rank factor that the budget allows, None if there is none.
+
+    Transposed convolutions stay dense, as a rank factor leaves them, unless the configuration or the budget asks for
+    them, too.
+    """
     aligned = config.model_copy(update={"rank_multiple": _ALIGNMENT}) if config.rank_multiple == 1 else config
-    for share in range(99, 0, -1):
-        plan: dict[str, Ranks | None] = {}
-        for key, layer in layers.items():
-            outputs, inputs = _shape(layer)
-            ranks = aligned.rank(outputs, share / 100), aligned.rank(inputs, share / 100)
-            plan[key] = ranks if price(layer, ranks) < price(layer, None) else None
-        if sum(price(layers[key], ranks) for key, ranks in plan.items()) <= budget:
-            return plan
+    for transposed in (True,) if config.transposed else (False, True):
+        for share in range(99, 0, -1):
+            plan: dict[str, Ranks | None] = {}
+            for key, layer in layers.items():
+                outputs, inputs = _shape(layer)
+                ranks = aligned.rank(outputs, share / 100), aligned.rank(inputs, share / 100)
+                open_ = transposed or not is_transposed(layer.module)
+                plan[key] = ranks if open_ and price(layer, ranks) < price(layer, None) else None
+            if sum(price(layers[key], ranks) for key, ranks in plan.items()) <= budget:
+                return plan
     return None
 
 
