@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -12,7 +12,7 @@ from nnslim.cost import Cost
 from nnslim.errors import ConfigError, RankError
 from nnslim.methods.base import Plan
 from nnslim.work.calibration import Calibration
-from nnslim.work.compress import fit_and_recover, plan_methods, settle
+from nnslim.work.compress import fit_and_recover, plan_methods
 from nnslim.work.config import MethodEntry, SlimConfig
 from nnslim.work.recover import Progress, Recovery
 
@@ -57,8 +57,7 @@ def find_budget(
     """Return the smallest share of MACs that keeps `max_drop`, and the network of the trial that showed it.
 
     Shares are tried from a strong one on: weaker ones where the drop is too large, stronger ones while it is not. Each
-    trial is a full compression with recovery, which ends as soon as the limit is met. Where the model may be mirrored,
-    the drop is the larger of that of the plain and of that of the mirrored answers.
+    trial is a full compression with recovery, which ends as soon as the limit is met.
 
     Args:
         dense: with the weights of the first fold.
@@ -73,7 +72,6 @@ def find_budget(
         raise ConfigError(
             f"max_drop={limit:g} is measured on images: name a folder of them (-i, or calibration.images)"
         )
-    data = replace(data, mirrored=bool(data.mirror_axes))  # nobody knows yet which way the model will predict
     step, drops, best = _START, {}, None
     while (
         0 <= step < len(SHARES)
@@ -83,10 +81,7 @@ def find_budget(
         trial = _with_share(config, position, SHARES[step])
         try:
             plans = plan_methods(dense, trial, cost, input_shape, data)
-            plans, fitted = settle(dense, trial, plans, input_shape, data, progress)
-            slim, recovery = fit_and_recover(
-                dense, trial, plans, input_shape, data, fitted=fitted, target=limit, progress=progress
-            )
+            slim, recovery = fit_and_recover(dense, trial, plans, input_shape, data, target=limit, progress=progress)
             drops[step] = recovery.after
         except RankError:  # cheaper than the layers that are never factored
             drops[step] = float("inf")
