@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -65,9 +66,9 @@ def run_folder(
     if settings.part is not None:
         cases = share(cases, *settings.part)
     targets = {case.target for case in cases}
-    make_folder(output)
-    _spare_images(cases, output)
-    with alone(output, shared=settings.part is not None):
+    shared = settings.part is not None
+    with _folder(output, shared), alone(output, shared=shared):
+        _spare_images(cases, output)
         manifest = Manifest(output, settings.part)
         manifest.tidy()
         keeper = _Keeper(manifest, job.stamp(), len(cases), progress)
@@ -82,6 +83,20 @@ def run_folder(
             remove_leftovers(output, targets)
         manifest.finish(keeper.records.values())
     return [keeper.records[case.name] for case in cases]
+
+
+@contextmanager
+def _folder(output: Path, shared: bool) -> Iterator[None]:
+    """Make a folder; one that is new and still empty when a run is refused goes again, unless others use it, too."""
+    there = output.exists()
+    make_folder(output)
+    try:
+        yield
+    except BaseException:
+        if not (there or shared):
+            with suppress(OSError):  # something is in it
+                output.rmdir()
+        raise
 
 
 def _spare_images(cases: Sequence[Case], output: Path) -> None:
