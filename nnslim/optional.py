@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import Any
 
 from nnslim.errors import BackendError, NNSlimError
@@ -23,3 +24,18 @@ def needed(name: str, install: str, *, purpose: str = "", error: type[NNSlimErro
         missing = problem.name or name
         why = f"{purpose} needs it; " if purpose else ""
         raise error(f"{missing} is not installed; {why}pip install {install}") from problem
+
+
+def installed_version(package: str, name: str, install: str, *, error: type[NNSlimError]) -> str:
+    """Return the version of a package without importing it.
+
+    Args:
+        package: as pip knows it. name: for the message. install: what pip takes.
+        error: to raise.
+    Raises:
+        error: it is not installed.
+    """
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise error(f"{name} is not installed; run pip install {install}") from None

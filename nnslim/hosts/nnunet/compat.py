@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
 import re
 from collections.abc import Callable
 from typing import Any
 
 from nnslim.errors import HostError
+from nnslim.optional import installed_version
 
 OLDEST, NEWEST = (2, 3, 1), (2, 8)
 _KNOWN = {
@@ -33,10 +33,7 @@ def nnunet_version() -> str:
     Raises:
         HostError: it is not installed.
     """
-    try:
-        return importlib.metadata.version("nnunetv2")
-    except importlib.metadata.PackageNotFoundError:
-        raise HostError("nnU-Net v2 is not installed; run pip install nnunetv2") from None
+    return installed_version("nnunetv2", "nnU-Net v2", "nnunetv2", error=HostError)
 
 
 def check_version(version: str) -> None:

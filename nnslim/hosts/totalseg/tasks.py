@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nnslim.errors import ConfigError, HostError, nearest
+from nnslim.optional import installed_version
 
 _MODES = {"_fastest": "fastest", "_fast": "fast"}
 
@@ -54,10 +54,7 @@ def totalseg_version() -> str:
     Raises:
         HostError: it is not installed.
     """
-    try:
-        return importlib.metadata.version("TotalSegmentator")
-    except importlib.metadata.PackageNotFoundError:
-        raise HostError("TotalSegmentator is not installed; run pip install 'nnslim[ts]'") from None
+    return installed_version("TotalSegmentator", "TotalSegmentator", "'nnslim[ts]'", error=HostError)
 
 
 def find_task(name: str, classes: Sequence[str] = ()) -> Task:
