@@ -130,7 +130,10 @@ def test_constant_channels_and_norms_without_weights(gain):
     network = nn.Sequential(nn.Conv3d(1, 8, 1), nn.InstanceNorm3d(8, affine=gain), nn.LeakyReLU(), nn.Conv3d(8, 8, 1))
     x = torch.full((1, 1, 4, 4, 4), 7.0)
     graph = fold_norms(trace(network.eval(), x.shape))
-    torch.testing.assert_close(graph(x), network(x), rtol=1e-4, atol=1e-4)
+    # The norm of a constant channel multiplies the rounding of its mean by 1 / sqrt(eps) = 316: 2e-4 in fp32.
+    torch.testing.assert_close(graph(x), network(x), rtol=2e-3, atol=2e-3)
+    graph = fold_norms(trace(network.double(), x.shape))
+    torch.testing.assert_close(graph(x.double()), network(x.double()), rtol=1e-10, atol=1e-10)
 
 
 def test_path_that_depends_on_the_input_is_refused_and_run_as_it_is():
