@@ -116,14 +116,39 @@ def test_single_plan_is_not_fitted(net, tiles, plans):
     assert settle(net, config_of(), (), SHAPE, data_of(tiles)) == ((), None)
 
 
+def judged(monkeypatch, drops_of):
+    """Let made-up drops, by the rank of the one layer, stand for those of the fitted networks."""
+    monkeypatch.setattr(Referee, "drops", lambda self, slim: drops_of(self, slim.get_submodule(CONV).core.out_channels))
+
+
+def settled(net, tiles, ranks, **more):
+    first, *others = (Plan((TuckerEdit(CONV, rank, rank),), ()) for rank in ranks)
+    (taken,), _ = settle(net, config_of(), (replace(first, rivals=tuple(others)),), SHAPE, data_of(tiles, **more))
+    return taken.edits[0].rank_out
+
+
 def test_plans_are_compared_on_fresh_images_where_there_are_some(net, tiles, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        Referee, "drop", lambda self, slim: seen.append([tile.sum().item() for tile in self._tiles]) or 0.0
-    )
-    given = (Plan((TuckerEdit(CONV, 8, 8),), (), (Plan((TuckerEdit(CONV, 16, 16),), ()),)),)
+    judged(monkeypatch, lambda self, rank: seen.append([tile.sum().item() for tile in self._tiles]) or [[0.0]])
     for fresh, expected in ((None, tiles[1:2]), (tiles[1:], tiles[1:])):
         seen.clear()
-        taken, _ = settle(net, config_of(), given, SHAPE, data_of(tiles, fresh=fresh))
+        assert settled(net, tiles, (8, 16), fresh=fresh) == 16  # of equals the simplest
         assert seen == [[tile.sum().item() for tile in expected]] * 2
-        assert taken == given  # of equals the first
+
+
+@pytest.mark.parametrize(
+    ("gains", "taken"),
+    [
+        ([0.01, 0.01, 0.01, 0.01], 8),  # better on every tile
+        ([0.05, -0.04, 0.03, -0.03], 16),  # better on average by less than the standard error, .022
+        ([0.05, -0.01, 0.04, 0.0], 8),  # .02 against .0147
+        ([-0.01, -0.01, -0.01, -0.01], 16),
+        ([float("nan"), 0.01, float("nan"), 0.01], 8),  # a tile without any class does not count
+        ([float("nan")] * 4, 16),
+    ],
+)
+def test_simplest_plan_is_taken_unless_another_is_clearly_better(net, tiles, monkeypatch, gains, taken):
+    judged(monkeypatch, lambda self, rank: [[0.1 - (gain if rank == 8 else 0.0)] * 2 for gain in gains])
+    assert settled(net, tiles, (8, 16)) == taken
+    judged(monkeypatch, lambda self, rank: [[0.1 - (gain if rank == 8 else 0.0)] * 2 for gain in gains])
+    assert settled(net, tiles, (12, 16, 8)) == taken

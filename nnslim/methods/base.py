@@ -65,7 +65,8 @@ class Plan:
     """Edits to make, and a decision for every layer that was looked at.
 
     Attributes:
-        rivals: other plans of the same cost, that may turn out to be better once they are fitted to images.
+        rivals: other plans of the same cost, the simplest first, that may turn out to be better once they are fitted to
+            images.
     """
 
     edits: tuple[Edit, ...]

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -285,22 +286,36 @@ def settle(
 ) -> tuple[tuple[Plan, ...], Fitted | None]:
     """Choose between the last plan and its rivals by what each costs the network once it is fitted.
 
-    Predictions from single layers do not tell plans of about the same quality apart. Only the last method's: a rival of
-    an earlier one would change what later ones plan on.
+    Predictions from single layers do not tell plans of about the same quality apart, and neither does a small sample of
+    tiles: the first rival, which is the simplest, is taken unless the best is better by more than the standard error of
+    their difference over the tiles. Only the last method's plans compete: a rival of an earlier one would change what
+    later ones plan on.
     """
     if not plans or not plans[-1].rivals:
         return plans, None
-    # The worse of the plain and the mirrored answers tells plans apart best.
+    # The plain and the mirrored answers together tell plans apart best.
     both = replace(data, mirrored=bool(data.mirror_axes))
     referee = Referee.of(dense, both, tiles=data.fresh)
-    trials: list[tuple[float, tuple[Plan, ...], Fitted]] = []
-    for number, plan in enumerate((plans[-1], *plans[-1].rivals)):
+    trials: list[tuple[tuple[Plan, ...], Fitted]] = []
+    drops: list[np.ndarray] = []  # (tiles,) each
+    for plan in (plans[-1].rivals[0], plans[-1], *plans[-1].rivals[1:]):
         trial = (*plans[:-1], plan)
         fitted = _Fold(config, trial, input_shape, data, progress, None).fit(dense)
-        drop = referee.drop(fitted[0])
-        _log.info("plan %d: estimated drop %.4f before recovery", number + 1, drop)
-        trials.append((math.inf if math.isnan(drop) else drop, trial, fitted))
-    return min(trials, key=lambda one: one[0])[1:]
+        drops.append(np.mean(referee.drops(fitted[0]), axis=1))
+        trials.append((trial, fitted))
+    return trials[_clearly_best(np.stack(drops))]
+
+
+def _clearly_best(drops: np.ndarray) -> int:
+    """Return the row of (plans, tiles) with the smallest mean, 0 where that is not clear. NaN: a tile shows nothing."""
+    seen = drops[:, np.isfinite(drops).all(axis=0)]
+    if not seen.size:
+        return 0
+    _log.info("estimated drops of the plans before recovery: %s", np.round(seen.mean(axis=1), 4).tolist())
+    best = int(seen.mean(axis=1).argmin())
+    gain = seen[0] - seen[best]
+    noise = gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
+    return best if gain.mean() > noise else 0
 
 
 def fit_and_recover(

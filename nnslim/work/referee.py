@@ -91,9 +91,17 @@ class Referee:
     def _likely(self, logits: Tensor) -> Tensor:
         return logits.sigmoid() if self._regions else logits.softmax(0)
 
-    @torch.inference_mode()
     def drop(self, slim: nn.Module) -> float:
         """Return the estimated drop, mean over classes and tiles; NaN where no tile shows any class."""
+        ways = [[drop for drop in way if not math.isnan(drop)] for way in zip(*self.drops(slim), strict=True)]
+        return max((sum(way) / len(way) for way in ways if way), default=math.nan)
+
+    @torch.inference_mode()
+    def drops(self, slim: nn.Module) -> list[list[float]]:
+        """Return the estimated drop of each tile, mean over classes; NaN where it shows none.
+
+        One of the plain answer and, where the model predicts mirrored, one of the mean over mirror images.
+        """
         drops: list[list[float]] = []
         training = slim.training
         slim.eval()
@@ -106,8 +114,7 @@ class Referee:
                 pairs.append((harden(truth, not self._regions), harden(mean, not self._regions)))
             drops.append([self._drop(truth, pair) for pair in pairs])
         slim.train(training)
-        ways = [[drop for drop in way if not math.isnan(drop)] for way in zip(*drops, strict=True)]
-        return max((sum(way) / len(way) for way in ways if way), default=math.nan)
+        return drops
 
     def _drop(self, truth: Tensor, pair: tuple[Tensor, Tensor]) -> float:
         made = expected_dices(truth, pair, not self._regions, TEMPERATURE)
