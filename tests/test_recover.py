@@ -395,6 +395,17 @@ def test_stage_ends_are_the_last_norms_of_each_resolution(tiny_net, tiny_shape, 
     )
 
 
+def test_distil_beyond_its_target_equals_the_run_without(dense, slim, tmp_path, scripted):
+    path, whole, cut = tmp_path / "state", copy.deepcopy(slim), copy.deepcopy(slim)
+    scripted(0.5, 0.4, 0.2, 0.1)
+    wanted = distil(dense, whole, make_data(), settings())
+    scripted(0.5, 0.4, 0.2, 0.1)
+    early = distil(dense, cut, make_data(), settings(), checkpoint=path, target=0.25)
+    assert (early.stopped, early.steps) == ("target", 16) and not same(cut, whole)
+    found = distil(dense, cut, make_data(), settings(), checkpoint=path)
+    assert found.to_dict() == wanted.to_dict() and same(cut, whole)
+
+
 def with_limit(limit, **recovery):
     return from_dict({"methods": [{"method": "tucker", "max_drop": limit}], "recovery": recovery})
 
@@ -454,6 +465,16 @@ def test_compress_max_drop_keeps_the_limit(wide):
     slimmed = compress(wide, [wide.state_dict()], config, SHAPE, data=make_data())
     assert slimmed.recovery[0]["estimated_drop_after"] <= 0.3
     assert slimmed.slim.macs < 0.72 * slimmed.dense.macs
+
+
+def test_found_share_is_recovered_to_the_end(wide):
+    config = with_limit(0.3, steps=8, every=4, batch_size=1)
+    slimmed = compress(wide, [wide.state_dict()], config, SHAPE, data=make_data())
+    (recovery,) = slimmed.recovery
+    assert (recovery["stopped"], recovery["steps"]) == ("steps", 8)
+    assert recovery["estimated_drop_after"] == min(drop for drop in [recovery["estimated_drop_before"]] + [
+        drop for _, drop in recovery["history"]
+    ])  # fmt: skip
 
 
 def test_compress_max_drop_without_data_raises(wide):

@@ -327,6 +327,7 @@ def fit_and_recover(
     *,
     fitted: Fitted | None = None,
     target: float | None = None,
+    checkpoint: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, Recovery]:
     """Compress one network by plans that are made.
@@ -334,8 +335,9 @@ def fit_and_recover(
     Args:
         fitted: what `settle` has made of them already.
         target: learning ends early once the estimated drop is at most so.
+        checkpoint: file for the state of learning; a call without the target goes on from it.
     """
-    slim, recovery, _ = _Fold(config, plans, input_shape, data, progress, None, target).compress(dense, fitted)
+    slim, recovery, _ = _Fold(config, plans, input_shape, data, progress, checkpoint, target).compress(dense, fitted)
     return slim, recovery or Recovery()
 
 

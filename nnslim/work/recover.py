@@ -315,6 +315,8 @@ class _Run:
             recovery.history = [tuple(item) for item in recovery.history]
             self.learner.taken = recovery.steps
             self.recovery, self.best, self.spent = recovery, best, recovery.seconds
+            if recovery.stopped == "target" and not (self.target is not None and recovery.after <= self.target):
+                recovery.stopped = "steps"  # no longer the target: it goes on
         except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.PickleError) as error:
             _log.warning("%s cannot be used (%s); recovery starts afresh", self.checkpoint, type(error).__name__)
             return False

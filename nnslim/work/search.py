@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import nn
 
@@ -57,7 +59,8 @@ def find_budget(
     """Return the smallest share of MACs that keeps `max_drop`, and the network of the trial that showed it.
 
     Shares are tried from a strong one on: weaker ones where the drop is too large, stronger ones while it is not. Each
-    trial is a full compression with recovery, which ends as soon as the limit is met.
+    trial is a full compression with recovery, which ends as soon as the limit is met; that of the share found then goes
+    on to its end.
 
     Args:
         dense: with the weights of the first fold.
@@ -72,32 +75,48 @@ def find_budget(
         raise ConfigError(
             f"max_drop={limit:g} is measured on images: name a folder of them (-i, or calibration.images)"
         )
-    step, drops, best = _START, {}, None
-    while (
-        0 <= step < len(SHARES)
-        and step not in drops
-        and sum(drop != float("inf") for drop in drops.values()) < _MOST_TRIALS
-    ):
-        trial = _with_share(config, position, SHARES[step])
-        try:
-            plans = plan_methods(dense, trial, cost, input_shape, data)
-            slim, recovery = fit_and_recover(dense, trial, plans, input_shape, data, target=limit, progress=progress)
-            drops[step] = recovery.after
-        except RankError:  # cheaper than the layers that are never factored
-            drops[step] = float("inf")
-        _log.info("max_drop: %g of the MACs give an estimated drop of %.4f", SHARES[step], drops[step])
-        if drops[step] <= limit:
-            best = Found(trial, plans, slim, recovery)
-            step += 1
-        else:
-            step -= 1
-    if best is None:
-        tried = ", ".join(f"{SHARES[n]:g}: {drop:.4f}" for n, drop in drops.items())
-        raise RankError(
-            f"max_drop={limit:g} was not kept by any of the shares of MACs that were tried (share: estimated drop "
-            f"{tried}); allow more recovery steps, or a larger drop"
+    with tempfile.TemporaryDirectory(prefix="nnslim-") as work:
+        states = [Path(work) / f"{share:g}" for share in SHARES]
+        step, drops, best = _START, {}, None
+        while (
+            0 <= step < len(SHARES)
+            and step not in drops
+            and sum(drop != float("inf") for drop in drops.values()) < _MOST_TRIALS
+        ):
+            trial = _with_share(config, position, SHARES[step])
+            try:
+                plans = plan_methods(dense, trial, cost, input_shape, data)
+                slim, recovery = fit_and_recover(
+                    dense, trial, plans, input_shape, data, target=limit, checkpoint=states[step], progress=progress
+                )
+                drops[step] = recovery.after
+            except RankError:  # cheaper than the layers that are never factored
+                drops[step] = float("inf")
+            _log.info("max_drop: %g of the MACs give an estimated drop of %.4f", SHARES[step], drops[step])
+            if drops[step] <= limit:
+                best, state = Found(trial, plans, slim, recovery), states[step]
+                step += 1
+            else:
+                step -= 1
+        if best is None:
+            tried = ", ".join(f"{SHARES[n]:g}: {drop:.4f}" for n, drop in drops.items())
+            raise RankError(
+                f"max_drop={limit:g} was not kept by any of the shares of MACs that were tried (share: estimated drop "
+                f"{tried}); allow more recovery steps, or a larger drop"
+            )
+        if best.recovery.stopped != "target":
+            return best
+        slim, recovery = fit_and_recover(
+            dense,
+            best.config,
+            best.plans,
+            input_shape,
+            data,
+            fitted=(best.slim, {}),
+            checkpoint=state,
+            progress=progress,
         )
-    return best
+        return replace(best, slim=slim, recovery=recovery)
 
 
 def _with_share(config: SlimConfig, position: int, share: float) -> SlimConfig:
