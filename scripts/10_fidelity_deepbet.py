@@ -16,6 +16,7 @@ def main() -> None:
     parser.add_argument("--rank-factors", type=float, nargs="*", default=[0.5, 0.3, 0.1])
     parser.add_argument("--tiles", type=int, default=4, help="deformed copies to calibrate on (default: 4)")
     parser.add_argument("--tests", type=int, default=3, help="other deformed copies to score on (default: 3)")
+    parser.add_argument("--steps", type=int, default=0, help="of recovery, on further deformed copies (default: 0)")
     parser.add_argument("--threads", type=int, help="torch threads (default: all)")
     args = parser.parse_args()
 
@@ -26,6 +27,9 @@ def main() -> None:
     from nnslim.hosts.deepbet import load_deepbet, prepare, read_t1
     from nnslim.methods.tucker import TuckerConfig, fit_tucker_network, plan_tucker
     from nnslim.spec import SlimSpec, apply_spec
+    from nnslim.work.calibration import Calibration
+    from nnslim.work.config import RecoveryConfig
+    from nnslim.work.recover import recover
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -46,6 +50,18 @@ def main() -> None:
         moved = functional.grid_sample(volume[None, None], grid, align_corners=False)[0, 0]
         gamma = 0.7 + 0.6 * float(torch.rand(1, generator=generator))
         return prepare((moved / moved.max()).clamp(min=0) ** gamma)
+
+    class Copies(torch.utils.data.Dataset):
+        """Copies that are neither fitted to nor scored; (1, X, Y, Z)."""
+
+        def __init__(self, count: int) -> None:
+            self.count = count
+
+        def __len__(self) -> int:
+            return self.count
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return deformed(10_001 + index)[0]
 
     tiles = [deformed(1 + number) for number in range(args.tiles)]
     tests = [deformed(0), *(deformed(1001 + number) for number in range(args.tests))]
@@ -69,12 +85,20 @@ def main() -> None:
         before = [dice(found, want) for found, want in zip(masks(slim), wanted, strict=True)]
         fit_tucker_network(dense, slim, config, cost, tiles)
         fitted = [dice(found, want) for found, want in zip(masks(slim), wanted, strict=True)]
-        print(
+        line = (
             f"rank factor {factor:g}: {after.parameters:,} parameters, {after.macs() / 1e9:.2f} GMAC; Dice against the "
             f"dense mask, mean (worst): weights only {sum(before) / len(before):.4f} ({min(before):.4f}), "
-            f"data-aware {sum(fitted) / len(fitted):.4f} ({min(fitted):.4f})",
-            flush=True,
+            f"data-aware {sum(fitted) / len(fitted):.4f} ({min(fitted):.4f})"
         )
+        if args.steps:
+            data = Calibration(tiles, [deformed(20_001 + number) for number in range(2)], Copies)
+            recovery = recover(dense, slim, data, RecoveryConfig(steps=args.steps, mirrored_teacher=False))
+            again = [dice(found, want) for found, want in zip(masks(slim), wanted, strict=True)]
+            line += (
+                f", recovered {sum(again) / len(again):.4f} ({min(again):.4f}), {recovery.seconds:.0f} s, estimated "
+                f"drop {recovery.before:.4f} -> {recovery.after:.4f}"
+            )
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
