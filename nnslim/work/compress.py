@@ -217,6 +217,7 @@ def plan_methods(
     return tuple(plans)
 
 
+_SAME_DROP = 0.001  # estimates of the drop differ by as much from what labels say
 Fitted = tuple[nn.Module, dict[str, float]]  # a slim network before recovery, and the error of each of its layers
 
 
@@ -286,10 +287,9 @@ def settle(
 ) -> tuple[tuple[Plan, ...], Fitted | None]:
     """Choose between the last plan and its rivals by what each costs the network once it is fitted.
 
-    Predictions from single layers do not tell plans of about the same quality apart, and neither does a small sample of
-    tiles: the first rival, which is the simplest, is taken unless the best is better by more than the standard error of
-    their difference over the tiles. Only the last method's plans compete: a rival of an earlier one would change what
-    later ones plan on.
+    Predictions from single layers do not tell plans of about the same quality apart, and neither does a small sample
+    of tiles: the first rival, which is the simplest, is taken unless the best is clearly better (`_clearly_best`). Only
+    the last method's plans compete: a rival of an earlier one would change what later ones plan on.
     """
     if not plans or not plans[-1].rivals:
         return plans, None
@@ -307,7 +307,10 @@ def settle(
 
 
 def _clearly_best(drops: np.ndarray) -> int:
-    """Return the row of (plans, tiles) with the smallest mean, 0 where that is not clear. NaN: a tile shows nothing."""
+    """Return the row of (plans, tiles) with the smallest mean, 0 where that is not clear. NaN: a tile shows nothing.
+
+    Clear is what exceeds twice the standard error over the tiles, and what an estimate can tell at all.
+    """
     seen = drops[:, np.isfinite(drops).all(axis=0)]
     if not seen.size:
         return 0
@@ -315,7 +318,7 @@ def _clearly_best(drops: np.ndarray) -> int:
     best = int(seen.mean(axis=1).argmin())
     gain = seen[0] - seen[best]
     noise = gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
-    return best if gain.mean() > noise else 0
+    return best if gain.mean() > max(_SAME_DROP, 2 * noise) else 0
 
 
 def fit_and_recover(
