@@ -444,6 +444,7 @@ def test_find_budget_takes_the_smallest_share_within_the_limit(wide, monkeypatch
         return plans, Recovery(after=drops.get(plans, 0.0))
 
     monkeypatch.setattr(search, "plan_methods", plan)
+    monkeypatch.setattr(search, "fit_plans", lambda *_: (wide, {}))
     monkeypatch.setattr(search, "fit_and_recover", fit)
     made = search.find_budget(wide, with_limit(0.01), 0, None, SHAPE, make_data(), None)
     assert seen == tried
@@ -453,10 +454,31 @@ def test_find_budget_takes_the_smallest_share_within_the_limit(wide, monkeypatch
     assert type(chosen)(**chosen.model_dump()) == chosen
 
 
+@pytest.mark.parametrize(("learns", "recovered"), [(True, [0]), (False, [0, 1, 2, 3])])
+def test_find_budget_leaves_out_what_recovery_cannot_win_back(wide, monkeypatch, learns, recovered):
+    """The fit of the second share loses .021: learning is believed to leave half of it, more than the limit."""
+    tried, fits = [], []
+    monkeypatch.setattr(search, "plan_methods", lambda dense, config, *_: config.methods[0].settings.macs)
+    monkeypatch.setattr(search, "fit_plans", lambda *given: fits.append(given[2]) or (given[2], {}))
+    drops = {search.SHARES[search._START]: 0.019, search.SHARES[search._START + 1]: 0.021}
+    monkeypatch.setattr(search.Referee, "drop", lambda self, share: drops.get(share, 0.0))
+
+    def fit(dense, config, plans, *_, **__):
+        tried.append(search.SHARES.index(plans) - search._START)
+        return plans, Recovery(after=0.0)
+
+    monkeypatch.setattr(search, "fit_and_recover", fit)
+    limit = with_limit(0.01, steps=4) if learns else with_limit(0.01)
+    made = search.find_budget(wide, limit, 0, None, SHAPE, make_data(), None)
+    assert tried == recovered and made.slim == search.SHARES[search._START + recovered[-1]]
+    assert len(fits) == (2 if learns else 4)
+
+
 def test_find_budget_limit_never_kept_raises_and_names_the_trials(wide, monkeypatch):
     monkeypatch.setattr(search, "plan_methods", lambda *_: ())
+    monkeypatch.setattr(search, "fit_plans", lambda *_: (wide, {}))
     monkeypatch.setattr(search, "fit_and_recover", lambda *_, **__: (None, Recovery(after=0.5)))
-    with pytest.raises(RankError, match=r"max_drop=0\.01 was not kept .*0\.08: 0\.5000, .*0\.25: 0\.5000"):
+    with pytest.raises(RankError, match=r"max_drop=0\.01 was not kept .*0\.083: 0\.5000, .*0\.25: 0\.5000"):
         search.find_budget(wide, with_limit(0.01), 0, None, SHAPE, make_data(), None)
 
 

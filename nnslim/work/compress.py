@@ -300,7 +300,7 @@ def settle(
     drops: list[np.ndarray] = []  # (tiles,) each
     for plan in (plans[-1].rivals[0], plans[-1], *plans[-1].rivals[1:]):
         trial = (*plans[:-1], plan)
-        fitted = _Fold(config, trial, input_shape, data, progress, None).fit(dense)
+        fitted = fit_plans(dense, config, trial, input_shape, data, progress)
         drops.append(np.mean(referee.drops(fitted[0]), axis=1))
         trials.append((trial, fitted))
     return trials[_clearly_best(np.stack(drops))]
@@ -321,6 +321,18 @@ def _clearly_best(drops: np.ndarray) -> int:
     return best if gain.mean() > max(_SAME_DROP, 2 * noise) else 0
 
 
+def fit_plans(
+    dense: nn.Module,
+    config: SlimConfig,
+    plans: tuple[Plan, ...],
+    input_shape: Sequence[int],
+    data: Calibration,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Compress one network by plans that are made, without recovery."""
+    return _Fold(config, plans, input_shape, data, progress, None).fit(dense)
+
+
 def fit_and_recover(
     dense: nn.Module,
     config: SlimConfig,
@@ -336,7 +348,7 @@ def fit_and_recover(
     """Compress one network by plans that are made.
 
     Args:
-        fitted: what `settle` has made of them already.
+        fitted: what `settle` or `fit_plans` has made of them already.
         target: learning ends early once the estimated drop is at most so.
         checkpoint: file for the state of learning; a call without the target goes on from it.
     """
