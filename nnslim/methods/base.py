@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,9 @@ class Method:
         fit: (dense, slim, config, cost, tiles, compensate, on_layer) -> relative output error by layer; sets the
             weights of the slim network, in place, from data. None for a method that has no use for data.
         weight_errors: (dense, slim) -> relative error of the weights by layer, where no data decide them.
+        fill: (dense, slim, config, input_shape); sets the weights of the slim network, in place, from those of the
+            dense one, where the edits alone cannot: which channels stay is each fold's own.
+        trains: it works while a network is trained (`nnslim train`); it has no plan for one that is.
     """
 
     name: str
@@ -91,6 +94,8 @@ class Method:
     plan: Callable[[nn.Module, Any, Cost, Tiles | None], Plan]
     fit: Callable[..., dict[str, float]] | None = None
     weight_errors: Callable[[nn.Module, nn.Module], dict[str, float]] | None = None
+    fill: Callable[[nn.Module, nn.Module, Any, Sequence[int]], None] | None = None
+    trains: bool = False
 
 
 _METHODS: dict[str, Method] = {}
