@@ -12,9 +12,9 @@ from torch import nn
 
 from nnslim.errors import ConfigError
 from nnslim.methods.sauron import Pruner, SauronConfig
-from nnslim.methods.sauron.budget import CostTable
 from nnslim.methods.sauron.distances import delta_opt, delta_prune, distances, mean_distances, pooled
 from nnslim.methods.sauron.thresholds import LayerState, below, has_converged
+from nnslim.surgery.budget import CostTable
 from nnslim.surgery.channels import channel_map, deep_supervision
 from nnslim.surgery.narrow import narrow_layers, narrow_optimizer, widths_of
 from nnslim.surgery.walk import LayerIndex
@@ -338,7 +338,7 @@ def test_target_stops_the_removal_at_once_when_it_is_met(tiny_net, tiny_shape):
     _, pruner, _ = watched(tiny_net, tiny_shape, **settings)
     decision = pruner.decide(0, all_near(pruner), {}, FLAT[:1], FLAT[:1])
     pruner.act(decision)
-    share = pruner.cost.macs / pruner.start[0]
+    share = pruner.cost.macs / pruner.before.macs
     assert 0.5 < share <= 0.6  # without the target everything but the references would be gone
     decision = pruner.decide(1, all_near(pruner), {}, FLAT[:2], FLAT[:2])
     assert not decision.keep
@@ -352,7 +352,7 @@ def test_reach_brings_the_network_to_the_target_in_time_without_thresholds(tiny_
         pruner.begin_epoch(epoch)
         scores = {n: [0.5 + 0.01 * i for i in range(g.channels)] for n, g in pruner.watch.groups.items()}
         pruner.act(pruner.decide(epoch, scores, {}, FLAT[: epoch + 1], FLAT[: epoch + 1]))
-        shares.append(pruner.cost.parameters / pruner.start[1])
+        shares.append(pruner.cost.parameters / pruner.before.parameters)
     assert all(share <= 0.3 ** ((epoch + 1) / 5) + 1e-9 for epoch, share in enumerate(shares[:5]))
     assert 0.2 < shares[4] <= 0.3 and len(set(shares[4:])) == 1
 
@@ -372,7 +372,8 @@ def test_state_goes_round_as_json_and_gives_the_same_decisions(tiny_net, tiny_sh
     state = json.loads(json.dumps(pruner.state_dict()))
     again = Pruner(pruner.network, shape, pruner.config, 10)
     again.load_state_dict(state)
-    assert again.states == pruner.states and again.start == pruner.start
+    assert again.states == pruner.states
+    again.before = pruner.before
     scores = all_near(again)
     one, other = (p.decide(1, scores, {}, FLAT[:4], FLAT[:4]) for p in (pruner, again))
     assert one == other

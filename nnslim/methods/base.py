@@ -13,6 +13,7 @@ from nnslim.cost import Cost
 from nnslim.errors import ConfigError, nearest
 from nnslim.spec import Edit
 from nnslim.streaming import Tiles
+from nnslim.surgery.budget import CostTable
 
 
 class MethodConfig(BaseModel):
@@ -96,6 +97,19 @@ class Method:
     weight_errors: Callable[[nn.Module, nn.Module], dict[str, float]] | None = None
     fill: Callable[[nn.Module, nn.Module, Any, Sequence[int]], None] | None = None
     trains: bool = False
+
+
+def narrowed(before: CostTable, after: CostTable) -> tuple[Decision, ...]:
+    """Return what became of each convolution; its widths stand where a factored layer has its ranks."""
+    made = []
+    for name, (shape, parameters) in before.shapes.items():
+        now, left = after.shapes[name]
+        counts = (before.layer_macs[name], after.layer_macs[name], parameters, left)
+        same = now == shape
+        widths = None if same else (now[0], now[1])
+        reason = "no filter removed" if same else ""
+        made.append(Decision(name, "dense" if same else "narrow", shape, widths, *counts, reason))
+    return tuple(made)
 
 
 _METHODS: dict[str, Method] = {}

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from nnslim.methods.sauron.budget import CostTable, path
 from nnslim.methods.sauron.config import SauronConfig
-from nnslim.methods.sauron.thresholds import LayerState, allowed, below
+from nnslim.methods.sauron.thresholds import LayerState, below, due
 from nnslim.methods.sauron.watch import MapWatch
+from nnslim.surgery.budget import CostTable, fewest, without
 from nnslim.surgery.channels import channel_map
 from nnslim.surgery.narrow import Cut, narrow_layers
 from nnslim.surgery.walk import LayerIndex
@@ -43,7 +43,7 @@ class Pruner:
     Attributes:
         network: plain; narrowed in place.
         states: of each group. channels: groups of the network as it is. watch: on its maps.
-        cost: counts as it is. start: (MACs, parameters) at the start of the training.
+        cost: counts as it is. before: counts at the start of the training.
     """
 
     def __init__(self, network: nn.Module, shape: Sequence[int], config: SauronConfig, epochs: int) -> None:
@@ -56,7 +56,7 @@ class Pruner:
         self.network, self.shape, self.config, self.epochs = network, (1, *shape[1:]), config, epochs
         self._look()
         self.states = {name: LayerState() for name in self.channels.groups}
-        self.start = (self.cost.macs, self.cost.parameters)
+        self.before = self.cost
         self.medoids: dict[str, int] = {}
 
     def _look(self) -> None:
@@ -102,40 +102,33 @@ class Pruner:
                 gone[name] = below(np.asarray(scores[name]), threshold, reference, self.config).tolist()
         if self.config.target is not None and self._removes(epoch):
             gone = self._within_target(epoch, gone, scores)
-        keep = {}
         for name, indices in gone.items():
-            if indices:
-                keep[name] = sorted(set(range(self.channels.groups[name].channels)) - set(indices))
-                states[name].removed = len(indices)
-        return Decision(keep, states, dict(medoids))
+            states[name].removed = len(indices)
+        return Decision(without(self.channels, gone), states, dict(medoids))
 
     def _removes(self, epoch: int) -> bool:
         return epoch + 1 < self.epochs * (1 - self.config.settle) and epoch + 1 < self.epochs
 
     def share(self, gone: Mapping[str, Sequence[int]]) -> float:
         """Return the MACs or the parameters, whichever has a target, as a share of those at the start."""
-        keep = {
-            name: sorted(set(range(self.channels.groups[name].channels)) - set(indices))
-            for name, indices in gone.items()
-            if indices
-        }
-        macs, parameters = self.cost.after(self.channels.narrowing(keep))
-        return parameters / self.start[1] if self.config.params is not None else macs / self.start[0]
+        macs, parameters = self.cost.after(self.channels.narrowing(without(self.channels, gone)))
+        if self.config.params is not None:
+            return parameters / self.before.parameters
+        return macs / self.before.macs
 
     def _within_target(self, epoch: int, gone: dict[str, list[int]], scores: Scores) -> dict[str, list[int]]:
         """Leave filters in where the target is met without their removal; take more where it is due and not met."""
         target = self.config.target
         if self.share({}) <= target:
             return {}
-        due = 1.0
-        if self.config.reach is not None:
-            due = path(target, epoch, self.config.reach * self.epochs)
-        if due < self.share(gone):
-            candidates = self._ranked({name: None for name in scores}, scores)
-            return self._fewest(candidates, max(due, target))
-        if self.share(gone) < target:
-            return self._fewest(self._ranked(gone, scores), target)
-        return gone
+        wanted = 1.0 if self.config.reach is None else due(target, epoch, self.config.reach * self.epochs)
+        candidates = self._ranked(gone, scores)
+        if wanted < self.share(gone):
+            target, candidates = max(wanted, target), self._ranked(dict.fromkeys(scores), scores)
+        elif self.share(gone) >= target:
+            return gone
+        least, multiple = self.config.min_filters, self.config.multiple
+        return fewest(candidates, self.channels, least, multiple, lambda less: self.share(less) <= target)
 
     def _ranked(self, among: Mapping[str, Sequence[int] | None], scores: Scores) -> list[tuple[str, int]]:
         """Return (group, channel), the nearest to its reference first; None stands for all but the reference."""
@@ -145,26 +138,6 @@ class Pruner:
             indices = range(len(scores[name])) if indices is None else indices
             found += [(scores[name][index], name, index) for index in indices if index != reference]
         return [(name, index) for _, name, index in sorted(found)]
-
-    def _fewest(self, candidates: Sequence[tuple[str, int]], target: float) -> dict[str, list[int]]:
-        """Return the shortest beginning of the candidates whose removal meets the target, or all of them."""
-        low, high = 0, len(candidates)
-        while low < high:
-            middle = (low + high) // 2
-            if self.share(self._first(candidates, middle)) <= target:
-                high = middle
-            else:
-                low = middle + 1
-        return self._first(candidates, low)
-
-    def _first(self, candidates: Sequence[tuple[str, int]], count: int) -> dict[str, list[int]]:
-        chosen: dict[str, list[int]] = {}
-        for name, index in candidates[:count]:
-            chosen.setdefault(name, []).append(index)
-        return {
-            name: indices[: allowed(len(indices), self.channels.groups[name].channels, self.config)]
-            for name, indices in chosen.items()
-        }
 
     def act(self, decision: Decision) -> dict[nn.Parameter, Cut]:
         """Remove the filters, and look at the network anew; return what became of its parameters."""
@@ -191,11 +164,9 @@ class Pruner:
         return {
             "states": {name: dataclasses.asdict(state) for name, state in self.states.items()},
             "medoids": dict(self.medoids),
-            "start": list(self.start),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         self.states = {name: LayerState(**values) for name, values in state["states"].items()}
         self.medoids = dict(state["medoids"])
-        self.start = tuple(state["start"])

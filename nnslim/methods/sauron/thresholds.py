@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nnslim.methods.sauron.config import SauronConfig
+from nnslim.surgery.budget import removable
 
 
 @dataclass
@@ -78,13 +79,14 @@ def below(scores: np.ndarray, threshold: float, reference: int, config: SauronCo
     """
     order = np.argsort(scores, kind="stable")
     order = order[order != reference]
-    return order[: allowed(int((scores[order] < threshold).sum()), len(scores), config)]
+    wanted = int((scores[order] < threshold).sum())
+    return order[: removable(wanted, len(scores), config.min_filters, config.multiple)]
 
 
-def allowed(wanted: int, filters: int, config: SauronConfig) -> int:
-    """Return how many filters may go of `wanted`: widths are multiples, and never below the minimum."""
-    least = min(filters, max(1, config.min_filters))
-    width = max(filters - wanted, least)
-    if config.multiple > 1:
-        width = min(filters, config.multiple * math.ceil(width / config.multiple))
-    return filters - width
+def due(target: float, epoch: int, until: float) -> float:
+    """Return the share that is due after an epoch, on the way from 1 to the target in equal ratios.
+
+    Args:
+        target: share at the end. epoch: counted from 0. until: number of epochs by which the target is due.
+    """
+    return math.pow(target, min(1.0, (epoch + 1) / max(1.0, until)))

@@ -18,7 +18,6 @@ from nnslim.hosts.nnunet.finetune.data import PreparedData, model_key, prepare_d
 from nnslim.hosts.nnunet.finetune.fold import run_fold, run_rank
 from nnslim.hosts.nnunet.finetune.record import FINAL, RECORD, begin_record, finish_record, plain_settings
 from nnslim.hosts.nnunet.finetune.settings import FinetuneSettings, FoldJob
-from nnslim.hosts.nnunet.finetune.trainer import LATEST
 from nnslim.hosts.nnunet.folder import (
     ModelFolder,
     builds_from_plans,
@@ -27,6 +26,7 @@ from nnslim.hosts.nnunet.folder import (
     read_model_folder,
     trainer_class,
 )
+from nnslim.hosts.nnunet.steady import LATEST
 
 _log = logging.getLogger("nnslim")
 # A resumed run may differ in these: where it runs, how long, and what is done before and after.
