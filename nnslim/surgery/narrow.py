@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nnslim.errors import SpecError
-from nnslim.spec import Edit, register_edit
+from nnslim.spec import Edit, forget_spec, register_edit
 from nnslim.surgery.channels import NORMS, Kept
 from nnslim.surgery.walk import LayerIndex
 
@@ -253,3 +254,11 @@ def fit_widths(network: nn.Module, state_dict: Mapping[str, Any], prefix: str = 
 def _given(aliases: Iterable[str], state_dict: Mapping[str, Any], prefix: str) -> Tensor | None:
     keys = (f"{prefix}{alias}.weight" for alias in aliases)
     return next((state_dict[key] for key in keys if key in state_dict), None)
+
+
+def as_base(network: nn.Module) -> nn.Module:
+    """Return a copy of a pruned network that carries no spec and keeps its widths: a base for other edits."""
+    base = copy.deepcopy(network)
+    base._load_state_dict_pre_hooks.clear()  # the elastic edit's
+    forget_spec(base)
+    return base

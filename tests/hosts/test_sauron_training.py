@@ -21,7 +21,9 @@ from nnslim.hosts.nnunet.sauron import TrainingRun, sauron_trainer_class, train_
 from nnslim.hosts.nnunet.short_training import preprocess_once
 from nnslim.methods.sauron import SauronConfig
 from nnslim.spec import spec_of
-from nnslim.surgery.narrow import widths_of
+from nnslim.surgery.channels import channel_map
+from nnslim.surgery.narrow import as_base, narrow_layers, widths_of
+from nnslim.surgery.walk import LayerIndex
 from nnslim.work.slim_record import SlimRecord
 
 # Thresholds that move and bite within four epochs
@@ -269,3 +271,104 @@ def test_unusable_settings_are_named(world, results, monkeypatch, tmp_path):
     monkeypatch.delenv("nnUNet_results")
     with pytest.raises(ConfigError, match="nnUNet_results is not set"):
         train_dataset(BITES, RUN)
+
+
+def test_pruned_model_is_compressed_and_fine_tuned_like_any_other(world, results, tmp_path, monkeypatch):
+    from nnslim.hosts.nnunet.finetune import FinetuneSettings, finetune_folder
+    from nnslim.hosts.nnunet.write import compress_folder
+    from nnslim.work.config import tucker
+
+    pruned = read_model_folder(world.whole)
+    slimmed = compress_folder(pruned, tmp_path / "both", tucker(rank_factor=0.5, rank_min=2), allow_slower=True)
+    kinds = {edit.kind for edit in slimmed.spec.edits}
+    assert kinds == {"narrow", "tucker"}
+    predictor, logits = stock_prediction(tmp_path / "both")
+    assert torch.isfinite(logits).all() and spec_of(predictor.network) == slimmed.spec
+    full = tucker(rank_factor=1.0, only_if_cheaper=False, one_sided=False)
+    compress_folder(pruned, tmp_path / "exact", full, allow_slower=True)
+    exact, alone = stock_prediction(tmp_path / "exact")[1], stock_prediction(world.whole)[1]
+    torch.testing.assert_close(exact, alone, rtol=1e-2, atol=2e-2)
+    tuning = FinetuneSettings(epochs=1, iterations=1, validation_iterations=1, batch_size=2, processes=1)
+    tuned = finetune_folder(world.whole, tmp_path / "tuned", 998, tuning)
+    for key, value in final_of(tuned)["network_weights"].items():
+        assert value.shape == final_of(world.whole)["network_weights"][key].shape
+    assert len(final_of(tuned)["optimizer_state"]["state"]) > 10
+    assert torch.isfinite(stock_prediction(tuned)[1]).all()
+
+
+def test_folds_of_other_widths_are_compressed_one_by_one(world, tmp_path):
+    from nnslim.errors import ModelFolderError
+    from nnslim.hosts.nnunet.write import compress_folder
+    from nnslim.work.config import tucker
+
+    two = tmp_path / "two"
+    shutil.copytree(world.whole, two)
+    network = as_base(build_network(read_model_folder(two)))
+    channels = channel_map(network, (1, 1, 16, 16, 16))
+    keep = {name: list(range(3)) for name in list(channels.groups)[:2]}
+    narrow_layers(LayerIndex(network), channels.narrowing(keep))
+    other = final_of(two) | {"network_weights": network.state_dict()}
+    (two / "fold_1").mkdir()
+    torch.save(other, two / "fold_1" / "checkpoint_final.pth")
+    shapes = [{k: v.shape for k, v in final_of(two, fold)["network_weights"].items()} for fold in (0, 1)]
+    assert shapes[0] != shapes[1]
+    with pytest.raises(ModelFolderError, match=r"folds \(0, 1\) have widths of their own"):
+        compress_folder(read_model_folder(two), tmp_path / "out", tucker(rank_factor=0.5, rank_min=2))
+    compress_folder(
+        read_model_folder(two, [1]), tmp_path / "out", tucker(rank_factor=0.5, rank_min=2), allow_slower=True
+    )
+    assert torch.isfinite(stock_prediction(tmp_path / "out", (1,))[1]).all()
+
+
+GLOO = '''
+"""Two processes on the CPU: nnU-Net's trainer takes CUDA devices under DDP."""
+import torch
+import nnunetv2.training.nnUNetTrainer.nnUNetTrainer as module
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+wrap = torch.nn.parallel.DistributedDataParallel
+module.DDP = lambda network, device_ids: wrap(network)
+
+
+class nnUNetTrainerGloo(nnUNetTrainer):
+    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cpu")):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.device, self.grad_scaler = torch.device("cpu"), None
+'''
+
+
+def train_rank(rank, port, config):
+    """One of two processes of a training."""
+    import os
+
+    import torch.distributed as dist
+
+    from nnslim.hosts.nnunet.folder import trainer_class
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    folder = Path(os.environ["nnUNet_preprocessed"]) / "Dataset998_Ball"
+    plans, dataset = (json.loads((folder / name).read_text()) for name in ("nnUNetPlans.json", "dataset.json"))
+    cls = sauron_trainer_class(config, trainer_class("nnUNetTrainerGloo"))
+    trainer = cls({**plans, "continue_training": False}, "3d_fullres", 0, dataset, torch.device("cpu"))
+    trainer.run_training()
+    widths = [None, None]
+    dist.all_gather_object(widths, widths_of(trainer.pruner.network))
+    assert widths[0] == widths[1] != trainer._widths
+    mine = torch.cat([p.detach().flatten() for p in trainer.network.parameters()])
+    theirs = [torch.zeros_like(mine), torch.zeros_like(mine)]
+    dist.all_gather(theirs, mine)
+    assert torch.equal(theirs[0], theirs[1])
+    dist.destroy_process_group()
+
+
+def test_two_processes_remove_the_same_filters(world, results, tmp_path, monkeypatch):
+    pytest.importorskip("nnunetv2.utilities.find_objects", reason="nnUNet_extTrainer came with nnU-Net 2.8")
+    from nnslim.hosts.nnunet.finetune.folder import _free_port
+
+    (tmp_path / "trainers").mkdir()
+    (tmp_path / "trainers" / "gloo.py").write_text(GLOO)
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path / "trainers"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.multiprocessing.spawn(train_rank, args=(_free_port(), BITES), nprocs=2, join=True)
+    (folder,) = results.iterdir()
+    assert final_of(folder)["trainer_name"] == "nnUNetTrainerGloo"

@@ -63,7 +63,9 @@ def train_dataset(
     if config.start is not None:
         source = read_model_folder(config.start)
         data = prepare_data(source, name, run.processes)
-        plans, configuration, dataset = training_plans(source, data, "", None), source.configuration, data.dataset
+        start = str(run.fold) if str(run.fold) in source.checkpoints else next(iter(source.checkpoints))
+        plans = training_plans(source, data, "", None, start)
+        configuration, dataset = source.configuration, data.dataset
     else:
         plans = read_json(preprocessed / f"{run.plans}.json")
         if configuration not in plans.get("configurations", {}):

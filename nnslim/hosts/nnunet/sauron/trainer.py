@@ -24,6 +24,7 @@ from nnslim.spec import Edit, SlimSpec, spec_of
 from nnslim.surgery.narrow import ElasticEdit, fit_widths, narrow_edits, narrow_optimizer, widths_of
 from nnslim.surgery.walk import unwrap
 from nnslim.work.config import load_config
+from nnslim.work.map_study import feature_maps, save_maps
 from nnslim.work.pruning_history import PruningHistory
 
 _log = logging.getLogger("nnslim")
@@ -62,6 +63,7 @@ class SauronTraining(SteadyTraining):
         self.random_seed = config.seed
         self.history = PruningHistory()
         self._iteration = 0
+        self._probe: Tensor | None = None  # patch whose feature maps are saved after the epoch
         self.keep_latest()
 
     def initialize(self) -> None:
@@ -126,6 +128,8 @@ class SauronTraining(SteadyTraining):
     def train_step(self, batch: dict) -> dict:
         """Let the last iterations of an epoch count for the criterion."""
         self._iteration += 1
+        if self._iteration == 1 and self.sauron.save_maps and self.current_epoch % self.sauron.save_maps == 0:
+            self._probe = batch["data"][:1].clone()
         self.loss.observes = self._iteration > self.num_iterations_per_epoch - self.sauron.batches
         return super().train_step(batch)
 
@@ -161,6 +165,10 @@ class SauronTraining(SteadyTraining):
         self.print_to_log_file(line)
         _log.info("fold %s: %s", self.fold, line)
         self.history.write(Path(self.output_folder))
+        if self._probe is not None:
+            maps = feature_maps(self.network, self._probe.to(self.device))
+            save_maps(maps, Path(self.output_folder) / "fms" / str(epoch))
+            self._probe = None
 
     def on_train_end(self) -> None:
         """Name the widths that are left in plans.json, and draw what happened."""
@@ -175,7 +183,8 @@ class SauronTraining(SteadyTraining):
                 "sauron": self.sauron.model_dump(mode="json"),
             }
             record |= {"fold": self.fold, "spec": SlimSpec(edits).to_dict(), **self.history.summary(self.pruner)}
-            write_json(Path(self.output_folder) / "nnslim.json", record)
+            for folder in (self.output_folder, self.output_folder_base):  # a fold's own, and the model's last
+                write_json(Path(folder) / "nnslim.json", record)
 
     def _shared(self, found: tuple[dict, dict]) -> tuple[dict[str, list[float]], dict[str, int]]:
         """Return the mean of the criterion over the processes of a training; the medoids are the first one's."""
