@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from nnslim.cost import Cost
 from nnslim.errors import ConfigError, nearest
-from nnslim.spec import Edit
+from nnslim.spec import Edit, extend_spec
 from nnslim.streaming import Tiles
 from nnslim.surgery.budget import CostTable
 
@@ -136,3 +137,11 @@ def method_named(name: str) -> Method:
 def methods() -> dict[str, Method]:
     """Return all registered methods by name."""
     return dict(_METHODS)
+
+
+def filled(name: str, settings: Any, dense: nn.Module, plan: Plan, input_shape: Sequence[int]) -> nn.Module:
+    """Return a copy of a network after one plan of the method of that name, with weights that follow from its own."""
+    slim = extend_spec(plan.edits, copy.deepcopy(dense), fill=True)
+    if (fill := method_named(name).fill) is not None and plan.edits:
+        fill(dense, slim, settings, input_shape)
+    return slim

@@ -20,12 +20,12 @@ from torch import nn
 
 from nnslim.cost import Cost, measure_cost
 from nnslim.errors import ConfigError, SpecError
-from nnslim.methods.base import Decision, Plan, method_named
+from nnslim.methods.base import Decision, Plan, filled, method_named
 from nnslim.running.guard import Speed
-from nnslim.spec import SlimSpec, apply_spec, extend_spec, spec_of
+from nnslim.spec import SlimSpec, apply_spec, spec_of
 from nnslim.surgery.walk import unwrap
 from nnslim.work.calibration import Calibration
-from nnslim.work.config import MethodEntry, SlimConfig
+from nnslim.work.config import SlimConfig
 from nnslim.work.guard import Guard
 from nnslim.work.recover import Progress, Recovery, recover
 from nnslim.work.referee import Referee
@@ -210,19 +210,12 @@ def plan_methods(
     structure = dense
     for entry in config.methods if config.apply else ():
         if plans:
-            structure = filled(config.methods[len(plans) - 1], structure, plans[-1], input_shape)
+            last = config.methods[len(plans) - 1]
+            structure = filled(last.method, last.settings, structure, plans[-1], input_shape)
             cost = measure_cost(structure, input_shape)
         tiles = None if data is None else data.tiles
         plans.append(method_named(entry.method).plan(structure, entry.settings, cost, tiles))
     return tuple(plans)
-
-
-def filled(entry: MethodEntry, dense: nn.Module, plan: Plan, input_shape: Sequence[int]) -> nn.Module:
-    """Return a copy of a network after one plan, with the weights that follow from its own."""
-    slim = extend_spec(plan.edits, copy.deepcopy(dense), fill=True)
-    if (fill := method_named(entry.method).fill) is not None and plan.edits:
-        fill(dense, slim, entry.settings, input_shape)
-    return slim
 
 
 _SAME_DROP = 0.001  # estimates of the drop differ by as much from what labels say
@@ -267,7 +260,7 @@ class _Fold:
         slim, errors = copy.deepcopy(dense), {}
         for entry, plan in zip(self.config.methods, self.plans, strict=False):
             before = slim
-            slim = filled(entry, before, plan, self.input_shape).eval()
+            slim = filled(entry.method, entry.settings, before, plan, self.input_shape).eval()
             method = method_named(entry.method)
             if self.data is not None and method.fit is not None and plan.edits:
                 errors |= method.fit(
