@@ -20,6 +20,7 @@ from nnslim.commands.finetune import finetune
 from nnslim.commands.predict import predict
 from nnslim.commands.report import report
 from nnslim.commands.run import run
+from nnslim.commands.train import train
 from nnslim.errors import NNSlimError
 
 app = typer.Typer(
@@ -31,7 +32,7 @@ app = typer.Typer(
 )
 # In this order in --help.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(run)
-for _command in (compress, plan, predict, evaluate, benchmark, agree, finetune, distill, export, report, doctor):
+for _command in (compress, plan, predict, evaluate, benchmark, agree, finetune, distill, train, export, report, doctor):
     app.command()(_command)
 
 

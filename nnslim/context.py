@@ -14,6 +14,7 @@ from nnslim.errors import HostError
 from nnslim.hosts.nnunet.export_patches import ExportPatches
 from nnslim.hosts.nnunet.kept_predictors import KeptPredictors
 from nnslim.hosts.nnunet.predictor import predictor_patches
+from nnslim.hosts.nnunet.training_patches import training_patches
 from nnslim.methods.base import MethodConfig
 from nnslim.work.config import SlimConfig, load_config
 from nnslim.work.report import Report
@@ -31,10 +32,11 @@ class NNSlimContext:
             totalsegmentator(input="ct.nii.gz", output="seg")
         print(slim.report)
 
-    Works for TotalSegmentator and for any code that uses nnUNetPredictor in this process. Contexts nest: the inner one
-    counts. The patches are on nnU-Net's class and so concern the whole process; a thread that has entered a context of
-    its own uses that one, any other thread the one entered last. Models loaded before the block stay dense, and models
-    loaded inside it stay slim after it.
+    Works for TotalSegmentator and for any code that uses nnUNetPredictor in this process. With a method that works in
+    training (sauron), nnU-Net's `run_training` trains with it. Contexts nest: the inner one counts. The patches are on
+    nnU-Net's class and so concern the whole process; a thread that has entered a context of its own uses that one, any
+    other thread the one entered last. Models loaded before the block stay dense, and models loaded inside it stay slim
+    after it.
 
     Attributes:
         config: the SlimConfig in force.
@@ -79,6 +81,9 @@ class NNSlimContext:
                     for patch in predictor_patches(_current, exports.apply):
                         patch.apply()
                         stack.callback(patch.undo)
+                    for patch in training_patches(_training_now):
+                        patch.apply()
+                        stack.callback(patch.undo)
                     stack.callback(exports.undo)
                     exports.apply()
                     _installed = stack.pop_all()
@@ -98,13 +103,19 @@ class NNSlimContext:
             if not _active and _installed is not None:
                 stack, _installed = _installed, None
                 stack.close()
-        if error is None and not self.report.models:
+        if error is None and not self.report.models and self.config.training is None:
             _log.warning("NNSlimContext: no nnU-Net model was loaded inside the block, so nothing was compressed")
 
 
 def _streams() -> bool:
     context = _current()
     return context is not None and context.config.apply and context.config.run.export == "streamed"
+
+
+def _training_now() -> MethodConfig | None:
+    context = _current()
+    entry = context.config.training if context is not None and context.config.apply else None
+    return None if entry is None else entry.settings
 
 
 def _current() -> NNSlimContext | None:

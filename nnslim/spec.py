@@ -121,6 +121,12 @@ def spec_of(network: nn.Module) -> SlimSpec | None:
     return getattr(network, _SPEC_ATTRIBUTE, None)
 
 
+def forget_spec(network: nn.Module) -> None:
+    """Make a network as it is a base of its own, which carries no spec."""
+    if spec_of(network) is not None:
+        object.__delattr__(network, _SPEC_ATTRIBUTE)
+
+
 def apply_spec(spec: SlimSpec, network: nn.Module, *, fill: bool = False) -> nn.Module:
     """Apply all edits to `network`, in place, and return it.
 

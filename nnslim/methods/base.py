@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import nn
 
 from nnslim.cost import Cost
 from nnslim.errors import ConfigError, nearest
-from nnslim.spec import Edit
+from nnslim.spec import Edit, extend_spec
 from nnslim.streaming import Tiles
+from nnslim.surgery.budget import CostTable
 
 
 class MethodConfig(BaseModel):
@@ -84,6 +86,9 @@ class Method:
         fit: (dense, slim, config, cost, tiles, compensate, on_layer) -> relative output error by layer; sets the
             weights of the slim network, in place, from data. None for a method that has no use for data.
         weight_errors: (dense, slim) -> relative error of the weights by layer, where no data decide them.
+        fill: (dense, slim, config, input_shape); sets the weights of the slim network, in place, from those of the
+            dense one, where the edits alone cannot: which channels stay is each fold's own.
+        trains: it works while a network is trained (`nnslim train`); it has no plan for one that is.
     """
 
     name: str
@@ -91,6 +96,21 @@ class Method:
     plan: Callable[[nn.Module, Any, Cost, Tiles | None], Plan]
     fit: Callable[..., dict[str, float]] | None = None
     weight_errors: Callable[[nn.Module, nn.Module], dict[str, float]] | None = None
+    fill: Callable[[nn.Module, nn.Module, Any, Sequence[int]], None] | None = None
+    trains: bool = False
+
+
+def narrowed(before: CostTable, after: CostTable) -> tuple[Decision, ...]:
+    """Return what became of each convolution; its widths stand where a factored layer has its ranks."""
+    made = []
+    for name, (shape, parameters) in before.shapes.items():
+        now, left = after.shapes[name]
+        counts = (before.layer_macs[name], after.layer_macs[name], parameters, left)
+        same = now == shape
+        widths = None if same else (now[0], now[1])
+        reason = "no filter removed" if same else ""
+        made.append(Decision(name, "dense" if same else "narrow", shape, widths, *counts, reason))
+    return tuple(made)
 
 
 _METHODS: dict[str, Method] = {}
@@ -117,3 +137,11 @@ def method_named(name: str) -> Method:
 def methods() -> dict[str, Method]:
     """Return all registered methods by name."""
     return dict(_METHODS)
+
+
+def filled(name: str, settings: Any, dense: nn.Module, plan: Plan, input_shape: Sequence[int]) -> nn.Module:
+    """Return a copy of a network after one plan of the method of that name, with weights that follow from its own."""
+    slim = extend_spec(plan.edits, copy.deepcopy(dense), fill=True)
+    if (fill := method_named(name).fill) is not None and plan.edits:
+        fill(dense, slim, settings, input_shape)
+    return slim

@@ -44,9 +44,14 @@ def unwrap(network: nn.Module) -> nn.Module:
 
 
 class LayerIndex(Mapping[str, Layer]):
-    """All modules of a network by any of their names; iteration gives each object once, in registration order."""
+    """All modules of a network by any of their names; iteration gives each object once, in registration order.
+
+    Attributes:
+        root: the network.
+    """
 
     def __init__(self, network: nn.Module) -> None:
+        self.root = network
         slots: dict[int, list[tuple[nn.Module, str]]] = {}
         for parent in network.modules():
             for key, child in parent._modules.items():

@@ -20,9 +20,9 @@ from torch import nn
 
 from nnslim.cost import Cost, measure_cost
 from nnslim.errors import ConfigError, SpecError
-from nnslim.methods.base import Decision, Plan, method_named
+from nnslim.methods.base import Decision, Plan, filled, method_named
 from nnslim.running.guard import Speed
-from nnslim.spec import SlimSpec, apply_spec, extend_spec, spec_of
+from nnslim.spec import SlimSpec, apply_spec, spec_of
 from nnslim.surgery.walk import unwrap
 from nnslim.work.calibration import Calibration
 from nnslim.work.config import SlimConfig
@@ -210,7 +210,8 @@ def plan_methods(
     structure = dense
     for entry in config.methods if config.apply else ():
         if plans:
-            structure = extend_spec(plans[-1].edits, copy.deepcopy(structure), fill=True)
+            last = config.methods[len(plans) - 1]
+            structure = filled(last.method, last.settings, structure, plans[-1], input_shape)
             cost = measure_cost(structure, input_shape)
         tiles = None if data is None else data.tiles
         plans.append(method_named(entry.method).plan(structure, entry.settings, cost, tiles))
@@ -259,7 +260,7 @@ class _Fold:
         slim, errors = copy.deepcopy(dense), {}
         for entry, plan in zip(self.config.methods, self.plans, strict=False):
             before = slim
-            slim = extend_spec(plan.edits, copy.deepcopy(before), fill=True).eval()
+            slim = filled(entry.method, entry.settings, before, plan, self.input_shape).eval()
             method = method_named(entry.method)
             if self.data is not None and method.fit is not None and plan.edits:
                 errors |= method.fit(

@@ -127,6 +127,18 @@ class SlimConfig(_Section):
         """Whether networks change."""
         return self.apply and bool(self.methods)
 
+    @property
+    def training(self) -> MethodEntry | None:
+        """The method that works while a network trains, or None."""
+        return next((entry for entry in self.methods if method_named(entry.method).trains), None)
+
+    def for_trained(self) -> SlimConfig:
+        """Return the configuration without methods that work in training only: what a trained model is due."""
+        if self.training is None:
+            return self
+        left = tuple(entry for entry in self.methods if not method_named(entry.method).trains)
+        return self.model_copy(update={"methods": left})
+
     def identity(self) -> dict[str, Any]:
         """Return what decides the compressed weights, as JSON values: methods, and how data are used.
 
@@ -150,6 +162,30 @@ class SlimConfig(_Section):
         if images is None:
             return self
         return self.model_copy(update={"calibration": self.calibration.model_copy(update={"images": Path(images)})})
+
+
+def training_settings(config: SlimConfig, method: str) -> MethodConfig:
+    """Return the settings of a method that works in training.
+
+    Raises:
+        ConfigError: the method needs no training, or the configuration does not have it.
+    """
+    if not method_named(method).trains:
+        known = ", ".join(name for name, one in methods().items() if one.trains)
+        raise ConfigError(f"{method} needs no training: use nnslim compress; methods for training: {known}")
+    found = [entry.settings for entry in config.methods if entry.method == method]
+    if not found:
+        raise ConfigError(f"the configuration has no method {method}")
+    return found[0]
+
+
+def changed_settings(settings: MethodConfig, changes: Mapping[str, Any], where: str) -> Any:
+    """Return settings with some values changed, checked as a whole.
+
+    Raises:
+        ConfigError: names the key, its value and what is wrong with it.
+    """
+    return _validated(type(settings), {**dict(settings), **changes}, where)
 
 
 def tucker(**settings: Any) -> SlimConfig:

@@ -159,7 +159,7 @@ def slim_predictor(predictor: Any, session: Session, source: str, folder: Path |
     # A DataParallel-trained checkpoint may carry "module." prefixes; nnU-Net would refuse it before us.
     given = predictor.list_of_parameters
     folds: list[StateDict] = list(given) if given else [dense.state_dict()]
-    config = session.config
+    config = session.config.for_trained()
     started = time.perf_counter()
     slimmed, cached, note, speed = None, False, "", None
     shape = (1, _input_channels(predictor), *predictor.configuration_manager.patch_size)

@@ -22,7 +22,8 @@ from nnslim.hosts.nnunet.folder import (
     read_model_folder,
     trainer_class,
 )
-from nnslim.hosts.nnunet.network import BASE_KEY, NETWORK_CLASS_NAME, SPEC_KEY
+from nnslim.hosts.nnunet.plans import with_architecture
+from nnslim.hosts.nnunet.pruned import pruned_base, spec_in_plans
 from nnslim.methods.tucker.table import write_table
 from nnslim.spec import SlimSpec, spec_of
 from nnslim.work.compress import Slimmed, compress
@@ -60,12 +61,18 @@ def compress_folder(
         allow_slower: write the model as it was planned, also where it is slower than the dense one on this machine.
     Raises:
         SlowerError: no slim form of the model is faster here, and `run.guard` is on.
-        ModelFolderError: already slim, or a trainer that builds its network without the plans; both are no hindrance
-            where the configuration names no method.
+        ModelFolderError: already slim (otherwise than by widths), or a trainer that builds its network without the
+            plans; both are no hindrance where the configuration names no method.
         OutputError: the target exists or cannot be written; nothing half-written is left.
     """
+    if (training := config.training) is not None:
+        raise ConfigError(
+            f"{training.method} works while a network trains: use nnslim train --method {training.method} (with "
+            "--start MODEL for a trained one)"
+        )
+    network, before = build_network(model), ()
     if model.is_slim and config.active:
-        raise ModelFolderError(f"{model.path} is already a slim model; compress the model that it was made from")
+        network, before = pruned_base(model, network)
     if config.active and not builds_from_plans(trainer_class(model.trainer_name)):
         raise ModelFolderError(
             f"{model.path}: trainer {model.trainer_name} builds its network itself, not from plans.json, so stock "
@@ -76,7 +83,7 @@ def compress_folder(
     with whole_folder(target) as side:
         with calibration_of(model, config, progress) as data:
             slimmed = compress(
-                build_network(model),
+                network,
                 model.weights,
                 config,
                 input_shape(model),
@@ -90,6 +97,7 @@ def compress_folder(
                 f"the slim model would be slower here: {slimmed.speed}; nothing is written. Compress harder, or "
                 "allow it (--allow-slower) where the model is meant for another machine"
             )
+        slimmed = replace(slimmed, spec=SlimSpec((*before, *slimmed.spec.edits)))
         plans = slim_plans(model, slimmed.spec, target.name)
         write_json(side / "plans.json", plans)
         write_json(side / "dataset.json", model.dataset)
@@ -149,37 +157,16 @@ def _guard(config: SlimConfig, allow_slower: bool) -> Guard | None:
 def slim_plans(model: ModelFolder, spec: SlimSpec, folder_name: str) -> dict[str, Any]:
     """Return the plans with the slim architecture in the trained configuration, or as they are if there is none to add.
 
-    Inheritance is resolved in all configurations first, since others may inherit from the one that changes; an old
-    plans format is written in the new one. A target named trainer__plans__configuration gives the plans their name,
+    A target named trainer__plans__configuration gives the plans their name,
     so that `totalsegmentator(plans=...)` and `nnUNetv2_predict -p` find the folder.
     """
     plans = copy.deepcopy(model.plans)
-    if spec.edits and not model.is_slim:
-        _name_architecture(plans, model, spec)
+    if spec.edits and spec != spec_in_plans(model):
+        plans = with_architecture(plans, model.configuration, spec)
     parts = folder_name.split("__")
     if len(parts) == 3 and parts[1]:
         plans["plans_name"] = parts[1]
     return plans
-
-
-def _name_architecture(plans: dict[str, Any], model: ModelFolder, spec: SlimSpec) -> None:
-    plans["configurations"] = {name: _resolved(plans["configurations"], name) for name in plans["configurations"]}
-    settings = copy.deepcopy(model.configuration_manager.configuration)
-    settings.pop("inherits_from", None)
-    architecture = settings["architecture"]
-    architecture["arch_kwargs"] = {
-        **architecture["arch_kwargs"],
-        BASE_KEY: architecture["network_class_name"],
-        SPEC_KEY: spec.to_dict(),
-    }
-    architecture["network_class_name"] = NETWORK_CLASS_NAME
-    plans["configurations"][model.configuration] = settings
-
-
-def _resolved(configurations: dict[str, Any], name: str) -> dict[str, Any]:
-    own = copy.deepcopy(configurations[name])
-    parent = own.pop("inherits_from", None)
-    return {**_resolved(configurations, parent), **own} if parent else own
 
 
 def slim_checkpoint(checkpoint: dict[str, Any], weights: dict[str, Any], plans: dict[str, Any]) -> dict[str, Any]:
@@ -210,7 +197,7 @@ def record(model: ModelFolder, slimmed: Slimmed, config: SlimConfig) -> dict[str
         "source_checkpoint_bytes": dense,  # nnU-Net's hold the optimiser's state, too
         "agreement": slimmed.half_agreement,
     }
-    if model.is_slim:
+    if model.is_slim and not config.active:
         return {**read_json(model.path / "nnslim.json"), "nnslim": __version__, "stored": stored}
     return {
         "nnslim": __version__,

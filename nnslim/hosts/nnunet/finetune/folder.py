@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import socket
@@ -18,7 +17,6 @@ from nnslim.hosts.nnunet.finetune.data import PreparedData, model_key, prepare_d
 from nnslim.hosts.nnunet.finetune.fold import run_fold, run_rank
 from nnslim.hosts.nnunet.finetune.record import FINAL, RECORD, begin_record, finish_record, plain_settings
 from nnslim.hosts.nnunet.finetune.settings import FinetuneSettings, FoldJob
-from nnslim.hosts.nnunet.finetune.trainer import LATEST
 from nnslim.hosts.nnunet.folder import (
     ModelFolder,
     builds_from_plans,
@@ -27,6 +25,8 @@ from nnslim.hosts.nnunet.folder import (
     read_model_folder,
     trainer_class,
 )
+from nnslim.hosts.nnunet.pruned import plans_for_fold
+from nnslim.hosts.nnunet.steady import LATEST
 
 _log = logging.getLogger("nnslim")
 # A resumed run may differ in these: where it runs, how long, and what is done before and after.
@@ -171,7 +171,7 @@ def _job(
         model=source.path,
         source_fold=start,
         checkpoint_name=source.checkpoint_name,
-        plans=training_plans(source, data, output.name, settings.batch_size),
+        plans=training_plans(source, data, output.name, settings.batch_size, start),
         dataset=data.dataset,
         configuration=source.configuration,
         fold=int(fold) if fold.isdigit() else fold,
@@ -182,13 +182,15 @@ def _job(
     )
 
 
-def training_plans(source: ModelFolder, data: PreparedData, folder_name: str, batch_size: int | None) -> dict[str, Any]:
-    """Return the model's plans, pointed at the prepared data.
+def training_plans(
+    source: ModelFolder, data: PreparedData, folder_name: str, batch_size: int | None, fold: str
+) -> dict[str, Any]:
+    """Return the model's plans, pointed at the prepared data; of a pruned model with the widths of the fold.
 
     An output folder named trainer__plans__configuration gives the plans their name, so that `nnUNetv2_predict -p`
     finds it.
     """
-    plans = copy.deepcopy(source.plans)
+    plans = plans_for_fold(source, fold)
     settings = plans["configurations"][source.configuration]
     settings["data_identifier"] = data.identifier
     if batch_size is not None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,20 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnslim.errors import OutputError
 from nnslim.files import write_json
 from nnslim.hosts.nnunet.finetune.settings import FoldJob
+from nnslim.hosts.nnunet.steady import SteadyTraining, reseed
 from nnslim.running.bfloat16 import bfloat16_is_safe, has_fast_bfloat16, in_bfloat16
 from nnslim.surgery.walk import unwrap
 from nnslim.work.distillation import distillation_loss
 
 _log = logging.getLogger("nnslim")
 _CPU = torch.device("cpu")
-LATEST = "checkpoint_latest.pth"
 BEFORE = "before.json"
 
 
-class FineTuning:
+class FineTuning(SteadyTraining):
     """What a fine-tuning trainer does otherwise than the nnU-Net trainer that it is mixed into."""
 
     job: FoldJob
@@ -48,7 +45,8 @@ class FineTuning:
             self.weight_decay = settings.weight_decay
         if settings.previous_stage is not None:
             self.folder_with_segs_from_previous_stage = str(settings.previous_stage)
-        self.save_every = sys.maxsize  # checkpoint_latest.pth is written in `on_epoch_end`
+        self.random_seed = settings.seed
+        self.keep_latest()
 
     def initialize(self) -> None:
         """Let a CPU compute in bfloat16 where that is wanted; nnU-Net itself has mixed precision on GPUs only."""
@@ -121,18 +119,10 @@ class FineTuning:
         if self.local_rank == 0:
             write_json(Path(self.output_folder) / BEFORE, notes)
 
-    def on_train_epoch_start(self) -> None:
-        """Make each epoch's random numbers depend on its number only, so that a resumed run draws the same ones."""
-        super().on_train_epoch_start()
-        reseed(self.job.settings.seed, self.current_epoch, self.local_rank)
-
     def on_epoch_end(self) -> None:
         """Write checkpoint_latest.pth after every epoch, and after nnU-Net has updated what it calls best."""
         super().on_epoch_end()
-        if self.current_epoch < self.num_epochs:
-            self.current_epoch -= 1  # as nnU-Net does around its last checkpoint: saving adds one
-            self.save_checkpoint(str(Path(self.output_folder) / LATEST))
-            self.current_epoch += 1
+        self.write_latest()
         log = self.logger.get_checkpoint()
         _log.info(
             "fold %s, epoch %d of %d: rate %.3g, train loss %.4f, validation loss %.4f, pseudo-Dice %.4f",
@@ -143,17 +133,6 @@ class FineTuning:
         )
         if self.local_rank == 0:
             self.after_epoch(self.current_epoch)
-
-    def save_checkpoint(self, filename: str) -> None:
-        """Write beside, then rename: a run that is killed while it saves can still be resumed."""
-        beside = Path(f"{filename}.part")
-        try:
-            super().save_checkpoint(str(beside))
-            if beside.is_file() and self.local_rank == 0:
-                beside.replace(filename)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            beside.unlink(missing_ok=True)
-            raise OutputError(f"cannot write {filename}: {error}; the checkpoint before it is kept") from error
 
 
 class DistilledLoss(nn.Module):
@@ -187,14 +166,6 @@ class _Notes(dict):
 
     def plain(self) -> dict[str, Any]:
         return {key: np.asarray(value, dtype=float).tolist() for key, value in self.items()}
-
-
-def reseed(seed: int, epoch: int, rank: int) -> None:
-    """Seed Python, numpy and torch for one epoch of one process."""
-    value = (seed * 1_000_003 + (epoch + 1) * 1_009 + rank) % 2**32
-    random.seed(value)
-    np.random.seed(value)
-    torch.manual_seed(value)
 
 
 def finetune_trainer_class(

@@ -1,0 +1,63 @@
+"""Models that Sauron pruned, as the start of something else: each fold has widths of its own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from nnslim.errors import ModelFolderError
+from nnslim.hosts.nnunet.folder import ModelFolder, build_untrained
+from nnslim.hosts.nnunet.network import SPEC_KEY
+from nnslim.hosts.nnunet.plans import with_architecture
+from nnslim.spec import SlimSpec
+from nnslim.surgery.narrow import ElasticEdit, NarrowEdit, as_base, widths_of
+
+
+def spec_in_plans(model: ModelFolder) -> SlimSpec:
+    """Return the spec that the plans carry, an empty one for a dense model."""
+    raw = model.configuration_manager.network_arch_init_kwargs.get(SPEC_KEY)
+    return SlimSpec() if raw is None else SlimSpec.from_dict(raw)
+
+
+def is_elastic(model: ModelFolder) -> bool:
+    """Whether the weights of each fold decide its widths."""
+    return any(isinstance(edit, ElasticEdit) for edit in spec_in_plans(model).edits)
+
+
+def fold_widths(model: ModelFolder, fold: str) -> tuple[NarrowEdit, ...]:
+    """Return the widths of one fold of an elastic model, of all its layers, as edits."""
+    network = build_untrained(model)
+    network.load_state_dict({key: value.float() for key, value in model.checkpoints[fold]["network_weights"].items()})
+    return tuple(NarrowEdit(name, *widths) for name, widths in widths_of(network).items())
+
+
+def plans_for_fold(model: ModelFolder, fold: str) -> dict[str, Any]:
+    """Return the plans of a model; of an elastic one with the widths of this fold, for a training to start from."""
+    if not is_elastic(model):
+        return copy.deepcopy(model.plans)
+    others = [edit for edit in spec_in_plans(model).edits if not isinstance(edit, (NarrowEdit, ElasticEdit))]
+    spec = SlimSpec((*others, *fold_widths(model, fold), ElasticEdit()))
+    return with_architecture(model.plans, model.configuration, spec)
+
+
+def pruned_base(model: ModelFolder, network: nn.Module) -> tuple[nn.Module, tuple[NarrowEdit, ...]]:
+    """Return a pruned model's network as a base to compress, and the edits that come before those to come.
+
+    Args:
+        model: slim. network: of its first fold, see `build_network`.
+    Raises:
+        ModelFolderError: it is slim by other edits than widths, or its folds differ in width.
+    """
+    kinds = {edit.kind for edit in spec_in_plans(model).edits}
+    if not kinds <= {"narrow", "elastic"}:
+        raise ModelFolderError(f"{model.path} is already a slim model; compress the model that it was made from")
+    shapes = [{key: value.shape for key, value in weights.items()} for weights in model.weights]
+    if any(other != shapes[0] for other in shapes):
+        folds = ", ".join(model.checkpoints)
+        raise ModelFolderError(
+            f"{model.path} is pruned, and its folds ({folds}) have widths of their own: compress one by one (-f FOLD)"
+        )
+    base = as_base(network)
+    return base, tuple(NarrowEdit(name, *widths) for name, widths in widths_of(base).items())

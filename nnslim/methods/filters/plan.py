@@ -1,0 +1,93 @@
+"""Choose filters by importance, and take them out."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnslim.cost import Cost
+from nnslim.errors import ConfigError
+from nnslim.methods.base import Plan, narrowed
+from nnslim.methods.filters.config import FiltersConfig
+from nnslim.surgery.budget import CostTable, fewest, without
+from nnslim.surgery.channels import ChannelGroup, ChannelMap, channel_map
+from nnslim.surgery.narrow import axes_of, narrow_edits, narrow_layers, widths_of
+from nnslim.surgery.walk import LayerIndex
+
+
+@torch.no_grad()
+def importance(layers: LayerIndex, group: ChannelGroup, config: FiltersConfig) -> Tensor:
+    """Return (channels,): how much each filter of a group counts, 1 on average.
+
+    l1 (Li et al., arXiv 1608.08710): mean absolute weight. fpgm (He et al., arXiv 1811.00250): mean distance from the
+    layer's other filters, small near their geometric median. Where several layers make the channels (a residual
+    stage), the mean over them.
+    """
+    if config.importance == "random":
+        drawn = random.Random(f"{config.seed} {group.name}")
+        return torch.tensor([drawn.random() for _ in range(group.channels)])
+    found = []
+    for name in group.producers:
+        layer = layers[name].module
+        filters = layer.weight.transpose(0, axes_of(layer, "weight")[0]).flatten(1).float()
+        score = filters.abs().mean(1) if config.importance == "l1" else torch.cdist(filters, filters).mean(1)
+        found.append(score / score.mean().clamp_min(torch.finfo(torch.float32).tiny))
+    return torch.stack(found).mean(0)
+
+
+def plan_filters(network: nn.Module, config: FiltersConfig, cost: Cost, tiles: Any = None) -> Plan:
+    """Choose the widths on these weights (the first fold's); reads only.
+
+    Raises:
+        ConfigError: the budget cannot be met with `min_filters` in each layer. RewriteError: no graph can be traced.
+    """
+    shape = (1, *next(iter(cost.layers.values())).input_shape)
+    channels, table = channel_map(network, shape), CostTable(network, shape)
+    budget = config.macs if config.macs is not None else config.params
+
+    def share(gone: dict[str, list[int]]) -> float:
+        macs, parameters = table.after(channels.narrowing(without(channels, gone)))
+        return macs / table.macs if config.macs is not None else parameters / table.parameters
+
+    order = _order(LayerIndex(network), channels, config)
+    gone = fewest(order, channels, config.min_filters, config.multiple, lambda less: share(less) <= budget)
+    if share(gone) > budget:
+        raise ConfigError(
+            f"filters: {share(gone):.3f} of the budgeted is the least that can be left, {budget} is asked"
+        )
+    slim = copy.deepcopy(network)
+    narrow_layers(LayerIndex(slim), channels.narrowing(without(channels, gone)))
+    edits = narrow_edits(widths_of(network), slim)
+    return Plan(edits, narrowed(table, CostTable(slim, shape)))
+
+
+def _order(layers: LayerIndex, channels: ChannelMap, config: FiltersConfig) -> list[tuple[str, int]]:
+    """Return (group, channel), what should go first."""
+    ranked = []
+    for name, group in channels.groups.items():
+        scores = importance(layers, group, config).tolist()
+        places = sorted(range(len(scores)), key=scores.__getitem__)
+        for place, index in enumerate(places):
+            key = scores[index] if config.ranking == "global" else (place + 1) / len(places)
+            ranked.append((key, name, index))
+    return [(name, index) for _, name, index in sorted(ranked)]
+
+
+def fill_filters(dense: nn.Module, slim: nn.Module, config: FiltersConfig, shape: Sequence[int]) -> None:
+    """Put the most important filters of a dense network, as many as there is room for, into a slim one, in place."""
+    channels, layers = channel_map(dense, shape), LayerIndex(dense)
+    widths = widths_of(slim)
+    keep = {}
+    for name, group in channels.groups.items():
+        room = widths[name][0]
+        if room < group.channels:
+            best = importance(layers, group, config).topk(room).indices
+            keep[name] = sorted(best.tolist())
+    full = copy.deepcopy(dense)
+    narrow_layers(LayerIndex(full), channels.narrowing(keep))
+    slim.load_state_dict(full.state_dict())

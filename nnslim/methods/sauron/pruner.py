@@ -1,0 +1,172 @@
+"""Sauron itself: once per epoch, thresholds move and filters go. Knows networks and numbers, and no trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from nnslim.methods.sauron.config import SauronConfig
+from nnslim.methods.sauron.thresholds import LayerState, below, due
+from nnslim.methods.sauron.watch import MapWatch
+from nnslim.surgery.budget import CostTable, fewest, without
+from nnslim.surgery.channels import channel_map
+from nnslim.surgery.narrow import Cut, narrow_layers
+from nnslim.surgery.walk import LayerIndex
+
+Scores = Mapping[str, Sequence[float]]
+
+
+@dataclass
+class Decision:
+    """What is to be done after an epoch; every process of a training must act on the same one.
+
+    Attributes:
+        keep: group -> channels that stay, of the groups that lose some.
+        states: of all groups, thresholds moved.
+        medoids: channel by group, before the removal; empty with another policy.
+    """
+
+    keep: dict[str, list[int]] = field(default_factory=dict)
+    states: dict[str, LayerState] = field(default_factory=dict)
+    medoids: dict[str, int] = field(default_factory=dict)
+
+
+class Pruner:
+    """Follows one network through its training and narrows it.
+
+    Attributes:
+        network: plain; narrowed in place.
+        states: of each group. channels: groups of the network as it is. watch: on its maps.
+        cost: counts as it is. before: counts at the start of the training.
+    """
+
+    def __init__(self, network: nn.Module, shape: Sequence[int], config: SauronConfig, epochs: int) -> None:
+        """Look at the network.
+
+        Args:
+            network: plain, not wrapped by torch.compile or DDP.
+            shape: (1, C, *patch). epochs: of the whole training.
+        """
+        self.network, self.shape, self.config, self.epochs = network, (1, *shape[1:]), config, epochs
+        self._look()
+        self.states = {name: LayerState() for name in self.channels.groups}
+        self.before = self.cost
+        self.medoids: dict[str, int] = {}
+
+    def _look(self) -> None:
+        """Trace and count anew; hooks would run along, so the watch comes last."""
+        self.channels = channel_map(self.network, self.shape)
+        self.cost = CostTable(self.network, self.shape)
+        self.watch = MapWatch(self.network, self.channels.groups.values(), self.config)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Choose the references of an epoch; the same ones in every process and after a resume."""
+        policy = self.config.reference
+        for number, (name, group) in enumerate(self.watch.groups.items()):
+            drawn = random.Random(f"{self.config.seed} {epoch} {number}").randrange(group.channels)
+            if policy == "published":  # the names stand for a reference each
+                kinds = (self.config.delta_opt, self.config.delta_prune)
+                loss, criterion = (drawn if kind == "euc_rand" else 0 for kind in kinds)
+            else:
+                loss = criterion = {"first": 0, "random": drawn, "medoid": self.medoids.get(name, 0)}[policy]
+            self.watch.references[name] = (loss, criterion)
+
+    def decide(
+        self,
+        epoch: int,
+        scores: Scores,
+        medoids: Mapping[str, int],
+        training: Sequence[float],
+        validation: Sequence[float],
+    ) -> Decision:
+        """Move the thresholds and choose the filters that go; changes nothing yet.
+
+        Args:
+            epoch: that has ended, from 0. scores: delta_prune by group. medoids: see `MapWatch.take`.
+            training, validation: losses of all epochs so far, this one last.
+        """
+        states = {name: dataclasses.replace(state) for name, state in self.states.items()}
+        gone: dict[str, list[int]] = {}
+        for name, group in self.channels.groups.items():
+            states[name].advance(self.config, group.channels, training, validation)
+            states[name].removed = 0
+            if name in scores and self._removes(epoch):
+                threshold = self.config.grid[states[name].step]
+                reference = self.watch.references[name][1]
+                gone[name] = below(np.asarray(scores[name]), threshold, reference, self.config).tolist()
+        if self.config.target is not None and self._removes(epoch):
+            gone = self._within_target(epoch, gone, scores)
+        for name, indices in gone.items():
+            states[name].removed = len(indices)
+        return Decision(without(self.channels, gone), states, dict(medoids))
+
+    def _removes(self, epoch: int) -> bool:
+        return epoch + 1 < self.epochs * (1 - self.config.settle) and epoch + 1 < self.epochs
+
+    def share(self, gone: Mapping[str, Sequence[int]]) -> float:
+        """Return the MACs or the parameters, whichever has a target, as a share of those at the start."""
+        macs, parameters = self.cost.after(self.channels.narrowing(without(self.channels, gone)))
+        if self.config.params is not None:
+            return parameters / self.before.parameters
+        return macs / self.before.macs
+
+    def _within_target(self, epoch: int, gone: dict[str, list[int]], scores: Scores) -> dict[str, list[int]]:
+        """Leave filters in where the target is met without their removal; take more where it is due and not met."""
+        target = self.config.target
+        if self.share({}) <= target:
+            return {}
+        wanted = 1.0 if self.config.reach is None else due(target, epoch, self.config.reach * self.epochs)
+        candidates = self._ranked(gone, scores)
+        if wanted < self.share(gone):
+            target, candidates = max(wanted, target), self._ranked(dict.fromkeys(scores), scores)
+        elif self.share(gone) >= target:
+            return gone
+        least, multiple = self.config.min_filters, self.config.multiple
+        return fewest(candidates, self.channels, least, multiple, lambda less: self.share(less) <= target)
+
+    def _ranked(self, among: Mapping[str, Sequence[int] | None], scores: Scores) -> list[tuple[str, int]]:
+        """Return (group, channel), the nearest to its reference first; None stands for all but the reference."""
+        found = []
+        for name, indices in among.items():
+            reference = self.watch.references[name][1]
+            indices = range(len(scores[name])) if indices is None else indices
+            found += [(scores[name][index], name, index) for index in indices if index != reference]
+        return [(name, index) for _, name, index in sorted(found)]
+
+    def act(self, decision: Decision) -> dict[nn.Parameter, Cut]:
+        """Remove the filters, and look at the network anew; return what became of its parameters."""
+        self.states = decision.states
+        self.medoids = {
+            name: decision.keep.get(name, list(range(self.channels.groups[name].channels))).index(medoid)
+            for name, medoid in decision.medoids.items()
+            if medoid in decision.keep.get(name, [medoid])
+        }
+        if not decision.keep:
+            return {}
+        self.watch.close()
+        cuts = narrow_layers(LayerIndex(self.network), self.channels.narrowing(decision.keep))
+        self._look()
+        return cuts
+
+    def refit(self) -> None:
+        """Look at a network that was given other widths from outside: a checkpoint's."""
+        self.watch.close()
+        self._look()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed training needs beside the weights, as JSON values."""
+        return {
+            "states": {name: dataclasses.asdict(state) for name, state in self.states.items()},
+            "medoids": dict(self.medoids),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self.states = {name: LayerState(**values) for name, values in state["states"].items()}
+        self.medoids = dict(state["medoids"])

@@ -1,0 +1,312 @@
+"""Which channels of a network belong together: the traced graph, followed channel by channel.
+
+Every channel of every tensor gets a number. A convolution makes new ones; norms, activations and pools hand them on;
+a concatenation strings them together; a sum makes its two sides one. What is left are groups of channels that can only
+be removed together, and for each layer the numbers it reads and writes, so that skips by concatenation (at their
+offset), residual sums and shared layers need no rules of their own.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import fx, nn
+
+from nnslim.errors import SpecError, nearest
+from nnslim.running.graph import CONVOLUTIONS, TRANSPOSED, layer_of, shape_of, trace
+from nnslim.surgery.walk import LayerIndex
+
+NORMS = (nn.modules.instancenorm._InstanceNorm, nn.modules.batchnorm._BatchNorm)
+_RESIZING = (
+    *(nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    nn.Upsample,
+)
+_SAME_CHANNELS = (
+    *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.ReLU6, nn.Mish),
+    *(nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.Identity),
+    *_RESIZING,
+)
+_SAME_FUNCTIONS = {
+    *(F.relu, F.leaky_relu, F.elu, F.gelu, F.silu, F.sigmoid, F.tanh, F.interpolate),
+    *(F.avg_pool2d, F.avg_pool3d, F.max_pool2d, F.max_pool3d, torch.relu, torch.sigmoid, torch.tanh),
+}
+_SAME_METHODS = {"contiguous", "relu", "relu_", "sigmoid", "tanh", "clone", "detach", "float"}
+_MEANS = {torch.mean, torch.sum}
+_SUMS = {operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul, torch.add, torch.mul}
+_CAT = {torch.cat, getattr(torch, "concat", torch.cat)}
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that can be removed, one by one, each from all producers at once.
+
+    Attributes:
+        name: canonical name of the first layer that makes them.
+        channels: how many.
+        producers: convolutions whose outputs they are, in order of execution.
+        taps: layers whose outputs are the final maps of the group, after norm and activation: what consumers read.
+    """
+
+    name: str
+    channels: int
+    producers: tuple[str, ...]
+    taps: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Channels of one layer that stay; None: the side keeps all of them."""
+
+    outputs: tuple[int, ...] | None = None
+    inputs: tuple[int, ...] | None = None
+
+
+class ChannelMap:
+    """The channel groups of a network, and what each layer reads and writes of them."""
+
+    def __init__(
+        self,
+        groups: Sequence[ChannelGroup],
+        reads: dict[str, np.ndarray],
+        writes: dict[str, np.ndarray],
+        numbers: dict[str, np.ndarray],
+    ) -> None:
+        """Hold what `channel_map` found.
+
+        Args:
+            groups: in order of execution.
+            reads, writes: number of each input and output channel, by layer. A norm only writes.
+            numbers: of the channels of each group, ascending.
+        """
+        self.groups = {group.name: group for group in groups}
+        self.reads, self.writes, self.numbers = reads, writes, numbers
+
+    def narrowing(self, keep: Mapping[str, Sequence[int]]) -> dict[str, Kept]:
+        """Return which channels of which layers stay if groups keep only some of theirs.
+
+        Args:
+            keep: group -> indices of the channels that stay, ascending, at least one.
+        Raises:
+            SpecError: an unknown group, no channel left, or an index twice, out of order or out of range.
+        """
+        gone: list[np.ndarray] = []
+        for name, kept in keep.items():
+            if name not in self.groups:
+                raise SpecError(f"no channel group '{name}'; {nearest(name, self.groups)}")
+            kept, channels = list(kept), self.groups[name].channels
+            if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= channels:
+                raise SpecError(f"group '{name}': expected some of 0..{channels - 1}, each once and ascending: {kept}")
+            gone.append(np.delete(self.numbers[name], kept))
+        removed = np.concatenate(gone) if gone else np.zeros(0, dtype=int)
+        made: dict[str, Kept] = {}
+        for layer in dict.fromkeys((*self.reads, *self.writes)):
+            sides = [_left(side.get(layer), removed) for side in (self.writes, self.reads)]
+            if sides != [None, None]:
+                made[layer] = Kept(*sides)
+        return made
+
+
+def _left(numbers: np.ndarray | None, removed: np.ndarray) -> tuple[int, ...] | None:
+    if numbers is None:
+        return None
+    stays = ~np.isin(numbers, removed)
+    return None if stays.all() else tuple(np.flatnonzero(stays).tolist())
+
+
+@contextmanager
+def deep_supervision(network: nn.Module, enabled: bool) -> Iterator[None]:
+    """Switch all outputs of a network of nnU-Net's on or off: heads that do not run cannot be followed."""
+    switched = [
+        (module, module.deep_supervision) for module in network.modules() if hasattr(module, "deep_supervision")
+    ]
+    for module, _ in switched:
+        module.deep_supervision = enabled
+    try:
+        yield
+    finally:
+        for module, before in switched:
+            module.deep_supervision = before
+
+
+def channel_map(network: nn.Module, shape: Sequence[int]) -> ChannelMap:
+    """Find the channel groups of a network; reads only.
+
+    Channels of the image and of any output are in no group, nor are those that pass through something unknown or
+    through a grouped convolution that is not depth-wise: they are never removed.
+
+    Args:
+        network: plain (not wrapped by torch.compile or DDP).
+        shape: (B, C, *patch) on which it runs.
+    Raises:
+        RewriteError: the network cannot be traced.
+    """
+    with deep_supervision(network, True):
+        graph = trace(network, shape)
+    follower = _Follower(LayerIndex(network))
+    for node in graph.graph.nodes:
+        follower.follow(node)
+    return follower.result()
+
+
+class _Follower:
+    """Numbers channels along a graph, and joins the numbers of channels that belong together."""
+
+    def __init__(self, layers: LayerIndex) -> None:
+        self.layers = layers
+        self.parent: list[int] = []
+        self.frozen: set[int] = set()
+        self.of_node: dict[fx.Node, np.ndarray] = {}
+        self.reads: dict[str, np.ndarray] = {}
+        self.writes: dict[str, np.ndarray] = {}
+        self.makers: list[str] = []
+        self.tapped: list[tuple[str, np.ndarray]] = []
+
+    def follow(self, node: fx.Node) -> None:
+        """Give the node's output channels their numbers."""
+        if node.op == "output":
+            for given in node.all_input_nodes:
+                self._freeze(self.of_node.get(given))
+            return
+        if "val" not in node.meta or not hasattr(node.meta["val"], "shape") or len(shape_of(node)) < 2:
+            for given in node.all_input_nodes:
+                self._freeze(self.of_node.get(given))
+            return
+        numbers = self._numbers(node)
+        if numbers is None or len(numbers) != shape_of(node)[1]:  # something unknown
+            for given in node.all_input_nodes:
+                self._freeze(self.of_node.get(given))
+            numbers = self._new(shape_of(node)[1])
+            self._freeze(numbers)
+        self.of_node[node] = numbers
+
+    def _numbers(self, node: fx.Node) -> np.ndarray | None:
+        inputs = [self.of_node[given] for given in node.all_input_nodes if given in self.of_node]
+        if node.op == "call_module":
+            return self._through_layer(node, layer_of(node), inputs)
+        if not inputs or len(inputs) != len(node.all_input_nodes):
+            return None
+        if node.op == "call_function" and node.target in _CAT:
+            return self._joined(node)
+        if node.op == "call_function" and node.target in _SUMS:
+            return self._summed(inputs, shape_of(node)[1])
+        known = (node.op == "call_function" and node.target in _SAME_FUNCTIONS) or (
+            node.op == "call_method" and node.target in _SAME_METHODS
+        )
+        if known or self._is_spatial_mean(node):
+            return inputs[0]
+        return None
+
+    def _through_layer(self, node: fx.Node, layer: nn.Module | None, inputs: list[np.ndarray]) -> np.ndarray | None:
+        name = self.layers[str(node.target)].name
+        if len(inputs) != 1:
+            return None
+        if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)):
+            return self._through_convolution(name, layer, node, inputs[0])
+        if isinstance(layer, NORMS):
+            self.writes[name] = self._joint(self.writes.get(name), inputs[0])
+            return inputs[0]
+        return inputs[0] if isinstance(layer, _SAME_CHANNELS) else None
+
+    def _through_convolution(self, name: str, conv: nn.Module, node: fx.Node, inputs: np.ndarray) -> np.ndarray | None:
+        if conv.groups != 1:
+            if conv.groups != conv.in_channels or conv.out_channels != conv.in_channels:
+                return None
+            self.writes[name] = self._joint(self.writes.get(name), inputs)  # depth-wise: reads what it writes
+            return inputs
+        self._tap(node.all_input_nodes[0])
+        self.reads[name] = self._joint(self.reads.get(name), inputs)
+        if name not in self.writes:
+            self.writes[name] = self._new(conv.out_channels)
+            self.makers.append(name)
+        return self.writes[name]
+
+    def _joined(self, node: fx.Node) -> np.ndarray | None:
+        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+        parts = node.args[0] if node.args else node.kwargs.get("tensors")
+        if dim != 1 or any(part not in self.of_node for part in parts):
+            return None
+        for part in parts:
+            self._tap(part)
+        return np.concatenate([self.of_node[part] for part in parts])
+
+    def _summed(self, inputs: list[np.ndarray], channels: int) -> np.ndarray | None:
+        if len(inputs) == 1:
+            return inputs[0]
+        if any(len(numbers) != channels for numbers in inputs):  # one channel for all: broadcast
+            return None
+        return self._joint(*inputs)
+
+    def _is_spatial_mean(self, node: fx.Node) -> bool:
+        mean = node.target in _MEANS if node.op == "call_function" else node.target in ("mean", "sum")
+        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        keeps = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
+        return bool(mean and keeps and isinstance(dims, (list, tuple)) and all(dim > 1 for dim in dims))
+
+    def _tap(self, node: fx.Node) -> None:
+        """Remember which layer's output is read: the nearest at or above the node with the same channels.
+
+        A pool's input is meant, not its output: the same maps once more.
+        """
+        numbers = self.of_node[node]
+        while node.op != "call_module" or isinstance(layer_of(node), _RESIZING):
+            above = [one for one in node.all_input_nodes if one in self.of_node]
+            if not above or len(self.of_node[above[0]]) != len(numbers) or node.target in _CAT:
+                return
+            node = above[0]
+        self.tapped.append((self.layers[str(node.target)].name, numbers))
+
+    def _new(self, count: int) -> np.ndarray:
+        first = len(self.parent)
+        self.parent.extend(range(first, first + count))
+        return np.arange(first, first + count)
+
+    def _freeze(self, numbers: np.ndarray | None) -> None:
+        if numbers is not None:
+            self.frozen.update(numbers.tolist())
+
+    def _joint(self, one: np.ndarray | None, other: np.ndarray) -> np.ndarray:
+        for a, b in zip(() if one is None else one.tolist(), other.tolist(), strict=False):
+            a, b = self._root(a), self._root(b)
+            self.parent[max(a, b)] = min(a, b)
+        return other
+
+    def _root(self, number: int) -> int:
+        while self.parent[number] != number:
+            self.parent[number] = self.parent[self.parent[number]]
+            number = self.parent[number]
+        return number
+
+    def _rooted(self, numbers: np.ndarray) -> np.ndarray:
+        return np.array([self._root(number) for number in numbers.tolist()], dtype=int)
+
+    def result(self) -> ChannelMap:
+        """Return the groups: makers that share a channel are one."""
+        reads, writes = ({k: self._rooted(v) for k, v in side.items()} for side in (self.reads, self.writes))
+        frozen = {self._root(number) for number in self.frozen}
+        together: list[tuple[list[str], set[int]]] = []
+        for maker in self.makers:
+            names, numbers = [maker], set(writes[maker].tolist())
+            for other in [group for group in together if group[1] & numbers]:
+                names, numbers = other[0] + names, numbers | other[1]
+                together.remove(other)
+            together.append((names, numbers))
+        position = {name: place for place, name in enumerate(self.makers)}
+        groups, members = [], {}
+        for names, numbers in sorted(together, key=lambda group: min(position[name] for name in group[0])):
+            if numbers & frozen:
+                continue
+            names.sort(key=position.__getitem__)
+            members[names[0]] = np.array(sorted(numbers), dtype=int)
+            groups.append(ChannelGroup(names[0], len(numbers), tuple(names), self._taps(members[names[0]])))
+        return ChannelMap(groups, reads, writes, members)
+
+    def _taps(self, numbers: np.ndarray) -> tuple[str, ...]:
+        """Return the layers that are read with exactly these channels, in their order."""
+        same = [name for name, tapped in self.tapped if np.array_equal(self._rooted(tapped), numbers)]
+        return tuple(dict.fromkeys(same))

@@ -1,0 +1,264 @@
+"""Take channels out of layers for real: new, smaller tensors in the same layer objects, and in the optimiser."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from nnslim.errors import SpecError
+from nnslim.spec import Edit, forget_spec, register_edit
+from nnslim.surgery.channels import NORMS, Kept
+from nnslim.surgery.walk import LayerIndex
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NARROWABLE = (*_CONVOLUTIONS, *_TRANSPOSED, *NORMS)
+_WIDTHS = ("out_channels", "in_channels", "groups", "num_features")
+_BUFFERS = ("running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One parameter that was replaced by a part of itself.
+
+    Attributes:
+        new: the smaller one.
+        take: gives, of any tensor of the old one's shape, the part that stays.
+    """
+
+    new: nn.Parameter
+    take: Callable[[Tensor], Tensor]
+
+
+def narrow_layers(layers: LayerIndex, kept: Mapping[str, Kept]) -> dict[nn.Parameter, Cut]:
+    """Keep only some channels of layers, in place; every alias sees it, since the layer objects stay.
+
+    Args:
+        layers: of the network. kept: by layer, see `ChannelMap.narrowing`.
+    Returns:
+        old parameter -> what became of it, for `narrow_optimizer`.
+    Raises:
+        SpecError: a layer that is no convolution or norm; nothing was changed.
+    """
+    for name in kept:
+        if not isinstance(layers[name].module, NARROWABLE):
+            kind = type(layers[name].module).__name__
+            raise SpecError(f"layer '{name}': only convolutions and norms have channels to remove, found {kind}")
+    cuts: dict[nn.Parameter, Cut] = {}
+    for name, sides in kept.items():
+        cuts |= _narrow(layers[name].module, sides)
+    return cuts
+
+
+def _narrow(layer: nn.Module, kept: Kept) -> dict[nn.Parameter, Cut]:
+    cuts, depthwise = {}, getattr(layer, "groups", 1) != 1
+    for name, parameter in list(layer._parameters.items()):
+        if parameter is None:
+            continue
+        take = _slicer(axes_of(layer, name), kept)
+        new = nn.Parameter(take(parameter.detach()).clone(), requires_grad=parameter.requires_grad)
+        if parameter.grad is not None:
+            new.grad = take(parameter.grad).clone()
+        setattr(layer, name, new)
+        cuts[parameter] = Cut(new, take)
+    for name in _BUFFERS:
+        if (buffer := layer._buffers.get(name)) is not None:
+            layer._buffers[name] = _slicer((0, None), kept)(buffer).clone()
+    outputs = None if kept.outputs is None else len(kept.outputs)
+    inputs = outputs if depthwise else None if kept.inputs is None else len(kept.inputs)
+    set_widths(layer, outputs, inputs)
+    return cuts
+
+
+def set_widths(layer: nn.Module, outputs: int | None, inputs: int | None) -> None:
+    """Set the numbers that a layer keeps beside its tensors; None leaves a side."""
+    if isinstance(layer, NORMS):
+        if outputs is not None:
+            layer.num_features = outputs
+        return
+    if layer.groups != 1 and outputs is not None:
+        layer.groups = outputs
+    layer.out_channels = layer.out_channels if outputs is None else outputs
+    layer.in_channels = layer.in_channels if inputs is None else inputs
+
+
+def axes_of(layer: nn.Module, parameter: str) -> tuple[int, int | None]:
+    """Return on which axes of a parameter the layer's outputs and inputs lie; None where a side has none."""
+    if parameter != "weight" or isinstance(layer, NORMS) or layer.groups != 1:
+        return 0, None
+    return (1, 0) if isinstance(layer, _TRANSPOSED) else (0, 1)
+
+
+def _slicer(axes: tuple[int, int | None], kept: Kept) -> Callable[[Tensor], Tensor]:
+    def take(tensor: Tensor) -> Tensor:
+        for axis, indices in zip(axes, (kept.outputs, kept.inputs), strict=True):
+            if axis is not None and indices is not None:
+                tensor = tensor.index_select(axis, torch.tensor(indices, device=tensor.device))
+        return tensor
+
+    return take
+
+
+def narrow_optimizer(optimizer: torch.optim.Optimizer, cuts: Mapping[nn.Parameter, Cut]) -> None:
+    """Put the new parameters where the old ones were, and cut their state alike.
+
+    Works for any optimiser: a state tensor of the old parameter's shape (SGD's momentum, Adam's moments) is cut as the
+    parameter was, everything else (step counts) is handed on. Groups keep their order.
+    """
+    for group in optimizer.param_groups:
+        group["params"] = [cuts[old].new if old in cuts else old for old in group["params"]]
+    for old, cut in cuts.items():
+        if old not in optimizer.state:
+            continue
+        state = optimizer.state.pop(old)
+        optimizer.state[cut.new] = {
+            key: cut.take(value).clone() if torch.is_tensor(value) and value.shape == old.shape else value
+            for key, value in state.items()
+        }
+
+
+def widths_of(network: nn.Module) -> dict[str, tuple[int, int | None]]:
+    """Return (outputs, inputs) of each convolution and (channels, None) of each norm, by canonical name."""
+    widths = {}
+    for layer in LayerIndex(network).of_type(*NARROWABLE):
+        module = layer.module
+        is_norm = isinstance(module, NORMS)
+        widths[layer.name] = (module.num_features, None) if is_norm else (module.out_channels, module.in_channels)
+    return widths
+
+
+def narrow_edits(before: Mapping[str, tuple[int, int | None]], network: nn.Module) -> tuple[NarrowEdit, ...]:
+    """Return the edits that lead from the widths before to those of the network."""
+    now = widths_of(network)
+    return tuple(NarrowEdit(name, *now[name]) for name, width in before.items() if now[name] != width)
+
+
+def resize(layer: nn.Module, outputs: int | None, inputs: int | None) -> Callable[[], None]:
+    """Give a layer other widths, with tensors that are allocated and not set; return an undo."""
+    tensors = (dict(layer._parameters), dict(layer._buffers))
+    numbers = {name: getattr(layer, name) for name in _WIDTHS if hasattr(layer, name)}
+    for name, parameter in tensors[0].items():
+        if parameter is not None:
+            empty = _resized(parameter.detach(), axes_of(layer, name), outputs, inputs)
+            setattr(layer, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+    for name in _BUFFERS:
+        if (buffer := layer._buffers.get(name)) is not None:
+            layer._buffers[name] = _resized(buffer, (0, None), outputs, None)
+    set_widths(layer, outputs, inputs)
+
+    def undo() -> None:
+        layer._parameters.update(tensors[0])
+        layer._buffers.update(tensors[1])
+        for name, value in numbers.items():
+            setattr(layer, name, value)
+
+    return undo
+
+
+def _resized(tensor: Tensor, axes: tuple[int, int | None], outputs: int | None, inputs: int | None) -> Tensor:
+    shape = list(tensor.shape)
+    for axis, width in zip(axes, (outputs, inputs), strict=True):
+        if axis is not None and width is not None:
+            shape[axis] = width
+    return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+
+
+@register_edit
+@dataclass(frozen=True)
+class NarrowEdit(Edit):
+    """Give one layer the widths that are left after channels were removed.
+
+    Structure only: which channels stayed is in the weights. Consumers and norms of a layer have edits of their own.
+
+    Attributes:
+        layer: any of the layer's names.
+        outputs: output channels, or the channels of a norm.
+        inputs: input channels, None for a norm.
+    """
+
+    layer: str
+    outputs: int
+    inputs: int | None
+    kind: ClassVar[str] = "narrow"
+
+    def apply(self, layers: LayerIndex, *, fill: bool) -> Callable[[], None]:
+        """See Edit.apply. With `fill` the first channels stay, which is a structure to plan on and no more."""
+        layer = layers[self.layer].module
+        if not isinstance(layer, NARROWABLE):
+            raise SpecError(f"layer '{self.layer}': expected a convolution or norm, found {type(layer).__name__}")
+        is_norm = isinstance(layer, NORMS)
+        widths = (layer.num_features, None) if is_norm else (layer.out_channels, layer.in_channels)
+        for wanted, width, side in zip((self.outputs, self.inputs), widths, ("outputs", "inputs"), strict=True):
+            if (wanted is None) != (width is None) or (wanted is not None and not 1 <= wanted <= width):
+                raise SpecError(f"layer '{self.layer}': {side} {wanted} asked for, it has {width}")
+        old = dict(layer._parameters)
+        undo = resize(layer, self.outputs, self.inputs)
+        if fill:
+            with torch.no_grad():
+                for name, parameter in layer._parameters.items():
+                    if parameter is not None:
+                        parameter.copy_(old[name][tuple(slice(size) for size in parameter.shape)])
+        return undo
+
+
+@register_edit
+@dataclass(frozen=True)
+class ElasticEdit(Edit):
+    """Let the network take the widths of whatever state dict it loads.
+
+    Folds that were pruned apart, and the best and the last checkpoint of one, have widths of their own, and nnU-Net
+    builds one network for all of them from one plans file, then loads the weights of each. A network with this edit
+    changes its widths at `load_state_dict`. Any other difference is torch's error, as ever.
+    """
+
+    kind: ClassVar[str] = "elastic"
+
+    def apply(self, layers: LayerIndex, *, fill: bool) -> Callable[[], None]:
+        """See Edit.apply; changes no layer."""
+        # torch knows no public hook of this kind before 2.5
+        handle = layers.root._register_load_state_dict_pre_hook(_fit_hook, with_module=True)
+        return handle.remove
+
+
+def _fit_hook(network: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    fit_widths(network, state_dict, prefix)
+
+
+def fit_widths(network: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Give the layers of a network the widths that a state dict has, with weights that are not set yet.
+
+    Args:
+        network: plain. state_dict: under any alias of each layer. prefix: of its keys.
+    Returns:
+        Names of the layers that changed.
+    """
+    changed = []
+    for layer in LayerIndex(network).of_type(*NARROWABLE):
+        module, given = layer.module, _given(layer.aliases, state_dict, prefix)
+        shape = None if given is None else tuple(given.shape)
+        if shape is None or getattr(module, "weight", None) is None or len(shape) != module.weight.dim():
+            continue
+        first, second = axes_of(module, "weight")
+        outputs, inputs = shape[first], None if second is None else shape[second]
+        if (outputs, inputs) != (module.weight.shape[first], None if second is None else module.weight.shape[second]):
+            resize(module, outputs, outputs if getattr(module, "groups", 1) != 1 else inputs)
+            changed.append(layer.name)
+    return changed
+
+
+def _given(aliases: Iterable[str], state_dict: Mapping[str, Any], prefix: str) -> Tensor | None:
+    keys = (f"{prefix}{alias}.weight" for alias in aliases)
+    return next((state_dict[key] for key in keys if key in state_dict), None)
+
+
+def as_base(network: nn.Module) -> nn.Module:
+    """Return a copy of a pruned network that carries no spec and keeps its widths: a base for other edits."""
+    base = copy.deepcopy(network)
+    base._load_state_dict_pre_hooks.clear()  # the elastic edit's
+    forget_spec(base)
+    return base

@@ -1,0 +1,110 @@
+"""Filters removed by importance: which, how many, and with which weights in each fold."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from nnslim.cost import measure_cost
+from nnslim.errors import ConfigError
+from nnslim.methods.filters import FiltersConfig, fill_filters, plan_filters
+from nnslim.methods.filters.plan import importance
+from nnslim.spec import spec_of
+from nnslim.surgery.budget import CostTable
+from nnslim.surgery.channels import channel_map
+from nnslim.surgery.narrow import narrow_layers, widths_of
+from nnslim.surgery.walk import LayerIndex
+from nnslim.work.compress import compress
+from nnslim.work.config import from_dict
+
+WIDE = (16, 24, 32)
+
+
+@pytest.mark.parametrize("kind", ["plain3d", "plain2d", "residual3d", "anisotropic"])
+@pytest.mark.parametrize("measure", ["l1", "fpgm", "random"])
+def test_plan_meets_the_budget_closely_and_folds_keep_their_own_filters(kind, measure, tiny_net, tiny_shape):
+    networks, shape = [tiny_net(kind, features=WIDE, seed=seed) for seed in (0, 1)], tiny_shape(kind)
+    dense = CostTable(networks[0], shape).macs
+    settings = {"method": "filters", "importance": measure, "macs": 0.4}
+    slimmed = compress(networks[0], [n.state_dict() for n in networks], from_dict({"methods": [settings]}), shape)
+    assert 0.3 < slimmed.slim.macs / dense <= 0.4
+    assert [d.action for d in slimmed.decisions].count("narrow") > 5
+    channels = channel_map(networks[0], shape)
+    config = FiltersConfig(importance=measure, macs=0.4)
+    for network, weights in zip(networks, slimmed.weights, strict=True):
+        layers = LayerIndex(network)
+        for name, group in channels.groups.items():
+            width = widths_of(slimmed.network)[name][0]
+            assert width >= 4
+            best = importance(layers, group, config).topk(width).indices.sort().values
+            one = next(n for n in group.producers if layers[n].module.bias is not None)
+            assert torch.equal(weights[f"{one}.bias"], layers[one].module.bias[best])
+    slim = slimmed.network
+    slim.load_state_dict(slimmed.weights[1])
+    assert torch.isfinite(slim(torch.randn(*shape))).all()
+
+
+def test_fill_equals_narrowing_by_hand(tiny_net, tiny_shape):
+    network, shape = tiny_net("plain3d", features=WIDE), tiny_shape("plain3d")
+    config = FiltersConfig(params=0.5, ranking="uniform")
+    plan = plan_filters(network, config, measure_cost(network, shape))
+    from nnslim.spec import extend_spec
+
+    slim = extend_spec(plan.edits, copy.deepcopy(network))
+    fill_filters(network, slim, config, shape)
+    channels, layers = channel_map(network, shape), LayerIndex(network)
+    shares = []
+    keep = {}
+    for name, group in channels.groups.items():
+        width = widths_of(slim)[name][0]
+        keep[name] = importance(layers, group, config).topk(width).indices.sort().values.tolist()
+        shares.append(width / group.channels)
+    assert np.ptp(shares) < 0.1  # the same share of each layer, up to whole filters
+    narrow_layers(layers, channels.narrowing(keep))
+    x = torch.randn(*shape)
+    assert torch.equal(network(x), slim(x))
+
+
+def test_importance_of_a_doubled_or_small_filter_is_the_lowest(tiny_net, tiny_shape):
+    network, shape = tiny_net("plain3d"), tiny_shape("plain3d")
+    layers, channels = LayerIndex(network), channel_map(network, shape)
+    up = "decoder.transpconvs.0"  # stored as (inputs, outputs)
+    weight = layers[up].module.weight.data
+    weight[:, 3] *= 0.01
+    assert int(importance(layers, channels.groups[up], FiltersConfig(macs=0.5)).argmin()) == 3
+    weight[:, 3] *= 100
+    weight[:, 5] = weight.mean(1)  # near the geometric median of all
+    config = FiltersConfig(macs=0.5, importance="fpgm")
+    assert int(importance(layers, channels.groups[up], config).argmin()) == 5
+
+
+def test_budget_out_of_reach_and_both_budgets_are_refused(tiny_net, tiny_shape):
+    network, shape = tiny_net("plain3d"), tiny_shape("plain3d")
+    with pytest.raises(ConfigError, match=r"is the least that can be left, 0\.01 is asked"):
+        plan_filters(network, FiltersConfig(macs=0.01), measure_cost(network, shape))
+    for wrong in ({}, {"macs": 0.5, "params": 0.5}):
+        with pytest.raises(ConfigError, match="give macs or params"):
+            from_dict({"methods": [{"method": "filters", **wrong}]})
+
+
+def test_filters_then_tucker_compose_in_one_spec(tiny_net, tiny_shape):
+    network, shape = tiny_net("plain3d", features=WIDE), tiny_shape("plain3d")
+    methods = [
+        {"method": "filters", "macs": 0.6, "multiple": 4},
+        {"method": "tucker", "rank_factor": 0.5, "rank_min": 2},
+    ]
+    slimmed = compress(network, [network.state_dict()], from_dict({"methods": methods}), shape)
+    kinds = [edit.kind for edit in slimmed.spec.edits]
+    assert kinds == sorted(kinds) and set(kinds) == {"narrow", "tucker"}
+    first = compress(network, [network.state_dict()], from_dict({"methods": methods[:1]}), shape)
+    assert slimmed.slim.macs < first.slim.macs < slimmed.dense.macs
+    assert spec_of(slimmed.network) == slimmed.spec
+    x = torch.randn(*shape)
+    pruned, both = first.network(x), slimmed.network(x)
+    full = [methods[0], methods[1] | {"rank_factor": 1.0, "only_if_cheaper": False, "one_sided": False}]
+    exact = compress(network, [network.state_dict()], from_dict({"methods": full}), shape).network(x)
+    torch.testing.assert_close(exact, pruned, rtol=1e-3, atol=1e-3)  # Tucker worked on the pruned weights
+    assert not torch.allclose(both, pruned, atol=1e-3)
