@@ -18,7 +18,8 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -102,6 +103,19 @@ def count_operations(network: nn.Module, input_shape: Sequence[int]) -> Operatio
     except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
         raise SpecError(f"the network cannot be counted on an input of shape {tuple(input_shape)}: {error}") from error
     return cost
+
+
+@contextmanager
+def counted_products() -> Iterator[dict[str, int]]:
+    """Count what runs inside, convention "torch": MACs of "linear", "matmul" (of activations) and "conv"."""
+    totals: dict[str, int] = defaultdict(int)
+
+    def add(operation: str, products: int, _: int | None = None) -> None:
+        totals[operation] += products
+
+    counter = _Counter(add)
+    with _Attention(counter), counter:
+        yield totals
 
 
 class _Counter(TorchDispatchMode):

@@ -38,7 +38,7 @@ def _merge(now: Sequence3d, count: int) -> None:
     targets, sources = patches[:, 0::2], patches[:, 1::2]
     metric = functional.normalize(patches.detach(), dim=-1)
     best, partner = (metric[:, 1::2] @ metric[:, 0::2].transpose(1, 2)).max(dim=-1)  # (B, L // 2)
-    order = torch.sort(best, dim=-1, descending=True, stable=True).indices
+    order = torch.sort(best, dim=-1, descending=True).indices
     joins, stays = order[:, :count], torch.sort(order[:, count:], dim=-1).values
     into = partner.gather(1, joins)
     sizes = now.sizes

@@ -51,7 +51,7 @@ class Sequence3d:
     @property
     def length(self) -> int:
         """L, the number of patch tokens at present."""
-        return self.x.shape[1] - self.prefix
+        return int(self.x.shape[1]) - self.prefix
 
     @property
     def complete(self) -> bool:
@@ -95,7 +95,7 @@ class TokenReduction(nn.Module):
         ratios: Sequence[float],
         *,
         mode: Mode = "drop",
-        scorer: Scorer = "mlp",
+        scorer: Scorer | Sequence[Scorer] = "mlp",
         shared: bool = False,
         tau: float = 1.0,
         noise: bool = True,
@@ -106,7 +106,7 @@ class TokenReduction(nn.Module):
             dim: features of a token.
             locations, ratios: see the class; of equal length, locations ascending.
             mode: drop tokens, or merge similar ones (ToMe, which needs no scorer).
-            scorer, shared: kind, and whether all stages use the same.
+            scorer, shared: kind, for all stages or each, and whether stages of one kind share one.
             tau, noise: of the soft choice in training.
         Raises:
             ConfigError: locations and ratios do not fit each other or their bounds.
@@ -116,7 +116,10 @@ class TokenReduction(nn.Module):
         if list(self.locations) != sorted(set(self.locations)) or min(self.locations, default=0) < 0:
             raise ConfigError(f"token_sparse: locations are ascending numbers of blocks, found {locations}")
         self.mode = mode
-        self.scorers = make_scorers(scorer, dim, len(self.locations), shared=shared) if mode == "drop" else None
+        kinds = [scorer] * len(self.locations) if isinstance(scorer, str) else list(scorer)
+        if len(kinds) != len(self.locations):
+            raise ConfigError(f"token_sparse: {len(kinds)} scorers for {len(self.locations)} locations")
+        self.scorers = make_scorers(kinds, dim, shared=shared) if mode == "drop" else None
         self.topk = TopK(tau, noise)
         self.set_ratio(ratios)
 

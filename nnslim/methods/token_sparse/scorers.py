@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -102,10 +102,13 @@ class FreeScorer(nn.Module):
         return self.kind
 
 
-def make_scorers(kind: Scorer, dim: int, stages: int, *, shared: bool = False) -> nn.ModuleList:
-    """Return one scorer per stage; with `shared` the same object in every place."""
+def make_scorers(kinds: Sequence[Scorer], dim: int, *, shared: bool = False) -> nn.ModuleList:
+    """Return one scorer per stage; with `shared`, stages of one kind hold the same object."""
     makers: dict[str, Callable[[], nn.Module]] = {"mlp": lambda: MlpScorer(dim), "att": lambda: AttentionScorer(dim)}
-    make = makers.get(kind, lambda: FreeScorer(kind))
-    if shared:
-        return nn.ModuleList([make()] * stages)
-    return nn.ModuleList(make() for _ in range(stages))
+    made: dict[str, nn.Module] = {}
+    scorers = nn.ModuleList()
+    for kind in kinds:
+        if kind not in made or not shared:
+            made[kind] = makers.get(kind, lambda kind=kind: FreeScorer(kind))()
+        scorers.append(made[kind])
+    return scorers

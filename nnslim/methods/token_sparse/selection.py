@@ -33,7 +33,7 @@ class Split:
 class TopK(nn.Module):
     """Soft top-k: Gumbel noise and straight-through gradients in training, plain top-k in evaluation.
 
-    Everything has a fixed shape, so that the network compiles and exports. Equal scores: the earlier token stays.
+    Everything has a fixed shape, so that the network compiles and exports.
     """
 
     def __init__(self, tau: float = 1.0, noise: bool = True) -> None:
@@ -56,7 +56,7 @@ class TopK(nn.Module):
                 noisy = scores + torch.where(torch.isinf(gumbel), torch.zeros_like(gumbel), gumbel)
             soft = torch.softmax(noisy / self.tau, dim=-1)
             scores = soft.detach()
-        order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+        order = torch.sort(scores, dim=-1, descending=True).indices
         kept = torch.sort(order[:, :keep], dim=-1).values
         dropped = torch.sort(order[:, keep:], dim=-1).values
         hard = torch.zeros_like(scores).scatter(1, kept, 1.0)

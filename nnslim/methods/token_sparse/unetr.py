@@ -43,7 +43,7 @@ class TokenSparseUNETR(nn.Module):
         locations: Sequence[int] = (3, 6, 9),
         ratios: float | Sequence[float] = 0.75,
         mode: Mode = "drop",
-        scorer: Scorer = "mlp",
+        scorer: Scorer | Sequence[Scorer] = "mlp",
         shared: bool = False,
         tau: float = 1.0,
         noise: bool = True,
