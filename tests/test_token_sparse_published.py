@@ -286,7 +286,7 @@ def test_merged_tokens_are_means_of_similar_ones_and_come_back():
     centres = torch.randn(4, 16)
     members = torch.randint(4, (2, 40))
     x = torch.cat((torch.zeros(2, 1, 16), centres[members] + 1e-3 * torch.randn(2, 40, 16)), dim=1)
-    now = merge_steps(Sequence3d(x.clone(), prefix=1), 10)
+    now = merge_steps(Sequence3d(x.clone(), 40, prefix=1), 10)
     assert now.length == 10
     assert torch.equal(now.sizes.sum(1), torch.full((2, 1), 40.0))
     assert torch.allclose((now.x[:, 1:] * now.sizes).sum(1), x[:, 1:].sum(1), atol=1e-4)  # nothing is lost

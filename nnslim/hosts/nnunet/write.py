@@ -23,6 +23,7 @@ from nnslim.hosts.nnunet.folder import (
     trainer_class,
 )
 from nnslim.hosts.nnunet.network import BASE_KEY, NETWORK_CLASS_NAME, SPEC_KEY
+from nnslim.hosts.nnunet.planned import built_from_plans, resolved_configuration
 from nnslim.methods.tucker.table import write_table
 from nnslim.spec import SlimSpec, spec_of
 from nnslim.work.compress import Slimmed, compress
@@ -66,6 +67,7 @@ def compress_folder(
     """
     if model.is_slim and config.active:
         raise ModelFolderError(f"{model.path} is already a slim model; compress the model that it was made from")
+    model = built_from_plans(model) if config.active else model
     if config.active and not builds_from_plans(trainer_class(model.trainer_name)):
         raise ModelFolderError(
             f"{model.path}: trainer {model.trainer_name} builds its network itself, not from plans.json, so stock "
@@ -163,7 +165,8 @@ def slim_plans(model: ModelFolder, spec: SlimSpec, folder_name: str) -> dict[str
 
 
 def _name_architecture(plans: dict[str, Any], model: ModelFolder, spec: SlimSpec) -> None:
-    plans["configurations"] = {name: _resolved(plans["configurations"], name) for name in plans["configurations"]}
+    known = plans["configurations"]
+    plans["configurations"] = {name: resolved_configuration(known, name) for name in known}
     settings = copy.deepcopy(model.configuration_manager.configuration)
     settings.pop("inherits_from", None)
     architecture = settings["architecture"]
@@ -174,12 +177,6 @@ def _name_architecture(plans: dict[str, Any], model: ModelFolder, spec: SlimSpec
     }
     architecture["network_class_name"] = NETWORK_CLASS_NAME
     plans["configurations"][model.configuration] = settings
-
-
-def _resolved(configurations: dict[str, Any], name: str) -> dict[str, Any]:
-    own = copy.deepcopy(configurations[name])
-    parent = own.pop("inherits_from", None)
-    return {**_resolved(configurations, parent), **own} if parent else own
 
 
 def slim_checkpoint(checkpoint: dict[str, Any], weights: dict[str, Any], plans: dict[str, Any]) -> dict[str, Any]:

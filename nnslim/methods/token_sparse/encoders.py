@@ -53,7 +53,8 @@ class _SparseEncoder(nn.Module):
 
     def _encode(self, x: Tensor, prefix: int, rope: Tensor | None, attention: Any) -> tuple[Tensor, list[Tensor]]:
         """Run everything; return (B, N, D) before the last norm, and the output of every block."""
-        now = Sequence3d(x, prefix=prefix, rope=rope, content=self._content)
+        length = self._token_count or int(x.shape[1]) - prefix
+        now = Sequence3d(x, length, prefix=prefix, rope=rope, content=self._content)
         self._content = None
         hidden = []
         for number, block in enumerate(self.blocks):
@@ -134,6 +135,7 @@ class SparseViT(_SparseEncoder):
         """
         super().__init__(dense, reduction, completion, completion_depth)
         self.skips = skips
+        self._token_count = dense.patch_embedding.n_patches
 
     @property
     def keeps_hidden(self) -> bool:  # type: ignore[override]
@@ -143,7 +145,7 @@ class SparseViT(_SparseEncoder):
     def forward(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(B, C, *size) -> (B, N, D) and one such tensor per block."""
         x = self.patch_embedding(image)
-        self._content = image_content(image, x.shape[1])
+        self._content = image_content(image, self._token_count)
         prefix = 0
         if "cls_token" in self._parameters:
             x, prefix = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1), 1
@@ -168,7 +170,7 @@ def image_content(image: Tensor, tokens: int | None) -> Tensor | None:
     """Return (B, tokens): the standard deviation inside each token's cube, mean over channels; 0 in uniform air."""
     if tokens is None:
         return None
-    size = image.shape[2:]
+    size = [int(edge) for edge in image.shape[2:]]
     edge = round((size[0] * size[1] * size[2] / tokens) ** (1 / 3))
     mean = functional.avg_pool3d(image, edge)
     square = functional.avg_pool3d(image * image, edge)
@@ -195,7 +197,7 @@ def eva_attention(block: nn.Module, x: Tensor, rope: Tensor | None, prefix: int)
     if rope is not None:
         query = torch.cat((query[:, :, :prefix], _rotated(query[:, :, prefix:], rope)), dim=2)
         key = torch.cat((key[:, :, :prefix], _rotated(key[:, :, prefix:], rope)), dim=2)
-    query = query[:, :, :: max(1, rows // _QUERIES)] * attention.scale
+    query = query[:, :, :: max(1, int(rows) // _QUERIES)] * attention.scale
     shares = torch.softmax(query @ key.transpose(-2, -1), dim=-1).mean(dim=(1, 2))
     return shares[:, prefix:]
 

@@ -31,7 +31,7 @@ def _merge(now: Sequence3d, count: int) -> None:
     first set join it.
     """
     prefix, patches = now.x[:, : now.prefix], now.x[:, now.prefix :]
-    batch, length, dim = patches.shape
+    batch, length, dim = patches.shape[0], now.length, patches.shape[-1]
     if now.assigned is None:
         now.assigned = torch.arange(length, device=patches.device).expand(batch, -1)
         now.sizes = patches.new_ones(batch, length, 1)
@@ -46,22 +46,23 @@ def _merge(now: Sequence3d, count: int) -> None:
     total = sizes[:, 0::2].scatter_add(1, into.unsqueeze(-1), take(sizes[:, 1::2], joins))
     merged = weighted.scatter_add(1, into.unsqueeze(-1).expand(-1, -1, dim), joining) / total
     now.x = torch.cat((prefix, merged, take(sources, stays)), dim=1)
+    now.length = length - count
     now.sizes = torch.cat((total, take(sizes[:, 1::2], stays)), dim=1)
     origin = torch.cat((_rows(batch, 0, length, patches), stays * 2 + 1), dim=1)  # old index of each new token
     now.rope = None if now.rope is None else _rope_of(now.rope, origin)
     now.content = None if now.content is None else now.content.gather(1, origin)
-    now.assigned = _new_index(length, stays, joins, into).gather(1, now.assigned)
+    now.assigned = _new_index(length, count, stays, joins, into).gather(1, now.assigned)
 
 
 def _rows(batch: int, start: int, length: int, like: Tensor) -> Tensor:
     return torch.arange(start, length, 2, device=like.device).expand(batch, -1)
 
 
-def _new_index(length: int, stays: Tensor, joins: Tensor, into: Tensor) -> Tensor:
+def _new_index(length: int, count: int, stays: Tensor, joins: Tensor, into: Tensor) -> Tensor:
     """Return (B, L): where each old token is after a merge: targets, then the sources that stay."""
     batch, half = stays.shape[0], (length + 1) // 2
     new = torch.arange(length, device=stays.device).expand(batch, -1) // 2  # right for the targets
-    after = torch.arange(half, half + stays.shape[1], device=stays.device).expand(batch, -1)
+    after = torch.arange(half, length - count, device=stays.device).expand(batch, -1)
     return new.scatter(1, stays * 2 + 1, after).scatter(1, joins * 2 + 1, into)
 
 

@@ -26,7 +26,7 @@ class Sequence3d:
     """A token sequence on its way through the blocks: P prefix tokens, then L patch tokens.
 
     Attributes:
-        x: (B, P + L, D). prefix: P.
+        x: (B, P + L, D). prefix: P. length: L, a plain number also while a tracer makes tensors of shapes.
         rope: rotary embedding of the patch tokens, (L, E) while complete, then (B, 1, L, E); None without.
         content: (B, L), see `StageInput`.
         positions: (B, P + L), where each row belongs in the full sequence; None while it is complete.
@@ -37,6 +37,7 @@ class Sequence3d:
     """
 
     x: Tensor
+    length: int
     prefix: int = 0
     rope: Tensor | None = None
     content: Tensor | None = None
@@ -47,11 +48,6 @@ class Sequence3d:
     stages: list[int] = field(default_factory=list)
     assigned: Tensor | None = None
     sizes: Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        """L, the number of patch tokens at present."""
-        return int(self.x.shape[1]) - self.prefix
 
     @property
     def complete(self) -> bool:
@@ -174,7 +170,7 @@ class TokenReduction(nn.Module):
         return self._drop(sequence, stage, keep, attention)
 
     def _drop(self, now: Sequence3d, stage: int, keep: int, attention: Attention | None) -> Sequence3d:
-        batch, rows, _ = now.x.shape
+        batch, rows = now.x.shape[0], now.prefix + now.length
         prefix, patches = now.x[:, : now.prefix], now.x[:, now.prefix :]
         if now.positions is None:
             now.positions = torch.arange(rows, device=now.x.device).expand(batch, -1)
@@ -192,6 +188,7 @@ class TokenReduction(nn.Module):
         now.stages.append(stage)
         now.group_positions.append(now.positions.gather(1, dropped))
         now.x, now.positions, now.alive = left, now.positions.gather(1, kept), take(stays, kept)
+        now.length = keep
         now.rope = take_rope(now.rope, split.kept)
         now.content = None if now.content is None else now.content.gather(1, split.kept)
         return now

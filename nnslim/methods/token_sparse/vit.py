@@ -149,7 +149,7 @@ class TokenPruningViT(nn.Module):
         grid = _grid(image.shape[2:], self.patch)
         x = self.patch_embed(image).flatten(2).transpose(1, 2)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self._positions(grid)
-        now, hidden = Sequence3d(x, prefix=1), []
+        now, hidden = Sequence3d(x, math.prod(grid), prefix=1), []
         for number, block in enumerate(self.blocks):
             if self.reduction is not None:
                 now = self.reduction(now, number)
