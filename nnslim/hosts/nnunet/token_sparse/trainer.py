@@ -202,7 +202,7 @@ def token_sparse_trainer_class(base: type, settings: TokenSparseConfig | None = 
 def unetr_trainer_class(
     settings: TokenSparseConfig | None = None, name: str = "nnUNet_UNETR_TokenSparse_Trainer"
 ) -> type:
-    """Return a trainer of the published token-sparse UNETR, with nnU-Net's recipe for Primus; ratio 0 trains it dense."""
+    """Return a trainer of the published token-sparse UNETR, by nnU-Net's recipe for Primus; ratio 0 trains it dense."""
     from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import AbstractPrimus
 
     def build(
