@@ -33,7 +33,7 @@ class Measured:
 
     Attributes:
         name: of the network. macs: of one sample, conventions "torch" and "torchprofile".
-        wall, cpu: seconds of a pass over the batch, medians; cpu counts all threads, and so also tells on a busy machine.
+        wall, cpu: seconds of a pass over the batch, medians; cpu, over all threads, also tells on a busy machine.
         samples_per_second: batch size / wall.
         stages: CPU seconds of each stage, median; empty where the backend has none.
     """
