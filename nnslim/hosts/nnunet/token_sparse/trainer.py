@@ -141,6 +141,8 @@ class TokenSparseTraining:
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """Resume; nnU-Net's Primus trainers cannot on torch >= 2.6, which refuses the numbers in their checkpoints."""
+        if not self.was_initialized:
+            self.initialize()  # a warm start loads a checkpoint, too, and leaving that would end what is allowed here
         kept = self.my_init_kwargs
         with allowed_globals():
             super().load_checkpoint(filename_or_checkpoint)
