@@ -1,7 +1,8 @@
 """Exact counts of multiply-accumulates (MACs) and parameters, in named conventions.
 
-Convention "macs": products with weights only: convolutions, transposed convolutions, linear layers. Padding counts as
-data, biases and norms count nothing. A transposed convolution costs C_in * C_out * prod(K) * voxels of its *input*.
+Convention "macs": products with weights (convolutions, transposed convolutions, linear layers), and of activations with
+each other (attention). Padding counts as data, biases and norms count nothing. A transposed convolution costs
+C_in * C_out * prod(K) * voxels of its *input*.
 
 Convention "fvcore": the above plus what fvcore adds for normalisation, 5 per element (4 without affine weights) of each
 instance, group or layer norm. The predecessor's published "GFLOPs" are in this convention.
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nnslim.errors import SpecError
+from nnslim.operations import counted_products
 from nnslim.surgery.walk import LayerIndex, unwrap
 
 Convention = Literal["macs", "fvcore"]
@@ -56,11 +58,13 @@ class Cost:
     Attributes:
         layers: the leaf modules that ran, by canonical name, in order of execution.
         registered_parameters: parameters of all modules, each tensor once.
+        attention_macs: products of activations with each other, which belong to no layer.
         heads: names of the modules whose output *is* an output of the network (segmentation heads).
     """
 
     layers: dict[str, LayerCost] = field(default_factory=dict)
     registered_parameters: int = 0
+    attention_macs: int = 0
     heads: tuple[str, ...] = ()
 
     @property
@@ -71,7 +75,7 @@ class Cost:
     def macs(self, convention: Convention = "macs") -> int:
         """Return the multiply-accumulates of the pass in the named convention."""
         extra = sum(layer.norm_ops for layer in self.layers.values()) if convention == "fvcore" else 0
-        return sum(layer.macs for layer in self.layers.values()) + extra
+        return sum(layer.macs for layer in self.layers.values()) + self.attention_macs + extra
 
 
 def module_macs(module: nn.Module, inputs: Tensor, output: Tensor) -> int:
@@ -128,10 +132,11 @@ def measure_cost(network: nn.Module, input_shape: Sequence[int]) -> Cost:
     for name, module in (leaves or {"": twin}).items():
         module.register_forward_hook(lambda m, i, o, name=name: record(name, m, i, o))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), counted_products() as products:
             result = twin(torch.empty(tuple(input_shape), device="meta"))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise SpecError(f"the network cannot run on an input of shape {tuple(input_shape)}: {error}") from error
+    cost.attention_macs = products["matmul"]
     results = result if isinstance(result, (list, tuple)) else [result]
     cost.heads = tuple(outputs[id(item)] for item in results if id(item) in outputs)
     return cost

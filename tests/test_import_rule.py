@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "nnslim"
 STOREYS = {
-    **dict.fromkeys(("errors", "_version", "files", "optional", "spec", "lowrank", "cost", "surgery"), 0),
+    **dict.fromkeys(("errors", "_version", "files", "optional", "spec", "lowrank", "cost", "operations", "surgery"), 0),
     **dict.fromkeys(("moments", "streaming", "fitting", "spectra", "knapsack", "running"), 0),
     "methods": 1,
     "work": 2,

@@ -9,6 +9,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,13 +111,20 @@ def _load_safe(path: Path) -> Any:
     if not hasattr(torch.serialization, "safe_globals"):  # torch < 2.4 cannot allow numpy's numbers
         warnings.warn(f"torch {torch.__version__} loads {path.name} without protection", stacklevel=3)
         return _load_unsafe(path)
+    with allowed_globals():
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def allowed_globals() -> AbstractContextManager[Any]:
+    """Let `torch.load(weights_only=True)` read what nnU-Net stores beside weights: numpy's numbers and a device."""
+    if not hasattr(torch.serialization, "safe_globals"):  # torch < 2.4, which loads everything by default
+        return nullcontext()
     scalar = np.float64(0).__reduce__()[0]
     rebuild = np.zeros(0).__reduce__()[0]
     kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
     numpy_1 = [_under_name(scalar, "numpy.core.multiarray"), _under_name(rebuild, "numpy.core.multiarray")]
     numpy_2 = [_under_name(scalar, "numpy._core.multiarray"), _under_name(rebuild, "numpy._core.multiarray")]
-    with torch.serialization.safe_globals([*numpy_1, *numpy_2, np.dtype, np.ndarray, *kinds, torch.device]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.serialization.safe_globals([*numpy_1, *numpy_2, np.dtype, np.ndarray, *kinds, torch.device])
 
 
 def _under_name(function: Callable[..., Any], module: str) -> Callable[..., Any]:

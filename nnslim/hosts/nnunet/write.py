@@ -22,6 +22,7 @@ from nnslim.hosts.nnunet.folder import (
     read_model_folder,
     trainer_class,
 )
+from nnslim.hosts.nnunet.planned import built_from_plans
 from nnslim.hosts.nnunet.plans import with_architecture
 from nnslim.hosts.nnunet.pruned import pruned_base, spec_in_plans
 from nnslim.methods.tucker.table import write_table
@@ -70,6 +71,7 @@ def compress_folder(
             f"{training.method} works while a network trains: use nnslim train --method {training.method} (with "
             "--start MODEL for a trained one)"
         )
+    model = built_from_plans(model) if config.active else model
     network, before = build_network(model), ()
     if model.is_slim and config.active:
         network, before = pruned_base(model, network)

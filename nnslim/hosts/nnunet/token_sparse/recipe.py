@@ -1,0 +1,63 @@
+"""The optimiser and schedule of a recipe: AdamW, warm-up, then to 0; blocks near the input may learn slower."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+from torch import nn
+
+from nnslim.methods.token_sparse.config import RecipeConfig
+
+
+def parameter_groups(network: nn.Module, recipe: RecipeConfig) -> list[dict]:
+    """Return AdamW's groups: no decay for vectors and embeddings, dense or sparse; each block at its own rate.
+
+    As published: rate * layer_decay ** (depth + 1 - id), id 0 for embeddings, i + 1 for block i; all else at full rate.
+    """
+    names = [name for name, _ in network.named_parameters()]
+    numbers = [int(found[1]) for name in names if (found := _BLOCK.search(name))]
+    depth = max(numbers, default=-1) + 1
+    groups: dict[tuple[float, float], dict] = {}
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        found, last = _BLOCK.search(name), name.rsplit(".", 1)[-1]
+        position = int(found[1]) + 1 if found else None
+        if last in _EMBEDDINGS or "patch_embed" in name or "down_projection" in name:
+            position = 0
+        scale = 1.0 if position is None else recipe.layer_decay ** (depth + 1 - position)
+        decay = 0.0 if last in _EMBEDDINGS or parameter.ndim < 2 else recipe.weight_decay
+        group = groups.setdefault((scale, decay), {"params": [], "scale": scale, "weight_decay": decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+_BLOCK = re.compile(r"(?:encoder|eva|vit)\.blocks\.(\d+)\.")
+_EMBEDDINGS = ("pos_embed", "cls_token", "register_tokens")
+
+
+class Schedule:
+    """Learning rate by epoch: linear warm-up, then poly or cosine to 0; times the scale of each group."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, rate: float, epochs: int, warmup: int, kind: str) -> None:
+        """Set up; `step` changes the rates."""
+        self.optimizer, self.rate, self.epochs, self.warmup, self.kind = optimizer, rate, epochs, warmup, kind
+        self.step(0)
+
+    def at(self, epoch: int) -> float:
+        """Return the rate of an epoch."""
+        if epoch < self.warmup:
+            return self.rate * (epoch + 1) / self.warmup
+        share = min(1.0, (epoch - self.warmup) / max(1, self.epochs - self.warmup))
+        return self.rate * ((1 - share) ** 0.9 if self.kind == "poly" else 0.5 * (1 + math.cos(math.pi * share)))
+
+    def step(self, epoch: int) -> None:
+        """Set the rates of an epoch, as nnU-Net asks at its start."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.at(epoch) * group.get("scale", 1.0)
+
+    def get_last_lr(self) -> list[float]:
+        """Return the rates in force."""
+        return [group["lr"] for group in self.optimizer.param_groups]

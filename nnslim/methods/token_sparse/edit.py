@@ -1,0 +1,116 @@
+"""The structural edit of the token-sparse method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from monai.networks.nets.vit import ViT
+from torch import nn
+
+from nnslim.errors import ConfigError, SpecError
+from nnslim.methods.token_sparse.encoders import SparseEva, SparseViT
+from nnslim.methods.token_sparse.reduction import TokenReduction
+from nnslim.spec import Edit, register_edit
+from nnslim.surgery.replace import replace_layer
+from nnslim.surgery.walk import Layer, LayerIndex
+
+
+@register_edit
+@dataclass(frozen=True)
+class TokenSparseEdit(Edit):
+    """Make one transformer encoder token-sparse; the network around it stays as it is.
+
+    Attributes:
+        layer: name of the encoder.
+        locations: blocks that run before each stage. ratios: share of the tokens that goes there.
+        scorers: kind of scorer of each stage. The other fields: see `TokenSparseConfig`.
+        seed: of the weights that are new.
+    """
+
+    layer: str
+    locations: list = field(default_factory=list)
+    ratios: list = field(default_factory=list)
+    scorers: list = field(default_factory=list)
+    mode: str = "drop"
+    shared: bool = False
+    tau: float = 1.0
+    noise: bool = True
+    completion: str = "last"
+    completion_depth: int = 1
+    skips: str = "blocks"
+    seed: int = 0
+    kind: ClassVar[str] = "token_sparse"
+
+    def apply(self, layers: LayerIndex, *, fill: bool) -> Callable[[], None]:
+        """See Edit.apply. What the encoder held keeps its names; `reduction` and `completion` come beside it."""
+        layer = layers[self.layer]
+        dense = layer.module
+        if not is_encoder(dense):
+            raise SpecError(f"layer '{self.layer}' is {type(dense).__name__}, not Primus' Eva or MONAI's ViT")
+        if getattr(dense, "patch_drop", None) is not None:
+            raise SpecError(
+                f"layer '{self.layer}' drops random patches in training (patch_drop_rate); build it without, and use "
+                "the scorer 'random' at location 0 instead"
+            )
+        if not isinstance(dense, ViT) and "attention" in self.scorers and not hasattr(dense.blocks[0].attn, "q_norm"):
+            raise SpecError(f"layer '{self.layer}': scorer 'attention' does not know this kind of attention")
+        width = next(dense.norm.parameters()).shape[0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            try:
+                reduction = TokenReduction(
+                    width,
+                    self.locations,
+                    self.ratios,
+                    mode=self.mode,
+                    scorer=self.scorers,
+                    shared=self.shared,
+                    tau=self.tau,
+                    noise=self.noise,
+                )
+            except ConfigError as error:
+                raise SpecError(f"layer '{self.layer}': {error}") from None
+            if max(self.locations, default=0) > len(dense.blocks):
+                raise SpecError(
+                    f"layer '{self.layer}': location {max(self.locations)} is beyond its {len(dense.blocks)} blocks"
+                )
+            if isinstance(dense, ViT):
+                made = SparseViT(dense, reduction, self.completion, self.completion_depth, self.skips)
+            else:
+                made = SparseEva(dense, reduction, self.completion, self.completion_depth)
+        place = next(dense.parameters())
+        made = made.to(place.device, place.dtype).train(dense.training)
+        hooks = []
+        if isinstance(made, SparseEva) and "air" in self.scorers:
+            hooks = [parent.register_forward_pre_hook(made.observe) for parent, _ in layer.slots]
+        put_back = replace_layer(layer, made)
+
+        def undo() -> None:
+            put_back()
+            for hook in hooks:
+                hook.remove()
+
+        return undo
+
+
+def is_encoder(module: nn.Module) -> bool:
+    """Whether a module can be made token-sparse: Primus' Eva, or a MONAI ViT for dense prediction."""
+    if isinstance(module, ViT):
+        return not module.classification
+    names = ("blocks", "norm", "pos_embed", "rope", "num_prefix_tokens", "forward_features")
+    return all(hasattr(module, name) for name in names) and not isinstance(module, SparseEva)
+
+
+def encoders_of(network: nn.Module) -> list[Layer]:
+    """Return the encoders of a network that can be made token-sparse."""
+    return [layer for layer in LayerIndex(network).values() if is_encoder(layer.module)]
+
+
+def token_count(encoder: nn.Module) -> int | None:
+    """Return how many patch tokens an encoder works on, where its position embedding tells."""
+    if isinstance(encoder, ViT):
+        return encoder.patch_embedding.n_patches
+    return None if encoder.pos_embed is None else encoder.pos_embed.shape[1] - encoder.num_prefix_tokens

@@ -1,0 +1,218 @@
+"""Shortening a token sequence between transformer blocks, and bringing every position back at the end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from nnslim.errors import ConfigError
+from nnslim.methods.token_sparse.merging import merge_steps
+from nnslim.methods.token_sparse.scorers import Scorer, StageInput, make_scorers
+from nnslim.methods.token_sparse.selection import TopK, keep_count, take, unshuffle
+
+Mode = Literal["drop", "merge"]
+FLOOR = 8  # fewer tokens than this in the last blocks are not worth the parameters that work on them
+_log = logging.getLogger("nnslim")
+Attention = Callable[[Tensor, Tensor | None], Tensor]  # (tokens, rope) -> (B, L), attention received by each token
+
+
+@dataclass
+class Sequence3d:
+    """A token sequence on its way through the blocks: P prefix tokens, then L patch tokens.
+
+    Attributes:
+        x: (B, P + L, D). prefix: P. length: L, a plain number also while a tracer makes tensors of shapes.
+        rope: rotary embedding of the patch tokens, (L, E) while complete, then (B, 1, L, E); None without.
+        content: (B, L), see `StageInput`.
+        positions: (B, P + L), where each row belongs in the full sequence; None while it is complete.
+        alive: (B, P + L, 1) ones, with the gradients of the choices so far.
+        groups, group_positions, stages: what was dropped, where it belongs, and by which stage.
+        assigned: (B, L_full), the current patch token that stands for each original one, where tokens were merged.
+        sizes: (B, L, 1), how many tokens each merged one stands for.
+    """
+
+    x: Tensor
+    length: int
+    prefix: int = 0
+    rope: Tensor | None = None
+    content: Tensor | None = None
+    positions: Tensor | None = None
+    alive: Tensor | None = None
+    groups: list[Tensor] = field(default_factory=list)
+    group_positions: list[Tensor] = field(default_factory=list)
+    stages: list[int] = field(default_factory=list)
+    assigned: Tensor | None = None
+    sizes: Tensor | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing was dropped or merged."""
+        return self.positions is None and self.assigned is None
+
+    def parts(self) -> list[tuple[int, Tensor]]:
+        """Return (stage, tokens) of every dropped group, then (-1, the current rows)."""
+        return [*zip(self.stages, self.groups, strict=True), (-1, self.x)]
+
+    def all_positions(self) -> Tensor:
+        """Return (B, N), the positions of all dropped groups, then of the current rows."""
+        return torch.cat((*self.group_positions, self.positions), dim=1)
+
+    def last_values(self, x: Tensor | None = None) -> Tensor:
+        """Return the full sequence (B, P + L_full, D), each token as it was last computed.
+
+        Args:
+            x: current rows in place of `self.x`.
+        """
+        x = self.x if x is None else x
+        if self.assigned is not None:
+            patches = take(x[:, self.prefix :], self.assigned)
+            return torch.cat((x[:, : self.prefix], patches), dim=1)
+        return x if self.positions is None else unshuffle(torch.cat((*self.groups, x), dim=1), self.all_positions())
+
+
+class TokenReduction(nn.Module):
+    """Drops or merges tokens after chosen blocks.
+
+    Attributes:
+        locations: number of blocks that have run before each stage; 0 is right after the embedding.
+        ratios: share of the patch tokens that goes at each stage. They are no weights: `set_ratio` changes them at any
+            time, and a stage whose ratio is 0 does nothing at all.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        locations: Sequence[int],
+        ratios: Sequence[float],
+        *,
+        mode: Mode = "drop",
+        scorer: Scorer | Sequence[Scorer] = "mlp",
+        shared: bool = False,
+        tau: float = 1.0,
+        noise: bool = True,
+    ) -> None:
+        """Build the scorers.
+
+        Args:
+            dim: features of a token.
+            locations, ratios: see the class; of equal length, locations ascending.
+            mode: drop tokens, or merge similar ones (ToMe, which needs no scorer).
+            scorer, shared: kind, for all stages or each, and whether stages of one kind share one.
+            tau, noise: of the soft choice in training.
+        Raises:
+            ConfigError: locations and ratios do not fit each other or their bounds.
+        """
+        super().__init__()
+        self.locations = tuple(locations)
+        if list(self.locations) != sorted(set(self.locations)) or min(self.locations, default=0) < 0:
+            raise ConfigError(f"token_sparse: locations are ascending numbers of blocks, found {locations}")
+        self.mode = mode
+        kinds = [scorer] * len(self.locations) if isinstance(scorer, str) else list(scorer)
+        if len(kinds) != len(self.locations):
+            raise ConfigError(f"token_sparse: {len(kinds)} scorers for {len(self.locations)} locations")
+        self.scorers = make_scorers(kinds, dim, shared=shared) if mode == "drop" else None
+        self.topk = TopK(tau, noise)
+        self.set_ratio(ratios)
+
+    def set_ratio(self, ratio: float | Sequence[float]) -> None:
+        """Set the share of tokens that goes, for all stages or for each.
+
+        Raises:
+            ConfigError: another number of ratios than stages, or one outside 0 <= ratio < 1.
+        """
+        ratios = [ratio] * len(self.locations) if isinstance(ratio, (int, float)) else list(ratio)
+        if len(ratios) != len(self.locations) or not all(0 <= each < 1 for each in ratios):
+            raise ConfigError(
+                f"token_sparse: ratios are {len(self.locations)} numbers, one per location, 0 <= ratio < 1; "
+                f"found {ratio}"
+            )
+        self.ratios = tuple(float(each) for each in ratios)
+
+    @property
+    def active(self) -> bool:
+        """Whether any stage takes tokens away."""
+        return any(self.ratios)
+
+    def kept_counts(self, length: int) -> list[int]:
+        """Return the number of patch tokens after each stage, and warn where few are left (see FLOOR)."""
+        counts = []
+        for ratio in self.ratios:
+            length = keep_count(length, ratio)
+            counts.append(length)
+        if counts and counts[-1] < FLOOR and self.active:
+            _log.warning(
+                "token_sparse: only %d token(s) reach the last blocks, whose parameters then do next to nothing; "
+                "use a smaller ratio or fewer locations",
+                counts[-1],
+            )
+        return counts
+
+    def forward(self, sequence: Sequence3d, blocks_done: int, attention: Attention | None = None) -> Sequence3d:
+        """Shorten the sequence if a stage lies here; changes and returns it.
+
+        Args:
+            sequence: the tokens. blocks_done: blocks that have run.
+            attention: tells the attention that tokens receive in the block that comes next.
+        """
+        if blocks_done not in self.locations:
+            return sequence
+        stage = self.locations.index(blocks_done)
+        keep = keep_count(sequence.length, self.ratios[stage])
+        if keep == sequence.length:
+            return sequence
+        if self.mode == "merge":
+            return merge_steps(sequence, keep)
+        return self._drop(sequence, stage, keep, attention)
+
+    def _drop(self, now: Sequence3d, stage: int, keep: int, attention: Attention | None) -> Sequence3d:
+        batch, rows = now.x.shape[0], now.prefix + now.length
+        prefix, patches = now.x[:, : now.prefix], now.x[:, now.prefix :]
+        if now.positions is None:
+            now.positions = torch.arange(rows, device=now.x.device).expand(batch, -1)
+            now.alive = torch.ones(batch, rows, 1, dtype=now.x.dtype, device=now.x.device)
+        received = None if attention is None else lambda: attention(now.x, now.rope)
+        split = self.topk(self.scorers[stage](StageInput(patches, prefix, received, now.content)), keep)
+        policy = torch.cat((now.alive.new_ones(batch, now.prefix, 1), split.policy.to(now.x.dtype)), dim=1)
+        stays, goes = policy * now.alive, (1 - policy) * now.alive
+        first = torch.arange(now.prefix, device=now.x.device).expand(batch, -1)
+        kept, dropped = torch.cat((first, split.kept + now.prefix), dim=1), split.dropped + now.prefix
+        gone, left = take(now.x, dropped), take(now.x, kept)
+        if self.training:  # factors of 1 that carry the gradients of the soft choice
+            gone, left = gone * take(goes, dropped), left * take(stays, kept)
+        now.groups.append(gone)
+        now.stages.append(stage)
+        now.group_positions.append(now.positions.gather(1, dropped))
+        now.x, now.positions, now.alive = left, now.positions.gather(1, kept), take(stays, kept)
+        now.length = keep
+        now.rope = take_rope(now.rope, split.kept)
+        now.content = None if now.content is None else now.content.gather(1, split.kept)
+        return now
+
+    def extra_repr(self) -> str:
+        """Name the stages."""
+        return f"{self.mode} at {self.locations}, ratios {self.ratios}"
+
+
+def take_rope(rope: Tensor | None, index: Tensor) -> Tensor | None:
+    """Return the rows `index` (B, K) of a rotary embedding as (B, 1, K, E).
+
+    The axis for heads is explicit: timm before 1.0.19 adds one to three axes, later versions do not.
+    """
+    if rope is None:
+        return None
+    if rope.ndim == 2:
+        return rope[index].unsqueeze(1)
+    return take(rope.squeeze(1), index).unsqueeze(1)
+
+
+def set_ratio(network: nn.Module, ratio: float | Sequence[float]) -> int:
+    """Set the ratio of every token reduction in a network; return how many there are."""
+    found = [module for module in network.modules() if isinstance(module, TokenReduction)]
+    for module in found:
+        module.set_ratio(ratio)
+    return len(found)

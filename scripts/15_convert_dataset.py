@@ -1,0 +1,34 @@
+"""Write BTCV or MSD BraTS as a raw nnU-Net dataset, with the splits of the token-sparse paper.
+
+./run.sh scripts/15_convert_dataset.py btcv -i RawData/Training -o nnUNet_raw/Dataset120_BTCV
+./run.sh scripts/15_convert_dataset.py brats -i Task01_BrainTumour -o nnUNet_raw/Dataset121_BraTS
+nnU-Net takes splits_final.json from the preprocessed folder: copy it there after nnUNetv2_plan_and_preprocess.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from nnslim.errors import NNSlimError
+from nnslim.work.public_datasets import convert_brats, convert_btcv
+
+
+def main() -> int:
+    """Read the arguments and convert; 2 for input that cannot be used."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", choices=["btcv", "brats"])
+    parser.add_argument("-i", "--input", type=Path, required=True, help="downloaded folder")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write; must not exist")
+    chosen = parser.parse_args()
+    try:
+        {"btcv": convert_btcv, "brats": convert_brats}[chosen.dataset](chosen.input, chosen.output)
+    except NNSlimError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""Token sparsity as an edit of trained networks: nnU-Net's Primus, MONAI's UNETR."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from dynamic_network_architectures.architectures.primus import Primus, PrimusV2
+from monai.networks.nets import UNETR
+
+from nnslim.cost import measure_cost
+from nnslim.errors import ConfigError, SpecError
+from nnslim.methods.token_sparse import TokenSparseConfig, plan_token_sparse, set_ratio, token_sparse_edits
+from nnslim.methods.token_sparse.encoders import eva_attention, image_content
+from nnslim.operations import count_operations
+from nnslim.spec import SlimSpec, apply_spec, extend_spec, spec_of
+from nnslim.work.compress import compress
+from nnslim.work.config import SlimConfig, load_config
+
+SIZE = (32, 32, 24)  # 48 tokens
+
+
+def primus(kind=Primus, registers=0, **changes):
+    torch.manual_seed(1)
+    network = kind(1, 48, (8, 8, 8), 3, 4, 4, SIZE, num_register_tokens=registers, init_values=0.1, **changes)
+    for parameter in network.parameters():  # nothing at its initial 0 or 1
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    return network.eval()
+
+
+def unetr():
+    torch.manual_seed(1)
+    return UNETR(1, 3, (32, 32, 32), feature_size=4, hidden_size=24, mlp_dim=48, num_heads=2).eval()
+
+
+NETWORKS = {
+    "primus": (primus, SIZE),
+    "primus-v2": (lambda: primus(PrimusV2), SIZE),
+    "primus-registers": (lambda: primus(registers=2, scale_attn_inner=True), SIZE),
+    "primus-no-rope": (lambda: primus(use_rot_pos_emb=False), SIZE),
+    "unetr": (unetr, (32, 32, 32)),
+}
+CONFIGS = {
+    "default": {},
+    "energy": {"scorer": "energy", "locations": (0, 2)},
+    "air-then-mlp": {"scorer": ("air", "mlp"), "locations": (0, 2), "ratio": (0.25, 0.5)},
+    "mlp-fusion": {"scorer": "mlp", "completion": "fusion", "shared": True},
+    "att-fusion_v2": {"scorer": "att", "completion": "fusion_v2"},
+    "distance-mask": {"scorer": "distance", "completion": "mask", "skips": "completed"},
+    "merge": {"mode": "merge", "ratio": 0.7},
+    "random": {"scorer": "random"},
+}
+
+
+def sparse_of(network, **settings):
+    edits = token_sparse_edits(network, TokenSparseConfig(**settings))
+    return apply_spec(SlimSpec(edits), copy.deepcopy(network), fill=True)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_sparse_network_with_ratio_zero_is_the_dense_one_and_rebuilds_from_its_spec(name, config):
+    make, size = NETWORKS[name]
+    dense = make()
+    sparse = sparse_of(dense, **CONFIGS[config])
+    assert type(sparse) is type(dense)  # its forward is untouched
+    assert set(dense.state_dict()) <= set(sparse.state_dict())  # a dense checkpoint is a warm start
+    image = torch.randn(2, 1, *size)
+    with torch.no_grad():
+        expected, found = dense(image), sparse(image)
+        assert found.shape == expected.shape
+        assert not torch.allclose(found, expected)
+        rebuilt = apply_spec(SlimSpec.from_dict(spec_of(sparse).to_dict()), make())
+        rebuilt.load_state_dict(sparse.state_dict())
+        assert torch.equal(rebuilt(image), found)
+        assert torch.equal(copy.deepcopy(sparse)(image), found)
+        set_ratio(sparse, 0)
+        assert torch.equal(sparse(image), expected)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_learned_completion_starts_as_the_last_values(name):
+    make, size = NETWORKS[name]
+    dense, image = make(), torch.randn(1, 1, *size)
+    with torch.no_grad():
+        last = sparse_of(dense, scorer="energy")(image)
+        for completion in ("fusion", "fusion_v2"):
+            assert torch.allclose(sparse_of(dense, scorer="energy", completion=completion)(image), last, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_reach_every_new_weight(name):
+    make, size = NETWORKS[name]
+    dense = make().train()
+    dense(torch.randn(1, 1, *size)).square().mean().backward()
+    idle = {n.split(".")[-2] for n, p in dense.named_parameters() if p.grad is None}  # MONAI's cross attention
+    sparse = sparse_of(dense, scorer="mlp", completion="fusion").train()
+    torch.manual_seed(0)
+    for _ in range(2):  # the branches that start at 0 pass gradients on after the first step
+        sparse.zero_grad()
+        sparse(torch.randn(1, 1, *size)).square().mean().backward()
+        with torch.no_grad():
+            for parameter in sparse.parameters():
+                parameter -= 1e-2 * (0 if parameter.grad is None else parameter.grad)
+    new = {n: p for n, p in sparse.named_parameters() if "reduction" in n or "completion" in n}
+    assert new
+    assert [n for n, p in new.items() if p.grad is None and n.split(".")[-2] not in idle] == []
+    scorers = [p for n, p in new.items() if "scorers" in n]
+    assert all(p.grad.abs().sum() > 0 for p in scorers)
+
+
+def test_rotary_embedding_follows_the_tokens():
+    """Without learned positions a kept token must be as it is in a network that never had the others."""
+    dense = primus(use_abs_pos_embed=False).eva
+    from nnslim.methods.token_sparse.reduction import take_rope
+
+    rope, kept = dense.rope.get_embed(), torch.tensor([[3, 7, 20, 41]])
+    x = torch.randn(1, 4, 48)
+    assert torch.allclose(dense.blocks[0](x, rope=take_rope(rope, kept)), dense.blocks[0](x, rope=rope[kept[0]]))
+
+
+def test_attention_scorer_is_the_attention_of_the_block(monkeypatch):
+    block, rope = primus().eva.blocks[1], primus().eva.rope.get_embed()
+    x = torch.randn(2, 48, 48)
+    seen = []
+    block.attn.fused_attn = False
+    block.attn.attn_drop.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    with torch.no_grad():
+        block(x, rope=rope)
+        found = eva_attention(block, x, rope, 0)
+    assert torch.allclose(found, seen[0].mean(dim=(1, 2)), atol=1e-6)
+
+
+def test_air_scorer_sees_the_image_and_keeps_the_body():
+    image = torch.full((1, 1, *SIZE), -1.0)
+    image[..., 8:24, 8:24, :16] = torch.randn(16, 16, 16)  # 2 x 2 x 2 tokens of body in 4 x 4 x 3
+    content = image_content(image, 48)
+    assert (content > 0.1).sum() == 8
+    sparse = sparse_of(primus(), scorer="air", locations=(0,), ratio=0.8)
+    kept = []
+    sparse.eva.reduction.register_forward_hook(lambda _, __, now: kept.append(now.positions))
+    with torch.no_grad():
+        sparse(image)
+    assert set(content[0].nonzero().flatten().tolist()) <= set(kept[0][0].tolist())
+
+
+def test_macs_of_primus_m_are_those_of_the_sheet():
+    giga = {}
+    with torch.device("meta"):
+        dense = Primus(1, 864, (8, 8, 8), 14, 16, 12, (96, 96, 96), init_values=0.1, scale_attn_inner=True)
+    giga["dense"] = count_operations(dense, (1, 1, 96, 96, 96)).macs() / 1e9
+    assert giga["dense"] == pytest.approx(338.0, abs=0.1)
+    assert measure_cost(dense, (1, 1, 96, 96, 96)).macs() / 1e9 == pytest.approx(338.0, abs=0.1)
+    for ratio, expected in ((0.5, 178.1), (0.75, 138.0), (0.9, 122.9)):
+        settings = {"ratio": ratio, "scorer": "mlp", "completion": "fusion"}
+        sparse = extend_spec(token_sparse_edits(dense, TokenSparseConfig(**settings)), copy.deepcopy(dense))
+        # the sheet's completion has another inner design, so within 2 %
+        assert count_operations(sparse, (1, 1, 96, 96, 96)).macs() / 1e9 == pytest.approx(expected, rel=0.02)
+
+
+def test_plan_tells_what_the_encoder_costs_before_and_after():
+    dense = primus()
+    cost = measure_cost(dense, (1, 1, *SIZE))
+    plan = plan_token_sparse(dense, TokenSparseConfig(ratio=0.5, scorer="energy"), cost)
+    (decision,) = plan.decisions
+    assert (decision.layer, decision.action, decision.shape) == ("eva", "token_sparse", (48, 48))
+    assert decision.macs_before == count_operations(dense, (1, 1, *SIZE)).macs("torch", "eva")
+    assert decision.macs_after < 0.7 * decision.macs_before
+    assert decision.parameters_after == decision.parameters_before
+
+
+def test_compress_with_images_fits_the_completion_and_errs_less():
+    from nnslim.methods.token_sparse.plan import fit_completion
+
+    torch.manual_seed(0)
+    dense = primus()
+    tiles = [torch.randn(1, 1, *SIZE) for _ in range(12)]
+    config = TokenSparseConfig(ratio=0.5, scorer="energy", completion="fusion")
+    slim = sparse_of(dense, **config.model_dump(include={"ratio", "scorer", "completion"}))
+    cost = measure_cost(dense, (1, 1, *SIZE))
+    before = fit_completion(dense, slim, config, cost, tiles, compensate=False)
+    after = fit_completion(dense, slim, config, cost, tiles)
+    assert after["eva"] < 0.9 * before["eva"]
+
+
+def test_compress_gives_the_same_weights_twice_and_counts_the_saving():
+    dense = primus()
+    settings = load_config({"methods": [{"method": "token_sparse", "ratio": 0.5}], "run": {"guard": False}})
+    assert isinstance(settings, SlimConfig)
+    first, second = (compress(dense, [dense.state_dict()], settings, (1, 1, *SIZE)) for _ in range(2))
+    assert all(torch.equal(first.weights[0][key], second.weights[0][key]) for key in first.weights[0])
+    assert first.slim.macs < 0.75 * first.dense.macs
+
+
+def test_network_without_transformer_is_refused(tiny_net, tiny_shape):
+    with pytest.raises(ConfigError, match="no transformer encoder"):
+        plan_token_sparse(
+            tiny_net("plain3d"), TokenSparseConfig(), measure_cost(tiny_net("plain3d"), tiny_shape("plain3d"))
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ratio": 1.0}, "0 <= ratio < 1"),
+        ({"locations": (3, 1)}, "ascending"),
+        ({"locations": (1, 3), "ratio": (0.5,)}, "ratio lists 1 values for 2 locations"),
+        ({"scorer": "best"}, "scorer"),
+        ({"colour": 1}, "unknown key 'colour'"),
+    ],
+)
+def test_config_faults_are_named(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config({"methods": [{"method": "token_sparse", **settings}]})
+
+
+def test_location_beyond_the_depth_is_refused_and_changes_nothing():
+    network = primus()
+    before = list(dict(network.named_modules()))
+    with pytest.raises(SpecError, match="location 9 is beyond its 4 blocks"):
+        apply_spec(SlimSpec(token_sparse_edits(network, TokenSparseConfig(locations=(9,)))), network)
+    assert list(dict(network.named_modules())) == before
+
+
+@pytest.mark.parametrize("config", ["mlp-fusion", "merge"])
+def test_sparse_primus_compiles_whole_in_training_and_evaluation(config):
+    sparse = sparse_of(primus(), **CONFIGS[config])
+    image = torch.randn(1, 1, *SIZE)
+    explained = torch.compile(sparse, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.allclose(explained(image), sparse(image), atol=1e-5)
+    torch.compile(sparse.train(), fullgraph=True, backend="aot_eager")(image).square().mean().backward()
+
+
+@pytest.mark.parametrize("config", ["default", "mlp-fusion", "merge", "air-then-mlp"])
+def test_sparse_primus_runs_in_openvino(config):
+    import openvino
+
+    sparse = sparse_of(primus(), **CONFIGS[config])
+    image = torch.randn(1, 1, *SIZE)
+    with torch.no_grad():
+        expected = sparse(image)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's tracer warns of every size that it takes for a constant
+        model = openvino.convert_model(sparse, example_input=image)
+    compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = torch.from_numpy(compiled(image.numpy())[0])
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
