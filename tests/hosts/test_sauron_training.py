@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,17 +211,16 @@ def test_S14_loss_is_nnunets_own_plus_lambda_times_the_distance(world, results):
 
 def test_stock_command_finds_the_trainer_by_name(world, results, monkeypatch):
     pytest.importorskip("nnunetv2.utilities.find_objects", reason="nnUNet_extTrainer came with nnU-Net 2.8")
-    from nnunetv2.run.run_training import run_training_entry
-
     import nnslim.hosts.nnunet.trainers as trainers
 
     monkeypatch.setenv("nnUNet_extTrainer", trainers.__path__[0])
     monkeypatch.setenv("NNSLIM_SAURON", BITES.model_copy(update={"epochs": 2, "settle": 0.0}).model_dump_json())
-    command = "nnUNetv2_train 998 3d_fullres 0 -tr nnUNetTrainerSauron -device cpu"
-    monkeypatch.setattr(sys, "argv", command.split())
-    threads = torch.get_num_threads()
-    run_training_entry()
-    torch.set_num_threads(threads)
+    # In a process of its own: where TotalSegmentator is imported after nnU-Net's trainer, nnU-Net's validation cannot
+    # send its export to other processes.
+    code = "from nnunetv2.run.run_training import run_training_entry as run; run()"
+    options = ["998", "3d_fullres", "0", "-tr", "nnUNetTrainerSauron", "-device", "cpu"]
+    done = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
     final = final_of(results / NAME)
     assert final["current_epoch"] == 2 and final["trainer_name"] == "nnUNetTrainer"
     assert (results / NAME / "fold_0" / "validation" / "summary.json").is_file()

@@ -72,14 +72,14 @@ def compress_folder(
             "--start MODEL for a trained one)"
         )
     model = built_from_plans(model) if config.active else model
-    network, before = build_network(model), ()
-    if model.is_slim and config.active:
-        network, before = pruned_base(model, network)
     if config.active and not builds_from_plans(trainer_class(model.trainer_name)):
         raise ModelFolderError(
             f"{model.path}: trainer {model.trainer_name} builds its network itself, not from plans.json, so stock "
             "nnU-Net could not load a slim folder; use NNSlimContext (or nnslim run) for this model"
         )
+    network, before = build_network(model), ()
+    if model.is_slim and config.active:
+        network, before = pruned_base(model, network)
     config, target = config.with_images(images), Path(target)
     state = target.with_name(f".{target.name}.recovery")
     with whole_folder(target) as side:
