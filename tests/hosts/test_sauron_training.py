@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_predictor, random_data, write_ball_dataset
+from sauron_ranks import train_rank
 
 from nnslim.context import NNSlimContext
 from nnslim.errors import ConfigError, InputError, OutputError
@@ -335,30 +336,6 @@ class nnUNetTrainerGloo(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.device, self.grad_scaler = torch.device("cpu"), None
 '''
-
-
-def train_rank(rank, port, config):
-    """One of two processes of a training."""
-    import os
-
-    import torch.distributed as dist
-
-    from nnslim.hosts.nnunet.folder import trainer_class
-
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    folder = Path(os.environ["nnUNet_preprocessed"]) / "Dataset998_Ball"
-    plans, dataset = (json.loads((folder / name).read_text()) for name in ("nnUNetPlans.json", "dataset.json"))
-    cls = sauron_trainer_class(config, trainer_class("nnUNetTrainerGloo"))
-    trainer = cls({**plans, "continue_training": False}, "3d_fullres", 0, dataset, torch.device("cpu"))
-    trainer.run_training()
-    widths = [None, None]
-    dist.all_gather_object(widths, widths_of(trainer.pruner.network))
-    assert widths[0] == widths[1] != trainer._widths
-    mine = torch.cat([p.detach().flatten() for p in trainer.network.parameters()])
-    theirs = [torch.zeros_like(mine), torch.zeros_like(mine)]
-    dist.all_gather(theirs, mine)
-    assert torch.equal(theirs[0], theirs[1])
-    dist.destroy_process_group()
 
 
 def test_two_processes_remove_the_same_filters(world, results, tmp_path, monkeypatch):
