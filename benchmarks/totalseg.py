@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import statistics
 import sys
 import tempfile
@@ -49,6 +50,7 @@ class Clock:
     def load(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap `initialize_from_trained_model_folder`; in the context compression is part of it."""
 
+        @functools.wraps(original)
         def initialize_from_trained_model_folder(*args: Any, **options: Any) -> Any:
             started = time.perf_counter()
             made = original(*args, **options)
@@ -60,6 +62,7 @@ class Clock:
     def forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap `predict_logits_from_preprocessed_data`."""
 
+        @functools.wraps(original)
         def predict_logits_from_preprocessed_data(*args: Any, **options: Any) -> Any:
             started = time.perf_counter()
             self.seconds["preprocess"] += started - self._since
@@ -73,6 +76,7 @@ class Clock:
     def files(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap `predict_from_files`."""
 
+        @functools.wraps(original)  # whose signature nnU-Net asks for
         def predict_from_files(*args: Any, **options: Any) -> Any:
             self._since = time.perf_counter()
             made = original(*args, **options)
@@ -173,7 +177,10 @@ def main() -> None:
         "inside, dense": from_dict({"methods": [], "run": {"backend": "eager"}}),
         f"inside, Tucker {args.rank_factor:g}": from_dict({"methods": [slim], "run": {"backend": "eager"}}),
     }
-    import totalsegmentator.python_api  # noqa: F401  imports are nobody's stage
+    from totalsegmentator.python_api import setup_nnunet
+
+    setup_nnunet()  # nnU-Net's folders: some versions read them as they are imported
+    import totalsegmentator.nnunet  # noqa: F401  patches nnU-Net's predictor: the clock goes around that
 
     table: list[dict[str, Any]] = []
     try:
