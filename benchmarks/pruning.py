@@ -1,0 +1,332 @@
+"""Train, prune and score networks side by side, each by the commands that a user has: pruning.csv, pruning.md.
+
+scratch   nnU-Net, Sauron, and Sauron without its loss (lambda 0) from random weights: same trainer, epochs and seed.
+start     from a trained model: Sauron, and L1, FPGM, random and Torch-Pruning, which prune at once; then the same
+          number of iterations of the same trainer for all of them.
+composed  Tucker, and Tucker with eight bits, on the model that Sauron pruned from the trained one.
+
+All are predicted by stock nnU-Net (those in eight bits by nnslim) without mirroring and scored on test images; then one
+forward pass of each is timed in alternated rounds. Rows whose folder is finished are kept: an interrupted run goes on.
+nnUNet_raw and nnUNet_preprocessed must be set, and the dataset preprocessed.
+
+Example: ./run.sh benchmarks/pruning.py -d 4 -m MODEL --test-images imagesTs --test-labels labelsTs -o pruning
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_PLANS = "nnUNetSmallPlans"
+_NNSLIM = (sys.executable, "-m", "nnslim.cli")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    Attributes:
+        name: of the row and of its folder. part: scratch, start or composed.
+        settings: of Sauron, for the training.
+        pruned: how the start of the training was pruned at once: settings of the method `filters`, or torch-pruning.
+        source: row that is compressed further, with `methods`, in place of a training.
+        precision: that the row runs in. backend: that it is timed with besides eager.
+    """
+
+    name: str
+    part: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    pruned: dict[str, Any] | str | None = None
+    source: str = ""
+    methods: tuple[dict[str, Any], ...] = ()
+    precision: str = "f32"
+
+
+# Nothing is pruned: the share of the epochs, at the end, in which nothing is removed is all of them.
+_PLAIN = {"strength": 0, "settle": 0.999, "batches": 1}
+
+
+def all_rows(args: argparse.Namespace) -> list[Row]:
+    """Return the rows in the order in which they are made."""
+    sauron = {"macs": args.macs, "reach": args.reach, "min_filters": 4}
+    after = {"macs": args.start_macs, "reach": args.reach, "min_filters": 4}
+    rows = [
+        Row("nnunet", "scratch", _PLAIN),
+        Row("sauron", "scratch", sauron),
+        Row("sauron-lambda0", "scratch", {**sauron, "strength": 0}),
+        Row("start-nnunet", "start", _PLAIN),
+        Row("start-sauron", "start", after),
+        Row("start-sauron-lambda0", "start", {**after, "strength": 0}),
+    ]
+    for importance in ("l1", "fpgm", "random"):
+        method = {"method": "filters", "importance": importance, "macs": args.start_macs, "min_filters": 4}
+        rows.append(Row(f"start-{importance}", "start", _PLAIN, method))
+    rows.append(Row("start-torch-pruning", "start", _PLAIN, "torch-pruning"))
+    for factor in args.rank_factors:
+        tucker = ({"method": "tucker", "rank_factor": factor, "rank_min": 8},)
+        rows.append(Row(f"start-sauron-tucker-{factor:g}", "composed", source="start-sauron", methods=tucker))
+    rows.append(Row("start-sauron-int8", "composed", source="start-sauron", precision="int8"))
+    rows.append(
+        Row(f"start-sauron-tucker-{factor:g}-int8", "composed", source="start-sauron", methods=tucker, precision="int8")
+    )
+    return [row for row in rows if row.part in args.parts and (args.rows is None or row.name in args.rows)]
+
+
+def run(command: Sequence[str | Path], results: Path, log: Path) -> None:
+    """Run a command with a results folder of its own; what it prints goes to a log file."""
+    environment = {**os.environ, "nnUNet_results": str(results), "nnUNet_n_proc_DA": "0"}
+    with log.open("a", encoding="utf-8") as file:
+        print("$", *command, file=file, flush=True)
+        subprocess.run([str(part) for part in command], env=environment, stdout=file, stderr=file, check=True)
+
+
+def use_small_network(settings: dict[str, Any]) -> None:
+    """Halve the widths of a configuration and cut its patch to at most 40 voxels: what two cores can train."""
+    arguments = settings["architecture"]["arch_kwargs"]
+    arguments["features_per_stage"] = [width // 2 for width in arguments["features_per_stage"]]
+    settings["patch_size"] = [min(40, 8 * round(0.8 * size / 8)) for size in settings["patch_size"]]
+
+
+def make(row: Row, args: argparse.Namespace) -> Path:
+    """Train or compress what the row stands for, unless that is done, and return its model folder."""
+    folder = args.output / row.name
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.txt"
+    if row.source:
+        return compressed(row, args, folder, log)
+    start = None
+    if row.part == "start":
+        start = args.model if row.pruned is None else pruned_start(row, args, folder, log)
+    found = trained(folder)
+    if found is not None and (found / "fold_0" / "checkpoint_final.pth").is_file():
+        return found
+    config = folder / "config.yml"
+    config.write_text(yaml.safe_dump({"version": 1, "methods": [{"method": "sauron", **row.settings}]}))
+    epochs, rate = (args.epochs, args.rate) if start is None else (args.start_epochs, args.start_rate)
+    command = [*_NNSLIM, "train", "-d", args.dataset, "-c", config, "-f", "0", "--seed", args.seed, "--quiet"]
+    command += ["--epochs", epochs, "--iterations", args.iterations, "--validation-iterations", 4]
+    command += ["--batch-size", args.batch_size, "--learning-rate", rate]
+    command += ["-p", _PLANS] if start is None else ["--start", start]
+    if found is not None and (found / "fold_0" / "checkpoint_latest.pth").is_file():
+        command.append("--continue")
+    run(command, folder, log)
+    return trained(folder)
+
+
+def trained(folder: Path) -> Path | None:
+    """Return the results folder that a row has written, if there is one."""
+    return next(iter(sorted(folder.glob("Dataset*/nnUNetTrainerSauron__*"))), None)
+
+
+def pruned_start(row: Row, args: argparse.Namespace, folder: Path, log: Path) -> Path:
+    """Prune the trained model at once, without training, and return the folder."""
+    target = folder / "pruned"
+    if target.is_dir():
+        return target
+    if row.pruned == "torch-pruning":
+        return torch_pruned(args, target)
+    config = folder / "pruned.yml"
+    config.write_text(yaml.safe_dump({"version": 1, "methods": [row.pruned], "run": {"guard": False}}))
+    run([*_NNSLIM, "compress", "-m", args.model, "-o", target, "-c", config, "-f", "0", "--quiet"], folder, log)
+    return target
+
+
+def torch_pruned(args: argparse.Namespace, target: Path) -> Path:
+    """Let Torch-Pruning prune the trained model; its widths become a SlimSpec, so that all else is the same."""
+    from peers import prune
+
+    from nnslim.hosts.nnunet.folder import build_network, input_shape, read_model_folder
+    from nnslim.hosts.nnunet.write import write_network
+    from nnslim.spec import SlimSpec, apply_spec
+    from nnslim.surgery.narrow import narrow_edits, widths_of
+    from nnslim.work.passes import network_facts
+
+    model = read_model_folder(args.model, [0])
+    network, slim, shape = build_network(model), build_network(model), input_shape(model)
+    facts = network_facts(network, shape)
+    pruned = prune(network, shape, int(args.start_macs * facts["macs"]))
+    apply_spec(SlimSpec(narrow_edits(widths_of(network), pruned)), slim)
+    slim.load_state_dict(pruned.state_dict())
+    write_network(model, slim, target)
+    return target
+
+
+def compressed(row: Row, args: argparse.Namespace, folder: Path, log: Path) -> Path:
+    """Compress the model of another row further, by the user's command."""
+    source, target = trained(args.output / row.source), folder / "slim"
+    if source is None:
+        raise SystemExit(f"{row.name} compresses row {row.source}, which is not there")
+    if not target.is_dir():
+        config = folder / "config.yml"
+        recovery = {"steps": args.steps if row.methods else 0}
+        content = {"version": 1, "methods": list(row.methods), "recovery": recovery}
+        content["run"] = {"guard": False, "backend": "openvino", "precision": row.precision}
+        config.write_text(yaml.safe_dump(content))
+        run([*_NNSLIM, "compress", "-m", source, "-o", target, "-c", config, "-i", args.images, "-f", "0"], folder, log)
+    return target
+
+
+def score(row: Row, model: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Predict the test images and return the mean Dice, and that of each class."""
+    from nnslim.work.evaluation.classes import read_dataset_json
+    from nnslim.work.evaluation.folders import evaluate_folders
+
+    folder = args.output / row.name
+    predictions = folder / "predictions"
+    if not (predictions / "done").is_file():
+        arguments = ["-i", args.test_images, "-o", predictions, "-m", model]
+        if row.precision == "int8":
+            command = [*_NNSLIM, "predict", *arguments, "--backend", "openvino", "--precision", "int8", "--quiet"]
+            run(command, folder, folder / "log.txt")
+        else:
+            predict_stock(model, args.test_images, predictions)
+        (predictions / "done").touch()
+    classes = read_dataset_json(model / "dataset.json")
+    found = evaluate_folders(predictions, args.test_labels, classes, surfaces=False, workers=1)
+    by_class = {one.name: value for one, value in zip(found.classes, found.class_means("dice"), strict=True)}
+    return {"dice": found.mean("dice"), **{f"dice_{name}": float(value) for name, value in by_class.items()}}
+
+
+def predict_stock(model: Path, images: Path, target: Path) -> None:
+    """Predict a folder by nnU-Net's own predictor, case after case in this process, without mirroring."""
+    import torch
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model), (0,))
+    with open(os.devnull, "w") as sink, redirect_stdout(sink):  # noqa: PTH123
+        predictor.predict_from_files_sequential(str(images), str(target))
+
+
+def history(model: Path) -> dict[str, float]:
+    """Return the seconds of a training: in all, and per epoch at its beginning and its end (medians of three)."""
+    path = model / "fold_0" / "pruning.csv"
+    if not path.is_file():
+        return {}
+    with path.open(newline="") as file:
+        seconds = list({row["epoch"]: float(row["seconds"]) for row in csv.DictReader(file)}.values())
+    first, last = statistics.median(seconds[:3]), statistics.median(seconds[-3:])
+    return {"training_seconds": sum(seconds), "epoch_seconds_first": first, "epoch_seconds_last": last}
+
+
+def facts_of(model: Path, kept: Path) -> dict[str, int]:
+    """Return the counts of a model, and keep its network for the timing."""
+    from nnslim.hosts.nnunet.folder import build_network, input_shape, read_model_folder
+    from nnslim.work.passes import keep_network, network_facts
+
+    source = read_model_folder(model, [0])
+    network, shape = build_network(source), input_shape(source)
+    keep_network(network, kept)
+    facts = network_facts(network, shape)
+    return {"parameters": facts["parameters"], "macs": facts["macs"], "shape": shape}
+
+
+def time_rows(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Time one forward pass of each row, stock and by nnslim's best backends, in alternated rounds."""
+    from nnslim.work.alternate import measure
+    from nnslim.work.passes import Way, job_of
+
+    def jobs_of(column: str, make_way: Callable[[dict[str, Any]], Way]) -> list[tuple[str, dict[str, Any], Any]]:
+        return [(column, row, job_of(row["row"], row["kept"], row["shape"], make_way(row))) for row in rows]
+
+    threads = args.threads
+    wanted = jobs_of("stock_ms", lambda row: Way("stock", threads=threads))
+    wanted += jobs_of("openvino_ms", lambda row: Way("openvino", row["precision"], threads))
+    timings = measure([job for _, _, job in wanted], args.rounds, limit_memory=False)
+    for (column, row, _), timing in zip(wanted, timings, strict=True):
+        row[column] = round(1e3 * statistics.median(timing.seconds), 1) if timing.seconds else timing.error[:60]
+
+
+_COLUMNS = ("row", "parameters", "gmacs", "macs_share", "dice", "stock_ms", "openvino_ms", "precision")
+_COLUMNS += ("training_seconds", "epoch_seconds_first", "epoch_seconds_last")
+
+
+def write_tables(rows: Sequence[dict[str, Any]], output: Path) -> str:
+    """Write pruning.csv and pruning.md, and return the latter."""
+    classes = [key for key in rows[0] if key.startswith("dice_")]
+    columns = [*_COLUMNS[:5], *classes, *_COLUMNS[5:]]
+    with (output / "pruning.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(_shown(row.get(key, "")) for key in columns) + " |" for row in rows]
+    text = "\n".join(lines) + "\n"
+    (output / "pruning.md").write_text(text)
+    return text
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}" if value < 2 else f"{value:.1f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-d", "--dataset", required=True, help="number or name")
+    parser.add_argument("-m", "--model", type=Path, required=True, help="trained model folder, fold 0")
+    parser.add_argument("-i", "--images", type=Path, help="unlabelled images for the composed rows")
+    parser.add_argument("--test-images", type=Path, required=True)
+    parser.add_argument("--test-labels", type=Path, required=True)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder")
+    parser.add_argument("--parts", nargs="+", default=["scratch", "start", "composed"])
+    parser.add_argument("--rows", nargs="+", help="names; default: all of the parts")
+    parser.add_argument("--epochs", type=int, default=24, help="from scratch (24)")
+    parser.add_argument("--start-epochs", type=int, default=12, help="from the trained model (12)")
+    parser.add_argument("--iterations", type=int, default=50, help="per epoch (50)")
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--rate", type=float, default=1e-2, help="learning rate from scratch (0.01)")
+    parser.add_argument("--start-rate", type=float, default=5e-3, help="from the trained model (0.005)")
+    parser.add_argument("--macs", type=float, default=0.19, help="share of the MACs that is left, from scratch (0.19)")
+    parser.add_argument("--start-macs", type=float, default=0.25, help="from the trained model (0.25)")
+    parser.add_argument("--reach", type=float, default=0.6, help="share of the epochs by which it is reached (0.6)")
+    parser.add_argument("--rank-factors", type=float, nargs="+", default=[0.5, 0.3], help="of the composed rows")
+    parser.add_argument("--steps", type=int, default=200, help="of recovery, composed rows (200)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2, help="of the timed passes (2)")
+    parser.add_argument("--rounds", type=int, default=5, help="of the timing; 0: none")
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    args.output = args.output.resolve()
+    args.output.mkdir(parents=True, exist_ok=True)
+    if "scratch" in args.parts:
+        from nnslim.hosts.nnunet.short_training import derive_plans
+
+        data = next(Path(os.environ["nnUNet_preprocessed"]).glob(f"Dataset{int(args.dataset):03d}_*"))
+        derive_plans(data, _PLANS, "3d_fullres", use_small_network)
+    rows = []
+    for row in all_rows(args):
+        started = time.perf_counter()
+        model = make(row, args)
+        kept = args.output / row.name / "network.pt"
+        facts = facts_of(model, kept)
+        result = {"row": row.name, "part": row.part, "precision": row.precision, "kept": kept, **facts}
+        result |= {"gmacs": facts["macs"] / 1e9, **score(row, model, args), **history(model)}
+        rows.append(result)
+        first = next(one for one in rows if (one["part"] == "scratch") == (row.part == "scratch"))
+        result["macs_share"] = facts["macs"] / first["macs"]
+        print(f"{row.name}: Dice {result['dice']:.4f}, {time.perf_counter() - started:.0f} s", flush=True)
+        write_tables(rows, args.output)
+    if args.rounds:
+        time_rows(rows, args)
+    print(write_tables(rows, args.output))
+
+
+if __name__ == "__main__":
+    main()
