@@ -18,8 +18,9 @@ from sauron_ranks import train_rank
 
 from nnslim.context import NNSlimContext
 from nnslim.errors import ConfigError, InputError, OutputError
-from nnslim.hosts.nnunet.folder import build_network, load_checkpoint, read_model_folder
+from nnslim.hosts.nnunet.folder import build_network, load_checkpoint, read_model_folder, trainer_class
 from nnslim.hosts.nnunet.sauron import TrainingRun, sauron_trainer_class, train_dataset
+from nnslim.hosts.nnunet.sauron import train as train_module
 from nnslim.hosts.nnunet.short_training import preprocess_once
 from nnslim.methods.sauron import SauronConfig
 from nnslim.spec import spec_of
@@ -349,3 +350,42 @@ def test_two_processes_remove_the_same_filters(world, results, tmp_path, monkeyp
     torch.multiprocessing.spawn(train_rank, args=(_free_port(), BITES), nprocs=2, join=True)
     (folder,) = results.iterdir()
     assert final_of(folder)["trainer_name"] == "nnUNetTrainerGloo"
+
+
+def test_trainer_with_sauron_in_it_gets_it_once():
+    plain = trainer_class("nnUNetTrainerNoMirroring")
+    once = sauron_trainer_class(SauronConfig(), plain)
+    twice = sauron_trainer_class(BITES, once)
+    assert twice.__bases__ == once.__bases__ and twice.sauron is BITES
+    assert twice.__name__ == "nnUNetTrainerNoMirroringSauron" and twice.plain_name == "nnUNetTrainerNoMirroring"
+
+
+def test_compiled_network_is_unwrapped_narrowed_and_compiled_again(world, results, monkeypatch):
+    compiled = []
+
+    def aot_eager(network):
+        """torch.compile as it traces and differentiates, without its minutes of code generation."""
+        compiled.append(network)
+        return torch._dynamo.optimize("aot_eager")(network)
+
+    class Compiled(trainer_class("nnUNetTrainer")):
+        def _do_i_compile(self):
+            return True
+
+    Compiled.__name__ = "nnUNetTrainer"
+    monkeypatch.setattr(torch, "compile", aot_eager)
+    monkeypatch.setattr(train_module, "sauron_trainer_class", lambda config: sauron_trainer_class(config, Compiled))
+    folder = train_dataset(BITES, RUN)
+    rows, plain = rows_of(folder), rows_of(world.whole)
+    assert [row["filters"] for row in rows] == [row["filters"] for row in plain]
+    removals = sum(any(int(row["removed"]) for row in plain if row["epoch"] == str(epoch)) for epoch in range(4))
+    assert removals and len(set(map(id, compiled))) == 1
+    assert len(compiled) == 1 + removals
+    assert [float(row["train_loss"]) for row in rows] == pytest.approx(
+        [float(row["train_loss"]) for row in plain], abs=1e-4
+    )
+    weights = final_of(folder)["network_weights"]
+    assert not any("_orig_mod" in key for key in weights)
+    assert {key: value.shape for key, value in weights.items()} == {
+        key: value.shape for key, value in final_of(world.whole)["network_weights"].items()
+    }

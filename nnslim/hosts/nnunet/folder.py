@@ -163,11 +163,18 @@ def read_model_folder(
         configuration = first["init_args"]["configuration"]
     except (KeyError, TypeError) as error:
         raise ModelFolderError(f"{path}: the checkpoint does not say its configuration") from error
-    managers = _managers(path, plans, dataset, configuration)
+    managers = managers_of(path, plans, dataset, configuration)
     return ModelFolder(path, plans, dataset, name, checkpoints, configuration, str(first["trainer_name"]), *managers)
 
 
-def _managers(path: Path, plans: dict[str, Any], dataset: dict[str, Any], configuration: str) -> tuple[Any, Any]:
+def managers_of(path: Path, plans: dict[str, Any], dataset: dict[str, Any], configuration: str) -> tuple[Any, Any]:
+    """Return nnU-Net's managers of the plans and of one configuration.
+
+    Args:
+        path: of the model folder, for messages. plans, dataset: contents of plans.json and dataset.json.
+    Raises:
+        ModelFolderError: the plans lack the configuration, or nnU-Net cannot read what they hold.
+    """
     check_version(nnunet_version())
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 

@@ -14,7 +14,7 @@ from typing import Any
 from dynamic_network_architectures.architectures import primus
 from torch import nn
 
-from nnslim.hosts.nnunet.folder import ModelFolder, _managers, build_untrained, builds_from_plans, trainer_class
+from nnslim.hosts.nnunet.folder import ModelFolder, build_untrained, builds_from_plans, managers_of, trainer_class
 from nnslim.hosts.nnunet.plans import resolved
 from nnslim.methods.token_sparse.unetr import TokenSparseUNETR
 
@@ -113,7 +113,7 @@ def built_from_plans(model: ModelFolder) -> ModelFolder:
     if architecture is None:
         return model
     plans = plans_with_architecture(model.plans, model.configuration, architecture)
-    managers = _managers(model.path, plans, model.dataset, model.configuration)
+    managers = managers_of(model.path, plans, model.dataset, model.configuration)
     checkpoints = {fold: {**content, "trainer_name": PLAIN_TRAINER} for fold, content in model.checkpoints.items()}
     return replace(
         model,

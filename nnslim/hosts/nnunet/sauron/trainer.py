@@ -314,6 +314,6 @@ def sauron_trainer_class(config: SauronConfig | None = None, base: type | None =
     config = config or sauron_settings()
     base = base or trainer_class(config.base or "nnUNetTrainer")
     if issubclass(base, SauronTraining):
-        base = base.__mro__[2]
+        base = next(cls for cls in base.__mro__ if not issubclass(cls, SteadyTraining))
     made = {"sauron": config, "plain_name": base.__name__, "__module__": __name__}
     return type(f"{base.__name__}Sauron", (SauronTraining, base), made)
