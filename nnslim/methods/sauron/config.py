@@ -49,6 +49,11 @@ class SauronConfig(MethodConfig):
         description="share of the epochs by which macs or params is reached, with lower thresholds or without; none: "
         "thresholds alone decide",
     )
+    ranking: Literal["uniform", "global"] = Field(
+        "uniform",
+        description="what goes first on the way to macs or params: filters of the layer that has lost least of its "
+        "width, or the nearest to their references of all layers",
+    )
     settle: float = Field(0.1, ge=0, lt=1, description="share of the epochs, at the end, in which nothing is removed")
     seed: int = Field(0, ge=0, description="of references, augmentation and first weights")
     start: Path | None = Field(None, description="trained model folder to start from; none: from scratch")

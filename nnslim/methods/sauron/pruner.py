@@ -43,7 +43,7 @@ class Pruner:
     Attributes:
         network: plain; narrowed in place.
         states: of each group. channels: groups of the network as it is. watch: on its maps.
-        cost: counts as it is. before: counts at the start of the training.
+        cost: counts as it is. before: counts at the start of the training. full: channels of each group then.
     """
 
     def __init__(self, network: nn.Module, shape: Sequence[int], config: SauronConfig, epochs: int) -> None:
@@ -57,6 +57,7 @@ class Pruner:
         self._look()
         self.states = {name: LayerState() for name in self.channels.groups}
         self.before = self.cost
+        self.full = {name: group.channels for name, group in self.channels.groups.items()}
         self.medoids: dict[str, int] = {}
 
     def _look(self) -> None:
@@ -131,12 +132,21 @@ class Pruner:
         return fewest(candidates, self.channels, least, multiple, lambda less: self.share(less) <= target)
 
     def _ranked(self, among: Mapping[str, Sequence[int] | None], scores: Scores) -> list[tuple[str, int]]:
-        """Return (group, channel), the nearest to its reference first; None stands for all but the reference."""
+        """Return (group, channel), what should go first; None stands for all but the reference.
+
+        By `ranking`: the nearest to its reference of all layers, or the nearest of the layer that has lost least of
+        the width that it had at the start. Distances of different layers say little about each other: ranked globally
+        a bottleneck may lose nearly everything while others keep all.
+        """
         found = []
         for name, indices in among.items():
-            reference = self.watch.references[name][1]
-            indices = range(len(scores[name])) if indices is None else indices
-            found += [(scores[name][index], name, index) for index in indices if index != reference]
+            reference, distances = self.watch.references[name][1], scores[name]
+            indices = range(len(distances)) if indices is None else indices
+            nearest = sorted((distances[index], index) for index in indices if index != reference)
+            lost = self.full[name] - self.channels.groups[name].channels
+            for place, (distance, index) in enumerate(nearest, start=1):
+                even = self.config.ranking == "uniform"
+                found.append(((lost + place) / self.full[name] if even else distance, name, index))
         return [(name, index) for _, name, index in sorted(found)]
 
     def act(self, decision: Decision) -> dict[nn.Parameter, Cut]:
@@ -164,9 +174,11 @@ class Pruner:
         return {
             "states": {name: dataclasses.asdict(state) for name, state in self.states.items()},
             "medoids": dict(self.medoids),
+            "full": dict(self.full),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         self.states = {name: LayerState(**values) for name, values in state["states"].items()}
         self.medoids = dict(state["medoids"])
+        self.full = dict(state.get("full", self.full))
