@@ -357,6 +357,29 @@ def test_reach_brings_the_network_to_the_target_in_time_without_thresholds(tiny_
     assert 0.2 < shares[4] <= 0.3 and len(set(shares[4:])) == 1
 
 
+@pytest.mark.parametrize("ranking", ["uniform", "global"])
+def test_ranking_decides_whether_one_layer_pays_for_all(ranking, tiny_net, tiny_shape):
+    """One layer's filters are all nearer to their reference than any of the others."""
+    settings = {"threshold_first": 1e-6, "params": 0.4, "reach": 0.5, "ranking": ranking}
+    _, pruner, _ = watched(tiny_net, tiny_shape, epochs=10, **settings)
+    near = max(pruner.channels.groups.values(), key=lambda group: group.channels).name
+    full = {name: group.channels for name, group in pruner.channels.groups.items()}
+    for epoch in range(5):
+        pruner.begin_epoch(epoch)
+        groups = pruner.watch.groups.items()
+        scores = {n: [(0.1 if n == near else 0.5) + 0.01 * i for i in range(g.channels)] for n, g in groups}
+        pruner.act(pruner.decide(epoch, scores, {}, FLAT[: epoch + 1], FLAT[: epoch + 1]))
+    left = {name: group.channels / full[name] for name, group in pruner.channels.groups.items()}
+    assert pruner.cost.parameters <= 0.4 * pruner.before.parameters
+    if ranking == "global":
+        assert pruner.channels.groups[near].channels == 1
+    else:  # as even as whole filters allow
+        assert max(left.values()) - min(left.values()) <= 1.01 / min(full.values())
+        again = Pruner(pruner.network, pruner.shape, pruner.config, 10)
+        again.load_state_dict(pruner.state_dict())
+        assert again.full == full
+
+
 def test_settle_leaves_the_last_epochs_alone(tiny_net, tiny_shape):
     _, pruner, _ = watched(tiny_net, tiny_shape, threshold_first=0.2, settle=0.3)
     scores = all_near(pruner)
