@@ -204,6 +204,7 @@ def predict_stock(model: Path, images: Path, target: Path) -> None:
     import torch
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+    target.mkdir(parents=True, exist_ok=True)
     predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model), (0,))
     with open(os.devnull, "w") as sink, redirect_stdout(sink):  # noqa: PTH123

@@ -361,12 +361,12 @@ def test_trainer_with_sauron_in_it_gets_it_once():
 
 
 def test_compiled_network_is_unwrapped_narrowed_and_compiled_again(world, results, monkeypatch):
-    compiled = []
+    compiled, compile_ = [], torch.compile
 
-    def aot_eager(network):
-        """torch.compile as it traces and differentiates, without its minutes of code generation."""
-        compiled.append(network)
-        return torch._dynamo.optimize("aot_eager")(network)
+    def aot_eager(module):
+        """As torch.compile traces and differentiates, without its minutes of code generation."""
+        compiled.append(module)
+        return compile_(module, backend="aot_eager")
 
     class Compiled(trainer_class("nnUNetTrainer")):
         def _do_i_compile(self):
@@ -379,8 +379,8 @@ def test_compiled_network_is_unwrapped_narrowed_and_compiled_again(world, result
     rows, plain = rows_of(folder), rows_of(world.whole)
     assert [row["filters"] for row in rows] == [row["filters"] for row in plain]
     removals = sum(any(int(row["removed"]) for row in plain if row["epoch"] == str(epoch)) for epoch in range(4))
-    assert removals and len(set(map(id, compiled))) == 1
-    assert len(compiled) == 1 + removals
+    assert removals
+    assert sum(module is compiled[0] for module in compiled) == 1 + removals  # nnU-Net compiles a loss, too
     assert [float(row["train_loss"]) for row in rows] == pytest.approx(
         [float(row["train_loss"]) for row in plain], abs=1e-4
     )
