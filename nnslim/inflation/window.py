@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -63,7 +64,7 @@ class WindowNet(nn.Module):
         channels: int,
         classes: int,
         *,
-        size: tuple[int, int],
+        size: Sequence[int],
         encoder: str = "dinov2",
         model: str | None = None,
         options: dict[str, Any] | None = None,
