@@ -108,7 +108,7 @@ def _inflated(key: str, kernel: Tensor, module: nn.Module, mode: Mode, axes: tup
 
 
 def _fitted(key: str, value: Tensor, old: Tensor, module: nn.Module | None, fit: Fit, notes: dict[str, None]) -> Tensor:
-    if _HEAD in key:
+    if _HEAD in key and len(value) != len(old):
         notes["segmentation heads differ in number: they keep the start values of the 3D network"] = None
         return old
     if fit != "cut-or-pad":

@@ -76,7 +76,7 @@ class VideoSwin(nn.Module):
 
     def only_last(self) -> None:
         """Leave out the norms of maps that the decoder does not read; DDP would wait for their gradients."""
-        self.norms[:-1] = [nn.Identity() for _ in self.norms[:-1]]
+        self.norms = nn.ModuleList([*(nn.Identity() for _ in self.norms[:-1]), self.norms[-1]])
 
     def encode(self, windows: Tensor) -> list[Tensor]:
         """Encode windows (N, C, depth, H, W)."""

