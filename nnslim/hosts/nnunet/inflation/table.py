@@ -25,6 +25,7 @@ from nnslim.surgery.walk import unwrap
 
 _log = logging.getLogger("nnslim")
 _CONFIGURATION = "3d_fullres"
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Study:
     Attributes:
         dataset, fold: in nnUNet_raw. model: trained 2D model folder, for part unet.
         unet, window: length of each training; every start of a part has the same.
+        patch: of part unet, voxels; None for the plans'. (That of the window network is among its settings.)
         settings: of the window network; its `weights` are the inflated start. cases: to predict, at most.
         work: folder for what lies between.
     """
@@ -66,6 +68,7 @@ class Study:
     settings: WindowConfig
     cases: int
     work: Path
+    patch: tuple[int, ...] | None = None
 
 
 def rows_of(parts: list[str], modes: list[str], seeds: list[int]) -> list[Row]:
@@ -142,9 +145,10 @@ def _inflated(mode: str, study: Study) -> Path:
 
 
 def _train(row: Row, study: Study, length: ShortTraining) -> Path:
+    preprocess_once(study.dataset, _CONFIGURATION, 1)
+    os.environ["nnUNet_n_proc_DA"] = "0"  # patches and augmentation come from this process' generators
     for seeded in (random.seed, np.random.seed, torch.manual_seed):
         seeded(row.seed)
-    os.environ.setdefault("nnUNet_n_proc_DA", "0")  # patches and augmentation come from this process' generators
     if row.part == "window":
         settings = study.settings.model_copy(update={"mode": "center" if row.start == "scratch" else row.start})
         if row.start == "scratch":
@@ -166,10 +170,8 @@ def _train(row: Row, study: Study, length: ShortTraining) -> Path:
             {key: own[key] if ".seg_layers." in key else weights[key] for key in own}
         )
 
-    fold = train_short(
-        study.dataset, _CONFIGURATION, study.fold, length, trainer_base=_named_trainer(row.name), on_start=warm
-    )
-    return fold.parent
+    base = _named_trainer(row.name, study.patch)
+    return train_short(study.dataset, _CONFIGURATION, study.fold, length, trainer_base=base, on_start=warm).parent
 
 
 def _with_length(settings: WindowConfig, length: ShortTraining) -> WindowConfig:
@@ -177,15 +179,26 @@ def _with_length(settings: WindowConfig, length: ShortTraining) -> WindowConfig:
     return settings.model_copy(update={"batch_size": length.batch_size, "learning_rate": length.learning_rate})
 
 
-def _named_trainer(name: str) -> type:
+def _named_trainer(name: str, patch: tuple[int, ...] | None) -> type:
     """Return nnU-Net's default trainer under another name, so that it has a results folder of its own."""
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-    given = {
-        "described_plans": lambda self: self.plans_manager.plans,
-        "set_deep_supervision_enabled": nnUNetTrainer.set_deep_supervision_enabled,
-    }
-    return type(name, (DescribedTraining, nnUNetTrainer), given)
+    class Named(DescribedTraining, nnUNetTrainer):
+        set_deep_supervision_enabled = nnUNetTrainer.set_deep_supervision_enabled
+
+        def __init__(
+            self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = _CPU
+        ) -> None:
+            if patch is not None:
+                plans["configurations"][configuration]["patch_size"] = list(patch)
+            super().__init__(plans, configuration, fold, dataset_json, device)
+
+        def described_plans(self) -> dict[str, Any]:
+            """Return the plans as they are."""
+            return self.plans_manager.plans
+
+    Named.__name__ = Named.__qualname__ = name
+    return Named
 
 
 def draw_curves(output: Path, picture: Path) -> None:
