@@ -266,6 +266,11 @@ def test_weight_files_that_cannot_be_used_are_said(tmp_path):
     with pytest.raises(ConfigError, match=r"not of this VisionTransformer: .* tensors are missing"):
         weights = flat_network("dino").state_dict()
         load_encoder(window_net("dino").encoder, {k: v for k, v in weights.items() if "blocks.3" not in k})
+    with pytest.raises(ConfigError, match=r"0 tensors are missing, .* have no place: blocks.3"):
+        shallow = WindowNet(1, 3, size=(32, 32), encoder="dino", decoder="setrpup", options={**VIT, "depth": 3})
+        load_encoder(shallow.encoder, weights)
+    with pytest.raises(InputError, match=r"timm cannot fetch 'no_such_network'"):
+        read_weights("timm:no_such_network")
     with pytest.raises(ConfigError, match="no 2D patch embedding"):
         load_encoder(window_net("dino").encoder, {})
     with pytest.raises(ConfigError, match=r"the file has the shape .* the encoder wants"):

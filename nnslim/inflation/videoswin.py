@@ -20,7 +20,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 _BLOCK = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.(.+)")
 _MERGE = re.compile(r"layers\.(\d+)\.downsample\.(.+)")
 _INNER = {"mlp.fc1.": "mlp.0.", "mlp.fc2.": "mlp.3."}
-_DERIVED = ("relative_position_index", "attn_mask")
+DERIVED = ("relative_position_index", "attn_mask")
 
 
 class VideoSwin(nn.Module):
@@ -44,7 +44,7 @@ class VideoSwin(nn.Module):
         """
         super().__init__()
         swin = needed(
-            "torchvision.models.video.swin_transformer", "torchvision", purpose="videoswin", error=ConfigError
+            "torchvision.models.video.swin_transformer", "nnslim[window]", purpose="videoswin", error=ConfigError
         )
         if model not in _SIZES:
             raise ConfigError(f"inflation: no 3D Swin '{model}'; known: {', '.join(_SIZES)}")
@@ -128,7 +128,7 @@ def videoswin_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     before = not any(key.startswith("layers.0.downsample.") for key in plain)  # timm's order
     made = {}
     for key, value in plain.items():
-        if key.endswith(_DERIVED):
+        if key.endswith(DERIVED):
             continue
         if found := _BLOCK.fullmatch(key):
             inner = found[3]

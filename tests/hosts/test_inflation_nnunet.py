@@ -234,7 +234,7 @@ def test_window_model_trains_from_2d_weights_resumes_and_is_predicted_by_stock_n
     torch.manual_seed(0)
     flat = timm.create_model("vit_base_patch16_224", img_size=16, num_classes=0, **WINDOW.options)
     torch.save(flat.state_dict(), balls / "vit.pth")
-    settings = WINDOW.model_copy(update={"weights": str(balls / "vit.pth"), "mode": "average"})
+    settings = WINDOW.model_copy(update={"weights": str(balls / "vit.pth"), "mode": "average", "predict_slices": 8})
     started = []
 
     def look(trainer):
@@ -246,7 +246,7 @@ def test_window_model_trains_from_2d_weights_resumes_and_is_predicted_by_stock_n
     assert_close(started[0], expected.unsqueeze(2).expand(-1, -1, 3, -1, -1))
 
     model = read_model_folder(folder)
-    assert model.trainer_name == "nnUNetTrainer" and list(model.configuration_manager.patch_size) == [4, 16, 16]
+    assert model.trainer_name == "nnUNetTrainer" and list(model.configuration_manager.patch_size) == [8, 16, 16]
     network = build_network(model)
     assert isinstance(network, PlannedWindowNet) and network.encoder.grid == (4, 4) and network.reach == 1
     data = torch.randn(1, 9, 21, 18, generator=torch.Generator().manual_seed(0))

@@ -127,7 +127,10 @@ class WindowTraining(DescribedTraining):
         size = [int(edge) for edge in self.configuration_manager.patch_size[1:]]
         kwargs = {**self.window.network(), "size": size}
         entry = {"network_class_name": NETWORK_CLASS_NAME, "arch_kwargs": kwargs, "_kw_requires_import": []}
-        return plans_with_architecture(self.plans_manager.plans, self.configuration_name, entry)
+        plans = plans_with_architecture(self.plans_manager.plans, self.configuration_name, entry)
+        if self.window.predict_slices is not None:
+            plans["configurations"][self.configuration_name]["patch_size"] = [self.window.predict_slices, *size]
+        return plans
 
 
 # Trainer -> changed settings: the whole, and the baseline without neighbours.
