@@ -176,8 +176,8 @@ def _complete(kind: str, own: Mapping[str, Tensor], fitted: Mapping[str, Tensor]
     foreign = [key for key in given if key.startswith(_BLOCKS) and key not in own and not key.endswith(DERIVED)]
     if missing or foreign:
         raise ConfigError(
-            f"inflation: the weights are not of this {kind}: {len(missing)} tensors are missing, {len(foreign)} have no "
-            f"place: {', '.join((missing + foreign)[:3])}"
+            f"inflation: the weights are not of this {kind}: {len(missing)} tensors are missing, {len(foreign)} have "
+            f"no place: {', '.join((missing + foreign)[:3])}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import random
@@ -55,7 +56,7 @@ class Study:
     Attributes:
         dataset, fold: in nnUNet_raw. model: trained 2D model folder, for part unet.
         unet, window: length of each training; every start of a part has the same.
-        patch: of part unet, voxels; None for the plans'. (That of the window network is among its settings.)
+        patch: of the trainings of part unet, voxels; None for the plans'. (That of the window network is among its settings.)
         settings: of the window network; its `weights` are the inflated start. cases: to predict, at most.
         work: folder for what lies between.
     """
@@ -189,13 +190,14 @@ def _named_trainer(name: str, patch: tuple[int, ...] | None) -> type:
         def __init__(
             self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = _CPU
         ) -> None:
+            self.as_planned = copy.deepcopy(plans)
             if patch is not None:
                 plans["configurations"][configuration]["patch_size"] = list(patch)
             super().__init__(plans, configuration, fold, dataset_json, device)
 
         def described_plans(self) -> dict[str, Any]:
-            """Return the plans as they are."""
-            return self.plans_manager.plans
+            """Return the plans as they were: tiles of prediction have the planned size."""
+            return self.as_planned
 
     Named.__name__ = Named.__qualname__ = name
     return Named
