@@ -56,7 +56,7 @@ class Study:
     Attributes:
         dataset, fold: in nnUNet_raw. model: trained 2D model folder, for part unet.
         unet, window: length of each training; every start of a part has the same.
-        patch: of the trainings of part unet, voxels; None for the plans'. (That of the window network is among its settings.)
+        patch: of the trainings of part unet, voxels; None for the plans'. That of part window is among its settings.
         settings: of the window network; its `weights` are the inflated start. cases: to predict, at most.
         work: folder for what lies between.
     """
