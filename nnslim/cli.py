@@ -17,6 +17,7 @@ from nnslim.commands.doctor import doctor
 from nnslim.commands.evaluate import evaluate
 from nnslim.commands.export import export
 from nnslim.commands.finetune import finetune
+from nnslim.commands.inflate import inflate
 from nnslim.commands.predict import predict
 from nnslim.commands.report import report
 from nnslim.commands.run import run
@@ -32,7 +33,9 @@ app = typer.Typer(
 )
 # In this order in --help.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(run)
-for _command in (compress, plan, predict, evaluate, benchmark, agree, finetune, distill, train, export, report, doctor):
+for _command in (compress, plan, predict, evaluate, benchmark, agree, finetune, distill, train, inflate):
+    app.command()(_command)
+for _command in (export, report, doctor):
     app.command()(_command)
 
 

@@ -14,6 +14,7 @@ STOREYS = {
     **dict.fromkeys(("errors", "_version", "files", "optional", "spec", "lowrank", "cost", "operations", "surgery"), 0),
     **dict.fromkeys(("moments", "streaming", "fitting", "spectra", "knapsack", "running"), 0),
     "methods": 1,
+    "inflation": 1,
     "work": 2,
     "hosts": 3,
     **dict.fromkeys(("context", "cli", "commands", "doctor", "__init__", "__main__"), 4),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import nn
 
 from nnslim.errors import ConfigError
 from nnslim.hosts.nnunet.folder import input_shape, read_model_folder
+from nnslim.hosts.nnunet.quick_dice import append_row, read_rows, validation_dice
 from nnslim.hosts.nnunet.short_training import ShortTraining, train_short
 from nnslim.hosts.nnunet.token_sparse.trainer import token_sparse_trainer_class, unetr_trainer_class
 from nnslim.hosts.nnunet.write import compress_folder
@@ -109,7 +108,7 @@ def measure_table(
     Args:
         dataset, fold: in nnUNet_raw. length: of every training. output: CSV. cases: of the validation part, at most.
     """
-    done = {row["run"] for row in _rows(output)}
+    done = {row["run"] for row in read_rows(output)}
     for run in runs:
         if run.name in done:
             continue
@@ -120,7 +119,7 @@ def measure_table(
         times = sorted(end - start for start, end in zip(starts, ends, strict=False))
         row["seconds_per_epoch"] = round(times[len(times) // 2], 2) if times and run.compress is None else ""
         row["steps"] = length.epochs * length.iterations if run.compress is None else 0
-        _append(output, row)
+        append_row(output, row)
         _log.info("%s", row)
 
 
@@ -165,51 +164,15 @@ def _dense_twin(folder: Path, work: Path) -> Path:
 
 
 def _measured(folder: Path, fold: int, dataset: int, cases: int) -> dict[str, Any]:
-    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
-    predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(folder), (fold,))
-    raw = next(Path(os.environ["nnUNet_raw"]).glob(f"Dataset{dataset:03d}_*"))
-    names = json.loads((raw / "splits_final.json").read_text())[fold]["val"][:cases]
-    ending = json.loads((raw / "dataset.json").read_text())["file_ending"]
-    scores, seconds, reader = [], [], SimpleITKIO()
-    for name in names:
-        image, properties = reader.read_images([str(raw / "imagesTr" / f"{name}_0000{ending}")])
-        truth = reader.read_seg(str(raw / "labelsTr" / f"{name}{ending}"))[0][0]
-        started = time.process_time()
-        found = predictor.predict_single_npy_array(image, properties, None, None, False)
-        seconds.append(time.process_time() - started)
-        scores.append([_dice(found == label, truth == label) for label in range(1, int(truth.max()) + 1)])
+    scores, seconds, predictor = validation_dice(folder, fold, dataset, cases)
     model = read_model_folder(folder, [fold])
     cost = count_operations(predictor.network, input_shape(model))
     return {
         "dice": round(float(np.mean(scores)), 4),
         "dice_by_class": " ".join(f"{value:.4f}" for value in np.mean(scores, axis=0)),
-        "cases": len(names),
+        "cases": len(scores),
         "cpu_seconds_per_case": round(sorted(seconds)[len(seconds) // 2], 3),
         "mmacs": round(cost.macs() / 1e6, 2),
         "encoder_mmacs": round(sum(cost.macs("torch", name) for name in ("eva", "encoder", "completion")) / 1e6, 2),
         "parameters": cost.parameters,
     }
-
-
-def _dice(found: np.ndarray, truth: np.ndarray) -> float:
-    total = found.sum() + truth.sum()
-    return float(2 * (found & truth).sum() / total) if total else 1.0
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from nnslim.errors import ConfigError, ModelFolderError
-from nnslim.files import write_json
-from nnslim.hosts.nnunet.folder import allowed_globals, load_checkpoint
+from nnslim.hosts.nnunet.described import DescribedTraining
+from nnslim.hosts.nnunet.folder import load_checkpoint
 from nnslim.hosts.nnunet.network import BASE_KEY, NETWORK_CLASS_NAME, SPEC_KEY
-from nnslim.hosts.nnunet.planned import PLAIN_TRAINER, PlannedUNETR, planned_architecture, plans_with_architecture
+from nnslim.hosts.nnunet.planned import PlannedUNETR, planned_architecture, plans_with_architecture
 from nnslim.hosts.nnunet.token_sparse.recipe import Schedule, parameter_groups
 from nnslim.methods.token_sparse.config import RecipeConfig, TokenSparseConfig
 from nnslim.methods.token_sparse.plan import token_sparse_edits
@@ -42,12 +42,8 @@ def settings_in_force(settings: TokenSparseConfig | None = None) -> TokenSparseC
     raise ConfigError(f"{SETTINGS}={name}: this configuration has no method 'token_sparse'")
 
 
-class TokenSparseTraining:
-    """What a token-sparse trainer does otherwise than the nnU-Net trainer that it is mixed into.
-
-    The model folder that it leaves is an ordinary one: plans.json describes the sparse network and the checkpoints name
-    nnU-Net's default trainer, so that stock nnU-Net predicts with it where nnslim is installed.
-    """
+class TokenSparseTraining(DescribedTraining):
+    """What a token-sparse trainer does otherwise than the nnU-Net trainer that it is mixed into."""
 
     given: TokenSparseConfig | None
 
@@ -86,13 +82,7 @@ class TokenSparseTraining:
         self.training_stage = stage
         return self.optimizer, self.lr_scheduler
 
-    def on_train_start(self) -> None:
-        """Replace the plans that nnU-Net has just written by those that describe the sparse network."""
-        super().on_train_start()
-        if self.local_rank == 0:
-            write_json(Path(self.output_folder_base) / "plans.json", self.sparse_plans())
-
-    def sparse_plans(self) -> dict[str, Any]:
+    def described_plans(self) -> dict[str, Any]:
         """Return the plans with the sparse architecture in the configuration that is trained."""
         network = unwrap(self.network)
         architecture = dict(self.dense_architecture or planned_architecture(network, ()))
@@ -127,29 +117,6 @@ class TokenSparseTraining:
         """Validate with the ratios that the model will be used with."""
         self.scale_ratios(1.0)
         super().perform_actual_validation(save_probabilities)
-
-    def save_checkpoint(self, filename: str) -> None:
-        """Save under the name of nnU-Net's default trainer, which builds the network from the plans."""
-        cls, kept = type(self), self.my_init_kwargs
-        own = cls.__name__
-        cls.__name__ = PLAIN_TRAINER
-        self.my_init_kwargs = {**kept, "plans": self.sparse_plans()}
-        try:
-            super().save_checkpoint(filename)
-        finally:
-            cls.__name__, self.my_init_kwargs = own, kept
-
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """Resume; nnU-Net's Primus trainers cannot on torch >= 2.6, which refuses the numbers in their checkpoints."""
-        if not self.was_initialized:
-            self.initialize()  # a warm start loads a checkpoint, too, and leaving that would end what is allowed here
-        kept = self.my_init_kwargs
-        with allowed_globals():
-            super().load_checkpoint(filename_or_checkpoint)
-        self.my_init_kwargs = kept
-
-    def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """There is none."""
 
 
 def reductions(network: nn.Module) -> list[TokenReduction]:
