@@ -89,7 +89,7 @@ def test_forms_run_on_other_channels_and_sizes(channels, size):
     with torch.inference_mode():
         assert network(torch.randn(2, channels, *size)).shape == (2, 4, *size)
         network.decoder.deep_supervision = True
-        full, coarse = network(torch.randn(2, channels, *size))
+        _, coarse = network(torch.randn(2, channels, *size))
     assert coarse.shape[2:] == tuple(-(-edge // 4) for edge in size)
 
 
