@@ -106,7 +106,8 @@ def _sparse(network: nn.Module, config: EmbeddedConfig, shape: _Shape) -> Sparse
     # Heads of deep supervision are not reached in use: their zeros would count and help nobody.
     alive = set(reached_parameters(network, shape).names)
     live = [layer.name for layer in layers if any(f"{alias}.weight" in alive for alias in layer.aliases)]
-    if dead := [layer.name for layer in layers if layer.name not in live]:
+    learning = set(reached_parameters(network, shape, training=True).dead)
+    if dead := [layer.name for layer in layers if f"{layer.name}.weight" in learning]:
         _log.warning("sparsity leaves out %d layer(s) that the output does not depend on: %s", len(dead), dead[:3])
     if not live:
         raise ConfigError("embedded: sparsity is asked for, and no layer with weights is reached")

@@ -44,11 +44,11 @@ class ProfileJob:
 
 
 def profile(job: ProfileJob) -> dict[str, Any]:
-    """Measure in a new process with one thread.
+    """Measure in a new process with one thread, in time of the processor, so that other programs do not count.
 
     Returns:
         threads, patch (voxels), forward_ms by backend (median of one patch, batch 1), volume_s (median: preprocess,
-        predict without mirroring, export), slice_ms (predict only), cases, peak_mb and start_mb (resident memory at
+        predict without mirroring, export), slice_ms (median: predict only, per slice along the first axis), cases, peak_mb and start_mb (resident memory at
         most, and before the model was read), memory_mb, parameters, fits. Where the memory did not suffice, `fits` is
         False and `error` says at what.
     Raises:
@@ -97,16 +97,16 @@ def _measured(job: ProfileJob) -> dict[str, Any]:
     forward = {job.backends[0]: _median_ms(lambda: predictor.network(tile), job.repeats) for tile in [torch.rand(shape)]}
     volumes, slices = [], []
     for name, files in cases.items():
-        started = time.perf_counter()
+        started = time.process_time()
         data, properties = preprocess_case(predictor, files, None, lean=True)
-        before = time.perf_counter()
+        before = time.process_time()
         logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data))
-        slices.append((time.perf_counter() - before) / data.shape[1])
+        slices.append((time.process_time() - before) / data.shape[1])
         target = Path(job.output or os.devnull) / f"{name}{ending}"
         if job.output is not None:
             target.parent.mkdir(parents=True, exist_ok=True)
             write_segmentation(predictor, logits, properties, target, 1)
-        volumes.append(time.perf_counter() - started)
+        volumes.append(time.process_time() - started)
     peak = peak_bytes()
     for backend in job.backends[1:]:
         other = predictor_for(backend).network
@@ -132,9 +132,9 @@ def _median_ms(call: Callable[[], Any], repeats: int) -> float:
     with torch.inference_mode():
         call(), call()
         for _ in range(repeats):
-            started = time.perf_counter()
+            started = time.process_time()
             call()
-            times.append(time.perf_counter() - started)
+            times.append(time.process_time() - started)
     return statistics.median(times) * 1e3
 
 

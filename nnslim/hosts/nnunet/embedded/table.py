@@ -194,6 +194,7 @@ def _made(row: Row, settings: TableSettings) -> tuple[Path, int]:
             optimizer="sgd",
             learning_rate=settings.learning_rate,
             schedule="poly",
+            processes=1,
             resume=tuned.is_dir(),
         )
         folder = finetune_folder(folder, tuned, settings.dataset, tuning)
