@@ -26,7 +26,8 @@ PRUNABLE = (*(nn.Conv1d, nn.Conv2d, nn.Conv3d), *(nn.ConvTranspose1d, nn.ConvTra
 def cubic_sparsity(t: float, initial: float, final: float) -> float:
     """Return s(t) = s_f + (s_i - s_f) (1 - t)^3, t held in 0..1 (Zhu and Gupta, arXiv 1710.01878)."""
     t = min(1.0, max(0.0, t))
-    return final + (initial - final) * (1 - t) ** 3
+    left = (1 - t) ** 3  # in this order the ends are exact
+    return final * (1 - left) + initial * left
 
 
 def prune_globally(modules: Sequence[nn.Module], sparsity: float) -> None:

@@ -51,12 +51,12 @@ def _levers(**settings: Any) -> dict[str, Any]:
 
 ROWS = (
     Row("dense", tuned=False),
+    Row("half", store="half", tuned=False),
+    Row("int8", precision="int8", tuned=False),
     Row("dense_tuned"),
     Row("drop_stage", (_levers(drop_stages=1),)),
     Row("depthwise", (_levers(depthwise="separable"),)),
     Row("coarser_1.5", (_levers(coarser=1.5),)),
-    Row("half", store="half", tuned=False),
-    Row("int8", precision="int8", tuned=False),
     Row("pruned_50", (_levers(sparsity=0.5, start_sparsity=0.05),)),
     Row("structured_50", ({"method": "filters", "macs": 0.5, "multiple": 8, "min_filters": 8},)),
     Row(
