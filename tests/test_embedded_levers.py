@@ -83,9 +83,7 @@ def test_separable_form_of_a_separable_kernel_is_exact_and_else_the_nearest(axes
     # Eckart-Young: no other separable kernel is nearer
     error = (dense.weight - twin.weight).norm()
     for _ in range(5):
-        other = twin.weight + 0.01 * torch.einsum(
-            "oi,i...->oi...", torch.randn(10, 6), made.depth.weight.data[:, 0]
-        )
+        other = twin.weight + 0.01 * torch.einsum("oi,i...->oi...", torch.randn(10, 6), made.depth.weight.data[:, 0])
         assert (dense.weight - other).norm() > error
 
 
@@ -112,7 +110,9 @@ def test_depthwise_network_has_fewer_macs_and_says_what_stays_dense(form, tiny_n
     image = torch.randn(shape)
     assert torch.equal(rebuild(network, made.spec, made.weights[0])(image), made.network(image))
     if form == "grouped":
-        dense = extend_spec((DepthwiseEdit("encoder.stages.1.0.convs.0.conv", "dense"),), copy.deepcopy(made.network), fill=True)
+        dense = extend_spec(
+            (DepthwiseEdit("encoder.stages.1.0.convs.0.conv", "dense"),), copy.deepcopy(made.network), fill=True
+        )
         torch.testing.assert_close(dense(image), made.network(image), rtol=1e-4, atol=1e-5)
 
 
@@ -144,7 +144,9 @@ def test_half_of_the_reached_weights_are_zero_within_one_element(kind, tiny_net,
     assert abs(zero_share(modules) * total - total / 2) <= 1
     smallest_kept = min(float(m.weight[m.weight != 0].detach().abs().min()) for m in modules)
     old = LayerIndex(network)
-    gone = torch.cat([old[name].module.weight[m.weight == 0].abs() for name, m in zip(edit.layers, modules, strict=True)])
+    gone = torch.cat(
+        [old[name].module.weight[m.weight == 0].abs() for name, m in zip(edit.layers, modules, strict=True)]
+    )
     assert float(gone.max()) <= smallest_kept
     assert torch.isfinite(made.network(torch.randn(shape))).all()
     assert made.slim == made.dense  # zeros are no saving

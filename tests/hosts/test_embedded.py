@@ -24,9 +24,10 @@ from nnslim.hosts.nnunet.finetune import FinetuneSettings, finetune_folder
 from nnslim.hosts.nnunet.folder import build_network, input_shape, read_model_folder
 from nnslim.hosts.nnunet.network import NETWORK_CLASS_NAME
 from nnslim.hosts.nnunet.planned import PlannedDAEFormer
-from nnslim.hosts.nnunet.short_training import ShortTraining, train_short
+from nnslim.hosts.nnunet.short_training import ShortTraining, preprocess_once, train_short
 from nnslim.hosts.nnunet.write import compress_folder
 from nnslim.methods.embedded import DAEFormer, SparseEdit
+from nnslim.methods.embedded.daeformer import FORMS, DAEFormerForm
 from nnslim.spec import spec_of
 from nnslim.work.config import from_dict
 
@@ -44,8 +45,10 @@ def dataset(tmp_path, monkeypatch):
     """A made dataset in nnU-Net's folders."""
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
-    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # nnU-Net's planning needs one
     write_ball_dataset(tmp_path / "raw" / "Dataset998_Ball")
+    preprocess_once(998, "2d", 1)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     return tmp_path / "raw" / "Dataset998_Ball"
 
 
@@ -88,7 +91,10 @@ def test_composed_folder_loads_in_stock_nnunet_in_half_the_bytes(make_model, sto
     half = compress_folder(model, tmp_path / "half", config.model_copy(update={"store": "half"}))
     a, b = (stock_logits(tmp_path / name, (0,)) for name in ("whole", "half"))
     assert torch.isfinite(b).all() and (a - b).abs().max() < 0.02 * a.abs().max()
-    sizes = [json.loads((tmp_path / name / "nnslim.json").read_text())["stored"]["weight_bytes"] for name in ("whole", "half")]
+    sizes = [
+        json.loads((tmp_path / name / "nnslim.json").read_text())["stored"]["weight_bytes"]
+        for name in ("whole", "half")
+    ]
     assert sizes[0] == 2 * sizes[1]
     assert [e.kind for e in whole.spec.edits][:2] == ["drop_stage", "sparse"] and whole.spec == half.spec
 
@@ -105,26 +111,22 @@ def test_coarser_folder_answers_on_the_images_own_grid(make_model, case_folder, 
     for name, value in slimmed.weights[0].items():
         assert torch.equal(value, model.weights[0][name])
     code = (
-        "import sys; from conftest import make_predictor\n"
+        "import sys, torch\n"
+        "from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor\n"
         "if __name__ == '__main__':\n"
-        "    p = make_predictor()\n"
+        "    p = nnUNetPredictor(device=torch.device('cpu'), allow_tqdm=False, use_mirroring=False)\n"
         "    p.initialize_from_trained_model_folder(sys.argv[1], (0,))\n"
         "    assert p.configuration_manager.spacing == [1.5] * 3, p.configuration_manager.spacing\n"
-        "    p.predict_from_files(sys.argv[2], sys.argv[3], num_processes_preprocessing=1,\n"
-        "                         num_processes_segmentation_export=1)\n"
+        "    p.predict_from_files_sequential([[sys.argv[2]]], [sys.argv[3]])\n"
+        "    assert 'nnslim' not in sys.modules\n"
     )
-    script = tmp_path / "predict.py"
-    script.write_text(code.replace("from conftest import make_predictor", "import torch\nfrom nnunetv2.inference.predict_from_raw_data import nnUNetPredictor").replace("make_predictor()", "nnUNetPredictor(device=torch.device('cpu'), allow_tqdm=False, use_mirroring=False)"))
-    only = tmp_path / "one"
-    only.mkdir()
-    (only / "a_0000.nii.gz").write_bytes((case_folder / "a_0000.nii.gz").read_bytes())
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **{f"nnUNet_{n}": str(tmp_path) for n in ("raw", "preprocessed", "results")}}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "coarse"), str(only), str(tmp_path / "out")],
-        capture_output=True, text=True, env=environment, timeout=300,
-    )
+    (tmp_path / "out").mkdir()
+    given, target = case_folder / "a_0000.nii.gz", tmp_path / "out" / "a.nii.gz"
+    paths = {f"nnUNet_{name}": str(tmp_path) for name in ("raw", "preprocessed", "results")}
+    command = [sys.executable, "-c", code, str(tmp_path / "coarse"), str(given), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **paths}, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    image, found = nib.load(only / "a_0000.nii.gz"), nib.load(tmp_path / "out" / "a.nii.gz")
+    image, found = nib.load(given), nib.load(target)
     assert image.shape == found.shape and np.allclose(image.affine, found.affine)
 
 
@@ -142,7 +144,9 @@ def test_pruned_coarser_model_is_fine_tuned_with_zeros_that_stay_and_grow(datase
     start = levers(drop_stages=1, coarser=1.5, sparsity=0.5, start_sparsity=0.05)
     compress_folder(read_model_folder(dense), tmp_path / "start", start)
     before = read_model_folder(tmp_path / "start")
-    settings = FinetuneSettings(epochs=3, iterations=4, validation_iterations=1, optimizer="sgd", learning_rate=1e-3, batch_size=2, processes=1)
+    settings = FinetuneSettings(
+        epochs=3, iterations=4, validation_iterations=1, optimizer="sgd", learning_rate=1e-3, batch_size=2, processes=1
+    )
     tuned = finetune_folder(tmp_path / "start", tmp_path / "tuned", 998, settings)
     after = read_model_folder(tuned, None, "checkpoint_final.pth")
     network = build_network(after)
@@ -199,8 +203,7 @@ def test_profile_of_a_folder_that_is_not_there_says_so(tmp_path):
 
 def test_daeformer_is_trained_predicted_by_stock_nnunet_fine_tuned_and_exported(dataset, tmp_path, monkeypatch):
     form = DAEFormer(1, 2, (16, 32), (1, 1))
-    monkeypatch.setitem(__import__("nnslim.methods.embedded.daeformer", fromlist=["FORMS"]).FORMS, "tiny", type(
-        __import__("nnslim.methods.embedded.daeformer", fromlist=["FORMS"]).FORMS["64"])((16, 32), (1, 1)))
+    monkeypatch.setitem(FORMS, "tiny", DAEFormerForm((16, 32), (1, 1)))
     monkeypatch.setenv("NNSLIM_DAEFORMER", "tiny")
     folder = train_short(998, "2d", 0, TINY, trainer_base=daeformer_trainer_class()).parent
     assert folder.name == "nnUNetTrainerDAEFormer__nnUNetPlans__2d"

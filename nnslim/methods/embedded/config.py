@@ -22,7 +22,9 @@ class EmbeddedConfig(MethodConfig):
     coarser: float | tuple[float, ...] = Field(
         1.0, description="the spacing times this, for all axes of the patch or each; folders only"
     )
-    sparsity: float = Field(0.0, ge=0, lt=1, description="share of the weights set to zero, smallest first; saves no time")
+    sparsity: float = Field(
+        0.0, ge=0, lt=1, description="share of the weights set to zero, smallest first; saves no time"
+    )
     start_sparsity: float | None = Field(
         None, ge=0, lt=1, description="zero only this share now; fine-tuning raises it to sparsity on a cubic curve"
     )

@@ -26,9 +26,7 @@ def coarser_settings(
     made = dict(settings)
     spacing = [float(size) for size in settings["spacing"]]
     offset = len(spacing) - axes  # the slices of a 2D configuration keep their distance
-    made["spacing"] = spacing[:offset] + [
-        size * factor for size, factor in zip(spacing[offset:], factors, strict=True)
-    ]
+    made["spacing"] = spacing[:offset] + [size * factor for size, factor in zip(spacing[offset:], factors, strict=True)]
     for key in ("patch_size", "median_image_size_in_voxels"):
         sizes = list(settings.get(key) or ())
         if key == "patch_size":

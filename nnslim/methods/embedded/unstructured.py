@@ -20,7 +20,11 @@ from nnslim.spec import Edit, register_edit, spec_of
 from nnslim.surgery.walk import LayerIndex, unwrap
 
 _log = logging.getLogger("nnslim")
-PRUNABLE = (*(nn.Conv1d, nn.Conv2d, nn.Conv3d), *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), nn.Linear)
+PRUNABLE = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    nn.Linear,
+)
 
 
 def cubic_sparsity(t: float, initial: float, final: float) -> float:
@@ -94,7 +98,9 @@ class SparseEdit(Edit):
         found = [layers[name].module for name in self.layers]
         for name, module in zip(self.layers, found, strict=True):
             if not isinstance(module, PRUNABLE):
-                raise SpecError(f"layer '{name}' is {type(module).__name__}; zeros are for convolutions and linear layers")
+                raise SpecError(
+                    f"layer '{name}' is {type(module).__name__}; zeros are for convolutions and linear layers"
+                )
         return found
 
     def at(self, share: float) -> float:

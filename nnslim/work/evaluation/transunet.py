@@ -38,9 +38,7 @@ def hd95_voxels(first: np.ndarray, second: np.ndarray) -> float:
     """
     structure = ndimage.generate_binary_structure(first.ndim, 1)
     borders = [mask & ~ndimage.binary_erosion(mask, structure) for mask in (first, second)]
-    there, back = (
-        ndimage.distance_transform_edt(~borders[1 - one])[borders[one]] for one in (0, 1)
-    )
+    there, back = (ndimage.distance_transform_edt(~borders[1 - one])[borders[one]] for one in (0, 1))
     return float(np.percentile(np.hstack((there, back)), 95))
 
 
@@ -59,9 +57,7 @@ def transunet_table(
     for case, files in pairing.pairs.items():
         found, truth = (read_label_map(file) for file in files)
         check_same_grid(found, truth)
-        rows += [
-            (case, label, *transunet_scores(found.labels == label, truth.labels == label)) for label in labels
-        ]
+        rows += [(case, label, *transunet_scores(found.labels == label, truth.labels == label)) for label in labels]
     return rows
 
 

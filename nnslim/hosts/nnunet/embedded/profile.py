@@ -94,7 +94,9 @@ def _measured(job: ProfileJob) -> dict[str, Any]:
         return load_predictor(Path(job.model), None, settings)
 
     predictor = predictor_for(job.backends[0])
-    forward = {job.backends[0]: _median_ms(lambda: predictor.network(tile), job.repeats) for tile in [torch.rand(shape)]}
+    forward = {
+        job.backends[0]: _median_ms(lambda: predictor.network(tile), job.repeats) for tile in [torch.rand(shape)]
+    }
     volumes, slices = [], []
     for name, files in cases.items():
         started = time.process_time()

@@ -141,7 +141,13 @@ def _row(row: Row, settings: TableSettings) -> dict[str, Any]:
     backends = ("openvino",) if row.precision == "int8" else ("stock", "openvino")
     found = profile(
         ProfileJob(
-            str(folder), str(settings.images), str(predictions), backends, row.precision, settings.cases, settings.repeats
+            str(folder),
+            str(settings.images),
+            str(predictions),
+            backends,
+            row.precision,
+            settings.cases,
+            settings.repeats,
         )
     )
     classes = read_dataset_json(folder / "dataset.json")
