@@ -1,4 +1,4 @@
-"""TransUNet's layout of Synapse as a dataset of nnU-Net's, its rule of scoring, and faults of the published programs."""
+"""TransUNet's layout of Synapse as a dataset, its rule of scoring, and faults of the published programs."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import numpy as np
@@ -127,7 +128,7 @@ def test_depthwise_layer_that_cannot_change_is_refused_and_unknown_patterns_are_
 def test_cubic_schedule_is_monotone_with_exact_ends():
     values = [cubic_sparsity(t, 0.05, 0.5) for t in np.linspace(0, 1, 101)]
     assert (values[0], values[50], values[100]) == (0.05, 0.44375, 0.5)
-    assert all(first < second for first, second in zip(values, values[1:], strict=False))
+    assert all(first < second for first, second in itertools.pairwise(values))
     assert cubic_sparsity(-1, 0.05, 0.5) == 0.05 and cubic_sparsity(2, 0.05, 0.5) == 0.5
     edit = SparseEdit([], 0.5, 0.05, begin=1 / 15, end=10 / 15)  # published: epochs 1 to 10 of 15
     assert edit.at(0) == edit.at(1 / 15) == 0.05

@@ -48,9 +48,9 @@ def profile(job: ProfileJob) -> dict[str, Any]:
 
     Returns:
         threads, patch (voxels), forward_ms by backend (median of one patch, batch 1), volume_s (median: preprocess,
-        predict without mirroring, export), slice_ms (median: predict only, per slice along the first axis), cases, peak_mb and start_mb (resident memory at
-        most, and before the model was read), memory_mb, parameters, fits. Where the memory did not suffice, `fits` is
-        False and `error` says at what.
+        predict without mirroring, export), slice_ms (median: predict only, per slice along the first axis), cases,
+        peak_mb and start_mb (resident memory at most, and before the model was read), memory_mb, fits. Where the
+        memory did not suffice, `fits` is False and `error` says at what.
     Raises:
         ConfigError: settings that cannot be. InputError: what the process could not use, as it said it.
     """
@@ -93,10 +93,8 @@ def _measured(job: ProfileJob) -> dict[str, Any]:
         settings = PredictSettings(backend=backend, precision=job.precision, threads=1, export="streamed")
         return load_predictor(Path(job.model), None, settings)
 
-    predictor = predictor_for(job.backends[0])
-    forward = {
-        job.backends[0]: _median_ms(lambda: predictor.network(tile), job.repeats) for tile in [torch.rand(shape)]
-    }
+    predictor, tile = predictor_for(job.backends[0]), torch.rand(shape)
+    forward = {job.backends[0]: _median_ms(predictor.network, tile, job.repeats)}
     volumes, slices = [], []
     for name, files in cases.items():
         started = time.process_time()
@@ -112,7 +110,7 @@ def _measured(job: ProfileJob) -> dict[str, Any]:
     peak = peak_bytes()
     for backend in job.backends[1:]:
         other = predictor_for(backend).network
-        forward[backend] = _median_ms(lambda other=other: other(torch.rand(shape)), job.repeats)
+        forward[backend] = _median_ms(other, tile, job.repeats)
     return {
         "threads": torch.get_num_threads(),
         "patch": list(shape[2:]),
@@ -127,15 +125,16 @@ def _measured(job: ProfileJob) -> dict[str, Any]:
     }
 
 
-def _median_ms(call: Callable[[], Any], repeats: int) -> float:
+def _median_ms(network: Callable[[Any], Any], tile: Any, repeats: int) -> float:
     import torch
 
     times = []
     with torch.inference_mode():
-        call(), call()
+        for _ in range(2):  # the first passes prepare
+            network(tile)
         for _ in range(repeats):
             started = time.process_time()
-            call()
+            network(tile)
             times.append(time.process_time() - started)
     return statistics.median(times) * 1e3
 
