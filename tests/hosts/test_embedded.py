@@ -139,6 +139,23 @@ def test_coarser_with_other_axes_or_asked_twice_is_refused(make_model, tmp_path)
         compress_folder(model, tmp_path / "slim", levers({"method": "embedded", "coarser": 2.0}, coarser=1.5))
 
 
+def test_coarser_in_memory_is_refused_and_the_other_levers_work_there(make_model):
+    from nnslim import NNSlimContext
+
+    folder = make_model("2d")
+    with NNSlimContext(levers(coarser=2.0)), pytest.raises(ConfigError, match="use nnslim compress"):
+        make_predictor().initialize_from_trained_model_folder(str(folder), (0,))
+    with NNSlimContext(levers(drop_stages=1, depthwise="separable")) as slim:
+        predictor = make_predictor()
+        predictor.initialize_from_trained_model_folder(str(folder), (0,))
+        logits = predictor.predict_logits_from_preprocessed_data(torch.randn(1, 2, 20, 20))
+    assert torch.isfinite(logits).all() and slim.report.models[0].slimmed.slim.macs < 0.7 * _dense_macs(slim)
+
+
+def _dense_macs(slim):
+    return slim.report.models[0].slimmed.dense.macs
+
+
 def test_pruned_coarser_model_is_fine_tuned_with_zeros_that_stay_and_grow(dataset, tmp_path):
     """Cubic schedule inside `nnslim finetune`: 5 % before, 50 % after, and no zero ever comes back."""
     dense = train_short(998, "2d", 0, TINY).parent

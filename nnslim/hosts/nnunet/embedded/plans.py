@@ -52,9 +52,9 @@ def coarser_model(model: ModelFolder, config: SlimConfig) -> ModelFolder:
         ConfigError: there are factors for another number of axes, or two methods ask for a spacing.
     """
     levers = [entry.settings for entry in config.methods if isinstance(entry.settings, EmbeddedConfig)]
-    if not config.active or not any(np.any(np.array(each.coarser) != 1) for each in levers):
+    asked = _coarser(config)
+    if not asked:
         return model
-    asked = [each for each in levers if np.any(np.array(each.coarser) != 1)]
     if len(asked) > 1:
         raise ConfigError("embedded: two methods ask for a coarser spacing; name the factor once")
     settings = _settings(model)
@@ -75,6 +75,21 @@ def coarser_model(model: ModelFolder, config: SlimConfig) -> ModelFolder:
     plans = _with_settings(copy.deepcopy(model.plans), model.configuration, changed)
     managers = _managers(model.path, plans, model.dataset, model.configuration)
     return replace(model, plans=plans, plans_manager=managers[0], configuration_manager=managers[1])
+
+
+def _coarser(config: SlimConfig) -> list[EmbeddedConfig]:
+    levers = [entry.settings for entry in config.methods if isinstance(entry.settings, EmbeddedConfig)]
+    return [each for each in levers if config.active and np.any(np.array(each.coarser) != 1)]
+
+
+def refuse_coarser(config: SlimConfig) -> None:
+    """Refuse a coarser spacing for a model in memory, whose images are preprocessed by plans that are read already.
+
+    Raises:
+        ConfigError: the configuration asks for one.
+    """
+    if _coarser(config):
+        raise ConfigError("embedded: a coarser spacing is written into plans: use nnslim compress, then the new folder")
 
 
 def resolutions(finer: ModelFolder, coarser: ModelFolder) -> dict[str, Any]:

@@ -8,13 +8,16 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from nnslim.errors import ConfigError, InputError, NNSlimError
+from nnslim.files import make_folder
 from nnslim.work.memory import peak_bytes
 
 _MARK = "nnslim-profile: "
@@ -102,10 +105,9 @@ def _measured(job: ProfileJob) -> dict[str, Any]:
         before = time.process_time()
         logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data))
         slices.append((time.process_time() - before) / data.shape[1])
-        target = Path(job.output or os.devnull) / f"{name}{ending}"
-        if job.output is not None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_segmentation(predictor, logits, properties, target, 1)
+        with nullcontext(job.output) if job.output is not None else tempfile.TemporaryDirectory() as folder:
+            make_folder(Path(folder))
+            write_segmentation(predictor, logits, properties, Path(folder) / f"{name}{ending}", 1)
         volumes.append(time.process_time() - started)
     peak = peak_bytes()
     for backend in job.backends[1:]:
