@@ -39,6 +39,9 @@ class FineTuning(SteadyTraining):
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device=device)
         settings = self.job.settings
+        if len(self.configuration_manager.network_arch_init_kwargs.get("strides") or ()) == 2:
+            # nnU-Net gives the last scale of deep supervision no weight: of a single one that is 0 / 0.
+            self.enable_deep_supervision = False
         self.plans_manager.plans.pop("continue_training", None)  # nnU-Net before 2.7 would keep it in plans.json
         self.num_epochs = settings.epochs
         self.initial_lr = settings.learning_rate
