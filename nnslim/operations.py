@@ -1,4 +1,4 @@
-"""Multiply-accumulates of every operation of a forward pass, attention included, in two named conventions.
+"""Multiply-accumulates of every operation of a forward pass, attention included, in three named conventions.
 
 `nnslim.cost` counts layers, which is what a method that replaces layers needs. A transformer also multiplies
 activations with each other, and published figures count more than products. So here the operations are counted as they
@@ -11,6 +11,12 @@ Convention "torchprofile": what torchprofile 0.0.4 and 0.1.0 print, which the to
 but a transposed convolution is charged the voxels of its *output* (8 times too many for kernel = stride = 2 in 3D), and
 elementwise products, means, average pooling and affine layer norms cost 1 per element. The scale inside attention
 counts as such a product, fused or not.
+
+Convention "ptflops": what ptflops 0.7.5 counts by default, which the Embedded-ViT paper publishes. It looks at calls,
+not at operations: layers with their biases, 1 per element of a norm (2 where it is an affine batch, instance or group
+norm), 1 of an activation or softmax that is a layer or called from torch.nn.functional (2 where it is both), and
+`torch.matmul`, but not `@`: products of attention are left out. Here a layer that a network holds under several names
+counts once, and inside of fused attention nothing does.
 """
 
 from __future__ import annotations
@@ -32,8 +38,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nnslim.errors import SpecError
 from nnslim.surgery.walk import unwrap
 
-Convention = Literal["torch", "torchprofile"]
-CONVENTIONS: tuple[Convention, ...] = ("torch", "torchprofile")
+Convention = Literal["torch", "torchprofile", "ptflops"]
+CONVENTIONS: tuple[Convention, ...] = ("torch", "torchprofile", "ptflops")
 _aten = torch.ops.aten
 _Shape = Sequence[int]
 
@@ -43,12 +49,12 @@ class OperationCost:
     """Counts of one forward pass.
 
     Attributes:
-        counts: (module path, operation) -> [MACs "torch", MACs "torchprofile"]; the path is of the innermost module
-            that ran the operation, "" for the network's own forward.
+        counts: (module path, operation) -> MACs in each of CONVENTIONS; the path is of the innermost module that ran
+            the operation, "" for the network's own forward.
         parameters: of all modules, each tensor once.
     """
 
-    counts: dict[tuple[str, str], list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
+    counts: dict[tuple[str, str], list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0, 0]))
     parameters: int = 0
 
     def macs(self, convention: Convention = "torch", prefix: str = "") -> int:
@@ -86,19 +92,25 @@ def count_operations(network: nn.Module, input_shape: Sequence[int]) -> Operatio
     cost = OperationCost(parameters=sum(p.numel() for p in network.parameters()))
     twin = copy.deepcopy(network).to("meta").eval()
     stack = [""]
-    for name, module in twin.named_modules():
-        if name:
-            module.register_forward_pre_hook(lambda _, __, name=name: stack.append(name))
-            module.register_forward_hook(lambda _, __, ___: stack.pop() and None)
 
-    def add(operation: str, products: int, profile: int | None = None) -> None:
+    def add(operation: str, products: int, profile: int | None = None, calls: int = 0) -> None:
         entry = cost.counts[stack[-1], operation]
         entry[0] += products
         entry[1] += products if profile is None else profile
+        entry[2] += calls
 
+    def called(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if count := _layer_calls(module, inputs, output):
+            add("layers", 0, 0, count)
+
+    for name, module in twin.named_modules():
+        if name:
+            module.register_forward_pre_hook(lambda _, __, name=name: stack.append(name))
+            module.register_forward_hook(called)
+            module.register_forward_hook(lambda _, __, ___: stack.pop() and None)
     counter = _Counter(add)
     try:
-        with torch.no_grad(), _Attention(counter), counter:
+        with torch.no_grad(), _Calls(add), _Attention(counter), counter:
             twin(torch.empty(tuple(input_shape), device="meta"))
     except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
         raise SpecError(f"the network cannot be counted on an input of shape {tuple(input_shape)}: {error}") from error
@@ -110,7 +122,7 @@ def counted_products() -> Iterator[dict[str, int]]:
     """Count what runs inside, convention "torch": MACs of "linear", "matmul" (of activations) and "conv"."""
     totals: dict[str, int] = defaultdict(int)
 
-    def add(operation: str, products: int, _: int | None = None) -> None:
+    def add(operation: str, products: int, _: int | None = None, __: int = 0) -> None:
         totals[operation] += products
 
     counter = _Counter(add)
@@ -183,3 +195,54 @@ class _Attention(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         finally:
             self.counter.paused = False
+
+
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm)
+_ACTIVATIONS = (nn.ReLU, nn.PReLU, nn.ELU, nn.LeakyReLU, nn.ReLU6, nn.GELU)
+_POOLS = tuple(
+    getattr(nn, f"{kind}Pool{axes}d") for kind in ("Max", "Avg", "AdaptiveMax", "AdaptiveAvg") for axes in (1, 2, 3)
+)
+_BY_INPUT = {functional.relu, functional.prelu, functional.elu, functional.relu6, functional.gelu, functional.silu}
+_BY_INPUT |= {functional.softmax} | {
+    getattr(functional, f"{kind}_pool{axes}d")
+    for kind in ("max", "avg", "adaptive_max", "adaptive_avg")
+    for axes in (1, 2, 3)
+}
+# torch hands `a @ b` and `a.matmul(b)` over as one, of which ptflops counts the second: here neither counts.
+_PRODUCTS = {torch.matmul, torch.mm, torch.bmm}
+_ELEMENTWISE = {torch.mul, torch.add}
+
+
+def _layer_calls(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> int:
+    """Return what ptflops charges one call of a layer."""
+    if not inputs or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
+        return 0
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+        side = inputs[0] if isinstance(module, nn.modules.conv._ConvTransposeNd) else output
+        positions = side.numel() // side.shape[-1 if isinstance(module, nn.Linear) else 1]
+        return positions * module.weight.numel() + (0 if module.bias is None else output.numel())
+    if isinstance(module, _NORMS):
+        return inputs[0].numel() * (2 if getattr(module, "affine", False) else 1)
+    if isinstance(module, _POOLS):
+        return inputs[0].numel()
+    return output.numel() if isinstance(module, (*_ACTIVATIONS, nn.Upsample)) else 0
+
+
+class _Calls(TorchFunctionMode):
+    """Counts calls of functions as ptflops does."""
+
+    def __init__(self, add: Callable[..., None]) -> None:
+        super().__init__()
+        self.add = add
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _BY_INPUT:
+            self.add("calls", 0, 0, (kwargs["input"] if kwargs and "input" in kwargs else args[0]).numel())
+        elif func in _PRODUCTS:
+            self.add("calls", 0, 0, args[0].numel() * args[1].shape[-1])
+        elif func in _ELEMENTWISE or func is functional.interpolate:
+            self.add("calls", 0, 0, result.numel())
+        return result

@@ -1,7 +1,8 @@
-"""Write BTCV or MSD BraTS as a raw nnU-Net dataset, with the splits of the token-sparse paper.
+"""Write BTCV, MSD BraTS or Synapse (TransUNet's layout) as a raw nnU-Net dataset, with the splits of the papers.
 
 ./run.sh scripts/15_convert_dataset.py btcv -i RawData/Training -o nnUNet_raw/Dataset120_BTCV
 ./run.sh scripts/15_convert_dataset.py brats -i Task01_BrainTumour -o nnUNet_raw/Dataset121_BraTS
+./run.sh scripts/15_convert_dataset.py synapse -i Synapse -o nnUNet_raw/Dataset122_Synapse --spacing 3 0.8 0.8
 nnU-Net takes splits_final.json from the preprocessed folder: copy it there after nnUNetv2_plan_and_preprocess.
 """
 
@@ -13,17 +14,24 @@ from pathlib import Path
 
 from nnslim.errors import NNSlimError
 from nnslim.work.public_datasets import convert_brats, convert_btcv
+from nnslim.work.synapse import convert_synapse
 
 
 def main() -> int:
     """Read the arguments and convert; 2 for input that cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", choices=["btcv", "brats"])
+    parser.add_argument("dataset", choices=["btcv", "brats", "synapse"])
     parser.add_argument("-i", "--input", type=Path, required=True, help="downloaded folder")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument(
+        "--spacing", type=float, nargs=3, default=(1.0, 1.0, 1.0), help="synapse: mm of slices, rows, columns (1 1 1)"
+    )
     chosen = parser.parse_args()
     try:
-        {"btcv": convert_btcv, "brats": convert_brats}[chosen.dataset](chosen.input, chosen.output)
+        if chosen.dataset == "synapse":
+            convert_synapse(chosen.input, chosen.output, chosen.spacing)
+        else:
+            {"btcv": convert_btcv, "brats": convert_brats}[chosen.dataset](chosen.input, chosen.output)
     except NNSlimError as error:
         print(error, file=sys.stderr)
         return 2

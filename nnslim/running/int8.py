@@ -72,7 +72,8 @@ def quantize(
         keep_first, keep_last: leave the layer on the image, or those that put out the logits, in float.
         accurate: correct biases layer by layer instead of from one pass; takes a pass for each layer.
     Raises:
-        BackendError: openvino or nncf is missing, there are no tiles, or one has another shape.
+        BackendError: openvino or nncf is missing, there are no tiles, one has another shape, or no layer came out in
+        eight bits: a conversion that changes nothing is no quantisation.
     """
     openvino_module()
     nncf = needed("nncf", "nnslim[openvino]")
@@ -97,6 +98,8 @@ def quantize(
         made.set_rt_info(name, _NETWORK)
     layers = [op for op in made.get_ops() if op.get_type_name() in _CONVOLUTIONS]
     in_int8 = [op for op in layers if op.input_value(0).get_node().get_type_name() == "FakeQuantize"]
+    if len(layers) > len(kept) and not in_int8:
+        raise BackendError(f"nothing changed: none of {len(layers)} convolutions came out in eight bits")
     return Quantised(made, len(layers), len(in_int8), _size(model), _size(made), len(data))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from nnslim.files import save_checkpoint
+from nnslim.methods.embedded import HeldZeros
 from nnslim.running.bfloat16 import bfloat16_is_safe, has_fast_bfloat16
 from nnslim.streaming import hooked
 from nnslim.surgery.walk import LayerIndex
@@ -96,6 +97,7 @@ class _Learner:
         # Judged and kept is a running mean of the weights: single steps are noisy, above all at batch 1 or 2.
         self.mean = copy.deepcopy(slim).eval().requires_grad_(False)
         self.taken = 0
+        self.zeros = HeldZeros.of(slim)
 
     def prepare(self, batch: Tensor) -> None:
         """Decide, by the first patches, in which precision to learn, and make the teacher."""
@@ -123,6 +125,8 @@ class _Learner:
         loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimiser.step()
+        for zeros in self.zeros:
+            zeros.hold()
         self._average()
         return float(loss.detach())
 

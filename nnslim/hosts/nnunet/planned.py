@@ -16,6 +16,7 @@ from torch import nn
 
 from nnslim.hosts.nnunet.folder import ModelFolder, build_untrained, builds_from_plans, managers_of, trainer_class
 from nnslim.hosts.nnunet.plans import resolved
+from nnslim.methods.embedded.daeformer import DAEFormer, form_named
 from nnslim.methods.token_sparse.unetr import TokenSparseUNETR
 
 PLAIN_TRAINER = "nnUNetTrainer"  # builds from plans; what a checkpoint names so that stock nnU-Net predicts with it
@@ -47,6 +48,34 @@ class PlannedUNETR(TokenSparseUNETR):
     ) -> None:
         super().__init__(input_channels, num_classes, **kwargs)
         self.planned = kwargs
+
+
+class PlannedDAEFormer(DAEFormer):
+    """DAEFormer, likewise.
+
+    nnU-Net's trainers read strides in the plans: [1, 4, 2] make two scales of deep supervision, which is what the
+    network puts out then.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        deep_supervision: bool | None = None,
+        strides: Sequence[Any] = (),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(input_channels, num_classes, **kwargs)
+        self.decoder.deep_supervision = bool(deep_supervision)
+
+
+def daeformer_architecture(form: str) -> dict[str, Any]:
+    """Return the `architecture` entry of a 2D configuration for a form of DAEFormer, see `form_named`.
+
+    Raises:
+        ConfigError: no form of that name.
+    """
+    return _entry(PlannedDAEFormer, {**form_named(form).to_dict(), "strides": [[1, 1], [4, 4], [2, 2]]})
 
 
 def planned_architecture(network: nn.Module, patch: Sequence[int]) -> dict[str, Any] | None:

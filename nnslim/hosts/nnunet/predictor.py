@@ -16,6 +16,7 @@ from torch import nn
 from nnslim.errors import OutputError
 from nnslim.hosts.nnunet.calibrate import calibration_of, fingerprint
 from nnslim.hosts.nnunet.compat import predictor_class
+from nnslim.hosts.nnunet.embedded.plans import refuse_coarser
 from nnslim.hosts.nnunet.kept_predictors import KeptPredictors, loading_key
 from nnslim.hosts.nnunet.window import window_logits
 from nnslim.running.engine import check_precision
@@ -160,6 +161,7 @@ def slim_predictor(predictor: Any, session: Session, source: str, folder: Path |
     given = predictor.list_of_parameters
     folds: list[StateDict] = list(given) if given else [dense.state_dict()]
     config = session.config.for_trained()
+    refuse_coarser(config)
     started = time.perf_counter()
     slimmed, cached, note, speed = None, False, "", None
     shape = (1, _input_channels(predictor), *predictor.configuration_manager.patch_size)

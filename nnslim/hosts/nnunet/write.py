@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from nnslim._version import __version__
+from nnslim.cost import measure_cost
 from nnslim.errors import ConfigError, ModelFolderError, SlowerError
 from nnslim.files import read_json, save_checkpoint, whole_folder, write_json
 from nnslim.hosts.nnunet.calibrate import calibration_of
+from nnslim.hosts.nnunet.embedded.plans import coarser_model, resolutions, without_stages
 from nnslim.hosts.nnunet.folder import (
     ModelFolder,
     build_network,
@@ -27,7 +29,7 @@ from nnslim.hosts.nnunet.plans import with_architecture
 from nnslim.hosts.nnunet.pruned import pruned_base, spec_in_plans
 from nnslim.methods.tucker.table import write_table
 from nnslim.spec import SlimSpec, spec_of
-from nnslim.work.compress import Slimmed, compress
+from nnslim.work.compress import Counts, Slimmed, compress
 from nnslim.work.config import SlimConfig
 from nnslim.work.guard import Guard
 from nnslim.work.recover import Progress
@@ -72,6 +74,7 @@ def compress_folder(
             "--start MODEL for a trained one)"
         )
     model = built_from_plans(model) if config.active else model
+    finer, model = model, coarser_model(model, config)
     if config.active and not builds_from_plans(trainer_class(model.trainer_name)):
         raise ModelFolderError(
             f"{model.path}: trainer {model.trainer_name} builds its network itself, not from plans.json, so stock "
@@ -100,6 +103,8 @@ def compress_folder(
                 "allow it (--allow-slower) where the model is meant for another machine"
             )
         slimmed = replace(slimmed, spec=SlimSpec((*before, *slimmed.spec.edits)))
+        if finer is not model:
+            slimmed = replace(slimmed, dense=Counts.of(measure_cost(network, input_shape(finer))))
         plans = slim_plans(model, slimmed.spec, target.name)
         write_json(side / "plans.json", plans)
         write_json(side / "dataset.json", model.dataset)
@@ -108,7 +113,8 @@ def compress_folder(
             path = side / f"fold_{fold}" / model.checkpoint_name
             save_checkpoint(slim_checkpoint(checkpoint, weights, plans), path)
         slimmed = replace(slimmed, file_bytes=(_checkpoint_bytes(model, model.path), _checkpoint_bytes(model, side)))
-        write_json(side / "nnslim.json", record(model, slimmed, config))
+        made = record(model, slimmed, config)
+        write_json(side / "nnslim.json", made if finer is model else {**made, "resolution": resolutions(finer, model)})
         if config.active:
             write_table(slimmed.decisions, side / "plan.csv")
         if config.run.precision == "int8":
@@ -164,7 +170,8 @@ def slim_plans(model: ModelFolder, spec: SlimSpec, folder_name: str) -> dict[str
     """
     plans = copy.deepcopy(model.plans)
     if spec.edits and spec != spec_in_plans(model):
-        plans = with_architecture(plans, model.configuration, spec)
+        plans, rest = without_stages(model, spec)
+        plans = with_architecture(plans, model.configuration, rest) if rest.edits else plans
     parts = folder_name.split("__")
     if len(parts) == 3 and parts[1]:
         plans["plans_name"] = parts[1]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nnslim.files import write_json
 from nnslim.hosts.nnunet.finetune.settings import FoldJob
 from nnslim.hosts.nnunet.steady import SteadyTraining, reseed
+from nnslim.methods.embedded import HeldZeros
 from nnslim.running.bfloat16 import bfloat16_is_safe, has_fast_bfloat16, in_bfloat16
 from nnslim.surgery.walk import unwrap
 from nnslim.work.distillation import distillation_loss
@@ -30,12 +31,17 @@ class FineTuning(SteadyTraining):
     job: FoldJob
     teacher: nn.Module | None
     after_epoch: Callable[[int], None]
+    zeros: Sequence[HeldZeros] = ()  # of a pruned model
+    step_of_epoch: int = 0
 
     def __init__(
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = _CPU
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device=device)
         settings = self.job.settings
+        if len(self.configuration_manager.network_arch_init_kwargs.get("strides") or ()) == 2:
+            # nnU-Net gives the last scale of deep supervision no weight: of a single one that is 0 / 0.
+            self.enable_deep_supervision = False
         self.plans_manager.plans.pop("continue_training", None)  # nnU-Net before 2.7 would keep it in plans.json
         self.num_epochs = settings.epochs
         self.initial_lr = settings.learning_rate
@@ -98,10 +104,33 @@ class FineTuning(SteadyTraining):
             mixed = torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
             with torch.no_grad(), mixed:
                 self.loss.teacher_logits = self.teacher(batch["data"].to(self.device, non_blocking=True))
-        return super().train_step(batch)
+        steps = self.num_iterations_per_epoch
+        if self.zeros and self.step_of_epoch in (0, steps // 2):  # twice an epoch, as published
+            self.prune_to((self.current_epoch + self.step_of_epoch / steps) / self.num_epochs)
+        self.step_of_epoch += 1
+        result = super().train_step(batch)
+        for zeros in self.zeros:
+            zeros.hold()
+        return result
+
+    def prune_to(self, share: float) -> None:
+        """Add the zeros that a pruned model's spec asks for after a share of the fine-tuning."""
+        for zeros in self.zeros:
+            zeros.advance(share)
+
+    def on_train_epoch_start(self) -> None:
+        """Begin to count the steps of an epoch."""
+        super().on_train_epoch_start()
+        self.step_of_epoch = 0
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """Prune before validation judges, so that the last epoch ends with all zeros that are due."""
+        super().on_train_epoch_end(train_outputs)
+        self.prune_to((self.current_epoch + 1) / self.num_epochs)
 
     def on_train_start(self) -> None:
         """Validate once before the first epoch: what the training starts from."""
+        self.zeros = HeldZeros.of(self.network)  # the weights are loaded by now
         super().on_train_start()
         if self.current_epoch > 0:
             return

@@ -1,0 +1,23 @@
+"""Levers for embedded boards (Embedded-ViT, Ostrowski and Shafique, ISVC 2024), alone and composed; and its network."""
+
+from nnslim.methods.base import Method, register_method
+from nnslim.methods.embedded.config import EmbeddedConfig
+from nnslim.methods.embedded.daeformer import DAEFormer, form_named
+from nnslim.methods.embedded.depthwise import DepthwiseEdit
+from nnslim.methods.embedded.drop_stage import DropStageEdit
+from nnslim.methods.embedded.plan import plan_embedded
+from nnslim.methods.embedded.unstructured import HeldZeros, SparseEdit, cubic_sparsity
+
+register_method(Method("embedded", EmbeddedConfig, plan_embedded))
+
+__all__ = [
+    "DAEFormer",
+    "DepthwiseEdit",
+    "DropStageEdit",
+    "EmbeddedConfig",
+    "HeldZeros",
+    "SparseEdit",
+    "cubic_sparsity",
+    "form_named",
+    "plan_embedded",
+]

@@ -1,0 +1,122 @@
+"""Depth-wise instead of dense convolutions, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from nnslim.errors import SpecError
+from nnslim.spec import Edit, register_edit
+from nnslim.surgery.replace import replace_layer
+from nnslim.surgery.walk import LayerIndex
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+FORMS = ("separable", "grouped", "dense")
+
+
+class SeparableConv(nn.Module):
+    """A convolution of each channel on its own, then a 1x1 convolution over channels."""
+
+    def __init__(self, dense: nn.Module) -> None:
+        """Take sizes, stride, padding and dilation from a dense convolution; weights are not set."""
+        super().__init__()
+        inputs = dense.in_channels
+        self.depth = _like(dense, inputs, groups=inputs, bias=False)
+        self.point = type(dense)(inputs, dense.out_channels, 1, bias=dense.bias is not None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, I, *spatial) to (B, O, *spatial)."""
+        return self.point(self.depth(x))
+
+    @torch.no_grad()
+    def fill(self, dense: nn.Module) -> None:
+        """Set the weights to the nearest ones (least squares): for each input channel, the first singular pair."""
+        inputs, outputs = dense.in_channels, dense.out_channels
+        kernels = dense.weight.detach().double().transpose(0, 1).reshape(inputs, outputs, -1)  # (I, O, K)
+        left, sizes, right = torch.linalg.svd(kernels, full_matrices=False)
+        root = sizes[:, :1].sqrt()  # (I, 1)
+        self.depth.weight.copy_((right[:, 0] * root).reshape(self.depth.weight.shape))
+        self.point.weight.copy_((left[:, :, 0] * root).T.reshape(self.point.weight.shape))
+        if dense.bias is not None:
+            self.point.bias.copy_(dense.bias)
+
+
+def _like(conv: nn.Module, outputs: int, *, groups: int, bias: bool) -> nn.Module:
+    return type(conv)(
+        conv.in_channels,
+        outputs,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        groups,
+        bias,
+        conv.padding_mode,
+    )
+
+
+@torch.no_grad()
+def regrouped(conv: nn.Module, groups: int, *, fill: bool = True) -> nn.Module:
+    """Return a convolution with other groups, either one group before or after.
+
+    To more groups, the weights between channels of one group stay and the others are left out; to one group, the rest
+    is zero and the output the same.
+    """
+    made = _like(conv, conv.out_channels, groups=groups, bias=conv.bias is not None)
+    if not fill:
+        return made
+    count = max(groups, conv.groups)
+    outputs, inputs = conv.out_channels // count, conv.in_channels // count
+    made.weight.zero_()
+    for place in range(count):
+        rows = slice(place * outputs, (place + 1) * outputs)
+        columns = slice(place * inputs, (place + 1) * inputs)
+        if groups == 1:
+            made.weight[rows, columns] = conv.weight[rows]
+        else:
+            made.weight[rows] = conv.weight[rows, columns]
+    if conv.bias is not None:
+        made.bias.copy_(conv.bias)
+    return made
+
+
+@register_edit
+@dataclass(frozen=True)
+class DepthwiseEdit(Edit):
+    """Give one convolution another form.
+
+    Attributes:
+        layer: any of the layer's names.
+        form: separable, grouped (as many groups as divide inputs and outputs: depth-wise where these are as many) of a
+            dense convolution; dense of a grouped one.
+    """
+
+    layer: str
+    form: str = "separable"
+    kind: ClassVar[str] = "depthwise"
+    separable: ClassVar[bool] = True
+
+    def apply(self, layers: LayerIndex, *, fill: bool) -> Callable[[], None]:
+        """See Edit.apply. A separable one sits under the old names, as `<name>.depth` and `<name>.point`."""
+        layer = layers[self.layer]
+        conv = layer.module
+        if self.form not in FORMS or not isinstance(conv, CONVOLUTIONS) or (conv.groups == 1) == (self.form == "dense"):
+            found = f"{type(conv).__name__}, groups={getattr(conv, 'groups', None)}"
+            raise SpecError(f"layer '{self.layer}' cannot become {self.form}: it is {found}")
+        if self.form == "separable":
+            made: nn.Module = SeparableConv(conv)
+            if fill:
+                made.fill(conv)
+        else:
+            made = regrouped(conv, 1 if self.form == "dense" else most_groups(conv), fill=fill)
+        return replace_layer(layer, made.to(conv.weight.device, conv.weight.dtype).train(conv.training))
+
+
+def most_groups(conv: nn.Module) -> int:
+    """Return the largest number of groups that divides inputs and outputs."""
+    return math.gcd(conv.in_channels, conv.out_channels)

@@ -1,0 +1,96 @@
+"""Drop the deepest stages of an encoder-decoder network of nnU-Net's, with their decoder levels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from nnslim.errors import SpecError
+from nnslim.spec import Edit, register_edit
+from nnslim.surgery.walk import LayerIndex
+
+_LISTS = ("features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage", "n_blocks_per_stage")
+_ATTRIBUTES = ("output_channels", "strides", "kernel_sizes")
+
+
+@register_edit
+@dataclass(frozen=True)
+class DropStageEdit(Edit):
+    """Take out the deepest encoder stages and as many decoder levels.
+
+    The transposed convolution that follows then reads the deepest stage that is left, which has as many channels as
+    the decoder level it read before: every other weight keeps its shape. Names are those of a network that is built
+    with so many stages fewer, so that its plans describe it (`shorter_arguments`).
+
+    Attributes:
+        stages: how many.
+    """
+
+    stages: int
+    kind: ClassVar[str] = "drop_stage"
+
+    def apply(self, layers: LayerIndex, *, fill: bool) -> Callable[[], None]:
+        """See Edit.apply."""
+        encoder, decoder = stages_of(layers.root)
+        left = len(encoder.stages) - self.stages
+        if self.stages < 1 or left < 2:
+            raise SpecError(
+                f"{self.stages} stage(s) are to be dropped of {len(encoder.stages)}; at least one goes and two stay"
+            )
+        before = [(module, dict(module._modules), dict(vars(module))) for module in (encoder, decoder)]
+        encoder.stages = nn.Sequential(*list(encoder.stages)[:left])
+        for name in ("stages", "transpconvs", "seg_layers"):
+            setattr(decoder, name, nn.ModuleList(list(getattr(decoder, name))[self.stages :]))
+        for name in _ATTRIBUTES:
+            value = getattr(encoder, name, None)
+            if isinstance(value, (list, tuple)) and len(value) == left + self.stages:
+                setattr(encoder, name, value[:left])
+
+        def undo() -> None:
+            for module, children, attributes in before:
+                module._modules.clear()
+                module._modules.update(children)
+                for name in _ATTRIBUTES:
+                    if name in attributes:
+                        setattr(module, name, attributes[name])
+
+        return undo
+
+
+def stages_of(network: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return encoder and decoder of a network whose stages can be dropped.
+
+    Raises:
+        SpecError: it is built otherwise.
+    """
+    encoder, decoder = getattr(network, "encoder", None), getattr(network, "decoder", None)
+    count = len(getattr(encoder, "stages", ()))
+    parts = [getattr(decoder, name, None) for name in ("stages", "transpconvs", "seg_layers")]
+    if not count or not all(isinstance(part, nn.ModuleList) and len(part) == count - 1 for part in parts):
+        raise SpecError(
+            f"{type(network).__name__} has no encoder.stages with a decoder of as many levels less one: stages can be "
+            "dropped of nnU-Net's PlainConvUNet and ResidualEncoderUNet"
+        )
+    return encoder, decoder
+
+
+def shorter_arguments(arguments: Mapping[str, Any], stages: int) -> dict[str, Any]:
+    """Return the keyword arguments of nnU-Net's U-Nets (plans: arch_kwargs) with some of the deepest stages fewer.
+
+    Raises:
+        SpecError: they are of another architecture.
+    """
+    count = arguments.get("n_stages")
+    if not isinstance(count, int) or count - stages < 2 or "n_conv_per_stage_decoder" not in arguments:
+        raise SpecError(f"{stages} of {count!r} stages cannot be dropped from an architecture of {sorted(arguments)}")
+    made = {**arguments, "n_stages": count - stages}
+    for name in _LISTS:
+        if isinstance(value := arguments.get(name), (list, tuple)) and len(value) == count:
+            made[name] = list(value[: count - stages])
+    decoder = arguments["n_conv_per_stage_decoder"]
+    if isinstance(decoder, (list, tuple)):  # from the deepest level up
+        made["n_conv_per_stage_decoder"] = list(decoder[stages:])
+    return made
