@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nnslim.errors import ConfigError
-from nnslim.hosts.nnunet.planned import PLAIN_TRAINER, daeformer_architecture, plans_with_architecture
+from nnslim.hosts.nnunet.described import DescribedTraining
+from nnslim.hosts.nnunet.planned import daeformer_architecture, plans_with_architecture
 from nnslim.methods.embedded import form_named
 
 VARIABLE = "NNSLIM_DAEFORMER"  # environment: the form that `nnUNetv2_train` trains
@@ -53,7 +54,7 @@ def daeformer_trainer_class(form: str | None = None, name: str = "nnUNetTrainerD
     from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-    class DAEFormerTraining(nnUNetTrainer):
+    class DAEFormerTraining(DescribedTraining, nnUNetTrainer):
         def __init__(
             self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = _CPU
         ) -> None:
@@ -81,14 +82,8 @@ def daeformer_trainer_class(form: str | None = None, name: str = "nnUNetTrainerD
                 return super()._build_loss()
             return CEAndSquaredDice(self.label_manager.ignore_label)
 
-        def save_checkpoint(self, filename: str) -> None:
-            """Save under the name of nnU-Net's default trainer, which builds the network from the plans."""
-            cls = type(self)
-            own, cls.__name__ = cls.__name__, PLAIN_TRAINER
-            try:
-                super().save_checkpoint(filename)
-            finally:
-                cls.__name__ = own
+        def described_plans(self) -> dict[str, Any]:
+            return self.plans_manager.plans
 
     DAEFormerTraining.__name__ = DAEFormerTraining.__qualname__ = name
     return DAEFormerTraining
