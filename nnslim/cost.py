@@ -59,6 +59,7 @@ class Cost:
         layers: the leaf modules that ran, by canonical name, in order of execution.
         registered_parameters: parameters of all modules, each tensor once.
         attention_macs: products of activations with each other, which belong to no layer.
+        input_shape: (batch, channels, *spatial) that the network was counted on.
         heads: names of the modules whose output *is* an output of the network (segmentation heads).
     """
 
@@ -66,6 +67,7 @@ class Cost:
     registered_parameters: int = 0
     attention_macs: int = 0
     heads: tuple[str, ...] = ()
+    input_shape: tuple[int, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -105,7 +107,7 @@ def measure_cost(network: nn.Module, input_shape: Sequence[int]) -> Cost:
         SpecError: the network cannot take an input of that shape.
     """
     network = unwrap(network)
-    cost = Cost(registered_parameters=sum(p.numel() for p in network.parameters()))
+    cost = Cost(registered_parameters=sum(p.numel() for p in network.parameters()), input_shape=tuple(input_shape))
     twin = copy.deepcopy(network).to("meta").eval()
     # Moving to meta gives tied weights one tensor each: go by the identity in the original.
     originals = dict(network.named_parameters(remove_duplicate=False))

@@ -260,3 +260,16 @@ def test_coarser_patch_covers_as_much_and_divides_by_the_strides(patch, factors,
 def test_presets_are_read_and_name_the_method(name):
     config = load_config(name)
     assert config.methods[0].method == "embedded" and config.active
+
+
+def test_levers_fit_a_network_that_changes_its_input_first():
+    """DAEFormer repeats one channel to three: its first layer does not see what the network is given."""
+    from nnslim.methods.embedded import DAEFormer
+
+    network, shape = DAEFormer(1, 2, (16, 32), (1, 1), grouped=False).eval(), (1, 1, 16, 16)
+    made = slimmed(network, shape, depthwise="grouped", sparsity=0.3)
+    assert {edit.kind for edit in made.spec.edits} == {"depthwise", "sparse"}
+    grouped = DAEFormer(1, 2, (16, 32), (1, 1)).eval()
+    mixing = [made.network.get_submodule(name).conv for name, m in grouped.named_modules() if hasattr(m, "fc1")]
+    assert all(conv.groups == conv.in_channels for conv in mixing) and len(mixing) == 9
+    assert torch.isfinite(made.network(torch.randn(shape))).all()

@@ -35,7 +35,7 @@ def plan_embedded(network: nn.Module, config: EmbeddedConfig, cost: Cost, tiles:
     """
     if not (config.drop_stages or config.depthwise != "none" or config.sparsity or config.strip or config.coarser != 1):
         raise ConfigError("embedded: no lever is named: drop_stages, depthwise, coarser, sparsity or strip")
-    shape = (1, *next(iter(cost.layers.values())).input_shape)
+    shape = cost.input_shape  # what the first layer sees may be another: DAEFormer repeats its channel
     slim, edits = copy.deepcopy(network), []
 
     def do(*more: Edit) -> None:
