@@ -25,7 +25,7 @@ RUNS_STREAMED = {"run": {"backend": "stock"}}
 RUNS_STOCK = {"run": {"backend": "stock", "export": "stock"}}
 
 
-def _managers(labels, regions=None, transpose=(0, 1, 2), spacing=(1.0, 1.0, 1.0), **resampling):
+def managers_of(labels, regions=None, transpose=(0, 1, 2), spacing=(1.0, 1.0, 1.0), **resampling):
     plans, name = make_plans("2d" if len(spacing) == 2 else "plain")
     plans["transpose_forward"] = list(transpose)
     plans["transpose_backward"] = np.argsort(transpose).tolist()
@@ -98,7 +98,7 @@ CASES = {
 def case(request):
     """(logits, properties, plans, configuration, dataset) of a made-up prediction; smooth, with noise on it."""
     labels, regions, transpose, spacing, size, new_spacing, new_size, dtype = CASES[request.param]
-    plans, configuration, dataset = _managers(labels, regions, transpose, spacing)
+    plans, configuration, dataset = managers_of(labels, regions, transpose, spacing)
     rng = np.random.default_rng(0)
     heads = plans.get_label_manager(dataset).num_segmentation_heads
     coarse = torch.from_numpy(rng.normal(size=(1, heads, 3, 3, 3)).astype(np.float32)) * 6
@@ -166,7 +166,7 @@ def test_exported_file_equals_nnunets(case, tmp_path):
 
 
 def _small_case(**resampling):
-    plans, configuration, dataset = _managers(THREE, **resampling)
+    plans, configuration, dataset = managers_of(THREE, **resampling)
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(3, 8, 9, 10)).astype(np.float16)
     return logits, _properties(rng, plans, (11, 12, 13), (0.7, 0.7, 0.7)), plans, configuration, dataset
@@ -245,7 +245,7 @@ GEOMETRIES = [
 @pytest.mark.parametrize("labels", [None, 5])
 def test_preprocessing_equals_nnunets(shape, spacing, target, labels):
     """Images to 1e-5 of their range; the mask, or the segmentation of a cascade's stage before, exactly."""
-    plans, configuration, dataset = _managers({f"c{n}" if n else "background": n for n in range(5)}, spacing=target)
+    plans, configuration, dataset = managers_of({f"c{n}" if n else "background": n for n in range(5)}, spacing=target)
     rng = np.random.default_rng(2)
     image = rng.normal(size=(1, *shape)).astype(np.float32)
     image[:, :2] = 0  # zeros on one side are cut off, zeros inside are part of the mask

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nnslim.errors import ConfigError, SpecError
-from nnslim.hosts.nnunet.folder import ModelFolder, _managers
+from nnslim.hosts.nnunet.folder import ModelFolder, managers_of
 from nnslim.hosts.nnunet.plans import resolved
 from nnslim.methods.embedded import DropStageEdit, EmbeddedConfig
 from nnslim.methods.embedded.drop_stage import shorter_arguments
@@ -73,7 +73,7 @@ def coarser_model(model: ModelFolder, config: SlimConfig) -> ModelFolder:
     identifier = f"{settings.get('data_identifier') or model.configuration}_coarser{name}"
     changed = coarser_settings(settings, factors, multiple, identifier)
     plans = _with_settings(copy.deepcopy(model.plans), model.configuration, changed)
-    managers = _managers(model.path, plans, model.dataset, model.configuration)
+    managers = managers_of(model.path, plans, model.dataset, model.configuration)
     return replace(model, plans=plans, plans_manager=managers[0], configuration_manager=managers[1])
 
 

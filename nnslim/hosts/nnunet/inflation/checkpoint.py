@@ -15,10 +15,10 @@ from nnslim.errors import ConfigError, ModelFolderError
 from nnslim.files import make_folder, save_checkpoint, whole_folder, write_json
 from nnslim.hosts.nnunet.folder import (
     ModelFolder,
-    _managers,
     build_network,
     build_untrained,
     builds_from_plans,
+    managers_of,
     trainer_class,
 )
 from nnslim.hosts.nnunet.model_files import read_json_object
@@ -69,7 +69,7 @@ def target_of(
     if configuration not in content.get("configurations", {}):
         known = ", ".join(content.get("configurations", {})) or "none"
         raise ModelFolderError(f"{where} has no configuration '{configuration}'; it has {known}")
-    managers = _managers(where if plans is None else where.parent, content, labels, configuration)
+    managers = managers_of(where if plans is None else where.parent, content, labels, configuration)
     if len(managers[1].patch_size) != 3:
         raise ModelFolderError(f"{where}: configuration '{configuration}' is not a 3D one")
     return replace(
