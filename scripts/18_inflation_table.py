@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2, help="patches per step, part unet (2)")
     parser.add_argument("--patch", type=int, nargs=3, help="voxels, part unet; default: the plans'")
     parser.add_argument("--rate", type=float, default=1e-2, help="learning rate, part unet (nnU-Net's 1e-2)")
+    parser.add_argument("--new-heads", action="store_true", help="leave heads out, as nnU-Net's -pretrained_weights")
     parser.add_argument("--window-iterations", type=int, default=40, help="steps per epoch, part window (40)")
     parser.add_argument("--window-batch", type=int, default=2, help="patches per step, part window (2)")
     parser.add_argument("--window-rate", type=float, default=1e-4, help="learning rate, part window (1e-4)")
@@ -53,7 +54,8 @@ def main() -> None:
     work = chosen.output.parent
     work.mkdir(parents=True, exist_ok=True)
     patch = tuple(chosen.patch) if chosen.patch else None
-    study = Study(chosen.dataset, chosen.fold, chosen.model, unet, window, settings, chosen.cases, work, patch)
+    heads = not chosen.new_heads
+    study = Study(chosen.dataset, chosen.fold, chosen.model, unet, window, settings, chosen.cases, work, patch, heads)
     rows = rows_of(chosen.parts, chosen.modes, chosen.seeds)
     measure_inflation(study, rows, chosen.output)
     draw_curves(chosen.output, chosen.output.with_suffix(".png"))

@@ -77,7 +77,7 @@ def _read_slice(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    h5py = needed("h5py", "h5py", purpose="reading TransUNet's test volumes", error=InputError)
+    h5py = needed("h5py", "nnslim[synapse]", purpose="reading TransUNet's test volumes", error=InputError)
     try:
         with h5py.File(path, "r") as content:
             return _checked(path, content["image"][:], content["label"][:], 3)

@@ -59,6 +59,8 @@ class Study:
         patch: of the trainings of part unet, voxels; None for the plans'. That of part window is among its settings.
         settings: of the window network; its `weights` are the inflated start. cases: to predict, at most.
         work: folder for what lies between.
+        heads: start part unet with the inflated heads, too, as `nnslim finetune` of an inflated folder does; False
+            leaves them at random, as nnU-Net's -pretrained_weights does.
     """
 
     dataset: int
@@ -70,6 +72,7 @@ class Study:
     cases: int
     work: Path
     patch: tuple[int, ...] | None = None
+    heads: bool = True
 
 
 def rows_of(parts: list[str], modes: list[str], seeds: list[int]) -> list[Row]:
@@ -165,11 +168,10 @@ def _train(row: Row, study: Study, length: ShortTraining) -> Path:
             return
         path = start / f"fold_{study.fold}" / "checkpoint_final.pth"
         weights = torch.load(path, map_location="cpu", weights_only=False)["network_weights"]
-        # As `-pretrained_weights`: all but the heads.
-        own = unwrap(trainer.network).state_dict()
-        unwrap(trainer.network).load_state_dict(
-            {key: own[key] if ".seg_layers." in key else weights[key] for key in own}
-        )
+        if not study.heads:
+            own = unwrap(trainer.network).state_dict()
+            weights = {key: own[key] if ".seg_layers." in key else weights[key] for key in own}
+        unwrap(trainer.network).load_state_dict(weights)
 
     base = _named_trainer(row.name, study.patch)
     return train_short(study.dataset, _CONFIGURATION, study.fold, length, trainer_base=base, on_start=warm).parent
