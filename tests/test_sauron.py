@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nnslim.errors import ConfigError
-from nnslim.methods.sauron import Pruner, SauronConfig
+from nnslim.methods.sauron import Decision, Pruner, SauronConfig
 from nnslim.methods.sauron.distances import delta_opt, delta_prune, distances, mean_distances, pooled
 from nnslim.methods.sauron.thresholds import LayerState, below, has_converged
 from nnslim.surgery.budget import CostTable
@@ -378,6 +378,28 @@ def test_ranking_decides_whether_one_layer_pays_for_all(ranking, tiny_net, tiny_
         again = Pruner(pruner.network, pruner.shape, pruner.config, 10)
         again.load_state_dict(pruner.state_dict())
         assert again.full == full
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_fold_removes_a_redundant_filter_without_a_trace(fold, tiny_net, tiny_shape):
+    network, pruner, shape = watched(tiny_net, tiny_shape, fold=fold)
+    name = "encoder.stages.0.0.convs.0.conv"
+    block = network.encoder.stages[0][0].convs[0]
+    with torch.no_grad():  # two filters that make the same map
+        for parameter in (*block.conv.parameters(), *block.norm.parameters()):
+            parameter[1] = parameter[0]
+    pruner.begin_epoch(0)
+    with torch.no_grad():
+        before = run_once(network, shape)[0]
+        pruner.watch.observe()
+    moments = pruner.watch.take_moments()
+    assert (set(moments) == set(pruner.watch.groups)) if fold else not moments
+    assert pruner.watch.take_moments() == {}
+    kept = [index for index in range(pruner.channels.groups[name].channels) if index != 1]
+    pruner.act(Decision({name: kept}, pruner.states), moments)
+    with torch.no_grad():
+        error = float((run_once(network, shape)[0] - before).abs().max() / before.std())
+    assert error < 0.01 if fold else error > 0.05
 
 
 def test_settle_leaves_the_last_epochs_alone(tiny_net, tiny_shape):

@@ -175,7 +175,9 @@ def test_folds_of_other_widths_predict_together(world, results):
 
 def test_adam_and_start_from_a_pruned_model_go_on_narrower(world, results):
     config = SauronConfig(
-        **{**QUICK, "epochs": 2}, threshold_first=0.8, threshold_max=0.9, settle=0, start=world.whole, optimizer="adam"
+        **{**QUICK, "epochs": 2, "settle": 0, "start": world.whole, "optimizer": "adam", "fold": True},
+        threshold_first=0.8,
+        threshold_max=0.9,
     )
     folder = train_dataset(config, RUN)
     before, after = final_of(world.whole), final_of(folder)
@@ -347,7 +349,9 @@ def test_two_processes_remove_the_same_filters(world, results, tmp_path, monkeyp
     (tmp_path / "trainers" / "gloo.py").write_text(GLOO)
     monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path / "trainers"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    torch.multiprocessing.spawn(train_rank, args=(_free_port(), BITES), nprocs=2, join=True)
+    torch.multiprocessing.spawn(
+        train_rank, args=(_free_port(), BITES.model_copy(update={"fold": True})), nprocs=2, join=True
+    )
     (folder,) = results.iterdir()
     assert final_of(folder)["trainer_name"] == "nnUNetTrainerGloo"
 

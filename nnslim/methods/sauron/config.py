@@ -54,6 +54,11 @@ class SauronConfig(MethodConfig):
         description="what goes first on the way to macs or params: filters of the layer that has lost least of its "
         "width, or the nearest to their references of all layers",
     )
+    fold: bool = Field(
+        False,
+        description="fold filters that go into those that stay: the next layers take from the others what they took "
+        "from them (ridge regression on the maps observed)",
+    )
     settle: float = Field(0.1, ge=0, lt=1, description="share of the epochs, at the end, in which nothing is removed")
     seed: int = Field(0, ge=0, description="of references, augmentation and first weights")
     start: Path | None = Field(None, description="trained model folder to start from; none: from scratch")

@@ -16,6 +16,7 @@ from nnslim.methods.sauron.thresholds import LayerState, below, due
 from nnslim.methods.sauron.watch import MapWatch
 from nnslim.surgery.budget import CostTable, fewest, without
 from nnslim.surgery.channels import channel_map
+from nnslim.surgery.fold import MapMoments, fold_channels
 from nnslim.surgery.narrow import Cut, narrow_layers
 from nnslim.surgery.walk import LayerIndex
 
@@ -149,8 +150,12 @@ class Pruner:
                 found.append(((lost + place) / self.full[name] if even else distance, name, index))
         return [(name, index) for _, name, index in sorted(found)]
 
-    def act(self, decision: Decision) -> dict[nn.Parameter, Cut]:
-        """Remove the filters, and look at the network anew; return what became of its parameters."""
+    def act(self, decision: Decision, moments: Mapping[str, MapMoments] | None = None) -> dict[nn.Parameter, Cut]:
+        """Remove the filters, and look at the network anew; return what became of its parameters.
+
+        Args:
+            decision: of this epoch. moments: of the maps, to fold what goes into what stays.
+        """
         self.states = decision.states
         self.medoids = {
             name: decision.keep.get(name, list(range(self.channels.groups[name].channels))).index(medoid)
@@ -160,6 +165,8 @@ class Pruner:
         if not decision.keep:
             return {}
         self.watch.close()
+        if moments:
+            fold_channels(LayerIndex(self.network), self.channels, decision.keep, moments)
         cuts = narrow_layers(LayerIndex(self.network), self.channels.narrowing(decision.keep))
         self._look()
         return cuts

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nnslim.methods.sauron.config import SauronConfig
 from nnslim.methods.sauron.distances import delta_opt, delta_prune, mean_distances
 from nnslim.surgery.channels import ChannelGroup
+from nnslim.surgery.fold import MapMoments
 from nnslim.surgery.walk import LayerIndex
 
 
@@ -34,6 +35,7 @@ class MapWatch:
         self.passes = 0
         self._sums: dict[str, Tensor] = {}
         self._centrality: dict[str, Tensor] = {}
+        self._moments: dict[str, MapMoments] = {}
         layers = LayerIndex(network)
         taps = dict.fromkeys(tap for group in self.groups.values() for tap in group.taps)
         self._hooks = [layers[tap].module.register_forward_hook(self._keeper(tap)) for tap in taps]
@@ -78,6 +80,10 @@ class MapWatch:
             reference = self.references[name][1]
             score = torch.stack([delta_prune(maps, reference, self.config.delta_prune) for maps in seen]).mean(0)
             self._sums[name] = self._sums.get(name, 0) + score
+            if self.config.fold:
+                found = [MapMoments.of(maps) for maps in seen]
+                before = [self._moments[name]] if name in self._moments else []
+                self._moments[name] = sum(found[1:] + before, start=found[0])
             if self.config.reference == "medoid":
                 far = torch.stack([mean_distances(maps) for maps in seen]).mean(0)
                 self._centrality[name] = self._centrality.get(name, 0) + far
@@ -89,3 +95,8 @@ class MapWatch:
         medoids = {name: int(far.argmin()) for name, far in self._centrality.items()}
         self._sums, self._centrality, self.passes = {}, {}, 0
         return scores, medoids
+
+    def take_moments(self) -> dict[str, MapMoments]:
+        """Return the moments of each group's maps over the passes observed, and begin anew; empty without `fold`."""
+        found, self._moments = self._moments, {}
+        return found

@@ -21,6 +21,7 @@ from nnslim.hosts.nnunet.plans import with_architecture
 from nnslim.hosts.nnunet.steady import SteadyTraining, reseed
 from nnslim.methods.sauron import Decision, Pruner, SauronConfig
 from nnslim.spec import Edit, SlimSpec, spec_of
+from nnslim.surgery.fold import MapMoments
 from nnslim.surgery.narrow import ElasticEdit, fit_widths, narrow_edits, narrow_optimizer, widths_of
 from nnslim.surgery.walk import unwrap
 from nnslim.work.config import load_config
@@ -140,8 +141,9 @@ class SauronTraining(SteadyTraining):
         scores, medoids = self._shared(self.pruner.watch.take())
         log = self.logger.get_checkpoint()
         losses = [[float(loss) for loss in log[key]] for key in ("train_losses", "val_losses")]
+        moments = self._added(self.pruner.watch.take_moments())
         decision = self._same_everywhere(self.pruner.decide(epoch, scores, medoids, *losses))
-        cuts = self.pruner.act(decision)
+        cuts = self.pruner.act(decision, moments)
         if cuts:
             narrow_optimizer(self.optimizer, cuts)
             self._wrap_again()
@@ -195,6 +197,14 @@ class SauronTraining(SteadyTraining):
         names = everyone[0][0]
         scores = {name: np.mean([other[name] for other, _ in everyone], axis=0).tolist() for name in names}
         return scores, everyone[0][1]
+
+    def _added(self, moments: dict[str, MapMoments]) -> dict[str, MapMoments]:
+        """Return the moments over all processes of a training."""
+        if not self.is_ddp:
+            return moments
+        everyone: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, moments)
+        return {name: sum((one[name] for one in everyone[1:]), start=everyone[0][name]) for name in everyone[0]}
 
     def _same_everywhere(self, decision: Decision) -> Decision:
         """Return the first process's decision in all of them."""
