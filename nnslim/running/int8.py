@@ -62,7 +62,8 @@ def quantize(
     """Return the network with convolutions in eight bits, calibrated on tiles.
 
     Weights are quantised per channel and symmetrically, activations per tensor with their own zero point, which suits
-    leaky ReLU. Norms stay in float.
+    leaky ReLU. Norms stay in float. Weights use half of their range, so that sums do not overflow on processors
+    without VNNI.
 
     Args:
         network: in eval mode, or an ov.Model from `convert`.
@@ -92,6 +93,9 @@ def quantize(
             subset_size=len(data),
             fast_bias_correction=not accurate,
             ignored_scope=nncf.IgnoredScope(names=kept, validate=False),
+            # Processors without VNNI add pairs of products in 16 bits, which overflow unless weights use half of their
+            # range; a file may come to such a machine later.
+            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
         )
     made.set_rt_info(str(channels_last), ["nnslim", "channels_last"])
     if name:

@@ -156,6 +156,7 @@ def _dense_macs(slim):
     return slim.report.models[0].slimmed.dense.macs
 
 
+@pytest.mark.slow
 def test_pruned_coarser_model_is_fine_tuned_with_zeros_that_stay_and_grow(dataset, tmp_path):
     """Cubic schedule inside `nnslim finetune`: 5 % before, 50 % after, and no zero ever comes back."""
     dense = train_short(998, "2d", 0, TINY).parent
