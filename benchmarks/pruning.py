@@ -1,6 +1,7 @@
 """Train, prune and score networks side by side, each by the commands that a user has: pruning.csv, pruning.md.
 
-scratch   nnU-Net, Sauron, and Sauron without its loss (lambda 0) from random weights: same trainer, epochs and seed.
+scratch   nnU-Net (Sauron's trainer, nothing removed), Sauron, and Sauron without its loss (lambda 0), from random
+          weights: same trainer, epochs and seed.
 start     from a trained model: Sauron, and L1, FPGM, random and Torch-Pruning, which prune at once; then the same
           number of iterations of the same trainer for all of them.
 composed  Tucker, and Tucker with eight bits, on the model that Sauron pruned from the trained one.
@@ -42,7 +43,7 @@ class Row:
         settings: of Sauron, for the training.
         pruned: how the start of the training was pruned at once: settings of the method `filters`, or torch-pruning.
         source: row that is compressed further, with `methods`, in place of a training.
-        precision: that the row runs in. backend: that it is timed with besides eager.
+        precision: that the row runs in.
     """
 
     name: str

@@ -33,9 +33,8 @@ app = typer.Typer(
 )
 # In this order in --help.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(run)
-for _command in (compress, plan, predict, evaluate, benchmark, agree, finetune, distill, train, inflate):
-    app.command()(_command)
-for _command in (export, report, doctor):
+_with_data = (predict, evaluate, benchmark, agree, finetune, distill, train, inflate)
+for _command in (compress, plan, *_with_data, export, report, doctor):
     app.command()(_command)
 
 
