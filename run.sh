@@ -28,9 +28,10 @@ install() {
         "$python" -m venv "$venv"
     fi
     echo "run.sh: installing nnslim[$extras] (minutes on a slow network: torch is large)" >&2
-    # uv resolves and downloads many times faster than pip; pip does the same job where uv cannot be had.
+    # uv resolves and downloads many times faster than pip; pip does the same job where uv cannot be had. Bytecode, which
+    # pip always makes: with PYTHONDONTWRITEBYTECODE set, each process would spend half a minute compiling its imports.
     if [ -x "$venv/bin/uv" ] || "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv 2>/dev/null; then
-        "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" -e "$root[$extras]" >&2
+        "$venv/bin/uv" pip install --quiet --compile-bytecode --python "$venv/bin/python" -e "$root[$extras]" >&2
     else
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root[$extras]" >&2
     fi

@@ -148,6 +148,7 @@ PEERS = (
     Peer("tucker-openvino", "tucker", Way("openvino-plain")),
     Peer("nnslim-dense-eager", "dense", _EAGER),
     Peer("nnslim-dense-openvino", "dense", _OPENVINO),
+    Peer("nnslim-dense-int8", "dense", replace(_OPENVINO, precision="int8")),
     Peer("nnslim-tucker-eager", "tucker", _EAGER),
     Peer("nnslim-tucker-openvino", "tucker", _OPENVINO),
     Peer("nnslim-tucker-int8", "tucker", replace(_OPENVINO, precision="int8")),

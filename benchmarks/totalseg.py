@@ -1,7 +1,7 @@
 """Where the time of `totalsegmentator()` goes, in and out of the context: one stage table per task.
 
-Everything runs in one process, the rows alternated; each row inside gets one call before the counted ones (column
-`first`), in which a slim one is compressed; then it is read from the cache. Labels are compared with those outside.
+Everything runs in one process, the rows alternated; the slim row gets one call before the counted ones (column
+`first`), in which it is compressed; then it is read from the cache. Labels are compared with those outside.
 
 Example: ./run.sh scripts/00_setup_ts.py --stand-in --tasks all --offline-config
          ./run.sh benchmarks/totalseg.py -i ct.nii.gz -o totalseg-times --modes fast full --rounds 3
@@ -135,8 +135,8 @@ def measure_mode(mode: str, image: Path, rows: dict[str, SlimConfig | None], rou
     labels: dict[str, np.ndarray] = {}
     for number in range(rounds + 1):
         for name, config in list(rows.items())[:: -1 if number % 2 else 1]:
-            if config is None and not number:
-                continue
+            if not number and (config is None or not config.methods):
+                continue  # nothing to compress
             seconds, labels[name] = segment(image, config, options)
             print(f"{mode}, {name}: {seconds['seconds']:.1f} s", file=sys.stderr, flush=True)
             if number:

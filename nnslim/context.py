@@ -16,7 +16,7 @@ from nnslim.hosts.nnunet.kept_predictors import KeptPredictors
 from nnslim.hosts.nnunet.predictor import predictor_patches
 from nnslim.hosts.nnunet.training_patches import training_patches
 from nnslim.methods.base import MethodConfig
-from nnslim.work.config import SlimConfig, load_config
+from nnslim.work.config import RunConfig, SlimConfig, load_config
 from nnslim.work.report import Report
 
 _log = logging.getLogger("nnslim")
@@ -77,7 +77,7 @@ class NNSlimContext:
                 raise HostError("this NNSlimContext is active already; make a new one for another block")
             if _installed is None:
                 with ExitStack() as stack:  # leaves nothing behind if a later patch fails
-                    exports = ExportPatches(_streams)
+                    exports = ExportPatches(_run_settings)
                     for patch in predictor_patches(_current, exports.apply):
                         patch.apply()
                         stack.callback(patch.undo)
@@ -107,9 +107,9 @@ class NNSlimContext:
             _log.warning("NNSlimContext: no nnU-Net model was loaded inside the block, so nothing was compressed")
 
 
-def _streams() -> bool:
+def _run_settings() -> RunConfig | None:
     context = _current()
-    return context is not None and context.config.apply and context.config.run.export == "streamed"
+    return context.config.run if context is not None and context.config.apply else None
 
 
 def _training_now() -> MethodConfig | None:

@@ -49,6 +49,14 @@ class AttributePatch:
         """Whether our object is there, and not another that was put over it."""
         return self._ours is not None and vars(self.owner).get(self.name) is self._ours
 
+    @property
+    def in_chain(self) -> bool:
+        """Whether our object is there, or under wrappers that others have put around it (functools.wraps)."""
+        found = vars(self.owner).get(self.name)
+        while found is not None and found is not self._ours:
+            found = getattr(found, "__wrapped__", None)
+        return found is not None
+
     def undo(self) -> None:
         """Put the saved object back, if ours is still the one in force."""
         if not self.in_force:

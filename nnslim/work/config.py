@@ -39,6 +39,9 @@ class RunConfig(_Section):
         "streamed",
         description="streamed: labels without full-size scores, preprocessing without float64 copies; stock: nnU-Net's",
     )
+    processes: Literal["auto", "stock"] = Field(
+        "auto", description="auto: one image alone is read and exported in this process; stock: by nnU-Net's workers"
+    )
     guard: bool = Field(True, description="measure dense and slim here; layers that make it slower stay dense")
 
     def settings(self) -> Settings:

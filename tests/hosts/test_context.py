@@ -371,7 +371,7 @@ assert P._totalseg_cropped_logits_resampling_patch
 with NNSlimContext({HALF!r}):
     assert hasattr(P.initialize_from_trained_model_folder, "__nnslim_original__")
     assert "use_cropped_logits_resampling" in inspect.signature(P.predict_from_files).parameters
-    assert vars(P)["predict_from_files"] is before["predict_from_files"]
+    assert P.predict_from_files.__nnslim_original__ is before["predict_from_files"]
 assert dict(vars(P)) == before
 print("both")
 """

@@ -1,4 +1,4 @@
-"""The patches by which nnU-Net's and TotalSegmentator's own prediction exports and preprocesses in our way."""
+"""The patches by which nnU-Net's and TotalSegmentator's own prediction reads, preprocesses and exports in our way."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from contextlib import ExitStack
 from typing import Any
 
 from nnslim.hosts.nnunet import streamed
+from nnslim.hosts.nnunet.in_process import one_image_here
 from nnslim.hosts.nnunet.resampling import lean_configuration
 from nnslim.surgery.patching import AttributePatch
+from nnslim.work.config import RunConfig
 
 _CONVERT = "convert_predicted_logits_to_segmentation_with_correct_shape"
 # Modules that hold the functions by name, and call them by it or send that name to a process of theirs.
@@ -24,6 +26,7 @@ _PLACES = {
     "totalsegmentator.nnunet_runtime_patches": ("export_prediction_from_logits", _CONVERT),
 }
 _PREPROCESSOR = "nnunetv2.preprocessing.preprocessors.default_preprocessor"
+_PREDICTOR = "nnunetv2.inference.predict_from_raw_data"
 
 
 class ExportPatches:
@@ -34,13 +37,13 @@ class ExportPatches:
     written over ours is left in force by `undo`.
     """
 
-    def __init__(self, wanted: Callable[[], bool]) -> None:
+    def __init__(self, run: Callable[[], RunConfig | None]) -> None:
         """Prepare, without touching anything.
 
         Args:
-            wanted: asked at each call whether our way is to be taken; else what was there is called.
+            run: asked at each call for the settings in force; None: what was there is called.
         """
-        self._wanted = wanted
+        self._run = run
         self._patches: dict[tuple[int, str], AttributePatch] = {}
         self._lock = threading.Lock()
 
@@ -52,6 +55,8 @@ class ExportPatches:
                     self._replace(module, function, self._choice)
             if (module := sys.modules.get(_PREPROCESSOR)) is not None:
                 self._replace(module.DefaultPreprocessor, "run_case_npy", self._lean)
+            if (module := sys.modules.get(_PREDICTOR)) is not None:
+                self._replace(module.nnUNetPredictor, "predict_from_files", self._here)
 
     def undo(self) -> None:
         """Put back what was there, but not over what others have put in place of ours."""
@@ -64,11 +69,18 @@ class ExportPatches:
 
     def _replace(self, owner: Any, name: str, make: Callable[..., Any]) -> None:
         before = self._patches.get((id(owner), name))
-        if vars(owner).get(name) is None or (before is not None and before.in_force):
+        if vars(owner).get(name) is None or (before is not None and before.in_chain):
             return  # this nnU-Net does not have it, or it is done
         patch = AttributePatch(owner, name, functools.partial(make, owner, name))
         patch.apply()
         self._patches[id(owner), name] = patch
+
+    def _wanted(self) -> bool:
+        run = self._run()
+        return run is not None and run.export == "streamed"
+
+    def _here(self, owner: Any, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        return one_image_here(lambda: (run := self._run()) is not None and run.processes == "auto", original)
 
     def _choice(self, module: Any, name: str, original: Callable[..., Any]) -> Choice:
         streamed.originals[f"{module.__name__}.{name}"] = original
