@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from nnslim.cost import measure_cost
 from nnslim.errors import BackendError, RewriteError
@@ -64,6 +65,29 @@ def test_each_rewrite_is_exact(network_and_shape, rewrite):
     assert relative(made(x), network(x)) < 1e-10
     assert relative(graph(x), network(x)) < 1e-12, "the graph that was rewritten still works"
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+@torch.no_grad()
+def test_shapes_noted_after_each_rewrite_are_those_that_run(network_and_shape, monkeypatch):
+    """Only new nodes are looked at; the low-rank pass is not computed block by block to learn its shape."""
+    network, shape = network_and_shape
+    monkeypatch.setattr(NormPass, "_one", None)
+    graphs = [trace(network, shape)]
+    for rewrite in (split_concatenations, merge_products, fold_norms):
+        graphs.append(rewrite(graphs[-1]))
+    monkeypatch.undo()
+
+    class Compare(torch.fx.Interpreter):
+        def run_node(self, node):
+            found = super().run_node(node)
+            noted, real = tree_leaves(node.meta["val"]), tree_leaves(found)
+            assert [(value.shape, value.dtype) for value in noted] == [(value.shape, value.dtype) for value in real]
+            return found
+
+    for graph in graphs:
+        Compare(graph).run(data(shape))
+    kept = [node for node in graphs[-1].graph.nodes if node.op == "placeholder"]
+    assert kept[0].meta["val"] is next(iter(graphs[0].graph.nodes)).meta["val"]
 
 
 @torch.no_grad()

@@ -48,6 +48,24 @@ def test_runner_follows_the_weights_that_a_host_loads(tiny_net):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("backend", ["stock", "eager"])
+def test_first_patch_takes_one_pass(tiny_net, backend, monkeypatch):
+    """An image of few patches would feel one more, to try the engine."""
+    seen, original = [], runner._called
+
+    def called(engine, x):
+        engine.register_forward_hook(lambda module, given, answer: seen.append(given[0]))
+        return original(engine, x)
+
+    monkeypatch.setattr(runner, "_called", called)
+    held, x = Runner(tiny_net("plain3d").eval(), Settings(backend)), torch.randn(SHAPE)
+    first, second = held(x), held(x + 1)
+    assert len(seen) == 2 and seen[0] is x
+    torch.testing.assert_close(first, tiny_net("plain3d").eval()(x), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(first, second)
+
+
+@torch.no_grad()
 def test_runner_keeps_few_engines_and_stock_is_never_stale(tiny_net):
     folds, x = states(tiny_net, runner._KEPT + 3), torch.randn(SHAPE)
     for backend in ("eager", "stock"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -177,16 +177,28 @@ def with_fallback(network: nn.Module, shape: Sequence[int], settings: Settings) 
     Raises:
         BackendError: a precision was asked for that only the failing backends have.
     """
+    x = torch.zeros(tuple(shape), device=next(network.parameters()).device)
+    return first_pass(network, x, settings, run)[:2]
+
+
+def first_pass(
+    network: nn.Module, x: Tensor, settings: Settings, call: Callable[[nn.Module, Tensor], Tensor]
+) -> tuple[nn.Module, str, Tensor]:
+    """Return the first engine that can run a patch, its backend, and its answer; see `with_fallback`.
+
+    Args:
+        x: (B, C, *patch). call: runs an engine on it.
+    Raises:
+        BackendError: see `with_fallback`.
+    """
     device = next(network.parameters()).device
-    x = torch.zeros(tuple(shape), device=device)
     for name in dict.fromkeys((settings.backend, "eager", "stock")):
         has_it = settings.precision == "f32" or (name == "eager" and device.type == "cuda")
         if name != settings.backend and not has_it:
             break
         try:
-            engine = make_engine(network, shape, Settings(name, settings.precision, settings.threads))
-            run(engine, x)
-            return engine, name
+            engine = make_engine(network, tuple(x.shape), Settings(name, settings.precision, settings.threads))
+            return engine, name, call(engine, x)
         except NNSlimError as error:
             problem = str(error)
         except Exception as error:  # whatever a compiler or a plugin raises

@@ -81,12 +81,8 @@ class NormPass(nn.Module):
 
     def forward(self, z: Tensor) -> tuple[Tensor, ...]:
         """(B, C, *spatial) -> one (B, R_k, *spatial) per V_k, then the wide (B, C', *spatial) where it is kept."""
-        layout = torch.channels_last if z.dim() == 4 else torch.channels_last_3d
-        z = z.contiguous(memory_format=layout)
-        widths = [getattr(self, f"v{n}").shape[1] for n in range(self.outputs - self.keep)]
-        made = [_empty(z, width, layout) for width in widths]
-        if self.keep:
-            made.append(z if self.in_place and self.w is None else _empty(z, len(self.gain), layout))
+        z = z.contiguous(memory_format=_layout(z))
+        made = self.empty_outputs(z)
         native = self._fits(z)
         on_gpu = native is None and self._fits_gpu(z)
         for number in range(len(z)):
@@ -97,6 +93,14 @@ class NormPass(nn.Module):
                 self._one_on_gpu(rows, outs)
             else:
                 self._one(rows, outs)
+        return made
+
+    def empty_outputs(self, z: Tensor) -> tuple[Tensor, ...]:
+        """Return what `forward` puts out, with nothing in it yet; also how a graph learns its shapes."""
+        widths = [getattr(self, f"v{n}").shape[1] for n in range(self.outputs - self.keep)]
+        made = [_empty(z, width) for width in widths]
+        if self.keep:
+            made.append(z if self.in_place and self.w is None else _empty(z, len(self.gain)))
         return tuple(made)
 
     def _fits_gpu(self, z: Tensor) -> bool:
@@ -210,9 +214,13 @@ def _moments(z: Tensor, full: bool) -> tuple[Tensor, Tensor]:
     return mean + pivot, square / len(z) - (mean.outer(mean) if full else mean.square())
 
 
-def _empty(z: Tensor, channels: int, layout: torch.memory_format) -> Tensor:
+def _layout(z: Tensor) -> torch.memory_format:
+    return torch.channels_last if z.dim() == 4 else torch.channels_last_3d
+
+
+def _empty(z: Tensor, channels: int) -> Tensor:
     shape = (len(z), channels, *z.shape[2:])
-    return torch.empty(shape, dtype=z.dtype, device=z.device, memory_format=layout)
+    return torch.empty(shape, dtype=z.dtype, device=z.device, memory_format=_layout(z))
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnslim.running.engine import Settings, with_fallback
+from nnslim.running.engine import Settings, first_pass
 from nnslim.running.select import fastest, machine_threads, remembered
 
 _WORTH_MEASURING = 60.0  # seconds of passes
@@ -76,32 +76,41 @@ class Runner(nn.Module):
             torch.set_num_threads(threads)
         started = time.perf_counter()
         try:
-            return self._engine(x)(x)
+            return self._answer(x)
         finally:
             self._spent += time.perf_counter() - started
             if torch.get_num_threads() != before:
                 torch.set_num_threads(before)
 
-    def _engine(self, x: Tensor) -> nn.Module:
+    def _answer(self, x: Tensor) -> Tensor:
         key = (self._loaded, tuple(x.shape), x.device)
-        if key not in self._engines:
-            self._engines[key] = self._made(tuple(x.shape))
-            while len(self._engines) > _KEPT:
-                self._engines.popitem(last=False)
-        self._engines.move_to_end(key)
-        return self._engines[key]
+        if key in self._engines:
+            self._engines.move_to_end(key)
+            return self._engines[key](x)
+        self._engines[key], answer = self._made(x)
+        while len(self._engines) > _KEPT:
+            self._engines.popitem(last=False)
+        return answer
 
-    def _made(self, shape: tuple[int, ...]) -> nn.Module:
-        chosen = self.settings
+    def _made(self, x: Tensor) -> tuple[nn.Module, Tensor]:
+        """Return an engine and its answer: on small images a pass on nothing, to try it, would be felt."""
+        chosen, shape = self.settings, tuple(x.shape)
         if chosen.backend == "auto":
             if self._measuring:
                 engine, self.backend = fastest(self._orig_mod, shape, chosen)
                 self._measuring, self._measured = False, True
-                return engine
+                return engine, engine(x)
             name = self.backend or remembered(self._orig_mod, shape, chosen)
             self._measured = self._measured or name is not None
             on_gpu = next(self._orig_mod.parameters()).device.type == "cuda"
             standard = "eager" if chosen.precision == "f32" or on_gpu else "openvino"
             chosen = Settings(name or standard, chosen.precision, chosen.threads)  # type: ignore[arg-type]
-        engine, self.backend = with_fallback(self._orig_mod, shape, chosen)
-        return engine
+        engine, self.backend, answer = first_pass(self._orig_mod, x, chosen, _called)
+        return engine, answer
+
+
+def _called(engine: nn.Module, x: Tensor) -> Tensor:
+    y = engine(x)
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)  # or a failure would show in a later pass
+    return y
