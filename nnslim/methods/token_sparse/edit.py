@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from monai.networks.nets.vit import ViT
 from torch import nn
 
 from nnslim.errors import ConfigError, SpecError
@@ -55,7 +55,7 @@ class TokenSparseEdit(Edit):
                 f"layer '{self.layer}' drops random patches in training (patch_drop_rate); build it without, and use "
                 "the scorer 'random' at location 0 instead"
             )
-        if not isinstance(dense, ViT) and "attention" in self.scorers and not hasattr(dense.blocks[0].attn, "q_norm"):
+        if not _is_vit(dense) and "attention" in self.scorers and not hasattr(dense.blocks[0].attn, "q_norm"):
             raise SpecError(f"layer '{self.layer}': scorer 'attention' does not know this kind of attention")
         width = next(dense.norm.parameters()).shape[0]
         with torch.random.fork_rng(devices=[]):
@@ -77,7 +77,7 @@ class TokenSparseEdit(Edit):
                 raise SpecError(
                     f"layer '{self.layer}': location {max(self.locations)} is beyond its {len(dense.blocks)} blocks"
                 )
-            if isinstance(dense, ViT):
+            if _is_vit(dense):
                 made = SparseViT(dense, reduction, self.completion, self.completion_depth, self.skips)
             else:
                 made = SparseEva(dense, reduction, self.completion, self.completion_depth)
@@ -98,7 +98,7 @@ class TokenSparseEdit(Edit):
 
 def is_encoder(module: nn.Module) -> bool:
     """Whether a module can be made token-sparse: Primus' Eva, or a MONAI ViT for dense prediction."""
-    if isinstance(module, ViT):
+    if _is_vit(module):
         return not module.classification
     names = ("blocks", "norm", "pos_embed", "rope", "num_prefix_tokens", "forward_features")
     return all(hasattr(module, name) for name in names) and not isinstance(module, SparseEva)
@@ -111,6 +111,12 @@ def encoders_of(network: nn.Module) -> list[Layer]:
 
 def token_count(encoder: nn.Module) -> int | None:
     """Return how many patch tokens an encoder works on, where its position embedding tells."""
-    if isinstance(encoder, ViT):
+    if _is_vit(encoder):
         return encoder.patch_embedding.n_patches
     return None if encoder.pos_embed is None else encoder.pos_embed.shape[1] - encoder.num_prefix_tokens
+
+
+def _is_vit(module: nn.Module) -> bool:
+    """Whether it is a MONAI ViT. Only a process that has imported MONAI, which takes seconds, can hold one."""
+    monai = sys.modules.get("monai.networks.nets.vit")
+    return monai is not None and isinstance(module, monai.ViT)
