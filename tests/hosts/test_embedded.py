@@ -131,6 +131,15 @@ def test_coarser_folder_answers_on_the_images_own_grid(make_model, case_folder, 
     assert image.shape == found.shape and np.allclose(image.affine, found.affine)
 
 
+def test_coarser_patch_fits_the_network_before_stages_are_dropped(make_model, tmp_path):
+    """16 / 1.6 is 10, which two stages could take and three cannot: the dense network is measured on it, too."""
+    model = read_model_folder(make_model("plain"))
+    slimmed = compress_folder(model, tmp_path / "composed", levers(drop_stages=1, coarser=1.6))
+    made = json.loads((tmp_path / "composed" / "nnslim.json").read_text())
+    assert made["resolution"]["patch"] == [[16] * 3, [12] * 3]
+    assert [edit.kind for edit in slimmed.spec.edits] == ["drop_stage"]
+
+
 def test_coarser_with_other_axes_or_asked_twice_is_refused(make_model, tmp_path):
     model = read_model_folder(make_model("2d"))
     with pytest.raises(ConfigError, match="coarser has 3 factors, the patch 2 axes"):

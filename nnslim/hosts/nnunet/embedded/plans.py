@@ -51,7 +51,6 @@ def coarser_model(model: ModelFolder, config: SlimConfig) -> ModelFolder:
     Raises:
         ConfigError: there are factors for another number of axes, or two methods ask for a spacing.
     """
-    levers = [entry.settings for entry in config.methods if isinstance(entry.settings, EmbeddedConfig)]
     asked = _coarser(config)
     if not asked:
         return model
@@ -66,8 +65,8 @@ def coarser_model(model: ModelFolder, config: SlimConfig) -> ModelFolder:
     strides = settings["architecture"]["arch_kwargs"].get("strides")
     if strides is None:
         raise ConfigError(f"{model.path}: the plans tell no strides, so the patch of a coarser spacing is not known")
-    left = len(strides) - sum(each.drop_stages for each in levers)
-    per_stage = [stride if isinstance(stride, (list, tuple)) else [stride] * axes for stride in strides[:left]]
+    # All stages count, also those that will be dropped: the whole network is measured on this patch first.
+    per_stage = [stride if isinstance(stride, (list, tuple)) else [stride] * axes for stride in strides]
     multiple = [math.prod(int(stride[axis]) for stride in per_stage) for axis in range(axes)]
     name = "x".join(f"{factor:g}" for factor in (factors if len(set(factors)) > 1 else factors[:1]))
     identifier = f"{settings.get('data_identifier') or model.configuration}_coarser{name}"
