@@ -4,7 +4,7 @@ scratch   nnU-Net (Sauron's trainer, nothing removed), Sauron, and Sauron withou
           weights: same trainer, epochs and seed.
 start     from a trained model: Sauron, and L1, FPGM, random and Torch-Pruning, which prune at once; then the same
           number of iterations of the same trainer for all of them.
-composed  Tucker, and Tucker with eight bits, on the model that Sauron pruned from the trained one.
+composed  Tucker, and Tucker with eight bits, on the model that Sauron with folding pruned from the trained one.
 
 All are predicted by stock nnU-Net (those in eight bits by nnslim) without mirroring and scored on test images; then one
 forward pass of each is timed in alternated rounds. Rows whose folder is finished are kept: an interrupted run goes on.
@@ -57,6 +57,7 @@ class Row:
 
 # Nothing is pruned: the share of the epochs, at the end, in which nothing is removed is all of them.
 _PLAIN = {"strength": 0, "settle": 0.999, "batches": 1}
+_COMPOSED = "start-sauron-fold"
 
 
 def all_rows(args: argparse.Namespace) -> list[Row]:
@@ -78,11 +79,9 @@ def all_rows(args: argparse.Namespace) -> list[Row]:
     rows.append(Row("start-torch-pruning", "start", _PLAIN, "torch-pruning"))
     for factor in args.rank_factors:
         tucker = ({"method": "tucker", "rank_factor": factor, "rank_min": 8},)
-        rows.append(Row(f"start-sauron-tucker-{factor:g}", "composed", source="start-sauron", methods=tucker))
-    rows.append(Row("start-sauron-int8", "composed", source="start-sauron", precision="int8"))
-    rows.append(
-        Row(f"start-sauron-tucker-{factor:g}-int8", "composed", source="start-sauron", methods=tucker, precision="int8")
-    )
+        rows.append(Row(f"composed-tucker-{factor:g}", "composed", source=_COMPOSED, methods=tucker))
+    rows.append(Row("composed-int8", "composed", source=_COMPOSED, precision="int8"))
+    rows.append(Row(f"composed-tucker-{factor:g}-int8", "composed", source=_COMPOSED, methods=tucker, precision="int8"))
     return [row for row in rows if row.part in args.parts and (args.rows is None or row.name in args.rows)]
 
 

@@ -1,15 +1,18 @@
 """Speed of the published token-sparse UNETR: dense against sparse in one run, per stage, with MACs in both conventions.
 
-./run.sh scripts/12_token_sparse_speed.py -o speed.csv --network btcv --ratios 0 0.75 0.9 --backends eager openvino
+./run.sh scripts/12_token_sparse_speed.py -o speed.csv --ratios 0 0.75 0.9 --backends unfused stock openvino
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nnslim.methods.token_sparse.unetr import PUBLISHED, published_unetr
 from nnslim.running.engine import Settings, make_engine
@@ -23,7 +26,14 @@ def main() -> None:
     parser.add_argument("--network", choices=list(PUBLISHED), default="btcv", help="published configuration (btcv)")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0, 0.75, 0.9], help="0 is the dense network")
     parser.add_argument("--decoder", choices=["x8", "x8v2"], default="x8v2")
-    parser.add_argument("--backends", nargs="+", default=["eager"], help="eager (torch as it is), openvino, compile")
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        default=["stock"],
+        choices=["unfused", "stock", "eager", "openvino", "compile"],
+        help="stock (torch as it is), unfused (the same, attention as products and a softmax, as the paper's code and "
+        "MONAI's UNETR have it), eager (nnslim's), openvino, compile",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="passes of each network after the warm-up (3)")
     parser.add_argument("--batch", type=int, default=1, help="samples per pass (1)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (2)")
@@ -40,12 +50,14 @@ def main() -> None:
     shape = (chosen.batch, settings["channels"], *settings["image_size"])
     table = []
     for backend in chosen.backends:
-        engines = None
-        if backend != "eager":
+        engines, around = None, nullcontext
+        if backend == "unfused":
+            around = partial(sdpa_kernel, SDPBackend.MATH)
+        elif backend != "stock":
             how = Settings(backend, threads=chosen.threads)
             engines = {name: make_engine(network, shape, how) for name, network in networks.items()}
         image = torch.randn(shape, device=chosen.device)
-        table += rows(alternate(networks, image, chosen.rounds, engines=engines), backend)
+        table += rows(alternate(networks, image, chosen.rounds, engines=engines, around=around), backend)
         chosen.output.parent.mkdir(parents=True, exist_ok=True)
         with chosen.output.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(table[0]))

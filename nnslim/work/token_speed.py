@@ -7,7 +7,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,18 +77,24 @@ def staged(network: nn.Module, clock: Callable[[], float] = time.process_time) -
 
 
 def alternate(
-    networks: dict[str, nn.Module], image: Tensor, rounds: int, *, engines: dict[str, nn.Module] | None = None
+    networks: dict[str, nn.Module],
+    image: Tensor,
+    rounds: int,
+    *,
+    engines: dict[str, nn.Module] | None = None,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> list[Measured]:
     """Run the networks in turn, `rounds` times after one warm-up, and return medians.
 
     Args:
         networks: by name, in eval mode. image: (B, C, *size), on their device.
         engines: what runs in their place, by the same names; stages are then not told apart.
+        around: makes a context for all passes, such as one that chooses the kernel of attention.
     """
     run = engines or networks
     wall, cpu = ({name: [] for name in networks} for _ in range(2))
     stages: dict[str, list[dict[str, float]]] = {name: [] for name in networks}
-    with torch.inference_mode():
+    with torch.inference_mode(), around():
         for turn in range(rounds + 1):
             for name, network in run.items():
                 with staged(network) as seconds:
