@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,32 @@ from nnslim.errors import ConfigError, nearest
 from nnslim.spec import Edit, extend_spec
 from nnslim.streaming import Tiles
 from nnslim.surgery.budget import CostTable
+from nnslim.surgery.walk import Layer
 
 
 class MethodConfig(BaseModel):
     """Base of all method configurations: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def check_patterns(method: str, kind: str, given: Mapping[str, Iterable[str]], layers: Sequence[Layer]) -> None:
+    """Refuse a layer pattern that fits nothing.
+
+    Args:
+        method: of the settings. kind: what its layers are. given: patterns by the name of their key.
+        layers: those that could be meant; where there are none, nothing is checked.
+    Raises:
+        ConfigError: a pattern fits none of them; the message names the nearest layer.
+    """
+    for key, patterns in given.items():
+        for pattern in patterns:
+            if layers and not any(layer.matches(pattern) for layer in layers):
+                # Compared with whole names and with their beginnings: "encodr.*" is nearest to "encoder".
+                parts = [layer.name.split(".") for layer in layers]
+                names = {".".join(part[:depth]) for part in parts for depth in range(1, len(part) + 1)}
+                hint = nearest(pattern.strip("*."), names)
+                raise ConfigError(f"{method}: no {kind} matches {key} pattern '{pattern}'; {hint}")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -30,6 +31,10 @@ class Layer:
     aliases: tuple[str, ...]
     module: nn.Module
     slots: tuple[tuple[nn.Module, str], ...]
+
+    def matches(self, *patterns: str) -> bool:
+        """Return whether any name of the layer fits one of the shell patterns."""
+        return any(fnmatchcase(alias, pattern) for alias in self.aliases for pattern in patterns)
 
 
 def unwrap(network: nn.Module) -> nn.Module:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from fnmatch import fnmatchcase
 
 from torch import nn
 
 from nnslim.cost import Cost, LayerCost, measure_cost
-from nnslim.errors import ConfigError, nearest
-from nnslim.methods.base import Decision, Plan
+from nnslim.errors import ConfigError
+from nnslim.methods.base import Decision, Plan, check_patterns
 from nnslim.methods.embedded.config import EmbeddedConfig
 from nnslim.methods.embedded.depthwise import CONVOLUTIONS, DepthwiseEdit, SeparableConv, most_groups
 from nnslim.methods.embedded.drop_stage import DropStageEdit
@@ -55,21 +54,9 @@ def plan_embedded(network: nn.Module, config: EmbeddedConfig, cost: Cost, tiles:
     return Plan(tuple(edits), _decisions(network, slim, cost, measure_cost(slim, shape), edits, kept))
 
 
-def _check_patterns(config: EmbeddedConfig, layers: list[Layer]) -> None:
-    for key, patterns in (("include", config.include), ("exclude", config.exclude)):
-        for pattern in patterns:
-            if layers and not any(_matches(layer, (pattern,)) for layer in layers):
-                names = [layer.name for layer in layers]
-                raise ConfigError(f"embedded: no layer matches {key} pattern '{pattern}'; {nearest(pattern, names)}")
-
-
-def _matches(layer: Layer, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(alias, pattern) for alias in layer.aliases for pattern in patterns)
-
-
 def _chosen(layers: list[Layer], config: EmbeddedConfig) -> list[Layer]:
-    _check_patterns(config, layers)
-    return [one for one in layers if _matches(one, config.include) and not _matches(one, config.exclude)]
+    check_patterns("embedded", "layer", {"include": config.include, "exclude": config.exclude}, layers)
+    return [one for one in layers if one.matches(*config.include) and not one.matches(*config.exclude)]
 
 
 def _not_depthwise(network: nn.Module, config: EmbeddedConfig, cost: Cost) -> dict[str, str]:

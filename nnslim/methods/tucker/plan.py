@@ -10,13 +10,12 @@ from dataclasses import replace
 from torch import nn
 
 from nnslim.cost import Cost
-from nnslim.errors import ConfigError, nearest
-from nnslim.methods.base import Decision, Plan
+from nnslim.methods.base import Decision, Plan, check_patterns
 from nnslim.methods.tucker.chain import chain_macs, chain_parameters
 from nnslim.methods.tucker.config import TuckerConfig
 from nnslim.methods.tucker.edit import TuckerEdit
 from nnslim.methods.tucker.layers import CONVOLUTIONS, is_transposed, kernel_of
-from nnslim.methods.tucker.ranks import Chosen, choose_ranks, matches
+from nnslim.methods.tucker.ranks import Chosen, choose_ranks
 from nnslim.streaming import Tiles
 from nnslim.surgery.walk import Layer, LayerIndex, unwrap
 
@@ -36,7 +35,8 @@ def plan_tucker(network: nn.Module, config: TuckerConfig, cost: Cost, tiles: Til
         RankError: an override asks for a rank outside 1..channels, or a budget cannot be met.
     """
     layers = LayerIndex(unwrap(network)).of_type(*CONVOLUTIONS)
-    _check_patterns(config, layers)
+    patterns = {"include": config.include, "exclude": config.exclude, "overrides": tuple(config.overrides)}
+    check_patterns("tucker", "convolution", patterns, layers)
     ran = [name for name in cost.layers if any(name == layer.name for layer in layers)]
     first = ran[0] if ran else None
     open_layers = {layer.name: layer for layer in layers if not _kept_dense(layer, config, cost, layer.name == first)}
@@ -60,27 +60,12 @@ def _plan(
     return Plan(tuple(edits), tuple(decisions))
 
 
-def _check_patterns(config: TuckerConfig, layers: list[Layer]) -> None:
-    for key, patterns in (
-        ("include", config.include),
-        ("exclude", config.exclude),
-        ("overrides", tuple(config.overrides)),
-    ):
-        for pattern in patterns:
-            if layers and not any(matches(layer, pattern) for layer in layers):
-                # Compared with whole names and with their beginnings: "encodr.*" is nearest to "encoder".
-                parts = [layer.name.split(".") for layer in layers]
-                names = {".".join(part[:depth]) for part in parts for depth in range(1, len(part) + 1)}
-                hint = nearest(pattern.strip("*."), names)
-                raise ConfigError(f"tucker: no convolution matches {key} pattern '{pattern}'; {hint}")
-
-
 def _kept_dense(layer: Layer, config: TuckerConfig, cost: Cost, is_first: bool) -> str:
     """Return why the layer stays dense whatever its ranks, or an empty string."""
     conv = layer.module
-    if not any(matches(layer, pattern) for pattern in config.include):
+    if not layer.matches(*config.include):
         return "not included"
-    if any(matches(layer, pattern) for pattern in config.exclude):
+    if layer.matches(*config.exclude):
         return "excluded"
     if conv.groups != 1:
         return f"grouped convolution (groups={conv.groups})"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -37,11 +36,6 @@ class Chosen:
     ranks: tuple[int | None, int | None] = (None, None)
     reason: str = ""
     error: float | None = None
-
-
-def matches(layer: Layer, pattern: str) -> bool:
-    """Return whether any name of the layer fits a shell pattern."""
-    return any(fnmatchcase(alias, pattern) for alias in layer.aliases)
 
 
 def choose_ranks(
@@ -83,7 +77,7 @@ def _by_factor(layer: Layer, config: TuckerConfig) -> tuple[int, int]:
 def _override(layer: Layer, config: TuckerConfig) -> tuple[int, int] | None:
     outputs, inputs = _shape(layer)
     for pattern, wanted in config.overrides.items():
-        if not matches(layer, pattern):
+        if not layer.matches(pattern):
             continue
         if isinstance(wanted, float):
             return config.rank(outputs, wanted), config.rank(inputs, wanted)
