@@ -118,7 +118,7 @@ def make(row: Row, args: argparse.Namespace) -> Path:
     epochs, rate = (args.epochs, args.rate) if start is None else (args.start_epochs, args.start_rate)
     command = [*_NNSLIM, "train", "-d", args.dataset, "-c", config, "-f", "0", "--seed", args.seed, "--quiet"]
     command += ["--epochs", epochs, "--iterations", args.iterations, "--validation-iterations", 4]
-    command += ["--batch-size", args.batch_size, "--learning-rate", rate]
+    command += ["--batch-size", args.batch_size, "--learning-rate", rate, "--precision", args.precision]
     command += ["-p", _PLANS] if start is None else ["--start", start]
     if found is not None and (found / "fold_0" / "checkpoint_latest.pth").is_file():
         command.append("--continue")
@@ -297,6 +297,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--reach", type=float, default=0.6, help="share of the epochs by which it is reached (0.6)")
     parser.add_argument("--rank-factors", type=float, nargs="+", default=[0.5, 0.3], help="of the composed rows")
     parser.add_argument("--steps", type=int, default=200, help="of recovery, composed rows (200)")
+    parser.add_argument("--precision", choices=["f32", "bf16", "auto"], default="auto", help="of the trainings (auto)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="of the timed passes (2)")
     parser.add_argument("--rounds", type=int, default=5, help="of the timing; 0: none")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from nnslim.errors import BackendError
 from nnslim.running import processor
-from nnslim.running.bfloat16 import bfloat16_is_safe, has_fast_bfloat16
+from nnslim.running.bfloat16 import bfloat16_is_safe, has_fast_bfloat16, passes_in_bfloat16
 from nnslim.running.engine import Settings, check_precision, make_engine, with_fallback
 
 CPUINFO = (
@@ -114,3 +116,20 @@ def test_bf16_is_refused_where_a_convolution_would_go_wrong(tiny_net, able):
     for run in (check_precision, make_engine, with_fallback):
         with pytest.raises(BackendError, match=r"bf16 is refused for the patch \(16, 16, 4\).*--precision f32"):
             run(network, (1, 1, 16, 16, 4), Settings("openvino", "bf16"))
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_passes_are_in_bfloat16_inside_the_block_alone(tiny_net, wanted):
+    network = tiny_net("plain3d", deep_supervision=True).train()
+    x = torch.randn(1, 1, 16, 16, 16)
+    whole = [output.detach() for output in network(x)]
+    with pytest.raises(KeyError), passes_in_bfloat16(network, wanted):
+        inside = network(x)
+        raise KeyError
+    for found, exact in zip(inside, whole, strict=True):
+        assert found.dtype == torch.float32 and found.requires_grad
+        assert torch.equal(found, exact) is not wanted
+        assert (found - exact).norm() < 0.05 * exact.norm()
+    for after in (network, copy.deepcopy(network)):
+        assert "forward" not in vars(after)
+        assert all(torch.equal(found, exact) for found, exact in zip(after(x), whole, strict=True))

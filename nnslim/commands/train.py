@@ -29,6 +29,7 @@ def train(
     macs: Annotated[float | None, typer.Option(help="sauron: stop at this share of the MACs")] = None,
     params: Annotated[float | None, typer.Option(help="sauron: stop at this share of the parameters")] = None,
     reach: Annotated[float | None, typer.Option(help="sauron: share of the epochs by which that is reached")] = None,
+    precision: Annotated[str | None, typer.Option(help="on a CPU: f32 (default), bf16; auto: bf16 where fast")] = None,
     seed: Annotated[int | None, typer.Option(help="of first weights, augmentation and references")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps")] = "cpu",
     resume: Annotated[bool, typer.Option("--continue", help="go on where the training stopped")] = False,
@@ -52,6 +53,7 @@ def train(
         "macs": macs,
         "params": params,
         "reach": reach,
+        "precision": precision,
         "seed": seed,
     }
     from nnslim.hosts.nnunet.sauron import TrainingRun, train_dataset

@@ -7,7 +7,8 @@ fault cannot be told from here, so no such convolution is computed in bfloat16 a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnslim.running.processor import has_fast_bfloat16
 
-__all__ = ["bfloat16_is_safe", "has_fast_bfloat16", "in_bfloat16"]
+__all__ = ["bfloat16_is_safe", "has_fast_bfloat16", "in_bfloat16", "passes_in_bfloat16"]
 
 
 def bfloat16_is_safe(network: nn.Module, input_shape: Sequence[int]) -> bool:
@@ -49,6 +50,26 @@ def in_bfloat16(forward: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
         return outputs.float() if torch.is_tensor(outputs) else [output.float() for output in outputs]
 
     return autocast_forward
+
+
+@contextmanager
+def passes_in_bfloat16(network: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Let the forward passes of a network on the CPU be in bfloat16 inside the block, where that is wanted.
+
+    Outside of it the network is as it was: its copies, and what looks at it, never see the wrapper.
+    """
+    if not wanted:
+        yield
+        return
+    before = vars(network).get("forward")
+    network.forward = in_bfloat16(network.forward)
+    try:
+        yield
+    finally:
+        if before is None:
+            del network.forward
+        else:
+            network.forward = before
 
 
 class _Convolutions(TorchDispatchMode):

@@ -102,6 +102,16 @@ def test_training_narrows_the_network_and_stock_nnunet_predicts_with_every_check
     assert spec_of(network) is not None
 
 
+def test_training_in_bfloat16_prunes_alike_and_leaves_float32_weights(world, results):
+    folder = train_dataset(BITES.model_copy(update={"precision": "bf16"}), RUN)
+    exact, half = rows_of(world.whole), rows_of(folder)
+    first = [float(rows[0]["train_loss"]) for rows in (exact, half)]
+    assert first[0] != first[1] and first[0] == pytest.approx(first[1], abs=0.03)
+    assert int(half[-1]["macs"]) < 0.7 * int(half[0]["macs"])
+    assert all(value.dtype == torch.float32 for value in final_of(folder)["network_weights"].values())
+    assert torch.isfinite(stock_prediction(folder)[1]).all()
+
+
 def test_history_tables_and_pictures_agree_with_the_checkpoint(world):
     rows = rows_of(world.whole)
     epochs = sorted({int(row["epoch"]) for row in rows})

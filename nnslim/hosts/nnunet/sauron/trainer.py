@@ -20,6 +20,7 @@ from nnslim.hosts.nnunet.folder import read_model_folder, trainer_class
 from nnslim.hosts.nnunet.plans import with_architecture
 from nnslim.hosts.nnunet.steady import SteadyTraining, reseed
 from nnslim.methods.sauron import Decision, Pruner, SauronConfig
+from nnslim.running.bfloat16 import bfloat16_is_safe, has_fast_bfloat16, passes_in_bfloat16
 from nnslim.spec import Edit, SlimSpec, spec_of
 from nnslim.surgery.fold import MapMoments
 from nnslim.surgery.narrow import ElasticEdit, fit_widths, narrow_edits, narrow_optimizer, widths_of
@@ -65,6 +66,7 @@ class SauronTraining(SteadyTraining):
         self.history = PruningHistory()
         self._iteration = 0
         self._probe: Tensor | None = None  # patch whose feature maps are saved after the epoch
+        self._in_bfloat16 = False
         self.keep_latest()
 
     def initialize(self) -> None:
@@ -76,6 +78,11 @@ class SauronTraining(SteadyTraining):
         if self.sauron.start is not None:
             self._load_start(plain)
         shape = (1, self.num_input_channels, *self.configuration_manager.patch_size)
+        wanted = self.sauron.precision
+        if self.device.type == "cpu" and (wanted == "bf16" or (wanted == "auto" and has_fast_bfloat16())):
+            self._in_bfloat16 = bfloat16_is_safe(plain, (self.batch_size, *shape[1:]))
+            if not self._in_bfloat16:
+                _log.warning("training computes in float32: torch gets a layer of this network wrong in bfloat16")
         self.pruner = Pruner(plain, shape, self.sauron, self.num_epochs)
         self.loss.pruner = self.pruner
 
@@ -132,7 +139,13 @@ class SauronTraining(SteadyTraining):
         if self._iteration == 1 and self.sauron.save_maps and self.current_epoch % self.sauron.save_maps == 0:
             self._probe = batch["data"][:1].clone()
         self.loss.observes = self._iteration > self.num_iterations_per_epoch - self.sauron.batches
-        return super().train_step(batch)
+        with passes_in_bfloat16(unwrap(self.network), self._in_bfloat16):
+            return super().train_step(batch)
+
+    def validation_step(self, batch: dict) -> dict:
+        """See nnU-Net's; in the precision of the training."""
+        with passes_in_bfloat16(unwrap(self.network), self._in_bfloat16):
+            return super().validation_step(batch)
 
     def on_epoch_end(self) -> None:
         """Remove filters once nnU-Net has logged the epoch and kept what it calls best."""
