@@ -46,7 +46,7 @@ def plan_filters(network: nn.Module, config: FiltersConfig, cost: Cost, tiles: A
     Raises:
         ConfigError: the budget cannot be met with `min_filters` in each layer. RewriteError: no graph can be traced.
     """
-    shape = (1, *next(iter(cost.layers.values())).input_shape)
+    shape = cost.input_shape
     channels, table = channel_map(network, shape), CostTable(network, shape)
     budget = config.macs if config.macs is not None else config.params
 

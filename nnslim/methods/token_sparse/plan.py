@@ -84,8 +84,7 @@ def plan_token_sparse(network: nn.Module, config: TokenSparseConfig, cost: Cost,
 
 
 def _macs(network: nn.Module, cost: Cost, layer: str) -> int:
-    shape = (1, *next(iter(cost.layers.values())).input_shape)  # of the first layer: the image's
-    return count_operations(network, shape).macs("torch", layer)
+    return count_operations(network, cost.input_shape).macs("torch", layer)
 
 
 def fit_completion(
