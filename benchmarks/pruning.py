@@ -151,13 +151,15 @@ def torch_pruned(args: argparse.Namespace, target: Path) -> Path:
     from nnslim.hosts.nnunet.folder import build_network, input_shape, read_model_folder
     from nnslim.hosts.nnunet.write import write_network
     from nnslim.spec import SlimSpec, apply_spec
+    from nnslim.surgery.channels import deep_supervision
     from nnslim.surgery.narrow import narrow_edits, widths_of
     from nnslim.work.passes import network_facts
 
     model = read_model_folder(args.model, [0])
     network, slim, shape = build_network(model), build_network(model), input_shape(model)
     facts = network_facts(network, shape)
-    pruned = prune(network, shape, int(args.start_macs * facts["macs"]))
+    with deep_supervision(network, True):  # else the heads that only run in training would keep their inputs
+        pruned = prune(network, shape, int(args.start_macs * facts["macs"]))
     apply_spec(SlimSpec(narrow_edits(widths_of(network), pruned)), slim)
     slim.load_state_dict(pruned.state_dict())
     write_network(model, slim, target)

@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--iterations", type=int, default=250, help="of fine-tuning (250)")
     parser.add_argument("--batch-size", type=int, help="of fine-tuning; default: the plans'")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of fine-tuning (1e-3)")
-    parser.add_argument("--calibration", type=Path, help="images for int8; default: the test images")
+    parser.add_argument("--calibration", type=Path, help="images for int8 and folding; default: the test images")
     parser.add_argument("--cases", type=int, default=1000, help="test images, at most (1000)")
     parser.add_argument("--repeats", type=int, default=9, help="timed forward passes; the median counts (9)")
     parser.add_argument("--only", nargs="+", choices=[row.name for row in ROWS], help="rows; default: all")

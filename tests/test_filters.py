@@ -17,6 +17,7 @@ from nnslim.surgery.budget import CostTable
 from nnslim.surgery.channels import channel_map
 from nnslim.surgery.narrow import narrow_layers, widths_of
 from nnslim.surgery.walk import LayerIndex
+from nnslim.work.calibration import Calibration
 from nnslim.work.compress import compress
 from nnslim.work.config import from_dict
 
@@ -108,3 +109,27 @@ def test_filters_then_tucker_compose_in_one_spec(tiny_net, tiny_shape):
     exact = compress(network, [network.state_dict()], from_dict({"methods": full}), shape).network(x)
     torch.testing.assert_close(exact, pruned, rtol=1e-3, atol=1e-3)  # Tucker worked on the pruned weights
     assert not torch.allclose(both, pruned, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["plain3d", "plain2d", "residual3d"])
+def test_with_images_what_goes_is_folded_into_what_stays(kind, tiny_net, tiny_shape):
+    dense, shape = tiny_net(kind, features=WIDE), tiny_shape(kind)
+    torch.manual_seed(4)
+    axes = {"size": shape[2:], "mode": "bilinear" if len(shape) == 4 else "trilinear"}
+    tiles = [torch.nn.functional.interpolate(torch.randn(*shape[:2], *(4,) * len(shape[2:])), **axes) for _ in range(4)]
+    data = Calibration(tiles[:3], tiles[3:], lambda count: None, fingerprint="x", images=3)
+    made = {}
+    for fold in (False, True):
+        settings = {"method": "filters", "macs": 0.5}
+        config = from_dict({"methods": [settings], "recovery": {"compensate": fold, "steps": 0}})
+        made[fold] = compress(dense, [dense.state_dict()], config, shape, data=data)
+    cut, folded = made[False], made[True]
+    assert cut.spec == folded.spec and cut.slim == folded.slim
+    with torch.no_grad():
+        wanted = dense(tiles[3])
+        errors = [float((one.network(tiles[3]) - wanted).square().mean()) for one in (cut, folded)]
+    assert errors[1] < 0.8 * errors[0]
+    kept = widths_of(folded.network)
+    lost = {each.layer: each.error for each in folded.decisions if each.error is not None}
+    assert lost and all(0 < error < 1 for error in lost.values())
+    assert {name for name in lost if kept[name][0] < widths_of(dense)[name][0]} == set(lost)

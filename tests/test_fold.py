@@ -93,3 +93,16 @@ def test_any_map_is_folded_with_least_squares_and_moments_add_up():
     rows = maps.movedim(1, 0).flatten(1).double()
     rest = rows[[1, 4]] - (constants[:, None] + weights.T @ rows[[0, 2, 3, 5]])
     assert rest.mean(1).abs().max() < 1e-6 and (rest.var(1) < rows[[1, 4]].var(1)).all()
+
+
+def test_unexplained_variance_is_what_the_regression_leaves():
+    torch.manual_seed(3)
+    rows = torch.randn(5, 4000)
+    rows[3] = rows[0] + rows[1] + 0.5 * torch.randn(4000)
+    moments = MapMoments.of(rows[None].unflatten(2, (10, 20, 20)))
+    weights, constants = moments.regression([0, 1, 2], [3, 4])
+    every = rows.double()[:, :: max(1, 4000 // 8192) | 1]
+    rest = every[[3, 4]] - constants[:, None] - weights.T @ every[[0, 1, 2]]
+    wanted = float(rest.var(1, correction=0).sum() / every.var(1, correction=0).sum()) ** 0.5
+    assert moments.unexplained([0, 1, 2], [3, 4]) == pytest.approx(wanted, rel=1e-4)
+    assert moments.unexplained([0, 1, 2, 3, 4], []) == 0.0

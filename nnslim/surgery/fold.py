@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnslim.surgery.channels import ChannelMap
+from nnslim.streaming import Tiles, hooked
+from nnslim.surgery.channels import ChannelGroup, ChannelMap
 from nnslim.surgery.narrow import axes_of
 from nnslim.surgery.walk import LayerIndex
 
@@ -55,6 +56,41 @@ class MapMoments:
             inner + ridge * torch.eye(len(kept), dtype=torch.float64), covariance[kept][:, gone]
         )
         return weights, mean[gone] - weights.T @ mean[kept]
+
+    def unexplained(self, kept: Sequence[int], gone: Sequence[int]) -> float:
+        """Return the root of the variance of the gone maps that the kept ones do not tell, over that of all maps."""
+        weights, _ = self.regression(kept, gone)
+        mean = self.total / self.count
+        covariance = self.products / self.count - torch.outer(mean, mean)
+        left = covariance[gone][:, gone] - 2 * weights.T @ covariance[kept][:, gone]
+        left = left + weights.T @ covariance[kept][:, kept] @ weights
+        total = float(covariance.diagonal().sum())
+        return (max(0.0, float(left.diagonal().sum())) / total) ** 0.5 if total > 0 else 0.0
+
+
+def map_moments(network: nn.Module, groups: Iterable[ChannelGroup], tiles: Tiles) -> dict[str, MapMoments]:
+    """Return the moments of each group's maps as readers see them, over all tiles, from one pass; no map is kept.
+
+    Args:
+        network: in eval mode. groups: of its channels. tiles: calibration tiles.
+    """
+    found: dict[str, MapMoments] = {}
+    users: dict[str, list[str]] = {}
+    for group in groups:
+        for tap in group.taps:
+            users.setdefault(tap, []).append(group.name)
+
+    def add(names: Sequence[str], output: Tensor) -> None:
+        for name in names:
+            made = MapMoments.of(output)
+            found[name] = found[name] + made if name in found else made
+
+    hooks = {tap: lambda _, __, output, names=names: add(names, output) for tap, names in users.items()}
+    device = next(network.parameters()).device
+    with hooked(network, {}, hooks), torch.no_grad():
+        for tile in tiles:
+            network(tile.to(device))
+    return found
 
 
 @torch.no_grad()

@@ -10,7 +10,10 @@ from nnslim.methods.base import MethodConfig
 
 
 class FiltersConfig(MethodConfig):
-    """Which filters of a trained network go, until a budget is met. No data is used; fine-tune afterwards."""
+    """Which filters of a trained network go, until a budget is met; fine-tune afterwards.
+
+    The weights decide. With images, what goes is folded into what stays (`recovery: {compensate: true}`, the default).
+    """
 
     importance: Literal["l1", "fpgm", "random"] = Field(
         "l1", description="l1: size of the weights; fpgm: distance from the layer's other filters; random"

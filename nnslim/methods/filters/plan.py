@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ from nnslim.cost import Cost
 from nnslim.errors import ConfigError
 from nnslim.methods.base import Plan, narrowed
 from nnslim.methods.filters.config import FiltersConfig
+from nnslim.streaming import Tiles
 from nnslim.surgery.budget import CostTable, fewest, without
 from nnslim.surgery.channels import ChannelGroup, ChannelMap, channel_map
+from nnslim.surgery.fold import MapMoments, fold_channels, map_moments
 from nnslim.surgery.narrow import axes_of, narrow_edits, narrow_layers, widths_of
 from nnslim.surgery.walk import LayerIndex
 
@@ -80,7 +82,44 @@ def _order(layers: LayerIndex, channels: ChannelMap, config: FiltersConfig) -> l
 
 def fill_filters(dense: nn.Module, slim: nn.Module, config: FiltersConfig, shape: Sequence[int]) -> None:
     """Put the most important filters of a dense network, as many as there is room for, into a slim one, in place."""
-    channels, layers = channel_map(dense, shape), LayerIndex(dense)
+    channels = channel_map(dense, shape)
+    _put(dense, slim, channels, _kept(dense, slim, config, channels), {})
+
+
+def fit_filters(
+    dense: nn.Module,
+    slim: nn.Module,
+    config: FiltersConfig,
+    cost: Cost,
+    tiles: Tiles,
+    *,
+    compensate: bool = True,
+    seed: int = 0,
+    on_layer: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Fold the filters that go into those that stay, by ridge regression on the maps of unlabelled images.
+
+    See `fold_channels`; filters are chosen as without images. Returns, by layer, the root of the share of its maps'
+    variance that is lost.
+    """
+    channels = channel_map(dense, cost.input_shape)
+    keep = _kept(dense, slim, config, channels)
+    moments = map_moments(dense, [channels.groups[name] for name in keep], tiles)
+    if compensate:
+        _put(dense, slim, channels, keep, moments)
+    errors = {}
+    for number, (name, kept) in enumerate(keep.items()):
+        gone = sorted(set(range(channels.groups[name].channels)) - set(kept))
+        if name in moments:
+            errors |= dict.fromkeys(channels.groups[name].producers, moments[name].unexplained(kept, gone))
+        if on_layer is not None:
+            on_layer(number + 1, len(keep))
+    return errors
+
+
+def _kept(dense: nn.Module, slim: nn.Module, config: FiltersConfig, channels: ChannelMap) -> dict[str, list[int]]:
+    """Return the most important channels of each group, as many as the slim network has room for."""
+    layers = LayerIndex(dense)
     widths = widths_of(slim)
     keep = {}
     for name, group in channels.groups.items():
@@ -88,6 +127,17 @@ def fill_filters(dense: nn.Module, slim: nn.Module, config: FiltersConfig, shape
         if room < group.channels:
             best = importance(layers, group, config).topk(room).indices
             keep[name] = sorted(best.tolist())
+    return keep
+
+
+def _put(
+    dense: nn.Module,
+    slim: nn.Module,
+    channels: ChannelMap,
+    keep: Mapping[str, Sequence[int]],
+    moments: Mapping[str, MapMoments],
+) -> None:
     full = copy.deepcopy(dense)
+    fold_channels(LayerIndex(full), channels, keep, moments)
     narrow_layers(LayerIndex(full), channels.narrowing(keep))
     slim.load_state_dict(full.state_dict())

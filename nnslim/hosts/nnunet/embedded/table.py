@@ -81,7 +81,7 @@ class TableSettings:
             row is fine-tuned.
         work: folder of the models that are made. iterations: of fine-tuning. batch_size: None: the plans'.
         learning_rate: of SGD, poly decay. cases: test images, at most. repeats: timed passes.
-        calibration: images for int8; None: those of the test.
+        calibration: images for int8, and to fold filters that go into others; None: those of the test.
         rows: to make.
     """
 
@@ -180,14 +180,16 @@ def _made(row: Row, settings: TableSettings) -> tuple[Path, int]:
     steps = settings.iterations if row.tuned and settings.dataset is not None else 0
     if final.is_dir():
         return final, steps
-    plain = {"calibration": {"images": str(settings.calibration or settings.images)}} if row.precision == "int8" else {}
+    images = {"calibration": {"images": str(settings.calibration or settings.images)}}
+    plain = images if row.precision == "int8" else {}
     run = {"guard": False, "backend": "openvino" if row.precision == "int8" else "auto", "precision": row.precision}
     last: SlimConfig = from_dict({"methods": [], "run": run, "store": row.store, **plain})
     folder = settings.model
     if row.methods:
         folder = settings.work / f"{row.name}.start"
         if not folder.is_dir():
-            start = from_dict({"methods": list(row.methods), "run": {"guard": False}})
+            uses = images if any(each["method"] == "filters" for each in row.methods) else {}
+            start = from_dict({"methods": list(row.methods), "run": {"guard": False}, **uses})
             compress_folder(read_model_folder(settings.model), folder, start)
     if steps:
         tuned = settings.work / f"{row.name}.tuned"
