@@ -69,8 +69,8 @@ def all_rows(args: argparse.Namespace) -> list[Row]:
         Row("sauron", "scratch", sauron),
         Row("sauron-lambda0", "scratch", {**sauron, "strength": 0}),
         Row("start-nnunet", "start", _PLAIN),
-        Row("start-sauron", "start", after),
-        Row("start-sauron-fold", "start", {**after, "fold": True}),
+        Row("start-sauron-fold", "start", after),
+        Row("start-sauron", "start", {**after, "fold": False}),
         Row("start-sauron-lambda0", "start", {**after, "strength": 0}),
     ]
     for importance in ("l1", "fpgm", "random"):

@@ -445,3 +445,8 @@ def test_compiled_network_gives_the_same_maps_and_gradients(tiny_net, tiny_shape
     torch.testing.assert_close(found[0], found[1])
     with deep_supervision(network, True):
         assert len(network(maps(1, *shape[1:]))) == 2
+
+
+def test_filters_are_folded_by_default_where_a_trained_model_is_the_start(tmp_path):
+    assert not SauronConfig().folds and SauronConfig(start=tmp_path).folds
+    assert SauronConfig(fold=True).folds and not SauronConfig(start=tmp_path, fold=False).folds

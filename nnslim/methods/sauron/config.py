@@ -54,10 +54,10 @@ class SauronConfig(MethodConfig):
         description="what goes first on the way to macs or params: filters of the layer that has lost least of its "
         "width, or the nearest to their references of all layers",
     )
-    fold: bool = Field(
-        False,
+    fold: bool | None = Field(
+        None,
         description="fold filters that go into those that stay: the next layers take from the others what they took "
-        "from them (ridge regression on the maps observed)",
+        "from them (ridge regression on the maps observed); none: where a trained model is the start",
     )
     settle: float = Field(0.1, ge=0, lt=1, description="share of the epochs, at the end, in which nothing is removed")
     seed: int = Field(0, ge=0, description="of references, augmentation and first weights")
@@ -91,6 +91,11 @@ class SauronConfig(MethodConfig):
         """The thresholds, ascending: steps + 1 of them, evenly spaced."""
         step = (self.threshold_max - self.threshold_first) / self.steps
         return (*(self.threshold_first + step * number for number in range(self.steps)), self.threshold_max)
+
+    @property
+    def folds(self) -> bool:
+        """Whether filters that go are folded into those that stay."""
+        return self.start is not None if self.fold is None else self.fold
 
     @property
     def target(self) -> float | None:

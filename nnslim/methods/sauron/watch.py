@@ -80,7 +80,7 @@ class MapWatch:
             reference = self.references[name][1]
             score = torch.stack([delta_prune(maps, reference, self.config.delta_prune) for maps in seen]).mean(0)
             self._sums[name] = self._sums.get(name, 0) + score
-            if self.config.fold:
+            if self.config.folds:
                 found = [MapMoments.of(maps) for maps in seen]
                 before = [self._moments[name]] if name in self._moments else []
                 self._moments[name] = sum(found[1:] + before, start=found[0])
@@ -97,6 +97,6 @@ class MapWatch:
         return scores, medoids
 
     def take_moments(self) -> dict[str, MapMoments]:
-        """Return the moments of each group's maps over the passes observed, and begin anew; empty without `fold`."""
+        """Return the moments of each group's maps over the passes observed, and begin anew; none without folding."""
         found, self._moments = self._moments, {}
         return found
