@@ -1,8 +1,8 @@
 """Train, prune and score networks side by side, each by the commands that a user has: pruning.csv, pruning.md.
 
-scratch   nnU-Net (Sauron's trainer, nothing removed), Sauron, and Sauron without its loss (lambda 0), from random
-          weights: same trainer, epochs and seed.
-start     from a trained model: Sauron, and L1, FPGM, random and Torch-Pruning, which prune at once; then the same
+scratch   nnU-Net (Sauron's trainer, nothing removed), Sauron, with folding, and without its loss (lambda 0), from
+          random weights: same trainer, epochs and seed.
+start     from a trained model: Sauron with folding and without, and L1, FPGM, random and Torch-Pruning, which prune at once; then the same
           number of iterations of the same trainer for all of them.
 composed  Tucker, and Tucker with eight bits, on the model that Sauron with folding pruned from the trained one.
 
@@ -67,6 +67,7 @@ def all_rows(args: argparse.Namespace) -> list[Row]:
     rows = [
         Row("nnunet", "scratch", _PLAIN),
         Row("sauron", "scratch", sauron),
+        Row("sauron-fold", "scratch", {**sauron, "fold": True}),
         Row("sauron-lambda0", "scratch", {**sauron, "strength": 0}),
         Row("start-nnunet", "start", _PLAIN),
         Row("start-sauron-fold", "start", after),
