@@ -2,8 +2,8 @@
 
 scratch   nnU-Net (Sauron's trainer, nothing removed), Sauron, with folding, and without its loss (lambda 0), from
           random weights: same trainer, epochs and seed.
-start     from a trained model: Sauron with folding and without, and L1, FPGM, random and Torch-Pruning, which prune at once; then the same
-          number of iterations of the same trainer for all of them.
+start     from a trained model: Sauron with folding and without, and L1, FPGM, random and Torch-Pruning, which prune at
+          once; then the same number of iterations of the same trainer for all of them.
 composed  Tucker, and Tucker with eight bits, on the model that Sauron with folding pruned from the trained one.
 
 All are predicted by stock nnU-Net (those in eight bits by nnslim) without mirroring and scored on test images; then one
