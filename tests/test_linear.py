@@ -190,3 +190,17 @@ def test_on_top_of_token_sparsity_with_data_and_rebuilt_from_the_spec():
     errors = [each.error for each in slim.decisions if each.action == "low_rank"]
     assert all(0 < error < 1 for error in errors)
     assert LayerIndex(slim.network).of_type(LowRankLinear)
+
+
+def test_without_images_errors_are_those_of_the_weights():
+    network = primus()
+    config = from_dict({"methods": [{"method": "linear", "rank_factor": 0.25, "include": ["*.mlp.*"]}]})
+    slim = compress(network, [network.state_dict()], config, SHAPE)
+    layers, made = LayerIndex(network), LayerIndex(slim.network)
+    told = {each.layer: each.error for each in slim.decisions if each.action == "low_rank"}
+    assert told
+    for name, error in told.items():
+        weight = layers[name].module.weight.detach()
+        values = torch.linalg.svdvals(weight.double())
+        rank = made[name].module.first.out_features
+        assert error == pytest.approx(float(values[rank:].norm() / values.norm()), abs=1e-5)  # Eckart and Young

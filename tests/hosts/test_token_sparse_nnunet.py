@@ -99,6 +99,15 @@ def test_dense_primus_is_compressed_warm_started_and_predicted_by_stock_nnunet(d
     model = read_model_folder(folder)
     assert model.is_slim and spec_of(build_network(model)) is not None
 
+    # compressed further: low-rank linear layers come after the edit that the training began with
+    lower = from_dict({"methods": [{"method": "linear", "rank_factor": 0.3}], "run": {"guard": False}})
+    low = compress_folder(model, tmp_path / "low", lower)
+    assert low.slim.macs < low.dense.macs and low.dense.macs < slimmed.dense.macs
+    predictor, _, found = logits(tmp_path / "low", data)
+    kinds = [edit.kind for edit in spec_of(predictor.network).edits]
+    assert kinds[0] == "token_sparse" and set(kinds[1:]) == {"low_rank"}
+    assert torch.isfinite(found).all() and not torch.equal(found, trained)
+
     # resumed, as nnUNetv2_train --c does; nnU-Net's own Primus trainers cannot
     (folder / "fold_0" / "checkpoint_latest.pth").write_bytes((folder / "fold_0" / "checkpoint_final.pth").read_bytes())
     longer = ShortTraining(epochs=3, iterations=2, validation_iterations=1, batch_size=2, learning_rate=1e-3)

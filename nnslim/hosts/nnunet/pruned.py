@@ -1,4 +1,4 @@
-"""Models that Sauron pruned, as the start of something else: each fold has widths of its own."""
+"""Models that a training made slim, as the start of something else; of pruned ones each fold has widths of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from nnslim.errors import ModelFolderError
 from nnslim.hosts.nnunet.folder import ModelFolder, build_untrained
 from nnslim.hosts.nnunet.network import SPEC_KEY
 from nnslim.hosts.nnunet.plans import with_architecture
-from nnslim.spec import SlimSpec
+from nnslim.methods.token_sparse import TokenSparseEdit
+from nnslim.spec import Edit, SlimSpec
 from nnslim.surgery.narrow import ElasticEdit, NarrowEdit, as_base, widths_of
 
 
@@ -42,16 +43,18 @@ def plans_for_fold(model: ModelFolder, fold: str) -> dict[str, Any]:
     return with_architecture(model.plans, model.configuration, spec)
 
 
-def pruned_base(model: ModelFolder, network: nn.Module) -> tuple[nn.Module, tuple[NarrowEdit, ...]]:
-    """Return a pruned model's network as a base to compress, and the edits that come before those to come.
+def trained_base(model: ModelFolder, network: nn.Module) -> tuple[nn.Module, tuple[Edit, ...]]:
+    """Return the network of a model that a training made slim as a base to compress, and the edits that made it so.
 
     Args:
-        model: slim. network: of its first fold, see `build_network`.
+        model: pruned or token-sparse. network: of its first fold, see `build_network`.
     Raises:
-        ModelFolderError: it is slim by other edits than widths, or its folds differ in width.
+        ModelFolderError: it is slim by other edits, or its folds differ in width.
     """
-    kinds = {edit.kind for edit in spec_in_plans(model).edits}
-    if not kinds <= {"narrow", "elastic"}:
+    edits = spec_in_plans(model).edits
+    if all(isinstance(edit, TokenSparseEdit) for edit in edits):
+        return as_base(network), edits
+    if not {edit.kind for edit in edits} <= {"narrow", "elastic"}:
         raise ModelFolderError(f"{model.path} is already a slim model; compress the model that it was made from")
     shapes = [{key: value.shape for key, value in weights.items()} for weights in model.weights]
     if any(other != shapes[0] for other in shapes):

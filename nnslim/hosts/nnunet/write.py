@@ -26,7 +26,7 @@ from nnslim.hosts.nnunet.folder import (
 )
 from nnslim.hosts.nnunet.planned import built_from_plans
 from nnslim.hosts.nnunet.plans import with_architecture
-from nnslim.hosts.nnunet.pruned import pruned_base, spec_in_plans
+from nnslim.hosts.nnunet.pruned import spec_in_plans, trained_base
 from nnslim.methods.tucker.table import write_table
 from nnslim.spec import SlimSpec, spec_of
 from nnslim.work.compress import Counts, Slimmed, compress
@@ -82,7 +82,7 @@ def compress_folder(
         )
     network, before = build_network(model), ()
     if model.is_slim and config.active:
-        network, before = pruned_base(model, network)
+        network, before = trained_base(model, network)
     config, target = config.with_images(images), Path(target)
     state = target.with_name(f".{target.name}.recovery")
     with whole_folder(target) as side:

@@ -137,8 +137,9 @@ def weight_errors(dense: nn.Module, slim: nn.Module) -> dict[str, float]:
     """Return ||W - W~||_F / ||W||_F of each layer that was factored between the two, 0 for a matrix of zeros."""
     errors = {}
     for name, (linear, pair) in _factored(dense, slim).items():
-        norm = float(linear.weight.norm())
-        errors[name] = float((linear.weight - pair.matrix()).norm()) / norm if norm else 0.0
+        weight = linear.weight.detach()
+        norm = float(weight.norm())
+        errors[name] = float((weight - pair.matrix()).norm()) / norm if norm else 0.0
     return errors
 
 
