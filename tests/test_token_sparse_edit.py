@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +14,11 @@ from dynamic_network_architectures.architectures.primus import Primus, PrimusV2
 from monai.networks.nets import UNETR
 
 from nnslim.cost import measure_cost
-from nnslim.errors import ConfigError, SpecError
+from nnslim.errors import BackendError, ConfigError, SpecError
 from nnslim.methods.token_sparse import TokenSparseConfig, plan_token_sparse, set_ratio, token_sparse_edits
 from nnslim.methods.token_sparse.encoders import eva_attention, image_content
 from nnslim.operations import count_operations
+from nnslim.running.engine import Settings, make_engine
 from nnslim.spec import SlimSpec, apply_spec, extend_spec, spec_of
 from nnslim.work.compress import compress
 from nnslim.work.config import SlimConfig, load_config
@@ -248,3 +252,20 @@ def test_sparse_primus_runs_in_openvino(config):
     compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     found = torch.from_numpy(compiled(image.numpy())[0])
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+    # the backend's own conversion, which once ended the process: in one of its own
+    program = (
+        "import torch\nfrom test_token_sparse_edit import CONFIGS, SIZE, primus, sparse_of\n"
+        "from nnslim.running.engine import Settings, make_engine\n"
+        f"network, image = sparse_of(primus(), **CONFIGS[{config!r}]), torch.randn(1, 1, *SIZE)\n"
+        "with torch.inference_mode():\n"
+        "    found, expected = make_engine(network, image.shape, Settings('openvino'))(image), network(image)\n"
+        "print(float((found - expected).abs().max() / expected.abs().max()))\n"
+    )
+    if config == "merge":  # its static form would end the process, so it is refused
+        with pytest.raises(BackendError, match="adds up by index"):
+            make_engine(sparse, image.shape, Settings("openvino"))
+        return
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout) <= 1e-4
