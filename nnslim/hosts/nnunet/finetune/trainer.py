@@ -16,7 +16,7 @@ from nnslim.files import write_json
 from nnslim.hosts.nnunet.finetune.settings import FoldJob
 from nnslim.hosts.nnunet.steady import SteadyTraining, reseed
 from nnslim.methods.embedded import HeldZeros
-from nnslim.running.bfloat16 import bfloat16_is_safe, has_fast_bfloat16, in_bfloat16
+from nnslim.running.bfloat16 import bfloat16_is_safe, in_bfloat16, wants_bfloat16
 from nnslim.surgery.walk import unwrap
 from nnslim.work.distillation import distillation_loss
 
@@ -57,8 +57,7 @@ class FineTuning(SteadyTraining):
     def initialize(self) -> None:
         """Let a CPU compute in bfloat16 where that is wanted; nnU-Net itself has mixed precision on GPUs only."""
         super().initialize()
-        wanted = self.job.settings.precision
-        if self.device.type != "cpu" or wanted == "f32" or (wanted == "auto" and not has_fast_bfloat16()):
+        if not wants_bfloat16(self.job.settings.precision, self.device):
             return
         shape = (self.batch_size, self.num_input_channels, *self.configuration_manager.patch_size)
         networks = [network for network in (unwrap(self.network), self.teacher) if network is not None]

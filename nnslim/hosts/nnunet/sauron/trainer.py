@@ -20,7 +20,7 @@ from nnslim.hosts.nnunet.folder import read_model_folder, trainer_class
 from nnslim.hosts.nnunet.plans import with_architecture
 from nnslim.hosts.nnunet.steady import SteadyTraining, reseed
 from nnslim.methods.sauron import Decision, Pruner, SauronConfig
-from nnslim.running.bfloat16 import bfloat16_is_safe, has_fast_bfloat16, passes_in_bfloat16
+from nnslim.running.bfloat16 import bfloat16_is_safe, passes_in_bfloat16, wants_bfloat16
 from nnslim.spec import Edit, SlimSpec, spec_of
 from nnslim.surgery.fold import MapMoments
 from nnslim.surgery.narrow import ElasticEdit, fit_widths, narrow_edits, narrow_optimizer, widths_of
@@ -78,8 +78,7 @@ class SauronTraining(SteadyTraining):
         if self.sauron.start is not None:
             self._load_start(plain)
         shape = (1, self.num_input_channels, *self.configuration_manager.patch_size)
-        wanted = self.sauron.precision
-        if self.device.type == "cpu" and (wanted == "bf16" or (wanted == "auto" and has_fast_bfloat16())):
+        if wants_bfloat16(self.sauron.precision, self.device):
             self._in_bfloat16 = bfloat16_is_safe(plain, (self.batch_size, *shape[1:]))
             if not self._in_bfloat16:
                 _log.warning("training computes in float32: torch gets a layer of this network wrong in bfloat16")
