@@ -23,6 +23,7 @@ from nnslim.hosts.nnunet.token_sparse.trainer import settings_in_force, token_sp
 from nnslim.hosts.nnunet.write import compress_folder
 from nnslim.methods.token_sparse import TokenSparseConfig, set_ratio
 from nnslim.methods.token_sparse.config import RecipeConfig, UNETRConfig
+from nnslim.methods.token_sparse.supervision import SupervisedLoss
 from nnslim.spec import spec_of
 from nnslim.work.config import from_dict, load_config
 
@@ -82,6 +83,7 @@ def test_dense_primus_is_compressed_warm_started_and_predicted_by_stock_nnunet(d
         scorer="mlp",
         completion="fusion",
         schedule_epochs=2,
+        supervision=0.5,
         warm_start=dense / "fold_0" / "checkpoint_final.pth",
         recipe=RecipeConfig(layer_decay=0.75, schedule="cosine"),
     )
@@ -91,7 +93,7 @@ def test_dense_primus_is_compressed_warm_started_and_predicted_by_stock_nnunet(d
         trainer.__name__, (trainer,), {"on_train_epoch_end": lambda self, outputs: _note(self, outputs, seen)}
     )
     folder = train_short(998, "3d_fullres", 0, TINY, trainer_base=watched).parent
-    assert seen == [(0.25,) * 3, (0.5,) * 3]
+    assert seen == [((0.25,) * 3, 0.5), ((0.5,) * 3, 0.5)]
     assert folder.name == "nnUNet_Primus_S_TokenSparse_Trainer__nnUNetPlans__3d_fullres"
     predictor, _, trained = logits(folder, data)
     assert predictor.trainer_name == "nnUNetTrainer" and torch.isfinite(trained).all()
@@ -119,12 +121,14 @@ def test_dense_primus_is_compressed_warm_started_and_predicted_by_stock_nnunet(d
 
 def _note(trainer, outputs, seen):
     super(type(trainer).__mro__[1], trainer).on_train_epoch_end(outputs)
-    seen.append(trainer.network.eva.reduction.ratios)
+    assert isinstance(trainer.loss, SupervisedLoss) and not trainer.network.eva.reduction.heard
+    seen.append((trainer.network.eva.reduction.ratios, trainer.loss.weight))
 
 
 def test_unetr_is_trained_and_predicted_by_stock_nnunet(dataset):
     unetr = UNETRConfig(decoder="x8", dim=24, depth=9, heads=2, features=4)
-    settings = TokenSparseConfig(ratio=0.5, scorer="mlp", completion="fusion", skips="completed", unetr=unetr)
+    learned = {"scorer": "mlp", "completion": "fusion", "supervision": 1.0}
+    settings = TokenSparseConfig(ratio=0.5, skips="completed", unetr=unetr, **learned)
     folder = train_short(998, "3d_fullres", 0, TINY, trainer_base=unetr_trainer_class(settings)).parent
     predictor, _, found = logits(folder)
     assert isinstance(predictor.network, PlannedUNETR)

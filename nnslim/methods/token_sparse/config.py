@@ -62,6 +62,9 @@ class TokenSparseConfig(MethodConfig):
         "blocks", description="inner inputs of a UNETR decoder: completed tokens (published), or outputs of blocks"
     )
     schedule_epochs: int = Field(0, ge=0, description="training: epochs over which the ratio rises from 0")
+    supervision: float = Field(
+        0.0, ge=0, description="training: weight of a loss that shows learned scorers which tokens hold foreground"
+    )
     warm_start: Path | None = Field(None, description="training: checkpoint of the dense network to start from")
     unetr: UNETRConfig = UNETRConfig()
     recipe: RecipeConfig = RecipeConfig()

@@ -170,11 +170,16 @@ def image_content(image: Tensor, tokens: int | None) -> Tensor | None:
     """Return (B, tokens): the standard deviation inside each token's cube, mean over channels; 0 in uniform air."""
     if tokens is None:
         return None
-    size = [int(edge) for edge in image.shape[2:]]
-    edge = round((size[0] * size[1] * size[2] / tokens) ** (1 / 3))
+    edge = token_edge(image, tokens)
     mean = functional.avg_pool3d(image, edge)
     square = functional.avg_pool3d(image * image, edge)
     return (square - mean * mean).clamp_min(0).sqrt().mean(dim=1).flatten(1)
+
+
+def token_edge(image: Tensor, tokens: int) -> int:
+    """Return the edge of each token's cube, voxels, where (B, C, *size) is cut into `tokens` cubes."""
+    size = [int(edge) for edge in image.shape[2:]]
+    return round((size[0] * size[1] * size[2] / tokens) ** (1 / 3))
 
 
 def eva_attention(block: nn.Module, x: Tensor, rope: Tensor | None, prefix: int) -> Tensor:

@@ -75,6 +75,21 @@ class Sequence3d:
         return x if self.positions is None else unshuffle(torch.cat((*self.groups, x), dim=1), self.all_positions())
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What a learned scorer made of the patch tokens that came to its stage.
+
+    Attributes:
+        scores: (B, L), log-probabilities, at most 0.
+        positions: (B, L), where each token belongs among all patch tokens.
+        total: number of patch tokens of the complete sequence.
+    """
+
+    scores: Tensor
+    positions: Tensor
+    total: int
+
+
 class TokenReduction(nn.Module):
     """Drops or merges tokens after chosen blocks.
 
@@ -82,7 +97,10 @@ class TokenReduction(nn.Module):
         locations: number of blocks that have run before each stage; 0 is right after the embedding.
         ratios: share of the patch tokens that goes at each stage. They are no weights: `set_ratio` changes them at any
             time, and a stage whose ratio is 0 does nothing at all.
+        heard: None, or a list to which training appends what learned scorers say, see `supervision`.
     """
+
+    heard: list[Scored] | None = None
 
     def __init__(
         self,
@@ -176,7 +194,11 @@ class TokenReduction(nn.Module):
             now.positions = torch.arange(rows, device=now.x.device).expand(batch, -1)
             now.alive = torch.ones(batch, rows, 1, dtype=now.x.dtype, device=now.x.device)
         received = None if attention is None else lambda: attention(now.x, now.rope)
-        split = self.topk(self.scorers[stage](StageInput(patches, prefix, received, now.content)), keep)
+        scores = self.scorers[stage](StageInput(patches, prefix, received, now.content))
+        if self.training and self.heard is not None and any(True for _ in self.scorers[stage].parameters()):
+            total = now.length + sum(group.shape[1] for group in now.groups)
+            self.heard.append(Scored(scores, now.positions[:, now.prefix :] - now.prefix, total))
+        split = self.topk(scores, keep)
         policy = torch.cat((now.alive.new_ones(batch, now.prefix, 1), split.policy.to(now.x.dtype)), dim=1)
         stays, goes = policy * now.alive, (1 - policy) * now.alive
         first = torch.arange(now.prefix, device=now.x.device).expand(batch, -1)

@@ -19,6 +19,7 @@ from nnslim.hosts.nnunet.token_sparse.recipe import Schedule, parameter_groups
 from nnslim.methods.token_sparse.config import RecipeConfig, TokenSparseConfig
 from nnslim.methods.token_sparse.plan import token_sparse_edits
 from nnslim.methods.token_sparse.reduction import TokenReduction
+from nnslim.methods.token_sparse.supervision import SupervisedLoss
 from nnslim.spec import SlimSpec, apply_spec, spec_of
 from nnslim.surgery.walk import unwrap
 from nnslim.work.config import load_config
@@ -67,7 +68,22 @@ class TokenSparseTraining(DescribedTraining):
         super().initialize()
         if self.sparse.warm_start is not None:
             warm_start(unwrap(self.network), self.sparse.warm_start)
-        self.target = [module.ratios for module in reductions(unwrap(self.network))]
+        found = reductions(unwrap(self.network))
+        self.target = [module.ratios for module in found]
+        if self.sparse.supervision:
+            self.loss = SupervisedLoss(self.loss, found, self.sparse.supervision, self.foreground)
+
+    def foreground(self, target: torch.Tensor) -> torch.Tensor:
+        """Return (B, 1, *size): 1 where a target of nnU-Net's has a label or region other than background and ignore.
+
+        Args:
+            target: (B, 1, *size) of labels; (B, regions (+ 1 for ignore), *size) where regions are trained.
+        """
+        labels = self.label_manager
+        if labels.has_regions:
+            return target[:, : len(labels.foreground_regions)].amax(dim=1, keepdim=True).float()
+        held = target > 0
+        return (held & (target != labels.ignore_label) if labels.has_ignore_label else held).float()
 
     def configure_optimizers(self, stage: str = "warmup_all") -> tuple[Any, Any]:
         """Return nnU-Net's optimiser for Primus, or the recipe's own where it differs."""
