@@ -269,3 +269,13 @@ def test_sparse_primus_runs_in_openvino(config):
     done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(done.stdout) <= 1e-4
+
+
+def test_locations_are_blocks_or_shares_of_them():
+    assert (
+        TokenSparseConfig().stages(12)[0] == TokenSparseConfig(locations=(0.25, 0.5, 0.75)).stages(12)[0] == [3, 6, 9]
+    )
+    assert TokenSparseConfig(locations=(0, 0.5)).stages(9)[0] == [0, 4]
+    for wrong in ((1.5,), (3.0,), (-0.5,), (0.75, 0.25)):
+        with pytest.raises(ValueError, match=r"locations? (is|are)"):
+            TokenSparseConfig(locations=wrong)

@@ -179,6 +179,14 @@ def test_presets_reach_the_trainers_through_the_environment(preset, ratio, monke
     assert load_config(preset).methods[0].method == "token_sparse"
 
 
+def test_training_without_a_preset_is_taught_by_labels(monkeypatch):
+    monkeypatch.delenv("NNSLIM_TOKEN_SPARSE", raising=False)
+    settings = settings_in_force()
+    assert (settings.supervision, settings.scorer, settings.ratio) == (1, "mlp", 0.5)
+    assert settings.stages(12) == ([3], [0.5], ["mlp"])
+    assert settings.stages(24) == ([6], [0.5], ["mlp"])
+
+
 def test_environment_that_names_another_method_is_refused(monkeypatch):
     monkeypatch.setenv("NNSLIM_TOKEN_SPARSE", "tucker-balanced")
     with pytest.raises(ConfigError, match="no method 'token_sparse'"):

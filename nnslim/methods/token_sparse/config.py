@@ -44,8 +44,10 @@ class RecipeConfig(MethodConfig):
 class TokenSparseConfig(MethodConfig):
     """Where a vision transformer gives up tokens, which, and how every position is filled in again at its end."""
 
-    locations: tuple[int, ...] | None = Field(
-        None, description="blocks that run before each stage, 0: at the start; default: 1/4, 1/2, 3/4 of the depth"
+    locations: tuple[int | float, ...] | None = Field(
+        None,
+        description="blocks that run before each stage, 0: at the start, or a share of all blocks, 0 < share < 1; "
+        "default: 0.25, 0.5, 0.75",
     )
     ratio: float | tuple[float, ...] = Field(0.5, description="share of the tokens that goes at each stage, 0 <= r < 1")
     mode: Mode = Field("drop", description="drop tokens, or merge similar ones (ToMe; needs no scorer)")
@@ -76,16 +78,18 @@ class TokenSparseConfig(MethodConfig):
             raise ValueError("a ratio is a share of the tokens, 0 <= ratio < 1")
         places = self.locations
         if places is not None and (list(places) != sorted(set(places)) or min(places, default=0) < 0):
-            raise ValueError("locations are ascending numbers of blocks")
+            raise ValueError("locations are ascending numbers of blocks, or shares of them")
+        if places is not None and any(isinstance(each, float) and not 0 < each < 1 for each in places):
+            raise ValueError("a location is a whole number of blocks, or a share of all blocks, 0 < share < 1")
         for name, value in (("ratio", self.ratio), ("scorer", self.scorer)):
             if isinstance(value, tuple) and places is not None and len(value) != len(places):
                 raise ValueError(f"{name} lists {len(value)} values for {len(places)} locations")
         return self
 
     def stages(self, depth: int) -> tuple[list[int], list[float], list[Scorer]]:
-        """Return locations, ratios and scorers for an encoder of `depth` blocks."""
-        places = [round(depth * part / 4) for part in (1, 2, 3)] if self.locations is None else list(self.locations)
-        places = sorted(set(places))
+        """Return locations in blocks, ratios and scorers for an encoder of `depth` blocks."""
+        wanted = (0.25, 0.5, 0.75) if self.locations is None else self.locations
+        places = sorted({round(depth * each) if isinstance(each, float) else each for each in wanted})
         ratios = list(self.ratio) if isinstance(self.ratio, tuple) else [float(self.ratio)] * len(places)
         scorers = list(self.scorer) if isinstance(self.scorer, tuple) else [self.scorer] * len(places)
         return places, [float(ratio) for ratio in ratios], scorers

@@ -49,6 +49,8 @@ class Run:
 
 
 _LEARNED = {"scorer": "mlp", "completion": "fusion"}
+_TAUGHT = {**_LEARNED, "supervision": 1.0, "perturbation": "none"}
+_ONE = {"locations": (0.25,)}  # one stage, after a quarter of the blocks
 _DENSE = {"ratio": 0.0, "scorer": "energy", "completion": "last"}
 
 
@@ -56,6 +58,8 @@ def default_runs() -> list[Run]:
     """Return the rows of the table, in an order in which the most telling come first."""
     runs = [Run("primus_dense", "primus", _DENSE)]
     runs += [Run(f"primus_{r}_scratch", "primus", {**_LEARNED, "ratio": r}) for r in (0.5, 0.75)]
+    runs += [Run(f"primus_{r}_taught", "primus", {**_TAUGHT, "ratio": r}) for r in (0.5, 0.75)]
+    runs += [Run(f"primus_{r}_one_taught", "primus", {**_TAUGHT, **_ONE, "ratio": r}) for r in (0.5, 0.75)]
     for scorer in ("attention", "energy", "distance", "random"):
         free = {"scorer": scorer, "completion": "last", "ratio": 0.5}
         runs.append(Run(f"primus_0.5_free_{scorer}", "primus", {}, "primus_dense", free))
@@ -64,8 +68,14 @@ def default_runs() -> list[Run]:
     runs.append(Run("primus_0.5_free_fitted", "primus", {}, "primus_dense", fitted, images=True))
     runs += [Run("unetr_dense", "unetr", _DENSE)]
     runs += [Run(f"unetr_{r}_scratch", "unetr", {**_LEARNED, "ratio": r, "skips": "completed"}) for r in (0.5, 0.75)]
+    runs += [Run(f"unetr_{r}_taught", "unetr", {**_TAUGHT, "ratio": r}) for r in (0.5, 0.75)]
     runs.append(Run("primus_dense_on", "primus", _DENSE, "primus_dense"))
-    runs += [Run(f"primus_{r}_warm", "primus", {**_LEARNED, "ratio": r}, "primus_dense") for r in (0.5, 0.75)]
+    for name, settings in (("warm", _LEARNED), ("taught_warm", _TAUGHT)):
+        for shape, stages in (("", {}), ("one_", _ONE)):
+            runs += [
+                Run(f"primus_{r}_{shape}{name}", "primus", {**settings, **stages, "ratio": r}, "primus_dense")
+                for r in (0.5, 0.75)
+            ]
     return runs
 
 

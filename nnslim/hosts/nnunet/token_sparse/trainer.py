@@ -36,7 +36,7 @@ def settings_in_force(settings: TokenSparseConfig | None = None) -> TokenSparseC
     """
     if settings is not None:
         return settings
-    name = os.environ.get(SETTINGS, "token-sparse")
+    name = os.environ.get(SETTINGS, "token-sparse-train")
     for entry in load_config(name).methods:
         if isinstance(entry.settings, TokenSparseConfig):
             return entry.settings
