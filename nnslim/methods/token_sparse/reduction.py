@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nnslim.errors import ConfigError
 from nnslim.methods.token_sparse.merging import merge_steps
-from nnslim.methods.token_sparse.scorers import Scorer, StageInput, make_scorers
+from nnslim.methods.token_sparse.scorers import LEARNED, Scorer, StageInput, make_scorers
 from nnslim.methods.token_sparse.selection import TopK, keep_count, take, unshuffle
 
 Mode = Literal["drop", "merge"]
@@ -97,6 +97,7 @@ class TokenReduction(nn.Module):
         locations: number of blocks that have run before each stage; 0 is right after the embedding.
         ratios: share of the patch tokens that goes at each stage. They are no weights: `set_ratio` changes them at any
             time, and a stage whose ratio is 0 does nothing at all.
+        learned: for each stage, whether its scorer has weights.
         heard: None, or a list to which training appends what learned scorers say, see `supervision`.
     """
 
@@ -133,6 +134,7 @@ class TokenReduction(nn.Module):
         kinds = [scorer] * len(self.locations) if isinstance(scorer, str) else list(scorer)
         if len(kinds) != len(self.locations):
             raise ConfigError(f"token_sparse: {len(kinds)} scorers for {len(self.locations)} locations")
+        self.learned = [kind in LEARNED for kind in kinds]
         self.scorers = make_scorers(kinds, dim, shared=shared) if mode == "drop" else None
         self.topk = TopK(tau, noise)
         self.set_ratio(ratios)
@@ -195,7 +197,7 @@ class TokenReduction(nn.Module):
             now.alive = torch.ones(batch, rows, 1, dtype=now.x.dtype, device=now.x.device)
         received = None if attention is None else lambda: attention(now.x, now.rope)
         scores = self.scorers[stage](StageInput(patches, prefix, received, now.content))
-        if self.training and self.heard is not None and any(True for _ in self.scorers[stage].parameters()):
+        if self.training and self.heard is not None and self.learned[stage]:
             total = now.length + sum(group.shape[1] for group in now.groups)
             self.heard.append(Scored(scores, now.positions[:, now.prefix :] - now.prefix, total))
         split = self.topk(scores, keep)
