@@ -99,6 +99,13 @@ def test_scorers_are_heard_in_training_only_and_only_where_they_learn():
     assert float(loss(network(images), held).detach()) == 0
 
 
+@pytest.mark.parametrize("settings", [{"scorer": "attention"}, {"scorer": "mlp", "mode": "merge"}])
+def test_supervision_that_nobody_would_hear_is_refused(settings):
+    with pytest.raises(ValueError, match="supervision teaches learned scorers"):
+        TokenSparseConfig(supervision=1, **settings)
+    assert TokenSparseConfig(supervision=1, scorer=("air", "att"), locations=(0, 0.5)).supervision == 1
+
+
 def test_foreground_is_read_as_nnunet_stores_targets():
     def read(target, **labels):
         return TokenSparseTraining.foreground(SimpleNamespace(label_manager=SimpleNamespace(**labels)), target)

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from nnslim.methods.base import MethodConfig
 from nnslim.methods.token_sparse.completion import Completion
 from nnslim.methods.token_sparse.reduction import Mode
-from nnslim.methods.token_sparse.scorers import Scorer
+from nnslim.methods.token_sparse.scorers import LEARNED, Scorer
 
 
 class UNETRConfig(MethodConfig):
@@ -84,6 +84,9 @@ class TokenSparseConfig(MethodConfig):
         for name, value in (("ratio", self.ratio), ("scorer", self.scorer)):
             if isinstance(value, tuple) and places is not None and len(value) != len(places):
                 raise ValueError(f"{name} lists {len(value)} values for {len(places)} locations")
+        kinds = self.scorer if isinstance(self.scorer, tuple) else (self.scorer,)
+        if self.supervision and (self.mode == "merge" or not set(kinds) & set(LEARNED)):
+            raise ValueError(f"supervision teaches learned scorers ({', '.join(LEARNED)}), and none is used")
         return self
 
     def stages(self, depth: int) -> tuple[list[int], list[float], list[Scorer]]:
