@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from nnslim.work.evaluation.compare import CompareSettings, compare_case
-from nnslim.work.evaluation.sources import union_box
-from nnslim.work.evaluation.surfaces import surface_distances
+from nnslim.evaluation.compare import CompareSettings, compare_case
+from nnslim.evaluation.sources import union_box
+from nnslim.evaluation.surfaces import surface_distances
 
 SPACING = (0.75, 0.75, 1.5)
 TOLERANCE = 3.0

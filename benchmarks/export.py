@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from nnslim.benchmark.alternated import Candidate, Job, Timing, measure
+from nnslim.benchmark.passes import device_name
 from nnslim.errors import NNSlimError
 from nnslim.files import make_folder, write_json
-from nnslim.work.alternate import Candidate, Job, Timing, measure
-from nnslim.work.memory import peak_bytes, reset_peak
-from nnslim.work.passes import device_name
+from nnslim.running.memory import peak_bytes, reset_peak
 
 SHAPE = "shape_after_cropping_and_before_resampling"
 FINE = 1.5  # mm, of the image
@@ -74,7 +74,7 @@ def managers(classes: int, row: str, coarse: float) -> tuple[Any, Any, Any]:
     """Return nnU-Net's plans, configuration and labels of a model like TotalSegmentator's, with so many classes."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    from nnslim.hosts.totalseg.standin import LAYOUTS, stand_in_plans
+    from nnslim.hosts.totalseg.stand_in import LAYOUTS, stand_in_plans
 
     layout = LAYOUTS[297]
     plans = stand_in_plans(layout, "Dataset000_Export", 4, layout.patch)
@@ -107,8 +107,8 @@ def prepare_labels(row: str, scores: Path, new_size: int, threads: int, folder: 
     }
     more: dict[str, Any] = {"num_threads_torch": threads}
     if row.startswith("nnslim"):
-        import nnslim.running.labels as ours
-        from nnslim.hosts.nnunet import streamed as module
+        import nnslim.resampling.labels as ours
+        from nnslim.hosts.nnunet.cases import write_labels as module
 
         if row != "nnslim":
             ours.kernels = lambda: None  # type: ignore[assignment]
@@ -137,7 +137,7 @@ def prepare_labels(row: str, scores: Path, new_size: int, threads: int, folder: 
 def prepare_image(row: str, size: int, new_size: int, threads: int, folder: Path) -> Candidate:
     """Return the candidate that resamples an image of `size` to `new_size` in one way."""
     torch.set_num_threads(threads)
-    from nnslim.hosts.nnunet.resampling import lean_configuration
+    from nnslim.hosts.nnunet.cases.resampling_functions import lean_configuration
 
     configuration = managers(118, row, FINE * size / new_size)[1]
     if row == "nnslim":

@@ -37,9 +37,9 @@ import nibabel as nib
 import numpy as np
 
 from nnslim.files import write_json
-from nnslim.work.folder.case import Record
-from nnslim.work.folder.manifest import NAME, Manifest
-from nnslim.work.images import check_complete
+from nnslim.prediction.case import Record
+from nnslim.prediction.images import check_complete
+from nnslim.prediction.manifest import NAME, Manifest
 
 _DATASET = "Dataset004_Hippocampus"
 

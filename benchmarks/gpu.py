@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnslim.benchmark.alternated import reason
+from nnslim.benchmark.passes import device_name, network_facts
 from nnslim.errors import BackendError, NNSlimError
-from nnslim.running.engine import Backend, Settings, make_engine, run
-from nnslim.work.alternate import reason
-from nnslim.work.passes import device_name, network_facts
+from nnslim.running.engine import Backend, Settings, make_engine
+from nnslim.running.timing import run
 
 _NETWORKS = {"ts15": False, "ts3": True}
 _WAYS: dict[str, Backend] = {"stock": "stock", "nnslim-eager": "eager", "nnslim-compile": "compile"}
@@ -56,8 +57,8 @@ class Entry:
 
 def networks(args: argparse.Namespace) -> tuple[dict[str, nn.Module], tuple[int, ...]]:
     """Return the dense network and one for each rank factor, on the CPU, and (B, C, *patch)."""
-    from nnslim.hosts.nnunet.benchmark_grid import grid_network
-    from nnslim.work.benchmark_point import Point
+    from nnslim.benchmark.grid_point import Point
+    from nnslim.hosts.totalseg.grid_points import grid_network
 
     def made(factor: float | None) -> tuple[nn.Module, tuple[int, ...]]:
         point = Point(
@@ -164,8 +165,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
+    from nnslim.benchmark.timings import write_table
     from nnslim.files import write_bytes
-    from nnslim.work.benchmark import write_table
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("nnslim").setLevel(logging.INFO)  # which form of a graph was the fastest

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnslim.benchmark.alternated import Candidate, Job
+from nnslim.benchmark.passes import PlainOpenVINO, Way, convert_plain, network_facts, prepare
 from nnslim.errors import BackendError, NNSlimError
-from nnslim.work.alternate import Candidate, Job
-from nnslim.work.passes import PlainOpenVINO, Way, convert_plain, network_facts, prepare
 
 _NETWORKS = {"ts15": False, "ts3": True}
 Convert = Callable[[nn.Module, Sequence[int], int], Callable[[Tensor], Any]]
@@ -131,7 +131,7 @@ def swap_norms(network: nn.Module, old: type[nn.Module], new: type[nn.Module]) -
 
 def network_heads(network: nn.Module, shape: Sequence[int]) -> tuple[str, ...]:
     """Return the names of the layers whose outputs are the network's."""
-    from nnslim.cost import measure_cost
+    from nnslim.network.cost import measure_cost
 
     return measure_cost(network, shape).heads
 
@@ -181,10 +181,10 @@ def prepare_peer(path: Path, shape: tuple[int, ...], peer: Peer, threads: int) -
 
 def keep_networks(args: argparse.Namespace, peers: Sequence[Peer], folder: Path) -> tuple[int, ...]:
     """Write the networks that the peers need, or why one cannot be made; returns (1, C, *patch)."""
-    from nnslim.hosts.nnunet.benchmark_grid import grid_network
-    from nnslim.work.alternate import reason
-    from nnslim.work.benchmark_point import Point
-    from nnslim.work.passes import keep_network
+    from nnslim.benchmark.alternated import reason
+    from nnslim.benchmark.grid_point import Point
+    from nnslim.benchmark.passes import keep_network
+    from nnslim.hosts.totalseg.grid_points import grid_network
 
     point = Point(
         apply_tucker=False,
@@ -212,8 +212,8 @@ def keep_networks(args: argparse.Namespace, peers: Sequence[Peer], folder: Path)
 
 def run_peers(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the chosen peers and return their rows."""
-    from nnslim.work.alternate import measure
-    from nnslim.work.benchmark import compare, find, timed_row
+    from nnslim.benchmark.alternated import measure
+    from nnslim.benchmark.timings import compare, find, timed_row
 
     peers = [peer for peer in PEERS if not args.rows or peer.name in args.rows]
     threads = args.threads or torch.get_num_threads()
@@ -262,11 +262,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
+    from nnslim.benchmark.passes import device_name
+    from nnslim.benchmark.timing_screen import markdown_table
+    from nnslim.benchmark.timings import write_table
     from nnslim.errors import ConfigError, nearest
     from nnslim.files import write_bytes
-    from nnslim.work.benchmark import write_table
-    from nnslim.work.benchmark_screen import markdown_table
-    from nnslim.work.passes import device_name
 
     logging.basicConfig(format="%(message)s")
     try:

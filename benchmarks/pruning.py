@@ -149,12 +149,12 @@ def torch_pruned(args: argparse.Namespace, target: Path) -> Path:
     """Let Torch-Pruning prune the trained model; its widths become a SlimSpec, so that all else is the same."""
     from peers import prune
 
-    from nnslim.hosts.nnunet.folder import build_network, input_shape, read_model_folder
-    from nnslim.hosts.nnunet.write import write_network
-    from nnslim.spec import SlimSpec, apply_spec
-    from nnslim.surgery.channels import deep_supervision
+    from nnslim.benchmark.passes import network_facts
+    from nnslim.hosts.nnunet.compress.compress_model import write_network
+    from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_model_folder
+    from nnslim.network.spec import SlimSpec, apply_spec
+    from nnslim.network.walk import deep_supervision
     from nnslim.surgery.narrow import narrow_edits, widths_of
-    from nnslim.work.passes import network_facts
 
     model = read_model_folder(args.model, [0])
     network, slim, shape = build_network(model), build_network(model), input_shape(model)
@@ -184,8 +184,8 @@ def compressed(row: Row, args: argparse.Namespace, folder: Path, log: Path) -> P
 
 def score(row: Row, model: Path, args: argparse.Namespace) -> dict[str, float]:
     """Predict the test images and return the mean Dice, and that of each class."""
-    from nnslim.work.evaluation.classes import read_dataset_json
-    from nnslim.work.evaluation.folders import evaluate_folders
+    from nnslim.evaluation.classes import read_dataset_json
+    from nnslim.evaluation.directories import evaluate_folders
 
     folder = args.output / row.name
     predictions = folder / "predictions"
@@ -228,8 +228,8 @@ def history(model: Path) -> dict[str, float]:
 
 def facts_of(model: Path, kept: Path) -> dict[str, int]:
     """Return the counts of a model, and keep its network for the timing."""
-    from nnslim.hosts.nnunet.folder import build_network, input_shape, read_model_folder
-    from nnslim.work.passes import keep_network, network_facts
+    from nnslim.benchmark.passes import keep_network, network_facts
+    from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_model_folder
 
     source = read_model_folder(model, [0])
     network, shape = build_network(source), input_shape(source)
@@ -240,8 +240,8 @@ def facts_of(model: Path, kept: Path) -> dict[str, int]:
 
 def time_rows(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
     """Time one forward pass of each row, stock and by nnslim's best backends, in alternated rounds."""
-    from nnslim.work.alternate import measure
-    from nnslim.work.passes import Way, job_of
+    from nnslim.benchmark.alternated import measure
+    from nnslim.benchmark.passes import Way, job_of
 
     def jobs_of(column: str, make_way: Callable[[dict[str, Any]], Way]) -> list[tuple[str, dict[str, Any], Any]]:
         return [(column, row, job_of(row["row"], row["kept"], row["shape"], make_way(row))) for row in rows]
@@ -312,7 +312,7 @@ def main() -> None:
     args.output = args.output.resolve()
     args.output.mkdir(parents=True, exist_ok=True)
     if "scratch" in args.parts:
-        from nnslim.hosts.nnunet.short_training import derive_plans
+        from studies.short_training import derive_plans
 
         data = next(Path(os.environ["nnUNet_preprocessed"]).glob(f"Dataset{int(args.dataset):03d}_*"))
         derive_plans(data, _PLANS, "3d_fullres", use_small_network)

@@ -25,11 +25,11 @@ import nibabel as nib
 import numpy as np
 
 from nnslim import NNSlimContext
+from nnslim.benchmark.passes import device_name
+from nnslim.compression.config import SlimConfig, from_dict
 from nnslim.errors import NNSlimError
 from nnslim.files import write_json
-from nnslim.surgery.patching import AttributePatch
-from nnslim.work.config import SlimConfig, from_dict
-from nnslim.work.passes import device_name
+from nnslim.patching import AttributePatch
 
 STAGES = ("load", "preprocess", "forward", "export", "rest")
 COLUMNS = ("mode", "row", "first", "seconds", *STAGES, "speedup", "equal", "dice")

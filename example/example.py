@@ -20,13 +20,15 @@ from rich.console import Console
 from rich.table import Table
 
 from nnslim import NNSlimContext
-from nnslim.hosts.nnunet.folder import read_model_folder
-from nnslim.hosts.nnunet.predict import PredictSettings, load_predictor, predict_folder
-from nnslim.hosts.nnunet.shipped import shipped_model
-from nnslim.hosts.nnunet.write import compress_folder
-from nnslim.work.config import load_config
-from nnslim.work.figures import overlay
-from nnslim.work.overlap import dice_per_label
+from nnslim.compression.config import load_config
+from nnslim.evaluation.overlap import dice_per_label
+from nnslim.figures import overlay
+from nnslim.hosts.nnunet.compress.compress_model import compress_folder
+from nnslim.hosts.nnunet.model.shipped import shipped_model
+from nnslim.hosts.nnunet.model.trained_model import read_model_folder
+from nnslim.hosts.nnunet.predict.directory import predict_folder
+from nnslim.hosts.nnunet.predict.load import load_predictor
+from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 
 PRESET = "tucker-balanced"
 OUTPUT = Path(__file__).resolve().parent / "output"

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from nnslim._version import __version__
 
 if TYPE_CHECKING:
+    from nnslim.compression.config import SlimConfig, load_config
     from nnslim.context import NNSlimContext
-    from nnslim.work.config import SlimConfig, load_config
 
 __all__ = ["NNSlimContext", "SlimConfig", "__version__", "load_config"]
 _HOMES = {
     "NNSlimContext": "nnslim.context",
-    "SlimConfig": "nnslim.work.config",
-    "load_config": "nnslim.work.config",
+    "SlimConfig": "nnslim.compression.config",
+    "load_config": "nnslim.compression.config",
 }
 
 

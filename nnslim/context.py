@@ -10,14 +10,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from nnslim.compression.config import RunConfig, SlimConfig, load_config
+from nnslim.compression.model_report import Report
 from nnslim.errors import HostError
-from nnslim.hosts.nnunet.export_patches import ExportPatches
-from nnslim.hosts.nnunet.kept_predictors import KeptPredictors
-from nnslim.hosts.nnunet.predictor import predictor_patches
-from nnslim.hosts.nnunet.training_patches import training_patches
+from nnslim.hosts.nnunet.cases.export_patches import ExportPatches
+from nnslim.hosts.nnunet.predict.kept_predictors import KeptPredictors
+from nnslim.hosts.nnunet.predict.predictor_patches import predictor_patches
+from nnslim.hosts.nnunet.train.training_patches import training_patches
 from nnslim.methods.base import MethodConfig
-from nnslim.work.config import RunConfig, SlimConfig, load_config
-from nnslim.work.report import Report
 
 _log = logging.getLogger("nnslim")
 _lock = threading.RLock()

@@ -81,7 +81,7 @@ def _versions(findings: Findings) -> list[str]:
 
 
 def _hosts(findings: Findings) -> list[str]:
-    from nnslim.hosts.nnunet.compat import nnunet_version, predictor_class
+    from nnslim.hosts.nnunet.model.compatibility import nnunet_version, predictor_class
 
     try:
         cls = predictor_class()
@@ -92,7 +92,7 @@ def _hosts(findings: Findings) -> list[str]:
     patched = [name for name, value in vars(cls).items() if hasattr(value, "__nnslim_original__")]
     lines.append(f"patches active now: {', '.join(patched) if patched else 'none'}")
     if _version("TotalSegmentator"):
-        from nnslim.hosts.totalseg.weights import weights_folder
+        from nnslim.hosts.totalseg.task_weights import weights_folder
 
         folder = weights_folder()
         models = sorted(path.name for path in folder.glob("Dataset*")) if folder.is_dir() else []
@@ -153,8 +153,8 @@ def _backends() -> list[str]:
 
 
 def _folders() -> list[str]:
-    from nnslim.work.cache import cache_folder
-    from nnslim.work.config import SlimConfig
+    from nnslim.compression.cache import cache_folder
+    from nnslim.compression.config import SlimConfig
 
     folder = cache_folder(SlimConfig())
     files = list(folder.glob("*.pt")) if folder.is_dir() else []
@@ -166,7 +166,7 @@ def _folders() -> list[str]:
 
 
 def _methods() -> list[str]:
+    from nnslim.compression.config import presets
     from nnslim.methods.base import methods
-    from nnslim.work.config import presets
 
     return [f"methods: {', '.join(sorted(methods()))}", f"presets: {', '.join(presets())}"]

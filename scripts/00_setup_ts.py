@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nnslim.errors import NNSlimError
-from nnslim.hosts.totalseg.standin import is_stand_in, write_stand_in
-from nnslim.hosts.totalseg.weights import disable_usage_statistics, download, task_source, weights_folder
+from nnslim.hosts.totalseg.stand_in import is_stand_in, write_stand_in
+from nnslim.hosts.totalseg.task_weights import disable_usage_statistics, download, task_source, weights_folder
 
 ALL_TASKS = [291, 292, 293, 294, 295, 297]
 

@@ -38,13 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from nnslim.cost import measure_cost
+    from nnslim.benchmark.grid import measure_point
+    from nnslim.benchmark.grid_point import Point
+    from nnslim.benchmark.passes import Way
+    from nnslim.benchmark.timing_screen import cost_table, screen_table
     from nnslim.errors import NNSlimError
-    from nnslim.hosts.nnunet.benchmark_grid import grid_network
-    from nnslim.work.benchmark_grid import measure_point
-    from nnslim.work.benchmark_point import Point
-    from nnslim.work.benchmark_screen import cost_table, screen_table
-    from nnslim.work.passes import Way
+    from nnslim.hosts.totalseg.grid_points import grid_network
+    from nnslim.network.cost import measure_cost
 
     logging.basicConfig(format="%(message)s")
     screen = Console(highlight=False, width=None if sys.stdout.isatty() else 180)

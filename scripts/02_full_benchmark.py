@@ -57,8 +57,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def points_of(args: argparse.Namespace) -> list[Any]:
     """Return the points of the grid, cheap ways of looking at it first: dense rows, then by rank factor."""
-    from nnslim.work.benchmark_point import Point
-    from nnslim.work.passes import Way
+    from nnslim.benchmark.grid_point import Point
+    from nnslim.benchmark.passes import Way
 
     cuda = args.device == "cuda"
     openvino = not cuda and importlib.util.find_spec("openvino") is not None
@@ -105,12 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from rich.console import Console
 
+    from nnslim.benchmark.grid import add_dice, compare_grid, draw_grid, measure_point, run_grid, short_names
+    from nnslim.benchmark.pools import HerePool, RayPool
+    from nnslim.benchmark.timing_screen import screen_table
+    from nnslim.benchmark.timings import write_table
     from nnslim.errors import NNSlimError
-    from nnslim.hosts.nnunet.benchmark_grid import end_to_end, grid_network
-    from nnslim.work.benchmark import write_table
-    from nnslim.work.benchmark_grid import add_dice, compare_grid, draw_grid, measure_point, run_grid, short_names
-    from nnslim.work.benchmark_pools import HerePool, RayPool
-    from nnslim.work.benchmark_screen import screen_table
+    from nnslim.hosts.totalseg.grid_points import end_to_end, grid_network
 
     logging.basicConfig(format="%(message)s")
     screen = Console(highlight=False, width=None if sys.stdout.isatty() else 200)

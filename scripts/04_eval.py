@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nnslim.cli import main
 from nnslim.errors import ConfigError
-from nnslim.work.evaluation.legacy import legacy_arguments
+from nnslim.evaluation.tucker_cnn import legacy_arguments
 
 if __name__ == "__main__":
     given = sys.argv[1:]

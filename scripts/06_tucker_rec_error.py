@@ -36,8 +36,8 @@ def main() -> int:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from nnslim.errors import NNSlimError
-    from nnslim.hosts.nnunet.error_grid import error_grid_folder
-    from nnslim.hosts.nnunet.folder import read_model_folder
+    from nnslim.hosts.nnunet.compress.plan_model import error_grid_folder
+    from nnslim.hosts.nnunet.model.trained_model import read_model_folder
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("nnslim").setLevel(logging.WARNING if args.quiet else logging.INFO)

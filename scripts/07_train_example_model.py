@@ -33,7 +33,7 @@ def main() -> None:
 
     import torch
 
-    from nnslim.hosts.nnunet.short_training import ShortTraining, train_short
+    from studies.short_training import ShortTraining, train_short
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -48,7 +48,7 @@ def main() -> None:
     )
     print(f"trained: {folder}")
     if args.ship:
-        from nnslim.hosts.nnunet.shipped import write_for_shipping
+        from nnslim.hosts.nnunet.model.shipped import write_for_shipping
 
         write_for_shipping(folder.parent, args.ship)
         print(f"to ship: {args.ship}")

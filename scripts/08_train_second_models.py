@@ -40,7 +40,7 @@ def use_small_patch(settings: dict[str, Any]) -> None:
 
 def trainer_of(model: str) -> type:
     """Return the trainer class; the name that it stores is of one that stock nnU-Net has."""
-    from nnslim.hosts.nnunet.folder import trainer_class
+    from nnslim.hosts.nnunet.model.trained_model import trainer_class
 
     if model == "resenc":
         return trainer_class("nnUNetTrainer")
@@ -90,8 +90,8 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from nnslim.hosts.nnunet.short_training import ShortTraining, copy_weights, preprocess_once, train_short
-    from nnslim.work.deformed_dataset import write_deformed_dataset
+    from studies.deformed_dataset import write_deformed_dataset
+    from studies.short_training import ShortTraining, copy_weights, preprocess_once, train_short
 
     if args.threads:
         torch.set_num_threads(args.threads)

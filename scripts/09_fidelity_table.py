@@ -38,9 +38,9 @@ def main() -> None:
 
     import torch
 
-    from nnslim.hosts.nnunet.fidelity import Labelled, fidelity_table
-    from nnslim.hosts.nnunet.finetune import FinetuneSettings
-    from nnslim.work.config import from_dict
+    from nnslim.compression.config import from_dict
+    from nnslim.hosts.nnunet.train.finetune_settings import FinetuneSettings
+    from studies.fidelity import Labelled, fidelity_table
 
     if args.threads:
         torch.set_num_threads(args.threads)

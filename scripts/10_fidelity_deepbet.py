@@ -23,13 +23,13 @@ def main() -> None:
     import torch
     from torch.nn import functional
 
-    from nnslim.cost import measure_cost
-    from nnslim.hosts.deepbet import load_deepbet, prepare, read_t1
+    from nnslim.compression.calibration import Calibration
+    from nnslim.compression.config import RecoveryConfig
+    from nnslim.compression.recover import recover
     from nnslim.methods.tucker import TuckerConfig, fit_tucker_network, plan_tucker
-    from nnslim.spec import SlimSpec, apply_spec
-    from nnslim.work.calibration import Calibration
-    from nnslim.work.config import RecoveryConfig
-    from nnslim.work.recover import recover
+    from nnslim.network.cost import measure_cost
+    from nnslim.network.spec import SlimSpec, apply_spec
+    from studies.deepbet import load_deepbet, prepare, read_t1
 
     if args.threads:
         torch.set_num_threads(args.threads)

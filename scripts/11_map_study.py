@@ -20,9 +20,9 @@ def study(model_folder: Path, images: Path, output: Path, seed: int) -> list[str
         NNSlimError: the model or the images cannot be read, or the output exists.
     """
     from nnslim.files import whole_folder
-    from nnslim.hosts.nnunet.calibrate import ImageTiles, Source, prepare_images
-    from nnslim.hosts.nnunet.folder import build_network, read_model_folder
-    from nnslim.work.map_study import clusterability, draw_maps, feature_maps, save_maps, write_clusterability
+    from nnslim.hosts.nnunet.cases.calibration_tiles import ImageTiles, Source, prepare_images
+    from nnslim.hosts.nnunet.model.trained_model import build_network, read_model_folder
+    from nnslim.methods.sauron.map_study import clusterability, draw_maps, feature_maps, save_maps, write_clusterability
 
     model = read_model_folder(model_folder)
     network = build_network(model)

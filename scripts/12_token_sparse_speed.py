@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nnslim.methods.token_sparse.unetr import PUBLISHED, published_unetr
 from nnslim.running.engine import Settings, make_engine
-from nnslim.work.token_speed import alternate, rows
+from studies.token_speed import alternate, rows
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from nnslim.hosts.nnunet.folder import build_network, read_model_folder
-from nnslim.work.token_pictures import class_sparsity, depth_map, draw_depth
+from nnslim.hosts.nnunet.model.trained_model import build_network, read_model_folder
+from studies.token_pictures import class_sparsity, depth_map, draw_depth
 
 
 def depth(model: Path, image: Path, output: Path) -> None:

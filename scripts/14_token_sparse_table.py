@@ -10,8 +10,8 @@ import argparse
 import logging
 from pathlib import Path
 
-from nnslim.hosts.nnunet.short_training import ShortTraining
-from nnslim.hosts.nnunet.token_sparse.table import default_runs, measure_table
+from studies.short_training import ShortTraining
+from studies.token_sparse_table import default_runs, measure_table
 
 
 def main() -> None:

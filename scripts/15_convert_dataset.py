@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from nnslim.errors import NNSlimError
-from nnslim.work.public_datasets import convert_brats, convert_btcv
-from nnslim.work.synapse import convert_synapse
+from nnslim.hosts.nnunet.datasets.public_datasets import convert_brats, convert_btcv
+from nnslim.hosts.nnunet.datasets.synapse import convert_synapse
 
 
 def main() -> int:

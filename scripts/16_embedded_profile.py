@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nnslim.errors import NNSlimError
 from nnslim.files import write_json
-from nnslim.hosts.nnunet.embedded.profile import ProfileJob, profile
+from studies.board_profile import ProfileJob, profile
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from nnslim.errors import NNSlimError
-from nnslim.hosts.nnunet.embedded.table import ROWS, TableSettings, measure_rows
+from studies.embedded_table import ROWS, TableSettings, measure_rows
 
 
 def main() -> int:

@@ -11,9 +11,9 @@ import argparse
 import logging
 from pathlib import Path
 
-from nnslim.hosts.nnunet.inflation.table import Study, draw_curves, measure_inflation, rows_of
-from nnslim.hosts.nnunet.inflation.window import window_settings
-from nnslim.hosts.nnunet.short_training import ShortTraining
+from nnslim.hosts.nnunet.train.window_trainer import window_settings
+from studies.inflation_table import Study, draw_curves, measure_inflation, rows_of
+from studies.short_training import ShortTraining
 
 WINDOW = (
     "{encoder: dinov2, decoder: setrpup, width: 64, depth: 5, upsample: 1.4, patch_size: [4, 56, 40], decoder_rate: 10}"

@@ -6,8 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+from nnslim.benchmark.alternated import Candidate
 from nnslim.errors import ConfigError
-from nnslim.work.alternate import Candidate
 
 MEGABYTE = 1 << 20
 

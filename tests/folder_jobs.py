@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnslim.errors import InputError, ModelFolderError
-from nnslim.work.folder.case import Case, Place
+from nnslim.prediction.case import Case, Place
 
 IDENTITY = "0123456789abcdef"
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from nnslim.errors import InputError, OutputError
-from nnslim.work.agreement import Agreement, CaseAgreement, ClassAgreement, LabelMaps, compare_case, expected_dice
-from nnslim.work.figures import agreement_figure
-from nnslim.work.overlap import dice_per_label
+from nnslim.evaluation.agreement import Agreement, CaseAgreement, ClassAgreement, LabelMaps, compare_case, expected_dice
+from nnslim.evaluation.agreement_figure import agreement_figure
+from nnslim.evaluation.overlap import dice_per_label
 
 NAN = math.nan
 # Four voxels in a row; background and one class.
@@ -66,7 +66,7 @@ def test_expected_dice_class_that_nobody_expects_is_nan():
 def test_expected_dice_does_not_depend_on_slabs(monkeypatch):
     probabilities = random_probabilities(4, (9, 5, 6))
     whole = expected_dice(probabilities, probabilities.argmax(0), temperature=1.5)
-    monkeypatch.setattr("nnslim.work.expected._SLAB", 61)  # slabs of 2, 2, 2, 2 and 1 planes
+    monkeypatch.setattr("nnslim.evaluation.expected._SLAB", 61)  # slabs of 2, 2, 2, 2 and 1 planes
     assert expected_dice(probabilities, probabilities.argmax(0), temperature=1.5) == pytest.approx(whole)
 
 

@@ -14,18 +14,18 @@ import pytest
 import torch
 from benchmark_jobs import MEGABYTE, failing, holding, noting
 
-from nnslim.cost import measure_cost
+from nnslim.benchmark.alternated import Job, Timing, measure, reason
+from nnslim.benchmark.grid import add_dice, compare_grid, draw_grid, measure_point, run_grid
+from nnslim.benchmark.grid_point import Point
+from nnslim.benchmark.passes import Way, job_of, keep_network
+from nnslim.benchmark.pools import HerePool, RayPool
+from nnslim.benchmark.roofline import Roofline, measure_roofline
+from nnslim.benchmark.timing_figures import dice_figure, pareto, stage_figure, time_figure
+from nnslim.benchmark.timing_screen import markdown_table
+from nnslim.benchmark.timings import COLUMNS, PUBLISHED_COLUMNS, compare, read_dice, read_table, timed_row, write_table
 from nnslim.errors import ConfigError, InputError
-from nnslim.work.alternate import Job, Timing, measure, reason
-from nnslim.work.benchmark import COLUMNS, PUBLISHED_COLUMNS, compare, read_dice, read_table, timed_row, write_table
-from nnslim.work.benchmark_figures import dice_figure, pareto, stage_figure, time_figure
-from nnslim.work.benchmark_grid import add_dice, compare_grid, draw_grid, measure_point, run_grid
-from nnslim.work.benchmark_point import Point
-from nnslim.work.benchmark_pools import HerePool, RayPool
-from nnslim.work.benchmark_screen import markdown_table
-from nnslim.work.memory import available_bytes, peak_bytes, reset_peak
-from nnslim.work.passes import Way, job_of, keep_network
-from nnslim.work.roofline import Roofline, measure_roofline
+from nnslim.network.cost import measure_cost
+from nnslim.running.memory import available_bytes, peak_bytes, reset_peak
 
 
 def test_passes_alternate_and_the_first_is_not_counted(tmp_path):
@@ -59,7 +59,7 @@ def test_failures_are_recorded_and_the_others_go_on(tmp_path):
 
 
 def test_short_memory_gives_back_heaps_between_turns(tmp_path, monkeypatch):
-    monkeypatch.setattr("nnslim.work.alternate.available_bytes", lambda: 1)
+    monkeypatch.setattr("nnslim.benchmark.alternated.available_bytes", lambda: 1)
     jobs = [Job(name, partial(noting, tmp_path / "log", name)) for name in "AB"]
     measure(jobs, 2, limit_memory=False)
     assert (tmp_path / "log").read_text() == "AB" + "AABB" * 2  # each turn begins with a pass that is not counted

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from nnslim.cost import measure_cost
 from nnslim.errors import SpecError
-from nnslim.spec import SlimSpec, apply_spec
-from nnslim.surgery.channels import ChannelMap, channel_map, deep_supervision
+from nnslim.network.cost import measure_cost
+from nnslim.network.spec import SlimSpec, apply_spec
+from nnslim.network.walk import LayerIndex, deep_supervision
+from nnslim.surgery.channels import ChannelMap, channel_map
 from nnslim.surgery.narrow import ElasticEdit, NarrowEdit, narrow_edits, narrow_layers, narrow_optimizer, widths_of
-from nnslim.surgery.walk import LayerIndex
 
 KINDS = ["plain3d", "plain2d", "residual3d", "anisotropic"]
 

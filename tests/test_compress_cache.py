@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-from nnslim.cost import measure_cost
+from nnslim.compression.cache import cache_key, recall, store
+from nnslim.compression.compress_network import compress
+from nnslim.compression.config import SlimConfig, from_dict, tucker
+from nnslim.compression.model_report import ModelReport, Report
 from nnslim.errors import ConfigError, InputError, OutputError, SpecError
+from nnslim.evaluation.overlap import dice_per_label
 from nnslim.methods.tucker import TuckerConfig
 from nnslim.methods.tucker.layers import TuckerConv
-from nnslim.spec import spec_of
-from nnslim.work.cache import cache_key, recall, store
-from nnslim.work.compress import compress
-from nnslim.work.config import SlimConfig, from_dict, tucker
-from nnslim.work.overlap import dice_per_label
-from nnslim.work.report import ModelReport, Report
+from nnslim.network.cost import measure_cost
+from nnslim.network.spec import spec_of
 
 CONFIG = tucker(rank_factor=0.5, rank_min=2)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pydantic
 import pytest
 
+from nnslim.compression.cache import cache_folder
+from nnslim.compression.config import SlimConfig, from_dict, load_config, presets, tucker
 from nnslim.errors import ConfigError
 from nnslim.methods.base import Method, MethodConfig, method_named, methods, register_method
 from nnslim.methods.tucker import TuckerConfig
-from nnslim.work.cache import cache_folder
-from nnslim.work.config import SlimConfig, from_dict, load_config, presets, tucker
 
 PREDECESSOR = {
     "tucker_args": {

@@ -9,10 +9,10 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 
-from nnslim.cost import Cost, measure_cost
 from nnslim.errors import SpecError
 from nnslim.methods.tucker import TuckerConfig, plan_tucker
-from nnslim.spec import SlimSpec, apply_spec
+from nnslim.network.cost import Cost, measure_cost
+from nnslim.network.spec import SlimSpec, apply_spec
 
 
 @pytest.mark.parametrize(

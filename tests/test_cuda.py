@@ -14,15 +14,16 @@ import pytest
 import torch
 from torch import nn
 
+from nnslim.compression.compress_network import compress
+from nnslim.compression.config import tucker
 from nnslim.errors import BackendError
 from nnslim.running import engine as backends
 from nnslim.running import select
 from nnslim.running.cuda import Graphed, fastest_variant, variants
-from nnslim.running.engine import Settings, check_precision, make_engine, rewritten, with_fallback
+from nnslim.running.engine import Settings, check_precision, make_engine, with_fallback
 from nnslim.running.norm_pass import NormPass
+from nnslim.running.rewrites import rewritten
 from nnslim.running.runner import Runner
-from nnslim.work.compress import compress
-from nnslim.work.config import tucker
 
 SHAPES = {"plain3d": (1, 1, 16, 16, 16), "anisotropic": (1, 1, 4, 16, 16), "plain2d": (2, 1, 16, 16)}
 CUDA = torch.device("cuda")

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from nnslim.errors import BackendError, InputError
+from nnslim.evaluation.directories import evaluate_folders
+from nnslim.evaluation.transunet import hd95_voxels, means, transunet_scores, transunet_table
+from nnslim.hosts.nnunet.datasets.synapse import ORGANS, convert_synapse
 from nnslim.running import int8
-from nnslim.work.evaluation.folders import evaluate_folders
-from nnslim.work.evaluation.transunet import hd95_voxels, means, transunet_scores, transunet_table
-from nnslim.work.synapse import ORGANS, convert_synapse
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

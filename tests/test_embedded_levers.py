@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import nn
 
+from nnslim.compression.compress_network import compress, rebuild
+from nnslim.compression.config import from_dict, load_config
 from nnslim.errors import ConfigError, SpecError
 from nnslim.methods.embedded import DepthwiseEdit, DropStageEdit, HeldZeros, SparseEdit, cubic_sparsity
 from nnslim.methods.embedded.depthwise import SeparableConv, regrouped
 from nnslim.methods.embedded.drop_stage import shorter_arguments
 from nnslim.methods.embedded.resolution import coarser_settings
 from nnslim.methods.embedded.unstructured import prune_globally, zero_share
-from nnslim.spec import SlimSpec, apply_spec, extend_spec
-from nnslim.surgery.walk import LayerIndex
-from nnslim.work.compress import compress, rebuild
-from nnslim.work.config import from_dict, load_config
+from nnslim.network.spec import SlimSpec, apply_spec, extend_spec
+from nnslim.network.walk import LayerIndex
 
 KINDS = ["plain3d", "plain2d", "residual3d", "anisotropic"]
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from nnslim.errors import ConfigError, SpecError
 from nnslim.methods.embedded.daeformer import FORMS, DAEFormer, form_named
-from nnslim.operations import count_operations
-from nnslim.spec import SlimSpec, apply_spec
-from nnslim.surgery.reached import StripEdit, reached_parameters, strip_edits
+from nnslim.network.operations import count_operations
+from nnslim.network.reached import StripEdit, reached_parameters, strip_edits
+from nnslim.network.spec import SlimSpec, apply_spec
 
 # name: edge, built, reached, 10^9 MACs (true, ptflops, torchprofile) of the published programs, to three decimals
 PUBLISHED = {

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from nnslim.cost import measure_cost
 from nnslim.errors import ConfigError, SpecError
-from nnslim.lowrank import leading_eigenvectors
+from nnslim.maths.lowrank import leading_eigenvectors
+from nnslim.maths.spectra import Spectrum
+from nnslim.methods.tucker.error_figures import equal_factor_lines, heat_maps
+from nnslim.methods.tucker.error_grid import COLUMNS, error_grid, rank_steps, write_grid
 from nnslim.methods.tucker.layers import TuckerConv, kernel_of
-from nnslim.spectra import Spectrum
-from nnslim.surgery.walk import LayerIndex
-from nnslim.work.error_grid import COLUMNS, error_grid, rank_steps, write_grid
-from nnslim.work.grid_figures import equal_factor_lines, heat_maps
+from nnslim.network.cost import measure_cost
+from nnslim.network.walk import LayerIndex
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_equal_factor_lines_decode(network, cost, tiles, with_images, tmp_path):
 
 def test_script_writes_all_or_nothing(tmp_path, monkeypatch, capsys):
     """On the shipped model; a second call does not overwrite."""
-    from nnslim.hosts.nnunet.shipped import shipped_model
+    from nnslim.hosts.nnunet.model.shipped import shipped_model
 
     script = Path(__file__).resolve().parents[1] / "scripts" / "06_tucker_rec_error.py"
     main = runpy.run_path(str(script), run_name="script")["main"]

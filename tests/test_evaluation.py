@@ -12,16 +12,16 @@ import pytest
 from evaluation_jobs import square_or_die
 
 from nnslim.errors import InputError
-from nnslim.work.evaluation.classes import named_classes, read_dataset_json
-from nnslim.work.evaluation.compare import CompareSettings, compare_case
-from nnslim.work.evaluation.evaluation import paired_differences
-from nnslim.work.evaluation.folders import evaluate_folders
-from nnslim.work.evaluation.groups import group_classes, read_groups
-from nnslim.work.evaluation.pictures import class_figure, group_figure, worst_figures
-from nnslim.work.evaluation.surfaces import surface_distances
-from nnslim.work.evaluation.tables import class_lines, write_csv, write_differences, write_summary
-from nnslim.work.evaluation.workers import run_jobs
-from nnslim.work.overlap import dice_per_label, joint_counts
+from nnslim.evaluation.classes import named_classes, read_dataset_json
+from nnslim.evaluation.compare import CompareSettings, compare_case
+from nnslim.evaluation.directories import evaluate_folders
+from nnslim.evaluation.groups import group_classes, read_groups
+from nnslim.evaluation.overlap import dice_per_label, joint_counts
+from nnslim.evaluation.pictures import class_figure, group_figure, worst_figures
+from nnslim.evaluation.results import paired_differences
+from nnslim.evaluation.score_files import class_lines, write_csv, write_differences, write_summary
+from nnslim.evaluation.surfaces import surface_distances
+from nnslim.evaluation.workers import run_jobs
 
 SPACING = (0.8, 0.9, 3.0)
 
@@ -431,7 +431,7 @@ def test_figures_grow_with_the_classes_and_show_both_outlines(evaluation, tmp_pa
 
 def test_worst_figures_goes_through_the_error(tmp_path, monkeypatch):
     """The error is one voxel away from the middle of the organ; the planes go through it, on the image, in RAS."""
-    from nnslim.work.evaluation import pictures
+    from nnslim.evaluation import pictures
 
     reference = box((30, 20, 10), ((3, 27), (5, 15), (2, 8)))
     prediction = reference.copy()

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from nnslim.cost import measure_cost
+from nnslim.compression.calibration import Calibration
+from nnslim.compression.compress_network import compress
+from nnslim.compression.config import from_dict
 from nnslim.errors import ConfigError
 from nnslim.methods.filters import FiltersConfig, fill_filters, plan_filters
 from nnslim.methods.filters.plan import importance
-from nnslim.spec import spec_of
+from nnslim.network.cost import measure_cost
+from nnslim.network.spec import spec_of
+from nnslim.network.walk import LayerIndex
 from nnslim.surgery.budget import CostTable
 from nnslim.surgery.channels import channel_map
 from nnslim.surgery.narrow import narrow_layers, widths_of
-from nnslim.surgery.walk import LayerIndex
-from nnslim.work.calibration import Calibration
-from nnslim.work.compress import compress
-from nnslim.work.config import from_dict
 
 WIDE = (16, 24, 32)
 
@@ -52,7 +52,7 @@ def test_fill_equals_narrowing_by_hand(tiny_net, tiny_shape):
     network, shape = tiny_net("plain3d", features=WIDE), tiny_shape("plain3d")
     config = FiltersConfig(params=0.5, ranking="uniform")
     plan = plan_filters(network, config, measure_cost(network, shape))
-    from nnslim.spec import extend_spec
+    from nnslim.network.spec import extend_spec
 
     slim = extend_spec(plan.edits, copy.deepcopy(network))
     fill_filters(network, slim, config, shape)

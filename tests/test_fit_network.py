@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from nnslim.cost import measure_cost
+from nnslim.maths.moments import Moments
 from nnslim.methods.tucker import TuckerConfig, plan_tucker
-from nnslim.methods.tucker.fit import fit_tucker_network
+from nnslim.methods.tucker.fit_chains import fit_tucker_network
 from nnslim.methods.tucker.layers import TuckerConv
-from nnslim.moments import Moments
-from nnslim.spec import SlimSpec, apply_spec
-from nnslim.streaming import Request, stream_moments
-from nnslim.surgery.walk import LayerIndex
+from nnslim.network.cost import measure_cost
+from nnslim.network.spec import SlimSpec, apply_spec
+from nnslim.network.walk import LayerIndex
+from nnslim.surgery.streaming import Request, stream_moments
 
 KINDS = ["plain3d", "plain2d", "residual3d", "anisotropic"]
 PATCH = {"plain3d": (8, 8, 8), "plain2d": (16, 16), "residual3d": (8, 8, 8), "anisotropic": (4, 8, 8)}
@@ -144,7 +144,7 @@ def test_fit_network_transposed_layers_and_heads_are_fitted(tiny_net):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_fit_network_little_memory_is_nearly_as_good(tiny_net, monkeypatch, transposed):
-    from nnslim.methods.tucker import fit
+    from nnslim.methods.tucker import fit_chains as fit
 
     setup, tiles = Setup(tiny_net, transposed=transposed), smooth_tiles("plain3d", 4)
     unseen = smooth_tiles("plain3d", 3, seed=9)
@@ -171,7 +171,7 @@ def test_fit_network_little_memory_is_nearly_as_good(tiny_net, monkeypatch, tran
 
 
 def test_fit_network_channel_statistics_alone_are_finite_and_not_worse_than_the_weights(tiny_net):
-    from nnslim.methods.tucker import fit
+    from nnslim.methods.tucker import fit_chains as fit
 
     setup, tiles = Setup(tiny_net), smooth_tiles("plain3d", 4)
     order = [name for name, layer in setup.cost.layers.items() if layer.macs]
@@ -220,7 +220,7 @@ def test_stream_moments_memory_does_not_grow_with_the_tiles(tiny_net):
     dense = tiny_net("plain3d")
     name = "encoder.stages.1.0.convs.0.conv"
     conv = LayerIndex(dense)[name].module
-    from nnslim.moments import LinearView
+    from nnslim.maths.moments import LinearView
 
     sizes = []
     for count in (2, 8):
@@ -238,7 +238,7 @@ def test_stream_moments_memory_does_not_grow_with_the_tiles(tiny_net):
 
 
 def test_stream_moments_grouping_of_layers_does_not_matter(tiny_net):
-    from nnslim.moments import LinearView
+    from nnslim.maths.moments import LinearView
 
     dense, tiles = tiny_net("plain3d"), smooth_tiles("plain3d", 2)
     names = ["encoder.stages.1.0.convs.0.conv", "encoder.stages.1.0.convs.1.conv", "decoder.stages.0.convs.0.conv"]
@@ -262,7 +262,7 @@ def test_stream_moments_pair_inputs_of_the_slim_with_outputs_of_the_dense_networ
             parameter.data.fill_(scale)
         return network
 
-    from nnslim.moments import LinearView
+    from nnslim.maths.moments import LinearView
 
     dense, slim = made(1.0), made(3.0)
     tile = torch.arange(16.0).view(1, 1, 4, 4)

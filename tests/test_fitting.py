@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnslim.fitting import (
+from nnslim.maths.fitting import (
     as_rows,
     fit_by_channels,
     fit_tucker,
@@ -17,10 +17,10 @@ from nnslim.fitting import (
     separable_metric,
     solve_dense,
 )
-from nnslim.lowrank import partial_tucker
+from nnslim.maths.lowrank import partial_tucker
+from nnslim.maths.moments import ChannelMoments, LinearView, Moments, choose_places, sample_inputs, sample_outputs
 from nnslim.methods.tucker.layers import kernel_of
 from nnslim.methods.tucker.metric import output_metric
-from nnslim.moments import ChannelMoments, LinearView, Moments, choose_places, sample_inputs, sample_outputs
 
 SIZES = {2: (9, 8), 3: (7, 6, 8)}
 STRIDES = {2: (1, 2, (1, 2)), 3: (1, 2, (1, 2, 2))}

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from nnslim.network.walk import LayerIndex
 from nnslim.surgery.channels import channel_map
-from nnslim.surgery.fold import MapMoments, fold_channels
+from nnslim.surgery.folding import MapMoments, fold_channels
 from nnslim.surgery.narrow import narrow_layers
-from nnslim.surgery.walk import LayerIndex
 
 
 class Skip(nn.Module):

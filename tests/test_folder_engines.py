@@ -17,12 +17,12 @@ import pytest
 from folder_jobs import IDENTITY, CopyJob, times, write_cases
 
 from nnslim.errors import ConfigError, HostError, InputError, ModelFolderError, OutputError
-from nnslim.work.folder.case import Case
-from nnslim.work.folder.engines import Crew
-from nnslim.work.folder.engines.slurm import part_of, sbatch_script
-from nnslim.work.folder.manifest import Manifest
-from nnslim.work.folder.run import FolderSettings, run_folder
-from nnslim.work.folder.schedule import Schedule, in_order, share
+from nnslim.prediction.case import Case
+from nnslim.prediction.engines import Crew
+from nnslim.prediction.engines.slurm import part_of, sbatch_script
+from nnslim.prediction.manifest import Manifest
+from nnslim.prediction.run_directory import FolderSettings, run_folder
+from nnslim.prediction.schedule import Schedule, in_order, share
 
 TESTS = Path(__file__).parent
 HERE = FolderSettings()
@@ -290,8 +290,8 @@ def start_run(tmp_path: Path, notes: Path, count: int, engine: str = "local") ->
     """Start a folder run of `count` slow cases in a process of its own."""
     code = (
         "import sys; from pathlib import Path; from folder_jobs import CopyJob, write_cases\n"
-        "from nnslim.work.folder.engines import Crew\n"
-        "from nnslim.work.folder.run import FolderSettings, run_folder\n"
+        "from nnslim.prediction.engines import Crew\n"
+        "from nnslim.prediction.run_directory import FolderSettings, run_folder\n"
         "if __name__ == '__main__':\n"
         f"    texts = {{f'c{{n}}': 'x' * n for n in range(1, {count} + 1)}}\n"
         f"    cases = write_cases(Path({str(tmp_path / 'in')!r}), texts)\n"

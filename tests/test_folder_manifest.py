@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from nnslim.errors import OutputError
-from nnslim.work.folder.case import Record
-from nnslim.work.folder.manifest import Manifest, alone, checksum
+from nnslim.prediction.case import Record
+from nnslim.prediction.manifest import Manifest, alone, checksum
 
 
 def record(name: str, status: str = "done", time: str = "2026-01-01T00:00:00.000+00:00", **more) -> Record:
@@ -79,7 +79,7 @@ def test_append_on_a_full_disk_names_the_file_and_leaves_it_whole(tmp_path):
     size = manifest.path.stat().st_size
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from nnslim.work.folder.case import Record; from nnslim.work.folder.manifest import Manifest\n"
+        "from nnslim.prediction.case import Record; from nnslim.prediction.manifest import Manifest\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size + 40}, {size + 40}))\n"  # half of a line fits
         "Manifest(Path(sys.argv[1])).append(Record('b', 'done'))\n"
     )

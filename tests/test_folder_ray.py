@@ -10,8 +10,8 @@ import pytest
 from folder_jobs import CopyJob, times, write_cases
 
 from nnslim.errors import HostError, ModelFolderError
-from nnslim.work.folder.engines import Crew
-from nnslim.work.folder.run import FolderSettings, run_folder
+from nnslim.prediction.engines import Crew
+from nnslim.prediction.run_directory import FolderSettings, run_folder
 
 TESTS = Path(__file__).parent
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnslim.work.compress import compress
-from nnslim.work.config import tucker
+from nnslim.compression.compress_network import compress
+from nnslim.compression.config import tucker
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.py"
 SHAPE = (1, 1, 16, 16, 16)

@@ -6,16 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from nnslim.cost import measure_cost
+from nnslim.compression.cache import recall, store
+from nnslim.compression.compress_network import compress
+from nnslim.compression.config import tucker
+from nnslim.compression.guard import Guard
+from nnslim.compression.plan_and_fit import plan_methods
 from nnslim.methods.tucker.layers import TuckerConv
-from nnslim.running import guard as running
+from nnslim.network.cost import measure_cost
+from nnslim.network.walk import LayerIndex
+from nnslim.running import speed as running
 from nnslim.running.engine import Settings
-from nnslim.running.guard import Speed, layer_gains
-from nnslim.surgery.walk import LayerIndex
-from nnslim.work.cache import recall, store
-from nnslim.work.compress import compress, plan_methods
-from nnslim.work.config import tucker
-from nnslim.work.guard import Guard
+from nnslim.running.speed import Speed, layer_gains
 
 SHAPE = (1, 1, 16, 16, 16)
 CONFIG = tucker(rank_factor=0.5, rank_min=2, transposed=True)

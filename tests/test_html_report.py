@@ -16,21 +16,22 @@ import numpy as np
 import pytest
 from html_tree import parse, rows
 
+from nnslim.benchmark.timings import COLUMNS, Benchmark, read_benchmark, write_table
+from nnslim.compression.config import tucker
+from nnslim.compression.record import SlimRecord
 from nnslim.errors import InputError
+from nnslim.evaluation.agreement import Agreement, CaseAgreement, ClassAgreement
+from nnslim.evaluation.classes import LabelClass
+from nnslim.evaluation.compare import CaseScores, Scores
+from nnslim.evaluation.results import Evaluation
+from nnslim.evaluation.score_files import write_csv, write_summary
+from nnslim.evaluation.scores import ClassScores, ScoreTable, read_scores
 from nnslim.methods.base import Decision
-from nnslim.work.agreement import Agreement, CaseAgreement, ClassAgreement
-from nnslim.work.benchmark import COLUMNS, Benchmark, read_benchmark, write_table
-from nnslim.work.config import tucker
-from nnslim.work.evaluation.classes import LabelClass
-from nnslim.work.evaluation.compare import CaseScores, Scores
-from nnslim.work.evaluation.evaluation import Evaluation
-from nnslim.work.evaluation.scores import ClassScores, ScoreTable, read_scores
-from nnslim.work.evaluation.tables import write_csv, write_summary
-from nnslim.work.html_figures import Axis, Point, recovery_lines, scatter, stage_bars, strips
-from nnslim.work.html_report import FileFact, ReportData, Viewer, render_report, viewer_view
-from nnslim.work.html_tables import best_pair, time_points
-from nnslim.work.html_viewer import Scene, embed, find_niivue, label_box
-from nnslim.work.slim_record import SlimRecord
+from nnslim.report.page import render_report, viewer_view
+from nnslim.report.page_data import FileFact, ReportData, Viewer
+from nnslim.report.page_figures import Axis, Point, recovery_lines, scatter, stage_bars, strips
+from nnslim.report.page_tables import best_pair, time_points
+from nnslim.report.viewer import Scene, embed, find_niivue, label_box
 
 EVIL = "<b>&\"'</script><!--"
 SCRIPT = "(function(a){})(globalThis);/* Niivue */"

@@ -11,7 +11,7 @@ import pytest
 import SimpleITK
 
 from nnslim.errors import InputError
-from nnslim.work.images import check_complete, check_image, count_voxels
+from nnslim.prediction.images import check_complete, check_image, count_voxels
 
 
 @pytest.fixture(params=["nii.gz", "nii"])

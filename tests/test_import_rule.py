@@ -100,7 +100,11 @@ def test_package_imports_point_down_only():
         ("cost.py", "import nnslim.methods.base\n", "cost.py:1: nnslim.methods.base (storey 1) is above storey 0"),
         ("surgery/walk.py", "from nnslim import spec, work\n", "nnslim.work (storey 2) is above storey 0"),
         ("surgery/walk.py", "from .. import context\n", "nnslim.context (storey 4) is above storey 0"),
-        ("methods/a/plan.py", "from ...work.config import X\n", "nnslim.work.config (storey 2) is above storey 1"),
+        (
+            "methods/a/plan.py",
+            "from ...work.config import X\n",
+            "nnslim.compression.config (storey 2) is above storey 1",
+        ),
         ("methods/a/plan.py", "def f():\n    from nnslim.methods.b import X\n", "plan.py:2: method a imports method b"),
         ("work/cache.py", "def f():\n    import nnslim\n", "cache.py:2: nnslim (storey 4) is above storey 2"),
         ("work/cache.py", "def f():\n    import nnunetv2.paths\n", "nnunetv2.paths may be imported by hosts only"),
@@ -126,7 +130,7 @@ def test_checker_downward_imports_pass(tmp_path):
     (package / "hosts").mkdir(parents=True)
     (package / "spec.py").write_text("from nnslim import errors\n")
     (package / "errors.py").write_text("import difflib\n")
-    (package / "hosts" / "x.py").write_text("import nnunetv2\nfrom nnslim.spec import SlimSpec\n")
+    (package / "hosts" / "x.py").write_text("import nnunetv2\nfrom nnslim.network.spec import SlimSpec\n")
     assert violations(package) == []
 
 

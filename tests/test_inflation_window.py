@@ -21,7 +21,7 @@ from nnslim.inflation import (
     read_weights,
     videoswin_names,
 )
-from nnslim.operations import count_operations
+from nnslim.network.operations import count_operations
 
 VIT = {"embed_dim": 24, "depth": 4, "num_heads": 2}
 OPTIONS = {

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from nnslim.errors import RankError
-from nnslim.knapsack import Choice, choose
+from nnslim.maths.knapsack import Choice, choose
 
 
 def problem(seed, *, whole, items=4, options=4):

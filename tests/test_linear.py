@@ -9,15 +9,15 @@ import torch
 from dynamic_network_architectures.architectures.primus import Primus
 from torch import nn
 
-from nnslim.cost import measure_cost
+from nnslim.compression.calibration import Calibration
+from nnslim.compression.compress_network import compress, rebuild
+from nnslim.compression.config import from_dict
 from nnslim.errors import ConfigError, RankError, SpecError
 from nnslim.methods.linear import LinearConfig, LowRankLinear, fit_linear, plan_linear
-from nnslim.methods.linear.spectra import output_spectra, weight_spectrum
-from nnslim.spec import SlimSpec, apply_spec
-from nnslim.surgery.walk import LayerIndex
-from nnslim.work.calibration import Calibration
-from nnslim.work.compress import compress, rebuild
-from nnslim.work.config import from_dict
+from nnslim.methods.linear.output_spectra import output_spectra, weight_spectrum
+from nnslim.network.cost import measure_cost
+from nnslim.network.spec import SlimSpec, apply_spec
+from nnslim.network.walk import LayerIndex
 
 SIZE = (32, 32, 24)
 SHAPE = (1, 1, *SIZE)

@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from nnslim import lowrank
 from nnslim.errors import RankError
-from nnslim.lowrank import partial_tucker
+from nnslim.maths import lowrank
+from nnslim.maths.lowrank import partial_tucker
 
 tensorly = pytest.importorskip("tensorly")
 SHAPES = [

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from nnslim.compression.compress_network import compress
+from nnslim.compression.config import tucker
 from nnslim.errors import BackendError
 from nnslim.running import kept_models
 from nnslim.running import openvino as side
@@ -16,8 +18,6 @@ from nnslim.running.engine import Settings, make_engine
 from nnslim.running.int8 import offer, quantize
 from nnslim.running.kept_models import fingerprint, keep, recall, replace_model, write_model
 from nnslim.running.openvino import OpenVINOEngine, convert
-from nnslim.work.compress import compress
-from nnslim.work.config import tucker
 
 pytest.importorskip("openvino")
 KINDS = ("plain3d", "plain2d", "residual3d", "anisotropic")

@@ -40,9 +40,9 @@ def test_T2_unpacked_wheel_imports_and_finds_presets_and_model_without_the_sourc
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import nnslim; assert nnslim.__file__.startswith(sys.argv[1]), nnslim.__file__\n"
-        "from nnslim.work.config import load_config, presets\n"
+        "from nnslim.compression.config import load_config, presets\n"
         "assert load_config('tucker-balanced').active and 'tucker-small' in presets()\n"
-        "from nnslim.hosts.nnunet.shipped import shipped_model\n"
+        "from nnslim.hosts.nnunet.model.shipped import shipped_model\n"
         "assert str(shipped_model()).startswith(sys.argv[1])\n"
         "assert 'totalsegmentator' not in sys.modules\n"
     )

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from nnslim.cost import measure_cost
-from nnslim.lowrank import partial_tucker
+from nnslim.compression.cache import cache_key, recall, store
+from nnslim.compression.compress_network import compress
+from nnslim.compression.config import SlimConfig, load_config, tucker
+from nnslim.maths.lowrank import partial_tucker
 from nnslim.methods.tucker import TuckerConfig, TuckerEdit, plan_tucker
 from nnslim.methods.tucker.layers import TuckerConv, is_transposed
-from nnslim.spec import SlimSpec, apply_spec
-from nnslim.surgery.walk import LayerIndex
-from nnslim.work.cache import cache_key, recall, store
-from nnslim.work.compress import compress
-from nnslim.work.config import SlimConfig, load_config, tucker
+from nnslim.network.cost import measure_cost
+from nnslim.network.spec import SlimSpec, apply_spec
+from nnslim.network.walk import LayerIndex
 
 FULL = TuckerConfig.published(1.0)
 

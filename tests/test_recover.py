@@ -11,21 +11,21 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from nnslim.cost import measure_cost
+from nnslim.compression import recover as module
+from nnslim.compression import search
+from nnslim.compression.cache import cache_key, recall, store
+from nnslim.compression.calibration import Calibration
+from nnslim.compression.compress_network import compress
+from nnslim.compression.config import RecoveryConfig, from_dict
+from nnslim.compression.norms import recalibrate_norms
+from nnslim.compression.recover import Recovery, distil, recover, stage_ends
+from nnslim.compression.referee import Referee
 from nnslim.errors import ConfigError, RankError
 from nnslim.methods.tucker import TuckerConfig, plan_tucker
-from nnslim.spec import SlimSpec, apply_spec, spec_of
-from nnslim.streaming import hooked
-from nnslim.surgery.walk import LayerIndex
-from nnslim.work import recover as module
-from nnslim.work import search
-from nnslim.work.cache import cache_key, recall, store
-from nnslim.work.calibration import Calibration
-from nnslim.work.compress import compress
-from nnslim.work.config import RecoveryConfig, from_dict
-from nnslim.work.norms import recalibrate_norms
-from nnslim.work.recover import Recovery, distil, recover, stage_ends
-from nnslim.work.referee import Referee
+from nnslim.network.cost import measure_cost
+from nnslim.network.spec import SlimSpec, apply_spec, spec_of
+from nnslim.network.walk import LayerIndex
+from nnslim.surgery.streaming import hooked
 
 SHAPE = (1, 1, 16, 16)
 

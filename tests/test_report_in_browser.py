@@ -15,8 +15,9 @@ import pytest
 from test_html_report import agreed, bench, data, record, scene
 
 from nnslim.errors import InputError
-from nnslim.work.html_report import Viewer, render_report
-from nnslim.work.html_viewer import find_niivue
+from nnslim.report.page import render_report
+from nnslim.report.page_data import Viewer
+from nnslim.report.viewer import find_niivue
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 _BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

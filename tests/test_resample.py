@@ -11,10 +11,9 @@ import torch
 from scipy.ndimage import map_coordinates
 from skimage.transform import resize
 
-from nnslim.running import labels as labels_module
-from nnslim.running.labels import Regions, label_map
-from nnslim.running.native import kernels
-from nnslim.running.resample import (
+from nnslim.resampling import labels as labels_module
+from nnslim.resampling.labels import Regions, label_map
+from nnslim.resampling.resample import (
     grid_like_interpolate,
     grid_like_resize,
     mapped_axis,
@@ -22,6 +21,7 @@ from nnslim.running.resample import (
     spline_axis,
     two_taps,
 )
+from nnslim.running.native import kernels
 
 SIZES = [(1, 1), (1, 7), (7, 1), (5, 5), (8, 16), (16, 8), (13, 29), (29, 13), (70, 131), (131, 70), (3, 200)]
 
@@ -227,9 +227,9 @@ def test_label_map_needs_a_small_part_of_the_full_scores():
     """60 classes on 120^3: 415 MB of float32 scores. In a process of its own: others leave memory behind."""
     code = """
 import torch
-from nnslim.running.labels import label_map
-from nnslim.running.resample import grid_like_resize
-from nnslim.work.memory import peak_bytes, reset_peak
+from nnslim.resampling.labels import label_map
+from nnslim.resampling.resample import grid_like_resize
+from nnslim.running.memory import peak_bytes, reset_peak
 torch.set_num_threads(1)
 scores = torch.randn(60, 40, 40, 40).half()
 small = grid_like_resize((40, 40, 40), (41, 41, 41), 1)

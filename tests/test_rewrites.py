@@ -10,16 +10,17 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from nnslim.cost import measure_cost
+from nnslim.compression.compress_network import compress
+from nnslim.compression.config import tucker
 from nnslim.errors import BackendError, RewriteError
+from nnslim.network.cost import measure_cost
+from nnslim.network.graph import layer_of, trace
 from nnslim.running import native
 from nnslim.running.direct import DirectConv, TiledTransposed, direct
-from nnslim.running.engine import Settings, candidates, channels_last, make_engine, rewritten, run, with_fallback
-from nnslim.running.graph import layer_of, trace
+from nnslim.running.engine import Settings, candidates, channels_last, make_engine, with_fallback
 from nnslim.running.norm_pass import NormPass
-from nnslim.running.rewrites import fold_norms, merge_products, split_concatenations
-from nnslim.work.compress import compress
-from nnslim.work.config import tucker
+from nnslim.running.rewrites import fold_norms, merge_products, rewritten, split_concatenations
+from nnslim.running.timing import run
 
 KINDS = ("plain3d", "plain2d", "residual3d", "anisotropic")
 SHAPES = {"plain3d": (1, 1, 16, 16, 16), "plain2d": (1, 1, 16, 16), "anisotropic": (1, 1, 4, 16, 16)}

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from nnslim.cost import measure_cost
+from nnslim.compression.calibration import Calibration
+from nnslim.compression.config import from_dict
+from nnslim.compression.plan_and_fit import settle
+from nnslim.compression.referee import Referee
 from nnslim.methods.base import Plan
 from nnslim.methods.tucker import TuckerConfig, plan_tucker
 from nnslim.methods.tucker.edit import TuckerEdit
-from nnslim.spec import SlimSpec, apply_spec
-from nnslim.work.calibration import Calibration
-from nnslim.work.compress import settle
-from nnslim.work.config import from_dict
-from nnslim.work.referee import Referee
+from nnslim.network.cost import measure_cost
+from nnslim.network.spec import SlimSpec, apply_spec
 
 SHAPE = (1, 1, 8, 8, 8)
 CONV = "encoder.stages.1.0.convs.0.conv"

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+from nnslim.network.walk import unwrap
 from nnslim.running import allocator, runner, select
 from nnslim.running.engine import Settings
-from nnslim.running.guard import Speed, compare_speed
 from nnslim.running.runner import Runner
-from nnslim.surgery.walk import unwrap
+from nnslim.running.speed import Speed, compare_speed
 
 SHAPE = (1, 1, 16, 16, 16)
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import nn
 
+from nnslim.compression.config import load_config
 from nnslim.errors import ConfigError
 from nnslim.methods.sauron import Decision, Pruner, SauronConfig
 from nnslim.methods.sauron.distances import delta_opt, delta_prune, distances, mean_distances, pooled
 from nnslim.methods.sauron.thresholds import LayerState, below, has_converged
+from nnslim.network.walk import LayerIndex, deep_supervision
 from nnslim.surgery.budget import CostTable
-from nnslim.surgery.channels import channel_map, deep_supervision
+from nnslim.surgery.channels import channel_map
 from nnslim.surgery.narrow import narrow_layers, narrow_optimizer, widths_of
-from nnslim.surgery.walk import LayerIndex
-from nnslim.work.config import load_config
 
 KINDS = ("euc_norm", "euc_norm_nonorm", "euc_norm_deltaprunenorm", "euc_rand")
 FLAT = [1.0] * 20

@@ -14,7 +14,7 @@ from torch import nn
 from nnslim.errors import SpecError
 from nnslim.methods.tucker import TuckerEdit
 from nnslim.methods.tucker.layers import TuckerConv
-from nnslim.spec import Edit, SlimSpec, apply_spec, register_edit, spec_of
+from nnslim.network.spec import Edit, SlimSpec, apply_spec, register_edit, spec_of
 
 FIRST = "encoder.stages.1.0.convs.0.conv"
 SECOND = "decoder.stages.0.convs.0.conv"

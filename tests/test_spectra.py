@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nnslim.lowrank import partial_tucker
-from nnslim.spectra import Spectrum, evbmf_rank, whitened
+from nnslim.maths.lowrank import partial_tucker
+from nnslim.maths.spectra import Spectrum, evbmf_rank, whitened
 
 
 def random(*shape, seed=0):

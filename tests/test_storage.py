@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from nnslim.work.calibration import Calibration
-from nnslim.work.compress import compress
-from nnslim.work.config import from_dict, tucker
-from nnslim.work.storage import bytes_of, half_precision, in_half, stored, tile_agreement, too_large
+from nnslim.compression.calibration import Calibration
+from nnslim.compression.compress_network import compress
+from nnslim.compression.config import from_dict, tucker
+from nnslim.compression.storage import bytes_of, half_precision, in_half, stored, tile_agreement, too_large
 
 SHAPE = (1, 1, 16, 16, 16)
 HALF = tucker(rank_factor=0.5, rank_min=2).model_copy(update={"store": "half"})

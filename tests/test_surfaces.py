@@ -11,7 +11,7 @@ import pytest
 from scipy import ndimage
 
 from nnslim.errors import InputError
-from nnslim.work.evaluation.surfaces import element_areas, surface_distances
+from nnslim.evaluation.surfaces import element_areas, surface_distances
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # old names of SciPy

@@ -10,9 +10,9 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 
 from nnslim.errors import SpecError
-from nnslim.surgery.patching import AttributePatch
-from nnslim.surgery.replace import replace_layer
-from nnslim.surgery.walk import LayerIndex, unwrap
+from nnslim.network.replace import replace_layer
+from nnslim.network.walk import LayerIndex, unwrap
+from nnslim.patching import AttributePatch
 
 CONVS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 FIRST_CONV = "encoder.stages.0.0.convs.0.conv"

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from nnslim.surgery.walk import LayerIndex
-from nnslim.work.calibration import Calibration
-from nnslim.work.config import RecoveryConfig
-from nnslim.work.recover import _Learner
-from nnslim.work.referee import Referee
-from nnslim.work.teacher import Teacher, flip, mirrors
+from nnslim.compression.calibration import Calibration
+from nnslim.compression.config import RecoveryConfig
+from nnslim.compression.recover import _Learner
+from nnslim.compression.referee import Referee
+from nnslim.compression.teacher import Teacher, flip, mirrors
+from nnslim.network.walk import LayerIndex
 
 SHAPE = (2, 1, 16, 16)
 
@@ -112,14 +112,14 @@ def test_referee_slim_network_that_answers_as_the_mean_is_better_than_the_dense_
     ("precision", "fast", "half"), [("f32", True, False), ("bf16", False, True), ("auto", True, True)]
 )
 def test_precision_of_learning_is_the_one_asked_for(dense, monkeypatch, precision, fast, half):
-    monkeypatch.setattr("nnslim.work.recover.has_fast_bfloat16", lambda: fast)
+    monkeypatch.setattr("nnslim.compression.recover.has_fast_bfloat16", lambda: fast)
     learner = _Learner(dense, copy.deepcopy(dense), data_of((0,)), RecoveryConfig(steps=1, precision=precision))
     learner.prepare(images(0))
     assert learner.half is half
 
 
 def test_precision_falls_back_where_torch_is_wrong(dense, monkeypatch, caplog):
-    monkeypatch.setattr("nnslim.work.recover.bfloat16_is_safe", lambda network, shape: False)
+    monkeypatch.setattr("nnslim.compression.recover.bfloat16_is_safe", lambda network, shape: False)
     learner = _Learner(dense, copy.deepcopy(dense), data_of(()), RecoveryConfig(steps=1, precision="bf16"))
     learner.prepare(images(0))
     assert not learner.half and "float32" in caplog.text

@@ -13,15 +13,15 @@ import torch
 from dynamic_network_architectures.architectures.primus import Primus, PrimusV2
 from monai.networks.nets import UNETR
 
-from nnslim.cost import measure_cost
+from nnslim.compression.compress_network import compress
+from nnslim.compression.config import SlimConfig, load_config
 from nnslim.errors import BackendError, ConfigError, SpecError
 from nnslim.methods.token_sparse import TokenSparseConfig, plan_token_sparse, set_ratio, token_sparse_edits
-from nnslim.methods.token_sparse.encoders import eva_attention, image_content
-from nnslim.operations import count_operations
+from nnslim.methods.token_sparse.sparse_encoders import eva_attention, image_content
+from nnslim.network.cost import measure_cost
+from nnslim.network.operations import count_operations
+from nnslim.network.spec import SlimSpec, apply_spec, extend_spec, spec_of
 from nnslim.running.engine import Settings, make_engine
-from nnslim.spec import SlimSpec, apply_spec, extend_spec, spec_of
-from nnslim.work.compress import compress
-from nnslim.work.config import SlimConfig, load_config
 
 SIZE = (32, 32, 24)  # 48 tokens
 

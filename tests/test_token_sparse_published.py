@@ -13,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from nnslim.errors import ConfigError, SpecError
 from nnslim.methods.token_sparse.completion import sincos_3d
 from nnslim.methods.token_sparse.merging import merge_steps
-from nnslim.methods.token_sparse.reduction import Sequence3d, TokenReduction, set_ratio
+from nnslim.methods.token_sparse.reduction import TokenReduction, set_ratio
 from nnslim.methods.token_sparse.selection import TopK, keep_count
+from nnslim.methods.token_sparse.sequence import Sequence3d
 from nnslim.methods.token_sparse.unetr import TokenSparseUNETR, published_unetr
-from nnslim.operations import count_operations
+from nnslim.network.operations import count_operations
 
 SHAPES = {"btcv": (1, 1, 96, 96, 96), "brats": (1, 4, 128, 128, 128)}
 

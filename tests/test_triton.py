@@ -132,7 +132,8 @@ def test_triton_kernels_compile_for_gpus_that_are_not_here(tmp_path, capability,
 _UNTOUCHED = """
 import sys, torch
 from torch import nn
-from nnslim.running.engine import Settings, make_engine, run
+from nnslim.running.engine import Settings, make_engine
+from nnslim.running.timing import run
 network = nn.Sequential(nn.Conv3d(1, 8, 1), nn.InstanceNorm3d(8), nn.LeakyReLU(), nn.Conv3d(8, 2, 1)).eval()
 run(make_engine(network, (1, 1, 4, 4, 4), Settings("eager")), torch.zeros(1, 1, 4, 4, 4))
 print(sorted({name for name in sys.modules if "triton" in name.split(".")[-1] and name.startswith("nnslim")}

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from nnslim.cost import measure_cost
 from nnslim.errors import ConfigError, RankError, SpecError
-from nnslim.lowrank import partial_tucker
+from nnslim.maths.lowrank import partial_tucker
 from nnslim.methods.tucker import TuckerConfig, TuckerEdit, plan_tucker
 from nnslim.methods.tucker.layers import TuckerConv, kernel_of
-from nnslim.spec import SlimSpec, apply_spec
-from nnslim.surgery.walk import LayerIndex
+from nnslim.network.cost import measure_cost
+from nnslim.network.spec import SlimSpec, apply_spec
+from nnslim.network.walk import LayerIndex
 
 KINDS = ["plain3d", "plain2d", "residual3d", "anisotropic"]
 SIZES = {2: (9, 8), 3: (7, 9, 8)}

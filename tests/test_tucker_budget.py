@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from nnslim.cost import measure_cost
 from nnslim.errors import ConfigError, RankError
+from nnslim.maths.spectra import evbmf_rank
 from nnslim.methods.tucker import TuckerConfig, plan_tucker
 from nnslim.methods.tucker.chain import chain_macs
+from nnslim.methods.tucker.latency import LatencyTable, _grid, _neighbours
 from nnslim.methods.tucker.layers import kernel_of
+from nnslim.methods.tucker.plan_table import read_ranks, write_table
 from nnslim.methods.tucker.survey import answer_distance, survey
-from nnslim.methods.tucker.table import read_ranks, write_table
-from nnslim.methods.tucker.timing import LatencyTable, _grid, _neighbours
-from nnslim.spec import SlimSpec, apply_spec
-from nnslim.spectra import evbmf_rank
-from nnslim.streaming import following_norms
-from nnslim.surgery.walk import LayerIndex
+from nnslim.network.cost import measure_cost
+from nnslim.network.spec import SlimSpec, apply_spec
+from nnslim.network.walk import LayerIndex
+from nnslim.surgery.streaming import following_norms
 
 FEATURES = (16, 24, 32)
 SHAPE = (1, 1, 8, 8, 8)

@@ -22,8 +22,8 @@ def agree(
     quiet: QuietOption = False,
 ) -> None:
     """Compare a slim model with the dense one on your images, per class; kept in nnslim.json and agreement.png."""
-    from nnslim.hosts.nnunet.agree import agreement_of_folders, slim_record, write_agreement
-    from nnslim.hosts.nnunet.predict import PredictSettings
+    from nnslim.hosts.nnunet.judge.agree_models import agreement_of_folders, slim_record, write_agreement
+    from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 
     start(quiet)
     slim_record(model)  # a wrong folder is named before the images are predicted

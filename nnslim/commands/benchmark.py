@@ -43,8 +43,8 @@ def benchmark(
     quiet: QuietOption = False,
 ) -> None:
     """Measure a model and its slim forms side by side: time, memory, MACs; benchmark.csv, benchmark.json, pictures."""
-    from nnslim.hosts.nnunet.benchmark import BenchmarkSettings, benchmark_folder, ways_of
-    from nnslim.work.benchmark_screen import screen_table, stage_table
+    from nnslim.benchmark.timing_screen import screen_table, stage_table
+    from nnslim.hosts.nnunet.judge.benchmark_models import BenchmarkSettings, benchmark_folder, ways_of
 
     start(quiet)
     ways = ways_of(backend or (), precision or (), threads, device)

@@ -38,10 +38,10 @@ def compress(
     quiet: QuietOption = False,
 ) -> None:
     """Compress a trained model into a folder that stock nnU-Net loads."""
-    from nnslim.hosts.nnunet.folder import read_model_folder
-    from nnslim.hosts.nnunet.write import compress_folder
-    from nnslim.work.config import load_config
-    from nnslim.work.report import ModelReport
+    from nnslim.compression.config import load_config
+    from nnslim.compression.model_report import ModelReport
+    from nnslim.hosts.nnunet.compress.compress_model import compress_folder
+    from nnslim.hosts.nnunet.model.trained_model import read_model_folder
 
     start(quiet)
     settings = load_config(config)
@@ -73,9 +73,9 @@ def plan(
     quiet: QuietOption = False,
 ) -> None:
     """Choose the ranks only and write them as a table, to be edited and passed back: {method: tucker, plan: FILE}."""
-    from nnslim.hosts.nnunet.error_grid import plan_folder
-    from nnslim.hosts.nnunet.folder import read_model_folder
-    from nnslim.work.config import load_config
+    from nnslim.compression.config import load_config
+    from nnslim.hosts.nnunet.compress.plan_model import plan_folder
+    from nnslim.hosts.nnunet.model.trained_model import read_model_folder
 
     start(quiet)
     settings = load_config(config).with_images(images)

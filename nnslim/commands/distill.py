@@ -28,7 +28,7 @@ def distill(
     quiet: QuietOption = False,
 ) -> None:
     """Let a slim model learn the dense model's answers on images without labels; an interrupted run goes on."""
-    from nnslim.hosts.nnunet.distill import distill_config, distill_folder, read_pair
+    from nnslim.hosts.nnunet.compress.distill_model import distill_config, distill_folder, read_pair
 
     start(quiet)
     given = {"seconds": seconds, "batch_size": batch_size, "learning_rate": learning_rate}

@@ -12,8 +12,8 @@ from nnslim.commands.common import QuietOption, counting, start
 from nnslim.errors import InputError
 
 if TYPE_CHECKING:
-    from nnslim.work.evaluation.classes import Classes
-    from nnslim.work.evaluation.evaluation import Evaluation
+    from nnslim.evaluation.classes import Classes
+    from nnslim.evaluation.results import Evaluation
 
 _log = logging.getLogger("nnslim")
 _TOTALSEG = "totalseg"  # a word for --groups
@@ -43,9 +43,9 @@ def evaluate(
     quiet: QuietOption = False,
 ) -> None:
     """Dice, NSD and HD95 of predictions against references, per case and class: CSV, summary.json, pictures."""
+    from nnslim.evaluation.directories import evaluate_folders
+    from nnslim.evaluation.score_files import class_lines, write_csv, write_summary
     from nnslim.files import make_folder
-    from nnslim.work.evaluation.folders import evaluate_folders
-    from nnslim.work.evaluation.tables import class_lines, write_csv, write_summary
 
     start(quiet)
     if output.suffix.lower() != ".csv":
@@ -77,7 +77,7 @@ def evaluate(
 
 def _classes(dataset: str | None, predictions: Path) -> tuple[Classes | None, bool]:
     """Return what the labels mean, and whether TotalSegmentator's organ groups fit."""
-    from nnslim.work.evaluation.classes import named_classes, read_dataset_json
+    from nnslim.evaluation.classes import named_classes, read_dataset_json
 
     beside = predictions / "dataset.json"
     if dataset is None:
@@ -87,20 +87,20 @@ def _classes(dataset: str | None, predictions: Path) -> tuple[Classes | None, bo
         return read_dataset_json(beside), False
     if Path(dataset).is_file() or dataset.endswith(".json"):
         return read_dataset_json(Path(dataset)), False
-    from nnslim.hosts.totalseg.classes import task_classes
+    from nnslim.hosts.totalseg.organ_classes import task_classes
 
     return named_classes(task_classes(dataset)), True
 
 
 def _groups(groups: str | None, found: Evaluation) -> dict[str, list[str]] | None:
-    from nnslim.work.evaluation.groups import group_classes, read_groups
+    from nnslim.evaluation.groups import group_classes, read_groups
 
     names = [one.name for one in found.present]
     if groups is None:
         return None
     if groups != _TOTALSEG:
         return read_groups(Path(groups), [one.name for one in found.classes], names)
-    from nnslim.hosts.totalseg.classes import organ_groups
+    from nnslim.hosts.totalseg.organ_classes import organ_groups
 
     return group_classes(organ_groups(), names)
 
@@ -113,7 +113,7 @@ def _draw(
     classes: Classes | None,
     images: Path | None,
 ) -> list[Path]:
-    from nnslim.work.evaluation.pictures import class_figure, group_figure, worst_figures
+    from nnslim.evaluation.pictures import class_figure, group_figure, worst_figures
 
     stem = output.with_suffix("")
     drawn = [stem.with_name(f"{stem.name}_classes.png")]
@@ -126,8 +126,8 @@ def _draw(
 
 def _compare(found: Evaluation, other: Evaluation, output: Path) -> list[Path]:
     """Tell and write the paired differences to the baseline."""
-    from nnslim.work.evaluation.evaluation import paired_differences
-    from nnslim.work.evaluation.tables import write_csv, write_differences
+    from nnslim.evaluation.results import paired_differences
+    from nnslim.evaluation.score_files import write_csv, write_differences
 
     differences = {metric: paired_differences(found, other, metric) for metric in ("dice", "nsd")}
     files = [output.with_name(f"{output.stem}_{what}.csv") for what in ("baseline", "difference")]

@@ -34,8 +34,8 @@ def export(
     quiet: QuietOption = False,
 ) -> None:
     """Write the network as an ONNX or OpenVINO file that runs without torch and nnU-Net, and compare it on a tile."""
-    from nnslim.hosts.nnunet.export import ExportSettings, export_model, read_patch
-    from nnslim.hosts.nnunet.folder import read_model_folder
+    from nnslim.hosts.nnunet.export.export_model import ExportSettings, export_model, read_patch
+    from nnslim.hosts.nnunet.model.trained_model import read_model_folder
 
     start(quiet)
     asked = None if patch is None else read_patch(patch)
@@ -55,7 +55,7 @@ def export(
 
 def _int8_beside(source: Any, precision: str, images: Path | None, step: Step) -> tuple[list[str], bool]:
     """Write an int8 model beside each checkpoint; return lines for the user, and whether all passed the check."""
-    from nnslim.hosts.nnunet.int8 import keep_int8
+    from nnslim.hosts.nnunet.export.int8_models import keep_int8
 
     if precision != "int8" or images is None:
         raise InputError("name a file to write with -o; only --precision int8 with -i can go beside the checkpoints")

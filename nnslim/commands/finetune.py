@@ -47,7 +47,8 @@ def finetune(
     quiet: QuietOption = False,
 ) -> None:
     """Train a slim model further on a dataset with labels, inside nnU-Net's own trainer."""
-    from nnslim.hosts.nnunet.finetune import FinetuneSettings, finetune_folder
+    from nnslim.hosts.nnunet.train.finetune_model import finetune_folder
+    from nnslim.hosts.nnunet.train.finetune_settings import FinetuneSettings
 
     given = {key: value for key, value in locals().items() if key in FinetuneSettings.__dataclass_fields__}
     start(quiet)

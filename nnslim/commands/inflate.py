@@ -37,13 +37,13 @@ def inflate(
         raise ConfigError("nothing to write: name a file (-o FILE.pth), a model folder (--folder DIR), or both")
     if output is not None and output.suffix != ".pth":
         raise ConfigError(f"-o {output}: expected a file that ends in .pth; a model folder is --folder")
-    from nnslim.hosts.nnunet.folder import read_model_folder
-    from nnslim.hosts.nnunet.inflation.checkpoint import (
+    from nnslim.hosts.nnunet.model.inflated import (
         inflate_model,
         preprocessed_files,
         target_of,
         write_inflated,
     )
+    from nnslim.hosts.nnunet.model.trained_model import read_model_folder
 
     start(quiet)
     flat = read_model_folder(model, fold, checkpoint, trust=trust)

@@ -26,8 +26,8 @@ from nnslim.commands.common import (
 from nnslim.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nnslim.work.folder.case import Record
-    from nnslim.work.folder.run import FolderSettings
+    from nnslim.prediction.case import Record
+    from nnslim.prediction.run_directory import FolderSettings
 
 Engine = Enum("Engine", {name: name for name in ("local", "ray", "slurm")}, type=str)
 _STEP = 0.5
@@ -87,7 +87,7 @@ def predict(
     _refuse(engine.value != "ray", ("--ray-address",), (ray_address,), "--engine ray")
     _refuse(engine.value != "slurm" and not print_sbatch, ("--parts",), (parts,), "--engine slurm")
     if print_sbatch:
-        from nnslim.work.folder.engines.slurm import sbatch_script
+        from nnslim.prediction.engines.slurm import sbatch_script
 
         cpus = (threads or 8) * (workers if workers and threads else 1)
         typer.echo(sbatch_script(sys.argv[1:], parts or 8, gpu=device == "cuda", cpus=cpus), nl=False)
@@ -98,12 +98,12 @@ def predict(
     settled = _with_images(config, calibration)
     with counting(quiet, "cases") as count:
         if task is not None:
-            from nnslim.hosts.totalseg.folder_job import TaskSettings, predict_task_folder
+            from nnslim.hosts.totalseg.task_directory import TaskSettings, predict_task_folder
 
             wanted = TaskSettings(task, device, ml, tuple(roi or ()), **chosen)
             results = predict_task_folder(images, output, wanted, settled, count, folder)
         else:
-            from nnslim.hosts.nnunet.folder_job import PredictSettings, predict_folder
+            from nnslim.hosts.nnunet.predict.directory import PredictSettings, predict_folder
 
             settings = PredictSettings(device, step_size, mirroring, fold, checkpoint, trust, previous_stage, **chosen)
             results = predict_folder(images, output, model, settled, settings, count, folder)
@@ -136,7 +136,7 @@ def _with_images(config: str | None, calibration: Path | None) -> Any:
     """Return what the workers read; with neither, nothing that takes torch's seconds here."""
     if calibration is None:
         return config
-    from nnslim.work.config import load_config
+    from nnslim.compression.config import load_config
 
     return load_config(config or {}).with_images(calibration.absolute())
 
@@ -151,9 +151,9 @@ def _folder_settings(
     parts: int | None,
     address: str | None,
 ) -> FolderSettings:
-    from nnslim.work.folder.engines import Crew, crew_here
-    from nnslim.work.folder.engines.slurm import part_of
-    from nnslim.work.folder.run import FolderSettings
+    from nnslim.prediction.engines import Crew, crew_here
+    from nnslim.prediction.engines.slurm import part_of
+    from nnslim.prediction.run_directory import FolderSettings
 
     if engine == "ray":
         crew = Crew(workers or 0, threads, int(device == "cuda"), overlap, address)

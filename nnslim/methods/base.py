@@ -10,12 +10,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from nnslim.cost import Cost
 from nnslim.errors import ConfigError, nearest
-from nnslim.spec import Edit, extend_spec
-from nnslim.streaming import Tiles
+from nnslim.network.cost import Cost
+from nnslim.network.spec import Edit, extend_spec
+from nnslim.network.walk import Layer
 from nnslim.surgery.budget import CostTable
-from nnslim.surgery.walk import Layer
+from nnslim.surgery.streaming import Tiles
 
 
 class MethodConfig(BaseModel):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from nnslim.errors import RewriteError
-from nnslim.running.graph import layer_of
+from nnslim.network.graph import layer_of
 from nnslim.running.rewrites import fold_norms
 
 _WARM = 3  # passes before recording, in which libraries choose their algorithms and kernels are compiled
@@ -131,7 +131,7 @@ def fastest_variant(graph: fx.GraphModule, shape: Sequence[int], dtype: torch.dt
     Args:
         graph: on CUDA. shape: (B, C, *patch). dtype: of autocast.
     """
-    from nnslim.running.select import measure
+    from nnslim.running.timing import measure
 
     kept: dict[str, Graphed] = {}
     for name, variant in variants(graph).items():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from nnslim.running.graph import CONVOLUTIONS, TRANSPOSED
+from nnslim.network.graph import CONVOLUTIONS, TRANSPOSED
 from nnslim.running.native import LANES, WIDEST, Kernels, kernels
 
 

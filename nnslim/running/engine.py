@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from nnslim.errors import BackendError, NNSlimError, RewriteError
+from nnslim.network.graph import layer_of, tidy
 from nnslim.running.bfloat16 import bfloat16_is_safe
 from nnslim.running.direct import TiledTransposed, direct
-from nnslim.running.graph import layer_of, tidy, trace
-from nnslim.running.rewrites import fold_norms, merge_products, split_concatenations
+from nnslim.running.rewrites import fold_norms, rewritten
+from nnslim.running.timing import run
 
 Backend = Literal["auto", "stock", "eager", "compile", "openvino"]
 Precision = Literal["f32", "bf16", "f16", "int8"]
@@ -119,15 +120,6 @@ def check_precision(
         )
 
 
-def rewritten(network: nn.Module, shape: Sequence[int]) -> fx.GraphModule:
-    """Return the network's graph after the rewrites that save work on every backend.
-
-    Raises:
-        RewriteError: see `trace`.
-    """
-    return merge_products(split_concatenations(trace(network, shape)))
-
-
 def channels_last(graph: fx.GraphModule) -> fx.GraphModule:
     """Return the graph for torch on a CPU: norms folded, convolutions straight in oneDNN, channels last in memory.
 
@@ -206,12 +198,3 @@ def first_pass(
         if name != "stock":
             _log.warning("backend %s cannot be used: %s", name, problem)
     raise BackendError(f"backend {settings.backend}, precision {settings.precision}: {problem}")
-
-
-def run(engine: nn.Module, x: Tensor) -> Tensor:
-    """Run an engine without gradients, under autocast on CUDA as nnU-Net does; waits for the result on CUDA."""
-    with torch.inference_mode(), torch.autocast(x.device.type, enabled=x.device.type == "cuda"):
-        y = engine(x)
-    if x.device.type == "cuda":
-        torch.cuda.synchronize(x.device)
-    return y

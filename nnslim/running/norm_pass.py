@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from nnslim.running.graph import matrix
+from nnslim.network.graph import matrix
 from nnslim.running.native import LANES, WIDEST, Kernels, kernels
 
 _NARROW = 64  # channels of z up to which the native kernel is used

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from nnslim.errors import BackendError, RewriteError
 from nnslim.files import write_bytes
 from nnslim.optional import needed
-from nnslim.running.engine import rewritten
 from nnslim.running.openvino import silent_loggers
+from nnslim.running.rewrites import rewritten
 
 OPSET = 18  # the newest that the exporter writes without converting its own output
 _QUANTISED = ["Conv", "ConvTranspose", "LeakyRelu", "Relu", "Concat", "Add"]

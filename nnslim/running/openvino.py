@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnslim.errors import BackendError, OutputError, RewriteError
 from nnslim.optional import needed
-from nnslim.running.engine import rewritten
 from nnslim.running.kept_models import fingerprint, keep, model_key, read_model, recall
+from nnslim.running.rewrites import rewritten
 
 _LAST = ["nnslim", "channels_last"]  # where a model says how its logits lie
 _NEEDS = {"bf16": "BF16", "f16": "FP16"}  # OpenVINO's names of what a CPU can do

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from nnslim.running.graph import (
+from nnslim.network.graph import (
     CONVOLUTIONS,
     TRANSPOSED,
     add_layer,
@@ -23,6 +23,7 @@ from nnslim.running.graph import (
     matrix,
     note_shapes,
     shape_of,
+    trace,
 )
 from nnslim.running.norm_pass import NormPass
 
@@ -214,3 +215,12 @@ def _merged(first: nn.Module, second: nn.Module) -> nn.Module:
     if bias is not None:
         made.bias = nn.Parameter(bias.to(first.weight.dtype), requires_grad=False)
     return made.eval()
+
+
+def rewritten(network: nn.Module, shape: Sequence[int]) -> fx.GraphModule:
+    """Return the network's graph after the rewrites that save work on every backend.
+
+    Raises:
+        RewriteError: see `trace`.
+    """
+    return merge_products(split_concatenations(trace(network, shape)))

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
-from nnslim.cost import measure_cost
-from nnslim.surgery.channels import ChannelMap, Kept, deep_supervision
-from nnslim.surgery.walk import LayerIndex
+from nnslim.network.cost import measure_cost
+from nnslim.network.walk import LayerIndex, deep_supervision
+from nnslim.surgery.channels import ChannelMap, Kept
 
 
 class CostTable:

@@ -9,8 +9,7 @@ offset), residual sums and shared layers need no rules of their own.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +18,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import fx, nn
 
 from nnslim.errors import SpecError, nearest
-from nnslim.running.graph import CONVOLUTIONS, TRANSPOSED, layer_of, shape_of, trace
-from nnslim.surgery.walk import LayerIndex
+from nnslim.network.graph import CONVOLUTIONS, TRANSPOSED, layer_of, shape_of, trace
+from nnslim.network.walk import LayerIndex, deep_supervision
 
 NORMS = (nn.modules.instancenorm._InstanceNorm, nn.modules.batchnorm._BatchNorm)
 _RESIZING = (
@@ -117,21 +116,6 @@ def _left(numbers: np.ndarray | None, removed: np.ndarray) -> tuple[int, ...] | 
         return None
     stays = ~np.isin(numbers, removed)
     return None if stays.all() else tuple(np.flatnonzero(stays).tolist())
-
-
-@contextmanager
-def deep_supervision(network: nn.Module, enabled: bool) -> Iterator[None]:
-    """Switch all outputs of a network of nnU-Net's on or off: heads that do not run cannot be followed."""
-    switched = [
-        (module, module.deep_supervision) for module in network.modules() if hasattr(module, "deep_supervision")
-    ]
-    for module, _ in switched:
-        module.deep_supervision = enabled
-    try:
-        yield
-    finally:
-        for module, before in switched:
-            module.deep_supervision = before
 
 
 def channel_map(network: nn.Module, shape: Sequence[int]) -> ChannelMap:

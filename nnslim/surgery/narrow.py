@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from nnslim.errors import SpecError
-from nnslim.spec import Edit, forget_spec, register_edit
+from nnslim.network.spec import Edit, forget_spec, register_edit
+from nnslim.network.walk import LayerIndex
 from nnslim.surgery.channels import NORMS, Kept
-from nnslim.surgery.walk import LayerIndex
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -203,7 +203,7 @@ def make_predictor(**options: Any) -> Any:
 
 def random_data(predictor: Any, size: int = 20) -> torch.Tensor:
     """Return (channels, size, size, size) noise with the channels that the predictor's network takes."""
-    from nnslim.hosts.nnunet.predictor import _input_channels
+    from nnslim.hosts.nnunet.predict.predictor_patches import _input_channels
 
     return torch.randn(_input_channels(predictor), size, size, size, generator=torch.Generator().manual_seed(5))
 
@@ -291,7 +291,7 @@ def ct(data_root: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A TotalSegmentator home of its own, without statistics; nnU-Net's variables are put back afterwards."""
-    from nnslim.hosts.totalseg.weights import disable_usage_statistics
+    from nnslim.hosts.totalseg.task_weights import disable_usage_statistics
 
     monkeypatch.setenv("TOTALSEG_HOME_DIR", str(tmp_path / "home"))
     monkeypatch.delenv("TOTALSEG_WEIGHTS_PATH", raising=False)

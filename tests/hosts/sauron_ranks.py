@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nnslim.hosts.nnunet.folder import trainer_class
-from nnslim.hosts.nnunet.sauron import sauron_trainer_class
+from nnslim.hosts.nnunet.model.trained_model import trainer_class
+from nnslim.hosts.nnunet.train.sauron_trainer import sauron_trainer_class
 from nnslim.surgery.narrow import widths_of
 
 

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from conftest import make_plans
 
+from nnslim.compression.config import load_config
 from nnslim.errors import InputError, ModelFolderError
-from nnslim.hosts.nnunet.agree import agreement_of_folders, write_agreement
-from nnslim.hosts.nnunet.folder import read_model_folder
-from nnslim.hosts.nnunet.predict import PredictSettings, predict_folder
-from nnslim.hosts.nnunet.write import compress_folder
-from nnslim.work.agreement import Agreement
-from nnslim.work.config import load_config
-from nnslim.work.overlap import dice_per_label
+from nnslim.evaluation.agreement import Agreement
+from nnslim.evaluation.overlap import dice_per_label
+from nnslim.hosts.nnunet.compress.compress_model import compress_folder
+from nnslim.hosts.nnunet.judge.agree_models import agreement_of_folders, write_agreement
+from nnslim.hosts.nnunet.model.trained_model import read_model_folder
+from nnslim.hosts.nnunet.predict.directory import predict_folder
+from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 
 
 def slim_of(source: Path, target: Path, factor: float = 0.3) -> Path:

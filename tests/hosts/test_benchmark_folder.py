@@ -7,19 +7,21 @@ import sys
 
 import pytest
 
+from nnslim.benchmark.grid_point import Point
+from nnslim.benchmark.passes import Way
+from nnslim.benchmark.timings import COLUMNS, read_table
 from nnslim.cli import main
-from nnslim.cost import measure_cost
-from nnslim.hosts.nnunet.benchmark import BenchmarkSettings, benchmark_folder, ways_of
-from nnslim.hosts.nnunet.benchmark_grid import grid_network, tucker_config
-from nnslim.hosts.nnunet.folder import build_network, input_shape, read_model_folder
-from nnslim.hosts.nnunet.predict import PredictSettings, load_predictor, predict_folder
-from nnslim.hosts.nnunet.stages import STAGES, profile_case, start_times
-from nnslim.work.benchmark import COLUMNS, read_table
-from nnslim.work.benchmark_point import Point
-from nnslim.work.compress import compress
-from nnslim.work.config import load_config
-from nnslim.work.folder.case import Case
-from nnslim.work.passes import Way
+from nnslim.compression.compress_network import compress
+from nnslim.compression.config import load_config
+from nnslim.hosts.nnunet.judge.benchmark_models import BenchmarkSettings, benchmark_folder, ways_of
+from nnslim.hosts.nnunet.judge.stages import STAGES, profile_case, start_times
+from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_model_folder
+from nnslim.hosts.nnunet.predict.directory import predict_folder
+from nnslim.hosts.nnunet.predict.load import load_predictor
+from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
+from nnslim.hosts.totalseg.grid_points import grid_network, tucker_config
+from nnslim.network.cost import measure_cost
+from nnslim.prediction.case import Case
 
 HALF = "version: 1\nmethods:\n  - method: tucker\n    rank_factor: 0.5\n    rank_min: 2\n"
 
@@ -41,7 +43,8 @@ def call(monkeypatch, *arguments) -> int:
 
 
 def test_command_writes_table_report_and_pictures(make_model, case_folder, half, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("nnslim.hosts.nnunet.benchmark.start_times", lambda: {"python": 0.1})  # imports take long
+    starts = "nnslim.hosts.nnunet.judge.benchmark_models.start_times"  # imports take long
+    monkeypatch.setattr(starts, lambda: {"python": 0.1})
     model, output = make_model(), tmp_path / "out"
     arguments = ("benchmark", "-m", model, "-c", half, "--backend", "stock", "--rounds", 2, "--threads", 1)
     assert call(monkeypatch, *arguments, "-i", case_folder, "--cases", 2, "-o", output, "-q") in (0, 1)
@@ -94,7 +97,7 @@ def test_a_row_that_fails_is_recorded_and_the_rest_is_measured(make_model, tmp_p
 
 
 def test_slim_folder_is_a_row(make_model, half, tmp_path):
-    from nnslim.hosts.nnunet.write import compress_folder
+    from nnslim.hosts.nnunet.compress.compress_model import compress_folder
 
     model = make_model()
     slim = tmp_path / "slimmed" / model.name
@@ -133,7 +136,7 @@ def test_stages_add_up_and_the_result_is_that_of_predict(make_model, case_folder
 
 
 def test_start_times_name_what_is_imported(monkeypatch):
-    monkeypatch.setattr("nnslim.hosts.nnunet.stages._STARTS", {"python": "pass", "json": "import json"})
+    monkeypatch.setattr("nnslim.hosts.nnunet.judge.stages._STARTS", {"python": "pass", "json": "import json"})
     times = start_times(1)
     assert list(times) == ["python", "json"] and all(0 < seconds < 60 for seconds in times.values())
 

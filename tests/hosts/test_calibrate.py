@@ -13,11 +13,12 @@ import pytest
 import torch
 from conftest import make_predictor
 
-import nnslim.hosts.nnunet.calibrate as module
+import nnslim.hosts.nnunet.cases.calibration_tiles as module
 from nnslim import NNSlimContext
 from nnslim.cli import main
+from nnslim.compression.config import from_dict
 from nnslim.errors import InputError, ModelFolderError
-from nnslim.hosts.nnunet.calibrate import (
+from nnslim.hosts.nnunet.cases.calibration_tiles import (
     AugmentedPatches,
     ImageTiles,
     PreparedImages,
@@ -26,10 +27,9 @@ from nnslim.hosts.nnunet.calibrate import (
     fingerprint,
     prepare_images,
 )
-from nnslim.hosts.nnunet.folder import read_model_folder
-from nnslim.hosts.nnunet.write import compress_folder
-from nnslim.spec import spec_of
-from nnslim.work.config import from_dict
+from nnslim.hosts.nnunet.compress.compress_model import compress_folder
+from nnslim.hosts.nnunet.model.trained_model import read_model_folder
+from nnslim.network.spec import spec_of
 
 KINDS = ["plain", "residual", "2d", "anisotropic", "regions", "old plans"]
 HALF = {"method": "tucker", "rank_factor": 0.5, "rank_min": 2}

@@ -14,15 +14,15 @@ import torch
 from conftest import make_predictor, random_data
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-import nnslim.lowrank
+import nnslim.maths.lowrank
 from nnslim import NNSlimContext
+from nnslim.compression.config import from_dict, tucker
 from nnslim.errors import ConfigError, HostError
-from nnslim.hosts.nnunet.folder import build_untrained, read_model_folder
-from nnslim.hosts.nnunet.window import window_logits
-from nnslim.hosts.nnunet.write import compress_folder
+from nnslim.hosts.nnunet.compress.compress_model import compress_folder
+from nnslim.hosts.nnunet.model.trained_model import build_untrained, read_model_folder
+from nnslim.hosts.nnunet.predict.sliding_window import window_logits
 from nnslim.methods.tucker.layers import TuckerConv
-from nnslim.spec import spec_of
-from nnslim.work.config import from_dict, tucker
+from nnslim.network.spec import spec_of
 
 # Stock torch, so that logits can be compared bit by bit; backends and the guard have tests of their own.
 STOCK = {"backend": "stock", "guard": False}
@@ -169,13 +169,13 @@ def test_context_unknown_signature_is_refused_and_nothing_changed(monkeypatch):
 
 @pytest.mark.parametrize("version", ["2.1", "2.2.1", "2.3.0", "2.9.0", "3.0"])
 def test_context_unknown_version_is_refused(monkeypatch, version):
-    monkeypatch.setattr("nnslim.hosts.nnunet.compat.nnunet_version", lambda: version)
+    monkeypatch.setattr("nnslim.hosts.nnunet.model.compatibility.nnunet_version", lambda: version)
     with pytest.raises(HostError, match=rf"nnU-Net {version} is installed; nnslim knows 2\.3\.1 to 2\.8\.x"):
         NNSlimContext(HALF).__enter__()
 
 
 def test_context_failing_patch_takes_earlier_ones_back(monkeypatch):
-    from nnslim.surgery.patching import AttributePatch
+    from nnslim.patching import AttributePatch
 
     before = dict(vars(nnUNetPredictor))
     calls = []
@@ -197,7 +197,7 @@ def test_context_second_load_reads_the_cache_and_decomposes_nothing(make_model, 
     monkeypatch.setenv("NNSLIM_CACHE", str(tmp_path / "cache"))
     source = make_model(folds=(0, 1))
     calls = []
-    real = nnslim.lowrank.partial_tucker
+    real = nnslim.maths.lowrank.partial_tucker
 
     def counted(*args, **kwargs):
         calls.append(1)
@@ -433,7 +433,7 @@ def factored_takes(monkeypatch):
             chains = [[m for m in engine.modules() if isinstance(m, TuckerConv)] for engine in engines]
             return [10 + sum(first if chain.in_channels == 8 else seconds for chain in found) for found in chains]
 
-        monkeypatch.setattr("nnslim.running.guard.measure", measure)
+        monkeypatch.setattr("nnslim.running.speed.measure", measure)
 
     return set_times
 

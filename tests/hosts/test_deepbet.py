@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnslim.cost import measure_cost
-from nnslim.hosts.deepbet import (
+from nnslim.network.cost import measure_cost
+from studies.deepbet import (
     BOX_SHAPE,
     NETWORKS,
     LinkNet,

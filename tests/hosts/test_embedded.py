@@ -15,21 +15,22 @@ import pytest
 import torch
 from conftest import make_predictor, write_ball_dataset
 
+from nnslim.compression.config import from_dict
 from nnslim.errors import ConfigError, InputError, SpecError
-from nnslim.hosts.nnunet.embedded.profile import ProfileJob, profile
-from nnslim.hosts.nnunet.embedded.table import ROWS, Row, TableSettings, compressed_bytes, measure_rows
-from nnslim.hosts.nnunet.embedded.trainer import CEAndSquaredDice, daeformer_trainer_class
-from nnslim.hosts.nnunet.export import ExportSettings, export_model
-from nnslim.hosts.nnunet.finetune import FinetuneSettings, finetune_folder
-from nnslim.hosts.nnunet.folder import build_network, input_shape, read_model_folder
-from nnslim.hosts.nnunet.network import NETWORK_CLASS_NAME
-from nnslim.hosts.nnunet.planned import PlannedDAEFormer
-from nnslim.hosts.nnunet.short_training import ShortTraining, preprocess_once, train_short
-from nnslim.hosts.nnunet.write import compress_folder
+from nnslim.hosts.nnunet.compress.compress_model import compress_folder
+from nnslim.hosts.nnunet.export.export_model import ExportSettings, export_model
+from nnslim.hosts.nnunet.model.planned import PlannedDAEFormer
+from nnslim.hosts.nnunet.model.slim_network import NETWORK_CLASS_NAME
+from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_model_folder
+from nnslim.hosts.nnunet.train.daeformer_trainer import CEAndSquaredDice, daeformer_trainer_class
+from nnslim.hosts.nnunet.train.finetune_model import finetune_folder
+from nnslim.hosts.nnunet.train.finetune_settings import FinetuneSettings
 from nnslim.methods.embedded import DAEFormer, SparseEdit
 from nnslim.methods.embedded.daeformer import FORMS, DAEFormerForm
-from nnslim.spec import spec_of
-from nnslim.work.config import from_dict
+from nnslim.network.spec import spec_of
+from studies.board_profile import ProfileJob, profile
+from studies.embedded_table import ROWS, Row, TableSettings, compressed_bytes, measure_rows
+from studies.short_training import ShortTraining, preprocess_once, train_short
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = ShortTraining(epochs=1, iterations=2, validation_iterations=1, batch_size=2, learning_rate=1e-3)
@@ -251,9 +252,8 @@ def test_daeformer_is_trained_predicted_by_stock_nnunet_fine_tuned_and_exported(
 
 
 def test_daeformer_trainer_is_found_by_name_and_refuses_volumes(dataset, monkeypatch, make_model):
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
     import nnslim.hosts.nnunet.embedded as package
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     monkeypatch.setenv("nnUNet_extTrainer", str(Path(package.__file__).parents[1] / "ext_trainers"))
     trainer = recursive_find_trainer_class_by_name("nnUNetTrainerDAEFormer")

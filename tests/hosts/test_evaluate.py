@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from nnslim.errors import HostError, InputError
-from nnslim.hosts.totalseg.classes import organ_groups, task_classes
-from nnslim.work.evaluation.classes import read_dataset_json
-from nnslim.work.evaluation.folders import evaluate_folders
-from nnslim.work.evaluation.tables import write_summary
+from nnslim.evaluation.classes import read_dataset_json
+from nnslim.evaluation.directories import evaluate_folders
+from nnslim.evaluation.score_files import write_summary
+from nnslim.hosts.totalseg.organ_classes import organ_groups, task_classes
 
 SPACING = (0.8, 0.9, 2.5)
 REGIONS = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "tip": 3}

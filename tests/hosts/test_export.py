@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from nnslim.compression.config import tucker
 from nnslim.errors import BackendError, InputError, ModelFolderError, OutputError
-from nnslim.hosts.nnunet import export as side
-from nnslim.hosts.nnunet.export import ExportSettings, export_model, read_patch
-from nnslim.hosts.nnunet.folder import build_network, input_shape, read_model_folder
-from nnslim.hosts.nnunet.write import compress_folder
-from nnslim.work.config import tucker
+from nnslim.hosts.nnunet.compress.compress_model import compress_folder
+from nnslim.hosts.nnunet.export import export_model as side
+from nnslim.hosts.nnunet.export.export_model import ExportSettings, export_model, read_patch
+from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_model_folder
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")

@@ -16,20 +16,20 @@ import torch
 from conftest import make_predictor, random_data, write_ball_dataset
 
 from nnslim.cli import main
+from nnslim.compression.config import tucker
+from nnslim.compression.distillation import distillation_loss
 from nnslim.errors import ConfigError, InputError, ModelFolderError, OutputError
-from nnslim.hosts.nnunet.finetune import FinetuneSettings, finetune_folder
-from nnslim.hosts.nnunet.finetune import fold as fold_module
-from nnslim.hosts.nnunet.finetune.data import find_dataset, model_key, prepare_data
-from nnslim.hosts.nnunet.finetune.fold import load_teacher, run_rank
-from nnslim.hosts.nnunet.finetune.folder import _job
-from nnslim.hosts.nnunet.finetune.record import begin_record
-from nnslim.hosts.nnunet.finetune.trainer import DistilledLoss, finetune_trainer_class
-from nnslim.hosts.nnunet.folder import load_checkpoint, read_model_folder, trainer_class
-from nnslim.hosts.nnunet.short_training import ShortTraining, train_short
-from nnslim.hosts.nnunet.write import compress_folder
-from nnslim.spec import spec_of
-from nnslim.work.config import tucker
-from nnslim.work.distillation import distillation_loss
+from nnslim.hosts.nnunet.compress.compress_model import compress_folder
+from nnslim.hosts.nnunet.model.trained_model import load_checkpoint, read_model_folder, trainer_class
+from nnslim.hosts.nnunet.train import finetune_fold as fold_module
+from nnslim.hosts.nnunet.train.finetune_fold import load_teacher, run_rank
+from nnslim.hosts.nnunet.train.finetune_model import _job, finetune_folder
+from nnslim.hosts.nnunet.train.finetune_record import begin_record
+from nnslim.hosts.nnunet.train.finetune_settings import FinetuneSettings
+from nnslim.hosts.nnunet.train.finetune_trainer import DistilledLoss, finetune_trainer_class
+from nnslim.hosts.nnunet.train.prepared_data import find_dataset, model_key, prepare_data
+from nnslim.network.spec import spec_of
+from studies.short_training import ShortTraining, train_short
 
 TINY = FinetuneSettings(epochs=2, iterations=2, validation_iterations=1, batch_size=2, learning_rate=1e-3, processes=1)
 STOCK = "nnUNetPlans_3d_fullres"
@@ -364,7 +364,7 @@ def test_run_rank_two_processes_train_one_model(ball, tmp_path, monkeypatch):
     output.mkdir()
     begin_record(source, output, data, "nnUNetTrainerGloo", settings)
     job = _job(source, output, data, "0", "nnUNetTrainerGloo", settings)
-    from nnslim.hosts.nnunet.finetune.folder import _free_port
+    from nnslim.hosts.nnunet.train.finetune_model import _free_port
 
     torch.multiprocessing.spawn(run_rank, args=(job, 2, _free_port(), "cpu"), nprocs=2, join=True)
     final = final_of(output)

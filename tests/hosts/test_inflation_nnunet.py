@@ -18,16 +18,16 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 from torch.testing import assert_close
 
-import nnslim.hosts.nnunet.ext_trainers.nnslim_window as ext_trainers
+import nnslim.hosts.nnunet.train.ext.nnslim_window as ext_trainers
 from nnslim.errors import ConfigError, ModelFolderError
-from nnslim.hosts.nnunet.folder import build_network, build_untrained, read_model_folder, trainer_class
-from nnslim.hosts.nnunet.inflation.checkpoint import inflate_model, preprocessed_files, target_of, write_inflated
-from nnslim.hosts.nnunet.inflation.table import Row, Study, draw_curves, measure_inflation, rows_of
-from nnslim.hosts.nnunet.inflation.window import DiceFocal, PlannedWindowNet, window_settings, window_trainer_class
-from nnslim.hosts.nnunet.quick_dice import read_rows
-from nnslim.hosts.nnunet.shipped import shipped_model
-from nnslim.hosts.nnunet.short_training import ShortTraining, preprocess_once, train_short
+from nnslim.hosts.nnunet.model.inflated import inflate_model, preprocessed_files, target_of, write_inflated
+from nnslim.hosts.nnunet.model.shipped import shipped_model
+from nnslim.hosts.nnunet.model.trained_model import build_network, build_untrained, read_model_folder, trainer_class
+from nnslim.hosts.nnunet.train.window_trainer import DiceFocal, PlannedWindowNet, window_settings, window_trainer_class
 from nnslim.inflation import WindowConfig
+from studies.inflation_table import Row, Study, draw_curves, measure_inflation, rows_of
+from studies.quick_dice import read_rows
+from studies.short_training import ShortTraining, preprocess_once, train_short
 
 TINY = ShortTraining(epochs=2, iterations=2, validation_iterations=1, batch_size=2, learning_rate=1e-3)
 WINDOW = WindowConfig(

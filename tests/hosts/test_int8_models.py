@@ -11,9 +11,9 @@ from conftest import make_predictor, random_data
 from nnslim import NNSlimContext
 from nnslim.cli import main
 from nnslim.errors import BackendError, ConfigError
-from nnslim.hosts.nnunet import int8
-from nnslim.hosts.nnunet.folder import read_model_folder
-from nnslim.hosts.nnunet.int8 import keep_int8
+from nnslim.hosts.nnunet.export import int8_models as int8
+from nnslim.hosts.nnunet.export.int8_models import keep_int8
+from nnslim.hosts.nnunet.model.trained_model import read_model_folder
 from nnslim.running.openvino import OpenVINOEngine
 
 pytest.importorskip("nncf")

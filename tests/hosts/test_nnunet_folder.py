@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from nnslim.compression.compress_network import compress
+from nnslim.compression.config import tucker
 from nnslim.errors import ModelFolderError, OutputError, SpecError
-from nnslim.hosts.nnunet.folder import build_network, input_shape, read_model_folder
-from nnslim.hosts.nnunet.network import NETWORK_CLASS_NAME, slim_network
-from nnslim.hosts.nnunet.write import compress_folder
-from nnslim.spec import spec_of
-from nnslim.work.compress import compress
-from nnslim.work.config import tucker
+from nnslim.hosts.nnunet.compress.compress_model import compress_folder
+from nnslim.hosts.nnunet.model.slim_network import NETWORK_CLASS_NAME, slim_network
+from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_model_folder
+from nnslim.network.spec import spec_of
 
 HALF = tucker(rank_factor=0.5, rank_min=2)
 KINDS = ("plain", "residual", "2d", "anisotropic", "regions", "cascade", "old plans")
@@ -296,7 +296,7 @@ def test_read_unknown_trainer_names_the_way_out(make_model, monkeypatch):
 
 
 def test_read_model_stored_in_half_precision_is_written_in_half_precision(make_model, tmp_path):
-    from nnslim.hosts.nnunet.shipped import write_for_shipping
+    from nnslim.hosts.nnunet.model.shipped import write_for_shipping
 
     source = make_model()
     write_for_shipping(source, tmp_path / "small")

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
+from nnslim.compression.config import load_config
+from nnslim.compression.storage import half_precision
 from nnslim.errors import ConfigError, ModelFolderError, OutputError
 from nnslim.files import read_json, write_json
-from nnslim.hosts.nnunet import distill as distill_module
-from nnslim.hosts.nnunet.distill import distill_config, distill_folder, read_pair
-from nnslim.hosts.nnunet.error_grid import error_grid_folder, plan_folder
-from nnslim.hosts.nnunet.folder import read_model_folder
-from nnslim.hosts.nnunet.write import compress_folder
-from nnslim.work.config import load_config
-from nnslim.work.storage import half_precision
+from nnslim.hosts.nnunet.compress import distill_model as distill_module
+from nnslim.hosts.nnunet.compress.compress_model import compress_folder
+from nnslim.hosts.nnunet.compress.distill_model import distill_config, distill_folder, read_pair
+from nnslim.hosts.nnunet.compress.plan_model import error_grid_folder, plan_folder
+from nnslim.hosts.nnunet.model.trained_model import read_model_folder
 
 METHOD = {"method": "tucker", "rank_factor": 0.4, "rank_min": 2}
 LAYER = "encoder.stages.1.0.convs.1.conv"

@@ -19,11 +19,12 @@ import pytest
 from conftest import make_predictor
 
 from nnslim.errors import InputError
-from nnslim.hosts.nnunet.cases import list_cases, silent
-from nnslim.hosts.nnunet.folder_job import NNUNetJob, nnunet_cases
-from nnslim.hosts.nnunet.predict import PredictSettings, load_predictor, predict_folder
-from nnslim.work.folder.engines import Crew, crew_here
-from nnslim.work.folder.run import FolderSettings
+from nnslim.hosts.nnunet.cases.preprocess import list_cases, silent
+from nnslim.hosts.nnunet.predict.directory import NNUNetJob, nnunet_cases, predict_folder
+from nnslim.hosts.nnunet.predict.load import load_predictor
+from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
+from nnslim.prediction.engines import Crew, crew_here
+from nnslim.prediction.run_directory import FolderSettings
 
 STOCK = PredictSettings(backend="stock", threads=1)
 TWO = FolderSettings("local", Crew(2, threads=1))
@@ -145,7 +146,7 @@ def test_channels_that_are_not_counted_from_zero_are_refused(make_model, case_fo
     shutil.copy(case_folder / "a_0000.nii.gz", case_folder / "a_0002.nii.gz")
     predictor = make_predictor()
     predictor.dataset_json = json.loads((model / "dataset.json").read_text())
-    from nnslim.hosts.nnunet.cases import preprocess_case
+    from nnslim.hosts.nnunet.cases.preprocess import preprocess_case
 
     with pytest.raises(InputError, match=r"needs channels 0000, 0001 \(T1, T2\), found a_0000.nii.gz, a_0002.nii.gz"):
         preprocess_case(predictor, sorted(case_folder.glob("a_*")), None)

@@ -16,18 +16,19 @@ import SimpleITK
 from html_tree import parse, rows
 
 from nnslim.cli import main
+from nnslim.compression.config import load_config
 from nnslim.errors import InputError, ModelFolderError
+from nnslim.evaluation.agreement import CaseAgreement
 from nnslim.files import sha256_of
-from nnslim.hosts.nnunet.agree import agreement_of_folders, write_agreement
-from nnslim.hosts.nnunet.folder import build_network, read_model_folder
-from nnslim.hosts.nnunet.predict import PredictSettings, predict_folder
-from nnslim.hosts.nnunet.report import ReportSettings, gather, write_report
-from nnslim.hosts.nnunet.scenes import representative, to_canonical
-from nnslim.hosts.nnunet.write import compress_folder
+from nnslim.hosts.nnunet.compress.compress_model import compress_folder
+from nnslim.hosts.nnunet.judge.agree_models import agreement_of_folders, write_agreement
+from nnslim.hosts.nnunet.judge.report_data import ReportSettings, gather, write_report
+from nnslim.hosts.nnunet.judge.scenes import representative, to_canonical
+from nnslim.hosts.nnunet.model.trained_model import build_network, read_model_folder
+from nnslim.hosts.nnunet.predict.directory import predict_folder
+from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.methods.tucker.layers import TuckerConv, kernel_of
-from nnslim.surgery.walk import LayerIndex
-from nnslim.work.agreement import CaseAgreement
-from nnslim.work.config import load_config
+from nnslim.network.walk import LayerIndex
 
 SCRIPT = "(function(a){})(globalThis);/* Niivue */"
 

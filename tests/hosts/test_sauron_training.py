@@ -16,18 +16,19 @@ import torch
 from conftest import make_predictor, random_data, write_ball_dataset
 from sauron_ranks import train_rank
 
+from nnslim.compression.record import SlimRecord
 from nnslim.context import NNSlimContext
 from nnslim.errors import ConfigError, InputError, OutputError
-from nnslim.hosts.nnunet.folder import build_network, load_checkpoint, read_model_folder, trainer_class
-from nnslim.hosts.nnunet.sauron import TrainingRun, sauron_trainer_class, train_dataset
-from nnslim.hosts.nnunet.sauron import train as train_module
-from nnslim.hosts.nnunet.short_training import preprocess_once
+from nnslim.hosts.nnunet.model.trained_model import build_network, load_checkpoint, read_model_folder, trainer_class
+from nnslim.hosts.nnunet.train import train_dataset as train_module
+from nnslim.hosts.nnunet.train.sauron_trainer import sauron_trainer_class
+from nnslim.hosts.nnunet.train.train_dataset import TrainingRun, train_dataset
 from nnslim.methods.sauron import SauronConfig
-from nnslim.spec import spec_of
+from nnslim.network.spec import spec_of
+from nnslim.network.walk import LayerIndex
 from nnslim.surgery.channels import channel_map
 from nnslim.surgery.narrow import as_base, narrow_layers, widths_of
-from nnslim.surgery.walk import LayerIndex
-from nnslim.work.slim_record import SlimRecord
+from studies.short_training import preprocess_once
 
 # Thresholds that move and bite within four epochs
 QUICK = {"epochs": 4, "iterations": 2, "validation_iterations": 1, "batch_size": 2, "batches": 2, "patience": 1}
@@ -288,9 +289,10 @@ def test_unusable_settings_are_named(world, results, monkeypatch, tmp_path):
 
 
 def test_pruned_model_is_compressed_and_fine_tuned_like_any_other(world, results, tmp_path, monkeypatch):
-    from nnslim.hosts.nnunet.finetune import FinetuneSettings, finetune_folder
-    from nnslim.hosts.nnunet.write import compress_folder
-    from nnslim.work.config import tucker
+    from nnslim.compression.config import tucker
+    from nnslim.hosts.nnunet.compress.compress_model import compress_folder
+    from nnslim.hosts.nnunet.train.finetune_model import finetune_folder
+    from nnslim.hosts.nnunet.train.finetune_settings import FinetuneSettings
 
     pruned = read_model_folder(world.whole)
     slimmed = compress_folder(pruned, tmp_path / "both", tucker(rank_factor=0.5, rank_min=2), allow_slower=True)
@@ -311,9 +313,9 @@ def test_pruned_model_is_compressed_and_fine_tuned_like_any_other(world, results
 
 
 def test_folds_of_other_widths_are_compressed_one_by_one(world, tmp_path):
+    from nnslim.compression.config import tucker
     from nnslim.errors import ModelFolderError
-    from nnslim.hosts.nnunet.write import compress_folder
-    from nnslim.work.config import tucker
+    from nnslim.hosts.nnunet.compress.compress_model import compress_folder
 
     two = tmp_path / "two"
     shutil.copytree(world.whole, two)
@@ -353,7 +355,7 @@ class nnUNetTrainerGloo(nnUNetTrainer):
 
 def test_two_processes_remove_the_same_filters(world, results, tmp_path, monkeypatch):
     pytest.importorskip("nnunetv2.utilities.find_objects", reason="nnUNet_extTrainer came with nnU-Net 2.8")
-    from nnslim.hosts.nnunet.finetune.folder import _free_port
+    from nnslim.hosts.nnunet.train.finetune_model import _free_port
 
     (tmp_path / "trainers").mkdir()
     (tmp_path / "trainers" / "gloo.py").write_text(GLOO)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import make_predictor, write_ball_dataset
 
-from nnslim.hosts.nnunet.folder import read_model_folder, trainer_class
-from nnslim.hosts.nnunet.short_training import ShortTraining, copy_weights, derive_plans, train_short
-from nnslim.work.deformed_dataset import write_deformed_dataset
+from nnslim.hosts.nnunet.model.trained_model import read_model_folder, trainer_class
+from studies.deformed_dataset import write_deformed_dataset
+from studies.short_training import ShortTraining, copy_weights, derive_plans, train_short
 
 
 def _halve_widths(settings):

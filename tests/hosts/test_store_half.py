@@ -10,10 +10,10 @@ import yaml
 from conftest import make_predictor, random_data
 
 from nnslim.cli import main
+from nnslim.compression.config import from_dict, load_config
 from nnslim.errors import ModelFolderError
-from nnslim.hosts.nnunet.folder import read_model_folder
-from nnslim.hosts.nnunet.write import compress_folder
-from nnslim.work.config import from_dict, load_config
+from nnslim.hosts.nnunet.compress.compress_model import compress_folder
+from nnslim.hosts.nnunet.model.trained_model import read_model_folder
 
 SLIM = {"methods": [{"method": "tucker", "rank_factor": 0.5, "rank_min": 2}], "run": {"guard": False}}
 

@@ -16,9 +16,10 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnslim import NNSlimContext
-from nnslim.hosts.nnunet import streamed
-from nnslim.hosts.nnunet.predict import PredictSettings, predict_folder
-from nnslim.hosts.nnunet.resampling import grid_of, lean_configuration
+from nnslim.hosts.nnunet.cases import write_labels as streamed
+from nnslim.hosts.nnunet.cases.resampling_functions import grid_of, lean_configuration
+from nnslim.hosts.nnunet.predict.directory import predict_folder
+from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 
 CONVERT = "convert_predicted_logits_to_segmentation_with_correct_shape"
 RUNS_STREAMED = {"run": {"backend": "stock"}}

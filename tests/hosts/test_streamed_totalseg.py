@@ -18,9 +18,9 @@ import totalsegmentator.nnunet_runtime_patches as theirs
 from conftest import make_predictor
 
 from nnslim import NNSlimContext
-from nnslim.hosts.nnunet import streamed
-from nnslim.hosts.totalseg.standin import write_stand_in
-from nnslim.hosts.totalseg.weights import disable_usage_statistics, weights_folder
+from nnslim.hosts.nnunet.cases import write_labels as streamed
+from nnslim.hosts.totalseg.stand_in import write_stand_in
+from nnslim.hosts.totalseg.task_weights import disable_usage_statistics, weights_folder
 
 DENSE = {"run": {"backend": "stock"}}
 
@@ -31,7 +31,7 @@ def test_patches_compose_whether_totalsegmentator_is_imported_before_or_inside(m
 import pickle, torch
 import nnunetv2.inference.predict_from_raw_data as predict
 from nnslim import NNSlimContext
-from nnslim.hosts.nnunet import streamed
+from nnslim.hosts.nnunet.cases import write_labels as streamed
 NAMES = "export_prediction_from_logits", "convert_predicted_logits_to_segmentation_with_correct_shape"
 stock = [getattr(predict, name) for name in NAMES]
 if {early}:

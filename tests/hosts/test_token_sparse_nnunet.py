@@ -11,21 +11,25 @@ from conftest import make_predictor, random_data, write_ball_dataset
 from dynamic_network_architectures.architectures import primus
 from torch import nn
 
-import nnslim.hosts.nnunet.token_sparse as trainer_package
+import nnslim.hosts.nnunet.train.trainer_names as trainer_package
 from nnslim import NNSlimContext
+from nnslim.compression.config import from_dict, load_config
 from nnslim.errors import ConfigError, ModelFolderError
-from nnslim.hosts.nnunet.folder import build_network, read_model_folder
-from nnslim.hosts.nnunet.planned import PlannedUNETR, built_from_plans, planned_architecture
-from nnslim.hosts.nnunet.short_training import ShortTraining, train_short
-from nnslim.hosts.nnunet.token_sparse import trainer_named, trainer_names
-from nnslim.hosts.nnunet.token_sparse.recipe import Schedule, parameter_groups
-from nnslim.hosts.nnunet.token_sparse.trainer import settings_in_force, token_sparse_trainer_class, unetr_trainer_class
-from nnslim.hosts.nnunet.write import compress_folder
+from nnslim.hosts.nnunet.compress.compress_model import compress_folder
+from nnslim.hosts.nnunet.model.planned import PlannedUNETR, built_from_plans, planned_architecture
+from nnslim.hosts.nnunet.model.trained_model import build_network, read_model_folder
+from nnslim.hosts.nnunet.train.recipe import Schedule, parameter_groups
+from nnslim.hosts.nnunet.train.token_sparse_trainer import (
+    settings_in_force,
+    token_sparse_trainer_class,
+    unetr_trainer_class,
+)
+from nnslim.hosts.nnunet.train.trainer_names import trainer_named, trainer_names
 from nnslim.methods.token_sparse import TokenSparseConfig, set_ratio
 from nnslim.methods.token_sparse.config import RecipeConfig, UNETRConfig
 from nnslim.methods.token_sparse.supervision import SupervisedLoss
-from nnslim.spec import spec_of
-from nnslim.work.config import from_dict, load_config
+from nnslim.network.spec import spec_of
+from studies.short_training import ShortTraining, train_short
 
 TINY = ShortTraining(epochs=2, iterations=2, validation_iterations=1, batch_size=2, learning_rate=1e-3)
 
@@ -142,7 +146,7 @@ def test_architecture_read_off_a_network_builds_it_again(kind):
         1, 48, (8, 8, 8), 3, 4, 4, (16, 24, 32), num_register_tokens=2, init_values=0.1, drop_path_rate=0.2
     )
     entry = planned_architecture(network, (16, 24, 32))
-    from nnslim.hosts.nnunet.network import base_class
+    from nnslim.hosts.nnunet.model.slim_network import base_class
 
     again = base_class(entry["network_class_name"])(
         input_channels=1, num_classes=3, deep_supervision=False, **json.loads(json.dumps(entry["arch_kwargs"]))
@@ -198,7 +202,7 @@ def test_published_preset_gives_the_published_network():
     manager = type("Configuration", (), {"patch_size": (96, 96, 96)})
     with torch.device("meta"):
         network = unetr_trainer_class(settings).build_network_architecture(None, manager, 1, 14)
-    from nnslim.operations import count_operations
+    from nnslim.network.operations import count_operations
 
     assert count_operations(network, (1, 1, 96, 96, 96)).macs("torchprofile") == 146_626_752_852
 
@@ -223,7 +227,7 @@ def test_schedule_warms_up_and_ends_at_zero():
 
 
 def test_warm_start_from_another_architecture_is_refused(dataset, tmp_path):
-    from nnslim.hosts.nnunet.token_sparse.trainer import warm_start
+    from nnslim.hosts.nnunet.train.token_sparse_trainer import warm_start
 
     other = {"network_weights": {"a": torch.zeros(1)}, "trainer_name": "x", "init_args": {}}
     torch.save(other, tmp_path / "other.pth")

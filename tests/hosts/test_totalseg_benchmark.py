@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("totalsegmentator", reason="TotalSegmentator is not installed (pip install nnslim[ts])")
 
-from nnslim.hosts.totalseg.standin import write_stand_in
-from nnslim.hosts.totalseg.weights import weights_folder
+from nnslim.hosts.totalseg.stand_in import write_stand_in
+from nnslim.hosts.totalseg.task_weights import weights_folder
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "totalseg.py"
 pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="the source distribution has no benchmarks")

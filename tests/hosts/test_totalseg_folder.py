@@ -18,15 +18,15 @@ pytest.importorskip("totalsegmentator", reason="TotalSegmentator is not installe
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnslim import NNSlimContext
+from nnslim.compression.config import RunConfig, SlimConfig
 from nnslim.errors import ConfigError, InputError
-from nnslim.hosts.totalseg import standin
-from nnslim.hosts.totalseg.folder_job import TaskSettings, predict_task_folder, task_cases
-from nnslim.hosts.totalseg.standin import Layout, write_stand_in
+from nnslim.hosts.totalseg import stand_in as standin
+from nnslim.hosts.totalseg.stand_in import Layout, write_stand_in
+from nnslim.hosts.totalseg.task_directory import TaskSettings, predict_task_folder, task_cases
+from nnslim.hosts.totalseg.task_weights import STAND_IN_NOTE, task_source, weights_folder
 from nnslim.hosts.totalseg.tasks import find_task
-from nnslim.hosts.totalseg.weights import STAND_IN_NOTE, task_source, weights_folder
-from nnslim.work.config import RunConfig, SlimConfig
-from nnslim.work.folder.engines import Crew
-from nnslim.work.folder.run import FolderSettings
+from nnslim.prediction.engines import Crew
+from nnslim.prediction.run_directory import FolderSettings
 
 SMALL_PATCH = (64, 64, 64)
 

@@ -14,12 +14,12 @@ pytest.importorskip("totalsegmentator", reason="TotalSegmentator is not installe
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnslim import NNSlimContext
-from nnslim.hosts.nnunet.folder import read_model_folder
-from nnslim.hosts.nnunet.write import compress_folder
-from nnslim.hosts.totalseg.standin import write_stand_in
-from nnslim.hosts.totalseg.weights import weights_folder
-from nnslim.spec import spec_of
-from nnslim.work.config import RunConfig, tucker
+from nnslim.compression.config import RunConfig, tucker
+from nnslim.hosts.nnunet.compress.compress_model import compress_folder
+from nnslim.hosts.nnunet.model.trained_model import read_model_folder
+from nnslim.hosts.totalseg.stand_in import write_stand_in
+from nnslim.hosts.totalseg.task_weights import weights_folder
+from nnslim.network.spec import spec_of
 
 # No guard: networks this narrow have nothing to gain, and are compressed to see that it is done.
 SLIM = tucker(rank_factor=0.5, rank_min=2).model_copy(update={"run": RunConfig(guard=False)})

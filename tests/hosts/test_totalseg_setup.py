@@ -20,7 +20,8 @@ import pytest
 from nnslim.errors import ConfigError, DownloadError, HostError, OutputError
 from nnslim.files import write_json
 from nnslim.hosts.totalseg import fetch as fetch_module
-from nnslim.hosts.totalseg import standin, weights
+from nnslim.hosts.totalseg import stand_in as standin
+from nnslim.hosts.totalseg import task_weights as weights
 from nnslim.hosts.totalseg.fetch import fetch
 from nnslim.hosts.totalseg.unpack import unpack_dataset
 

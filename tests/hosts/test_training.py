@@ -8,11 +8,11 @@ import shutil
 import torch
 from conftest import make_predictor, random_data, write_ball_dataset
 
-from nnslim.hosts.nnunet.folder import read_model_folder
-from nnslim.hosts.nnunet.short_training import ShortTraining, short_trainer_class, train_short
-from nnslim.hosts.nnunet.write import compress_folder
-from nnslim.spec import spec_of
-from nnslim.work.config import tucker
+from nnslim.compression.config import tucker
+from nnslim.hosts.nnunet.compress.compress_model import compress_folder
+from nnslim.hosts.nnunet.model.trained_model import read_model_folder
+from nnslim.network.spec import spec_of
+from studies.short_training import ShortTraining, short_trainer_class, train_short
 
 TINY = ShortTraining(epochs=1, iterations=2, validation_iterations=1, batch_size=2)
 

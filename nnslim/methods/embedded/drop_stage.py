@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from nnslim.errors import SpecError
-from nnslim.spec import Edit, register_edit
-from nnslim.surgery.walk import LayerIndex
+from nnslim.network.spec import Edit, register_edit
+from nnslim.network.walk import LayerIndex
 
 _LISTS = ("features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage", "n_blocks_per_stage")
 _ATTRIBUTES = ("output_channels", "strides", "kernel_sizes")

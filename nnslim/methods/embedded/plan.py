@@ -8,17 +8,17 @@ import math
 
 from torch import nn
 
-from nnslim.cost import Cost, LayerCost, measure_cost
 from nnslim.errors import ConfigError
 from nnslim.methods.base import Decision, Plan, check_patterns
 from nnslim.methods.embedded.config import EmbeddedConfig
 from nnslim.methods.embedded.depthwise import CONVOLUTIONS, DepthwiseEdit, SeparableConv, most_groups
 from nnslim.methods.embedded.drop_stage import DropStageEdit
 from nnslim.methods.embedded.unstructured import PRUNABLE, SparseEdit
-from nnslim.spec import Edit, extend_spec
-from nnslim.streaming import Tiles
-from nnslim.surgery.reached import StripEdit, reached_parameters, strip_edits
-from nnslim.surgery.walk import Layer, LayerIndex
+from nnslim.network.cost import Cost, LayerCost, measure_cost
+from nnslim.network.reached import StripEdit, reached_parameters, strip_edits
+from nnslim.network.spec import Edit, extend_spec
+from nnslim.network.walk import Layer, LayerIndex
+from nnslim.surgery.streaming import Tiles
 
 _log = logging.getLogger("nnslim")
 _Shape = tuple[int, ...]

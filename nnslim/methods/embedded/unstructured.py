@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from nnslim.errors import SpecError
-from nnslim.spec import Edit, register_edit, spec_of
-from nnslim.surgery.walk import LayerIndex, unwrap
+from nnslim.network.spec import Edit, register_edit, spec_of
+from nnslim.network.walk import LayerIndex, unwrap
 
 _log = logging.getLogger("nnslim")
 PRUNABLE = (

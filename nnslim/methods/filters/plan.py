@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnslim.cost import Cost
 from nnslim.errors import ConfigError
 from nnslim.methods.base import Plan, narrowed
 from nnslim.methods.filters.config import FiltersConfig
-from nnslim.streaming import Tiles
+from nnslim.network.cost import Cost
+from nnslim.network.walk import LayerIndex
 from nnslim.surgery.budget import CostTable, fewest, without
 from nnslim.surgery.channels import ChannelGroup, ChannelMap, channel_map
-from nnslim.surgery.fold import MapMoments, fold_channels, map_moments
+from nnslim.surgery.folding import MapMoments, fold_channels, map_moments
 from nnslim.surgery.narrow import axes_of, narrow_edits, narrow_layers, widths_of
-from nnslim.surgery.walk import LayerIndex
+from nnslim.surgery.streaming import Tiles
 
 
 @torch.no_grad()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nnslim.errors import SpecError
-from nnslim.spec import Edit, register_edit
-from nnslim.surgery.replace import replace_layer
-from nnslim.surgery.walk import LayerIndex
+from nnslim.network.replace import replace_layer
+from nnslim.network.spec import Edit, register_edit
+from nnslim.network.walk import LayerIndex
 
 
 class LowRankLinear(nn.Module):

@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from nnslim.cost import Cost
 from nnslim.errors import ConfigError
-from nnslim.knapsack import Choice, choose
+from nnslim.maths.knapsack import Choice, choose
 from nnslim.methods.base import Decision, Plan, check_patterns
 from nnslim.methods.linear.config import LinearConfig
 from nnslim.methods.linear.edit import LowRankEdit, LowRankLinear
-from nnslim.methods.linear.spectra import Spectrum, output_spectra, weight_spectrum
-from nnslim.streaming import Tiles
-from nnslim.surgery.walk import Layer, LayerIndex, unwrap
+from nnslim.methods.linear.output_spectra import Spectrum, output_spectra, weight_spectrum
+from nnslim.network.cost import Cost
+from nnslim.network.walk import Layer, LayerIndex, unwrap
+from nnslim.surgery.streaming import Tiles
 
 
 def plan_linear(network: nn.Module, config: LinearConfig, cost: Cost, tiles: Tiles | None = None) -> Plan:

@@ -4,11 +4,11 @@ from typing import Any
 
 from torch import nn
 
-from nnslim.cost import Cost
 from nnslim.errors import ConfigError
 from nnslim.methods.base import Method, Plan, register_method
 from nnslim.methods.sauron.config import SauronConfig
 from nnslim.methods.sauron.pruner import Decision, Pruner
+from nnslim.network.cost import Cost
 
 
 def _no_plan(network: nn.Module, config: SauronConfig, cost: Cost, tiles: Any = None) -> Plan:

@@ -12,13 +12,13 @@ import numpy as np
 from torch import nn
 
 from nnslim.methods.sauron.config import SauronConfig
+from nnslim.methods.sauron.map_watch import MapWatch
 from nnslim.methods.sauron.thresholds import LayerState, below, due
-from nnslim.methods.sauron.watch import MapWatch
+from nnslim.network.walk import LayerIndex
 from nnslim.surgery.budget import CostTable, fewest, without
 from nnslim.surgery.channels import channel_map
-from nnslim.surgery.fold import MapMoments, fold_channels
+from nnslim.surgery.folding import MapMoments, fold_channels
 from nnslim.surgery.narrow import Cut, narrow_layers
-from nnslim.surgery.walk import LayerIndex
 
 Scores = Mapping[str, Sequence[float]]
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from nnslim.errors import ConfigError, SpecError
-from nnslim.methods.token_sparse.encoders import SparseEva, SparseViT
 from nnslim.methods.token_sparse.reduction import TokenReduction
-from nnslim.spec import Edit, register_edit
-from nnslim.surgery.replace import replace_layer
-from nnslim.surgery.walk import Layer, LayerIndex
+from nnslim.methods.token_sparse.sparse_encoders import SparseEva, SparseViT
+from nnslim.network.replace import replace_layer
+from nnslim.network.spec import Edit, register_edit
+from nnslim.network.walk import Layer, LayerIndex
 
 
 @register_edit

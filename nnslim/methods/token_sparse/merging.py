@@ -5,16 +5,12 @@ Reference: Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from nnslim.methods.token_sparse.selection import take
-
-if TYPE_CHECKING:
-    from nnslim.methods.token_sparse.reduction import Sequence3d
+from nnslim.methods.token_sparse.sequence import Sequence3d
 
 
 def merge_steps(now: Sequence3d, keep: int) -> Sequence3d:

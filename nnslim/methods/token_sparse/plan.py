@@ -8,16 +8,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from nnslim.cost import Cost
 from nnslim.errors import ConfigError
 from nnslim.methods.base import Decision, Plan
 from nnslim.methods.token_sparse.config import TokenSparseConfig
 from nnslim.methods.token_sparse.edit import TokenSparseEdit, encoders_of, token_count
-from nnslim.methods.token_sparse.encoders import _SparseEncoder
-from nnslim.operations import count_operations
-from nnslim.spec import extend_spec
-from nnslim.streaming import Tiles
-from nnslim.surgery.walk import unwrap
+from nnslim.methods.token_sparse.sparse_encoders import _SparseEncoder
+from nnslim.network.cost import Cost
+from nnslim.network.operations import count_operations
+from nnslim.network.spec import extend_spec
+from nnslim.network.walk import unwrap
+from nnslim.surgery.streaming import Tiles
 
 
 def token_sparse_edits(network: nn.Module, config: TokenSparseConfig) -> tuple[TokenSparseEdit, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,66 +13,13 @@ from torch import Tensor, nn
 from nnslim.errors import ConfigError
 from nnslim.methods.token_sparse.merging import merge_steps
 from nnslim.methods.token_sparse.scorers import LEARNED, Scorer, StageInput, make_scorers
-from nnslim.methods.token_sparse.selection import TopK, keep_count, take, unshuffle
+from nnslim.methods.token_sparse.selection import TopK, keep_count, take
+from nnslim.methods.token_sparse.sequence import Sequence3d
 
 Mode = Literal["drop", "merge"]
 FLOOR = 8  # fewer tokens than this in the last blocks are not worth the parameters that work on them
 _log = logging.getLogger("nnslim")
 Attention = Callable[[Tensor, Tensor | None], Tensor]  # (tokens, rope) -> (B, L), attention received by each token
-
-
-@dataclass
-class Sequence3d:
-    """A token sequence on its way through the blocks: P prefix tokens, then L patch tokens.
-
-    Attributes:
-        x: (B, P + L, D). prefix: P. length: L, a plain number also while a tracer makes tensors of shapes.
-        rope: rotary embedding of the patch tokens, (L, E) while complete, then (B, 1, L, E); None without.
-        content: (B, L), see `StageInput`.
-        positions: (B, P + L), where each row belongs in the full sequence; None while it is complete.
-        alive: (B, P + L, 1) ones, with the gradients of the choices so far.
-        groups, group_positions, stages: what was dropped, where it belongs, and by which stage.
-        assigned: (B, L_full), the current patch token that stands for each original one, where tokens were merged.
-        sizes: (B, L, 1), how many tokens each merged one stands for.
-    """
-
-    x: Tensor
-    length: int
-    prefix: int = 0
-    rope: Tensor | None = None
-    content: Tensor | None = None
-    positions: Tensor | None = None
-    alive: Tensor | None = None
-    groups: list[Tensor] = field(default_factory=list)
-    group_positions: list[Tensor] = field(default_factory=list)
-    stages: list[int] = field(default_factory=list)
-    assigned: Tensor | None = None
-    sizes: Tensor | None = None
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing was dropped or merged."""
-        return self.positions is None and self.assigned is None
-
-    def parts(self) -> list[tuple[int, Tensor]]:
-        """Return (stage, tokens) of every dropped group, then (-1, the current rows)."""
-        return [*zip(self.stages, self.groups, strict=True), (-1, self.x)]
-
-    def all_positions(self) -> Tensor:
-        """Return (B, N), the positions of all dropped groups, then of the current rows."""
-        return torch.cat((*self.group_positions, self.positions), dim=1)
-
-    def last_values(self, x: Tensor | None = None) -> Tensor:
-        """Return the full sequence (B, P + L_full, D), each token as it was last computed.
-
-        Args:
-            x: current rows in place of `self.x`.
-        """
-        x = self.x if x is None else x
-        if self.assigned is not None:
-            patches = take(x[:, self.prefix :], self.assigned)
-            return torch.cat((x[:, : self.prefix], patches), dim=1)
-        return x if self.positions is None else unshuffle(torch.cat((*self.groups, x), dim=1), self.all_positions())
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnslim.methods.token_sparse.encoders import token_edge
 from nnslim.methods.token_sparse.reduction import Scored, TokenReduction
+from nnslim.methods.token_sparse.sparse_encoders import token_edge
 
 
 def scorer_loss(heard: Sequence[Scored], foreground: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from nnslim.errors import ConfigError
 from nnslim.methods.token_sparse.completion import Completion, FusionNet, MaskCompletion
-from nnslim.methods.token_sparse.decoders import Decoder, UNETRDecoder, to_volume
 from nnslim.methods.token_sparse.reduction import Mode, TokenReduction
 from nnslim.methods.token_sparse.scorers import Scorer
+from nnslim.methods.token_sparse.unetr_decoders import Decoder, UNETRDecoder, to_volume
 from nnslim.methods.token_sparse.vit import Block, PatchEmbedding, TokenPruningViT
 
 # The configurations of the paper's repository: BTCV is 96^3 with one channel, BraTS 128^3 with four.

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnslim.errors import ConfigError
-from nnslim.methods.token_sparse.reduction import Sequence3d, TokenReduction
+from nnslim.methods.token_sparse.reduction import TokenReduction
+from nnslim.methods.token_sparse.sequence import Sequence3d
 
 PatchEmbedding = Literal["conv", "conv2p1d"]
 

@@ -3,7 +3,7 @@
 from nnslim.methods.base import Method, register_method
 from nnslim.methods.tucker.config import FitConfig, TuckerConfig
 from nnslim.methods.tucker.edit import TuckerEdit
-from nnslim.methods.tucker.fit import fit_tucker_network
+from nnslim.methods.tucker.fit_chains import fit_tucker_network
 from nnslim.methods.tucker.layers import weight_errors
 from nnslim.methods.tucker.plan import plan_tucker
 

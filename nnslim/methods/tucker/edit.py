@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from nnslim.errors import SpecError
-from nnslim.lowrank import partial_tucker
+from nnslim.maths.lowrank import partial_tucker
 from nnslim.methods.tucker.layers import TuckerConv, kernel_of
-from nnslim.spec import Edit, register_edit
-from nnslim.surgery.replace import replace_layer
-from nnslim.surgery.walk import LayerIndex
+from nnslim.network.replace import replace_layer
+from nnslim.network.spec import Edit, register_edit
+from nnslim.network.walk import LayerIndex
 
 
 @register_edit

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from nnslim.errors import SpecError
-from nnslim.lowrank import TuckerFactors
-from nnslim.surgery.walk import LayerIndex
+from nnslim.maths.lowrank import TuckerFactors
+from nnslim.network.walk import LayerIndex
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _POINTWISE = {

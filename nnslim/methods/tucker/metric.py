@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nnslim.moments import ChannelMoments, Moments
+from nnslim.maths.moments import ChannelMoments, Moments
 
 
 def output_metric(moments: Moments | ChannelMoments, norm: nn.Module | None, damping: float) -> Tensor:

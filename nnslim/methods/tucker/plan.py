@@ -9,15 +9,15 @@ from dataclasses import replace
 
 from torch import nn
 
-from nnslim.cost import Cost
 from nnslim.methods.base import Decision, Plan, check_patterns
 from nnslim.methods.tucker.chain import chain_macs, chain_parameters
 from nnslim.methods.tucker.config import TuckerConfig
 from nnslim.methods.tucker.edit import TuckerEdit
 from nnslim.methods.tucker.layers import CONVOLUTIONS, is_transposed, kernel_of
 from nnslim.methods.tucker.ranks import Chosen, choose_ranks
-from nnslim.streaming import Tiles
-from nnslim.surgery.walk import Layer, LayerIndex, unwrap
+from nnslim.network.cost import Cost
+from nnslim.network.walk import Layer, LayerIndex, unwrap
+from nnslim.surgery.streaming import Tiles
 
 _log = logging.getLogger("nnslim")
 

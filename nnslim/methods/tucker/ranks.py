@@ -8,18 +8,18 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from nnslim.cost import Cost
 from nnslim.errors import ConfigError, RankError
-from nnslim.knapsack import Choice, choose
+from nnslim.maths.knapsack import Choice, choose
+from nnslim.maths.spectra import evbmf_rank
 from nnslim.methods.tucker.chain import chain_macs, chain_parameters
 from nnslim.methods.tucker.config import TuckerConfig
+from nnslim.methods.tucker.latency import LatencyTable
 from nnslim.methods.tucker.layers import is_transposed, kernel_of
+from nnslim.methods.tucker.plan_table import read_ranks
 from nnslim.methods.tucker.survey import LayerSurvey, Ranks, Survey, survey
-from nnslim.methods.tucker.table import read_ranks
-from nnslim.methods.tucker.timing import LatencyTable
-from nnslim.spectra import evbmf_rank
-from nnslim.streaming import Tiles
-from nnslim.surgery.walk import Layer
+from nnslim.network.cost import Cost
+from nnslim.network.walk import Layer
+from nnslim.surgery.streaming import Tiles
 
 _ALIGNMENT = 8  # ranks in multiples of 8 suit CPU vectors and tensor cores (odd ranks lose up to 2.3x on an A100)
 

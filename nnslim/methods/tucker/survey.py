@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nnslim.fitting import fit_by_channels
+from nnslim.maths.fitting import fit_by_channels
+from nnslim.maths.moments import ChannelMoments, LinearView
+from nnslim.maths.spectra import Spectrum, whitened
 from nnslim.methods.tucker.layers import kernel_of
 from nnslim.methods.tucker.metric import output_metric
-from nnslim.moments import ChannelMoments, LinearView
-from nnslim.spectra import Spectrum, whitened
-from nnslim.streaming import Request, Tiles, following_norms, stream_moments
-from nnslim.surgery.walk import LayerIndex
+from nnslim.network.walk import LayerIndex
+from nnslim.surgery.streaming import Request, Tiles, following_norms, stream_moments
 
 _PROBE_ERROR = (
     0.1  # squared relative error at which a layer is probed: large enough to be seen, small enough to be local

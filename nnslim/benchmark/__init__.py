@@ -1,0 +1,1 @@
+"""Times side by side: alternated rounds, what they are measured on, tables and pictures."""

@@ -1,0 +1,141 @@
+"""Compressed weights on disk, by the hash of what they were made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnslim.compression.compress_network import Slimmed, StateDict, rebuild
+from nnslim.compression.config import SlimConfig
+from nnslim.compression.guard import Guard
+from nnslim.errors import NNSlimError
+from nnslim.files import make_folder, save_checkpoint, user_cache
+from nnslim.methods.base import Decision
+from nnslim.network.cost import Counts
+from nnslim.network.spec import SPEC_VERSION, SlimSpec
+from nnslim.running.speed import Speed
+
+# Raise this when a method computes other weights from the same input, so that old files are not used.
+CACHE_VERSION = 2
+_log = logging.getLogger("nnslim")
+
+
+def cache_folder(config: SlimConfig) -> Path:
+    """Return the cache folder: of the config, else NNSLIM_CACHE, else nnslim in the user's cache folder."""
+    if config.cache.folder is not None:
+        return config.cache.folder.expanduser()
+    return user_cache()
+
+
+def cache_key(
+    network: nn.Module,
+    weights: Sequence[StateDict],
+    config: SlimConfig,
+    shape: Sequence[int],
+    images: str = "",
+) -> str:
+    """Return 40 hexadecimal digits that change with the weights, the architecture, the settings, the patch or images.
+
+    `images` is the fingerprint of the calibration images.
+
+    Cost: one pass over the bytes of the weights (about a second per GB).
+    """
+    digest = hashlib.blake2b(digest_size=20)
+    head = [CACHE_VERSION, SPEC_VERSION, config.identity(), list(shape), str(network), _switches(network), images]
+    digest.update(json.dumps(head, sort_keys=True).encode())
+    for fold in weights:
+        seen: set[int] = set()
+        for name, tensor in fold.items():
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            if tensor.data_ptr() not in seen:  # nnU-Net lists the same tensor under several names
+                seen.add(tensor.data_ptr())
+                flat = tensor.detach().cpu().contiguous().flatten()
+                digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def _switches(network: nn.Module) -> list[str]:
+    """Return the boolean attributes of all modules: deep supervision, for one, is not in their printed form."""
+    return [
+        f"{name}.{key}={value}"
+        for name, module in network.named_modules()
+        for key, value in sorted(vars(module).items())
+        if isinstance(value, bool) and key != "training"
+    ]
+
+
+def store(slimmed: Slimmed, key: str, folder: Path) -> Path:
+    """Write a compressed network, whole or not at all.
+
+    Raises:
+        OutputError: the folder cannot be written, or the disk is full.
+    """
+    make_folder(folder)
+    path = folder / f"{key}.pt"
+    save_checkpoint(
+        {
+            "spec": json.dumps(slimmed.spec.to_dict()),
+            "summary": json.dumps(slimmed.summary()),
+            "speed": json.dumps(slimmed.speed.to_dict() if slimmed.speed else None),
+            "weights": list(slimmed.weights),
+        },
+        path,
+    )
+    return path
+
+
+def recall(network: nn.Module, key: str, folder: Path, guard: Guard | None = None) -> Slimmed | None:
+    """Return what `store` kept under the key, or None. A damaged file is reported, ignored and later replaced.
+
+    What a guard left dense on another machine, or with another backend, is not taken, nor without a guard. A network
+    that is whole is, and is measured first if it was not measured here.
+    """
+    found = _read(network, folder / f"{key}.pt")
+    if found is None or (guard is not None and not found.spec.edits and not found.refused):
+        return found
+    speed = found.speed
+    if guard is not None and speed is not None and speed.where == guard.where:
+        return found
+    if found.refused or (speed is not None and speed.put_back):
+        return None
+    if guard is None:
+        return found
+    speed = guard.measure(network, found.network, found.input_shape)
+    return dataclasses.replace(found, speed=speed) if speed.gains or not guard.puts_back else None
+
+
+def _read(network: nn.Module, path: Path) -> Slimmed | None:
+    if not path.is_file():
+        return None
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        spec = SlimSpec.from_dict(json.loads(content["spec"]))
+        summary, speed = json.loads(content["summary"]), json.loads(content.get("speed", "null"))
+        weights = tuple(content["weights"])
+        return Slimmed(
+            rebuild(network, spec, weights[0]),
+            weights,
+            spec,
+            tuple(Decision.from_dict(layer) for layer in summary["layers"]),
+            Counts(**summary["dense"]),
+            Counts(**summary["slim"]),
+            tuple(summary["input_shape"]),
+            tuple(summary["recovery"]),
+            speed=Speed.from_dict(speed) if speed else None,
+            half_agreement=summary.get("half_agreement"),
+        )
+    except (NNSlimError, OSError, RuntimeError, LookupError, AttributeError, ValueError, TypeError, EOFError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        _log.warning("%s is damaged (%s); compressing again", path, reason)
+    except pickle.PickleError as error:  # its text is a page of advice for programmers
+        _log.warning("%s cannot be read (%s); compressing again", path, type(error).__name__)
+    return None

@@ -1,0 +1,42 @@
+"""What compression sees of a user's unlabelled images; a host makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch.utils.data import Dataset
+
+from nnslim.surgery.streaming import Tiles
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Unlabelled data in the form that each step needs. Images stay on disk; one tile is in memory at a time.
+
+    Attributes:
+        tiles: for statistics.
+        held_out: on which agreement with the dense network is measured; not learned from where there are 4 images or
+            more.
+        fresh: on which plans are compared that are fitted but not learned: images that were not fitted to, where there
+            are enough; None for `held_out`.
+        patches: number of patches -> augmented patches to learn from; patch `index` is the same each time.
+        regions: the network's channels are regions that may overlap.
+        fingerprint: hash of the images' content.
+        images: how many there are.
+        mirror_axes: spatial axes along which the model may be mirrored. mirrored: it will predict so.
+        seed: the configuration's.
+        class_names: in the order of the network's channels, without background.
+    """
+
+    tiles: Tiles
+    held_out: Tiles
+    patches: Callable[[int], Dataset]
+    regions: bool = False
+    fingerprint: str = ""
+    images: int = 0
+    mirror_axes: tuple[int, ...] = ()
+    mirrored: bool = False
+    seed: int = 0
+    class_names: tuple[str, ...] = ()
+    fresh: Tiles | None = None

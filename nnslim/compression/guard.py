@@ -1,0 +1,117 @@
+"""Layers go back to dense until the slim network is faster than the dense one, on the machine at hand."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from nnslim.methods.base import Decision, Plan
+from nnslim.network.spec import extend_spec
+from nnslim.running.engine import Settings
+from nnslim.running.speed import Speed, compare_speed, layer_gains, place
+
+_log = logging.getLogger("nnslim")
+
+
+@dataclass(frozen=True)
+class Guard:
+    """How plans are held to be faster than the dense network.
+
+    Attributes:
+        settings: how the network will run. device: where.
+        puts_back: False only measures.
+    """
+
+    settings: Settings
+    device: torch.device
+    puts_back: bool = True
+
+    @cached_property
+    def where(self) -> str:
+        """What a measurement of this guard holds for."""
+        return place(self.device, self.settings)
+
+    def measure(self, dense: nn.Module, slim: nn.Module, shape: Sequence[int]) -> Speed:
+        """Compare two networks, which are not modified."""
+        pair = [copy.deepcopy(network).to(self.device).eval() for network in (dense, slim)]
+        return compare_speed(*pair, shape, self.settings)
+
+    def check(
+        self, dense: nn.Module, plans: tuple[Plan, ...], shape: Sequence[int]
+    ) -> tuple[tuple[Plan, ...], Speed | None]:
+        """Measure the network that the plans make; return plans of fewer edits where it does not win, and the speed.
+
+        Of the last method, the layers that save no time when measured one by one go back to dense first, then those
+        that save least, half of those left at a time, until the network as a whole wins. Where it never does, the
+        plans that are returned have no edits, and the speed, which does not gain, is that of the last try.
+
+        Args:
+            dense: with any weights; not modified. shape: (1, channels, *patch).
+        Returns:
+            The plans, and None for a speed where they had no edits.
+        """
+        if not any(plan.edits for plan in plans):
+            return plans, None
+        dense = copy.deepcopy(dense).to(self.device).eval()
+        slim = _structure(dense, plans)
+        planned = speed = compare_speed(dense, slim, shape, self.settings)
+        if planned.gains or not self.puts_back:
+            return plans, planned
+        names = [edit.layer for edit in plans[-1].edits if edit.separable]
+        gains = layer_gains(_structure(dense, plans[:-1]), slim, names, shape, planned.backend)
+        order = sorted(gains, key=gains.__getitem__)
+        count = max(1, sum(gain <= 0 for gain in gains.values()))
+        while count <= len(order):
+            left = (*plans[:-1], _without(plans[-1], order[:count], gains))
+            if not any(plan.edits for plan in left):
+                speed = replace(speed, put_back=tuple(order)) if speed is planned else speed
+                break
+            speed = compare_speed(dense, _structure(dense, left), shape, self.settings)
+            speed = replace(speed, planned=planned.slim, put_back=tuple(order[:count]))
+            _log.info("guard: %s", speed)
+            if speed.gains:
+                return left, speed
+            count += max(1, (len(order) - count + 1) // 2)
+        all_dense = (_without(plan, {decision.layer for decision in plan.decisions}, gains) for plan in plans)
+        return tuple(replace(plan, edits=()) for plan in all_dense), speed
+
+
+def _structure(dense: nn.Module, plans: tuple[Plan, ...]) -> nn.Module:
+    """Return a slim network with some weights or other: what they are does not change its time."""
+    slim = copy.deepcopy(dense)
+    known = {id(parameter) for parameter in slim.parameters()}
+    for plan in plans:
+        slim = extend_spec(plan.edits, slim)
+    with torch.no_grad():
+        for parameter in slim.parameters():
+            if id(parameter) not in known:  # memory as it was found may hold numbers that are slow to compute with
+                parameter.normal_(0, 0.05)
+    return slim.eval()
+
+
+def _without(plan: Plan, names: Collection[str], gains: Mapping[str, float]) -> Plan:
+    """Return the plan without the edits of some layers."""
+    edits = tuple(edit for edit in plan.edits if not (edit.separable and edit.layer in names))
+    decisions = (_dense(each, gains) if each.layer in names else each for each in plan.decisions)
+    return Plan(edits, tuple(decisions))
+
+
+def _dense(decision: Decision, gains: Mapping[str, float]) -> Decision:
+    if decision.action == "dense":
+        return decision
+    saved = gains.get(decision.layer)
+    return replace(
+        decision,
+        action="dense",
+        ranks=None,
+        macs_after=decision.macs_before,
+        parameters_after=decision.parameters_before,
+        error=None,
+        reason="not faster here" if saved is None else f"not faster here (saves {saved * 1e3:.3g} ms of a pass)",
+    )

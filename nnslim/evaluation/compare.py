@@ -1,0 +1,175 @@
+"""Compare one prediction with its reference, class by class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from nnslim.errors import InputError
+from nnslim.evaluation.classes import Classes, LabelClass, numbered_classes
+from nnslim.evaluation.overlap import dice_of_counts, joint_counts
+from nnslim.evaluation.sources import Crop, LabelSource, MaskSource, Source, open_source, union_box
+from nnslim.evaluation.surfaces import surface_distances
+
+_NAN = float("nan")
+Side = Literal["prediction", "reference"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One class in one case.
+
+    Attributes:
+        predicted, reference, both: voxels of the class. voxels: that count at all, so without the ignored ones.
+        nsd: share of both surfaces within the tolerance. hd95: mm.
+    """
+
+    predicted: int
+    reference: int
+    both: int
+    voxels: int
+    nsd: float = _NAN
+    hd95: float = _NAN
+
+    @property
+    def dice(self) -> float:
+        """NaN where neither side has the class, 0 where only one has it."""
+        return dice_of_counts(self.predicted, self.reference, self.both)
+
+    @property
+    def empty(self) -> Literal["", "both", "prediction", "reference"]:
+        """Which side lacks the class: "prediction" is a miss, "reference" a false positive."""
+        if self.predicted and self.reference:
+            return ""
+        if self.predicted or self.reference:
+            return "reference" if self.predicted else "prediction"
+        return "both"
+
+
+@dataclass(frozen=True)
+class CaseScores:
+    """One case.
+
+    Attributes:
+        name: case. prediction, reference: what was compared. voxels: see `Scores`.
+        scores: class key -> scores; classes that neither side has may be left out.
+        lacking: class key -> side on which the file of the class is not there (one file per class only).
+        found: classes of the case where none were prescribed.
+    """
+
+    name: str
+    prediction: Path
+    reference: Path
+    voxels: int
+    scores: dict[str, Scores]
+    lacking: dict[str, Side] = field(default_factory=dict)
+    found: tuple[LabelClass, ...] = ()
+
+    def score(self, key: str) -> Scores | None:
+        """Return the scores of a class; None where a file was lacking."""
+        if key in self.lacking:
+            return None
+        return self.scores.get(key) or Scores(0, 0, 0, self.voxels)
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """What is compared.
+
+    Attributes:
+        classes: None: every label, or every class that has a file.
+        tolerance: of the surface Dice, mm.
+        surfaces: NSD and HD95, too; without them a case takes a second.
+        threads: classes at a time.
+        wanted: names or keys of the classes to compare; None: all. What a case does not have is no error here.
+    """
+
+    classes: Classes | None = None
+    tolerance: float = 1.0
+    surfaces: bool = True
+    threads: int = 1
+    wanted: tuple[str, ...] | None = None
+
+
+def compare_case(name: str, prediction: Path, reference: Path, settings: CompareSettings) -> CaseScores:
+    """Read both sides and compare them.
+
+    Raises:
+        InputError: a file cannot be read, the grids differ, or a label is none of the classes.
+    """
+    one, other = (open_source(place, settings.classes) for place in (prediction, reference))
+    one.check_grid(other)
+    classes = settings.classes or _all_classes(one, other)
+    if settings.wanted is not None:
+        classes = classes.only(settings.wanted, known=False)
+    lacking: dict[str, Side] = {}
+    for side, source in (("prediction", one), ("reference", other)):
+        lacking |= {c.key: side for c in classes.classes if not source.has(c) and c.key not in lacking}
+    there = [c for c in classes.classes if c.key not in lacking]
+    if lacking and not there:
+        raise InputError(f"{prediction} and {reference} have no class in common")
+    comparison = _Comparison(one, other, classes, settings)
+    with ThreadPoolExecutor(settings.threads) as pool:
+        scores = dict(zip((c.key for c in there), pool.map(comparison.scores, there), strict=True))
+    found = classes.classes if settings.classes is None else ()
+    present = {key: score for key, score in scores.items() if score is not None}
+    return CaseScores(name, prediction, reference, comparison.voxels, present, lacking, found)
+
+
+def _all_classes(one: Source, other: Source) -> Classes:
+    if isinstance(one, MaskSource) and isinstance(other, MaskSource):
+        names = sorted({*one.files, *other.files})
+        return Classes(tuple(LabelClass(name, (), name) for name in names))
+    if isinstance(one, LabelSource) and isinstance(other, LabelSource):
+        return numbered_classes((one.labels | other.labels) - {0})
+    raise InputError(
+        f"{one.place} and {other.place}: to compare a label map with one file per class the names of the labels "
+        "are needed; give a dataset.json"
+    )
+
+
+class _Comparison:
+    def __init__(self, one: Source, other: Source, classes: Classes, settings: CompareSettings) -> None:
+        self.one, self.other, self.settings = one, other, settings
+        self.ignore = classes.ignore
+        self.counts = None
+        self.voxels = one.size
+        if isinstance(one, LabelSource) and isinstance(other, LabelSource):
+            self.counts = joint_counts(one.volume, other.volume).without(classes.ignore)
+            self.voxels = int(self.counts.counts.sum())
+        elif classes.ignore is not None:
+            raise InputError(f"{one.place} and {other.place}: an ignore label needs label maps on both sides")
+
+    def scores(self, one: LabelClass) -> Scores | None:
+        """Return the scores of a class; None where neither side has it."""
+        counted = None if self.counts is None else self.counts.overlap(one.members)
+        if counted is not None and not self.settings.surfaces:
+            return Scores(*counted, self.voxels) if any(counted) else None
+        predicted, reference = self.one.load(one), self.other.load(one)
+        box = union_box(predicted.box, reference.box)
+        if box is None:
+            return None
+        masks = (self._valid(predicted, box), reference.mask(box))
+        if counted is None:
+            counted = (*(int(np.count_nonzero(mask)) for mask in masks), int(np.count_nonzero(masks[0] & masks[1])))
+        if not any(counted):
+            return None
+        if not counted[0] or not counted[1]:  # a miss or a false positive: no part of the surface is right
+            return Scores(*counted, self.voxels, 0.0 if self.settings.surfaces else _NAN)
+        if not self.settings.surfaces:
+            return Scores(*counted, self.voxels)
+        distances = surface_distances(*masks, self.one.spacing)
+        nsd = distances.surface_dice(self.settings.tolerance)
+        return Scores(*counted, self.voxels, nsd, distances.hausdorff(95))
+
+    def _valid(self, predicted: Crop, box: Sequence[slice]) -> np.ndarray:
+        """Return the predicted mask without the voxels that the reference tells to ignore."""
+        mask = predicted.mask(box)
+        if self.ignore is not None and isinstance(self.other, LabelSource):
+            mask &= self.other.volume[tuple(box)] != self.ignore
+        return mask

@@ -1,0 +1,104 @@
+"""Compare all cases of two folders."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from nnslim.errors import InputError
+from nnslim.evaluation.classes import Classes, LabelClass
+from nnslim.evaluation.compare import CaseScores, CompareSettings, compare_case
+from nnslim.evaluation.pairing import pair_cases
+from nnslim.evaluation.results import Evaluation
+from nnslim.evaluation.workers import Outcome, run_jobs
+
+_START = 10.0  # seconds of work that make starting processes worth while; each imports numpy and scipy first
+
+
+def evaluate_folders(
+    predictions: Path,
+    references: Path,
+    classes: Classes | None = None,
+    *,
+    tolerance: float = 1.0,
+    surfaces: bool = True,
+    wanted: tuple[str, ...] | None = None,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Compare each prediction with its reference; a case that fails is listed, and the rest goes on.
+
+    Args:
+        predictions, references: folders of label maps or of folders of masks, or one file each; see `pair_cases`.
+        classes: what the labels mean; None: every label is a class.
+        tolerance: of the NSD, mm.
+        surfaces: NSD and HD95 besides Dice.
+        wanted: names or keys of classes; None: all.
+        workers: processes over cases; what is left over are threads over classes. None: all CPUs of this process, or
+            this process alone where the first case shows that the rest is done sooner without others.
+        progress: called with (cases done, cases in all).
+    Raises:
+        InputError: folders that cannot be paired, a tolerance below 0, an unknown class, or no case at all could be
+        compared.
+    """
+    if not tolerance >= 0:
+        raise InputError(f"the tolerance is a distance in mm, found {tolerance}")
+    names = [one.name for one in classes.classes] if classes else ()
+    pairing = pair_cases(predictions, references, classes and classes.ending, names)
+    if classes is not None and wanted is not None:
+        classes = classes.only(wanted)
+    settings = CompareSettings(classes, tolerance, surfaces, 1, wanted if classes is None else None)
+    evaluation = Evaluation((), missing=pairing.missing, extra=pairing.extra, tolerance=tolerance)
+    jobs = pairing.pairs
+    done: dict[str, CaseScores] = {}
+    for number, (name, outcome) in enumerate(_run(jobs, settings, workers), start=1):
+        if isinstance(outcome, Exception):
+            evaluation.failed[name] = _reason(outcome)
+        else:
+            done[name] = outcome
+        if progress is not None:
+            progress(number, len(jobs))
+    if not done:
+        name, reason = next(iter(evaluation.failed.items()))
+        raise InputError(f"none of {len(jobs)} case(s) of {predictions} could be compared; {name}: {reason}")
+    evaluation.cases = [done[name] for name in jobs if name in done]
+    evaluation.classes = classes.classes if classes else _found(evaluation.cases)
+    if wanted is not None:
+        Classes(evaluation.classes).only(wanted)
+    return evaluation
+
+
+def available_cpus() -> int:
+    """Return how many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run(pairs: dict[str, tuple[Path, Path]], settings: CompareSettings, workers: int | None) -> Iterator[Outcome]:
+    """Compare all pairs: a case per process first, because Python's threads share one interpreter."""
+    rest = dict(pairs)
+    if workers is None:
+        workers = available_cpus()
+        first = next(iter(rest))
+        started = time.perf_counter()
+        alone = replace(settings, threads=workers)
+        yield from run_jobs(compare_case, {first: (first, *rest.pop(first), alone)}, 1)
+        if (time.perf_counter() - started) * len(rest) < _START:
+            yield from run_jobs(compare_case, {name: (name, *pair, alone) for name, pair in rest.items()}, 1)
+            return
+    processes = max(1, min(workers, len(rest)))
+    shared = replace(settings, threads=max(1, workers // processes))
+    yield from run_jobs(compare_case, {name: (name, *pair, shared) for name, pair in rest.items()}, processes)
+
+
+def _found(cases: list[CaseScores]) -> tuple[LabelClass, ...]:
+    """Return the classes of all cases, numbers in their order."""
+    found = {one.key: one for case in cases for one in case.found}
+    return tuple(found[key] for key in sorted(found, key=lambda key: (not key.isdigit(), key.zfill(5))))
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, (InputError, RuntimeError)) and text else f"{type(error).__name__}: {text}"

@@ -1,0 +1,1 @@
+"""Cases in nnU-Net's way: found, preprocessed, resampled, written."""

@@ -1,0 +1,377 @@
+"""Unlabelled images of a user, through nnU-Net's preprocessing, as calibration tiles and augmented patches."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace, TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnslim.compression.calibration import Calibration
+from nnslim.compression.config import SlimConfig
+from nnslim.errors import InputError
+from nnslim.files import output_error, sha256_of
+from nnslim.hosts.nnunet.cases.preprocess import check_stage, find_cases, preprocess_case
+from nnslim.hosts.nnunet.model.class_names import classes_of
+
+_FRESH = 24  # images, at most, on which fitted plans are compared
+_FLAT = 0.02  # a tile whose spread is below this share of the image's shows padding or air
+
+
+@dataclass(frozen=True)
+class Source:
+    """What preprocessing needs of a model, whether it is a folder or a loaded predictor.
+
+    Attributes:
+        plans_manager, configuration_manager, dataset_json, label_manager: nnU-Net's.
+        mirror_axes: axes along which the model was trained to be mirrored, None for none.
+    """
+
+    plans_manager: Any
+    configuration_manager: Any
+    dataset_json: dict[str, Any]
+    label_manager: Any
+    mirror_axes: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, model: Any) -> Source:
+        """Return the source of a ModelFolder or of an initialised nnUNetPredictor."""
+        if hasattr(model, "checkpoints"):
+            first = next(iter(model.checkpoints.values()))
+            dataset, axes = model.dataset, first.get("inference_allowed_mirroring_axes")
+        else:
+            dataset, axes = model.dataset_json, model.allowed_mirroring_axes
+        labels = model.plans_manager.get_label_manager(dataset)
+        return cls(
+            model.plans_manager, model.configuration_manager, dataset, labels, None if axes is None else tuple(axes)
+        )
+
+    @property
+    def patch(self) -> tuple[int, ...]:
+        """Patch size, voxels; two numbers for a 2D configuration."""
+        return tuple(int(size) for size in self.configuration_manager.patch_size)
+
+    @property
+    def regions(self) -> bool:
+        """Whether the channels are regions that may overlap."""
+        return bool(self.label_manager.has_regions)
+
+
+class PreparedImages:
+    """Preprocessed images in a folder of their own, which goes away at the end; only one is in memory at a time."""
+
+    def __init__(self, source: Source, paths: Sequence[Path], folder: Path) -> None:
+        self.source, self.paths, self.folder = source, tuple(paths), folder
+
+    def __enter__(self) -> PreparedImages:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def load(self, number: int) -> np.ndarray:
+        """Return image `number` as a read-only map of its file, (C, *spatial) float32."""
+        return np.load(self.paths[number], mmap_mode="r")
+
+    def part(self, start: int, stop: int | None = None) -> PreparedImages:
+        """Return some of the images; the folder still belongs to the whole."""
+        return PreparedImages(self.source, self.paths[start:stop], self.folder)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the preprocessed images, which is what the weights depend on."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            digest.update(sha256_of(path).encode())
+        return digest.hexdigest()
+
+
+def prepare_images(
+    source: Source,
+    images: Path,
+    count: int,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> PreparedImages:
+    """Preprocess up to `count` images of a folder as nnU-Net does before prediction.
+
+    Args:
+        source: the model's settings.
+        images: folder of `<case>_0000<ending>` files; a model with one channel also takes `<case><ending>`.
+        count: how many cases; chosen by the seed where there are more.
+        progress: called with (cases done, cases in all).
+    Returns:
+        PreparedImages, to be used in a `with` block.
+    Raises:
+        InputError: no images, or one that cannot be read. ModelFolderError: a cascade. OutputError: disk full.
+    """
+    check_stage(source, None)
+    cases = _cases(source, Path(images))
+    names = sorted(cases)
+    if len(names) > count:
+        chosen = np.random.default_rng(seed).permutation(len(names))[:count]
+        names = [names[number] for number in sorted(chosen)]
+    folder = Path(tempfile.mkdtemp(prefix="nnslim-"))
+    try:
+        paths = []
+        for number, name in enumerate(names, start=1):
+            data, _ = preprocess_case(source, cases[name], None)
+            paths.append(folder / f"{number:04d}.npy")
+            np.save(paths[-1], np.ascontiguousarray(data, dtype=np.float32))
+            if progress is not None:
+                progress(number, len(names))
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise output_error(folder, error) from error
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return PreparedImages(source, paths, folder)
+
+
+def _cases(source: Source, images: Path) -> dict[str, list[Path]]:
+    ending = source.dataset_json["file_ending"]
+    channels = len(source.dataset_json.get("channel_names") or source.dataset_json.get("modality"))
+    try:
+        return find_cases(images, ending)
+    except InputError:
+        plain = sorted(images.glob(f"*{ending}")) if images.is_dir() else [images]
+        if channels != 1 or not plain or not images.exists():
+            raise
+        return {path.name.removesuffix(ending): [path] for path in plain}
+
+
+class ImageTiles:
+    """Tiles of nnU-Net's sliding window, the same ones each time; implements `nnslim.surgery.streaming.Tiles`.
+
+    Mirrored, each tile is followed by one of its mirror images: test-time mirroring shows
+    the network what the images alone never do.
+    """
+
+    def __init__(self, images: PreparedImages, per_image: int, *, seed: int = 0, mirrored: bool = False) -> None:
+        """Choose tiles.
+
+        Args:
+            images: prepared images.
+            per_image: tiles of each image at most, chosen by the seed among those that show more than air.
+            mirrored: follow each by a mirror image, along one or more of the axes that the model may be mirrored along.
+        """
+        self._images = images
+        self._chosen = [
+            (number, corner)
+            for number in range(len(images))
+            for corner in _corners(images.load(number), images.source, per_image, seed * 7919 + number)
+        ]
+        rng = np.random.default_rng(seed)
+        self._flips = [_some(images.source.mirror_axes if mirrored else None, rng) for _ in self._chosen]
+
+    def __len__(self) -> int:
+        return len(self._chosen) + sum(bool(flipped) for flipped in self._flips)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for (number, corner), flipped in zip(self._chosen, self._flips, strict=True):
+            tile = torch.from_numpy(_cut(self._images.load(number), corner, self._images.source.patch))[None]
+            yield tile
+            if flipped:
+                yield tile.flip([axis + 2 for axis in flipped])
+
+
+def _some(axes: Sequence[int] | None, rng: np.random.Generator) -> tuple[int, ...]:
+    """Return one or more of the axes, all choices alike; none of none."""
+    if not axes:
+        return ()
+    chosen = int(rng.integers(1, 2 ** len(axes)))
+    return tuple(axis for bit, axis in enumerate(axes) if chosen >> bit & 1)
+
+
+def _corners(image: np.ndarray, source: Source, count: int, seed: int) -> list[tuple[int, ...]]:
+    """Return the lower corners of some tiles, in the image's own voxels; a 2D tile is a slice of one voxel."""
+    from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+
+    patch, size = source.patch, image.shape[1:]
+    slices = size[: len(size) - len(patch)]  # the axis along which a 2D configuration goes slice by slice
+    window = (*(1 for _ in slices), *patch)
+    padded = tuple(max(have, want) for have, want in zip(size, window, strict=True))
+    steps = [list(range(length)) for length in slices]
+    steps += compute_steps_for_sliding_window(padded[len(slices) :], patch, 0.5)
+    grid = np.stack(np.meshgrid(*steps, indexing="ij"), -1).reshape(-1, len(size))
+    corners = grid - np.array([(want - have) // 2 for want, have in zip(padded, size, strict=True)])
+    order = np.random.default_rng(seed).permutation(len(corners))
+    spread = float(np.std(image)) * _FLAT
+    found: list[tuple[int, ...]] = []
+    for index in order:
+        corner = tuple(int(value) for value in corners[index])
+        if _cut(image, corner, patch).std() > spread:
+            found.append(corner)
+        if len(found) == count:
+            break
+    return found or [tuple(int(value) for value in corners[order[0]])]
+
+
+def _cut(image: np.ndarray, corner: Sequence[int], patch: Sequence[int]) -> np.ndarray:
+    """Return (C, *patch) from a corner that may lie outside; what is outside is 0, as nnU-Net pads."""
+    flat = len(patch) < image.ndim - 1
+    window = (1, *patch) if flat else tuple(patch)
+    made = np.zeros((image.shape[0], *window), dtype=np.float32)
+    take, put = [slice(None)], [slice(None)]
+    for start, length, size in zip(corner, window, image.shape[1:], strict=True):
+        low, high = max(start, 0), min(start + length, size)
+        take.append(slice(low, max(low, high)))
+        put.append(slice(low - start, max(low, high) - start))
+    made[tuple(put)] = image[tuple(take)]
+    return made[:, 0] if flat else made
+
+
+class AugmentedPatches(torch.utils.data.Dataset):
+    """Random patches with the augmentation that nnU-Net trains with; patch `index` is the same each time."""
+
+    def __init__(self, images: PreparedImages, length: int, *, seed: int = 0) -> None:
+        """Prepare the transforms.
+
+        Args:
+            images: prepared images.
+            length: number of patches.
+        """
+        self._images, self._length, self._seed = images, length, seed
+        self._transform, self._initial = _transforms(images.source)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Return (C, *patch) float32."""
+        if not 0 <= index < self._length:
+            raise IndexError(index)
+        state = np.random.get_state()
+        with torch.random.fork_rng(devices=[]):
+            seed = (self._seed * 1_000_003 + index) % 2**32
+            rng = np.random.default_rng(seed)
+            np.random.seed(seed)  # nnU-Net's transforms draw from the global generators
+            torch.manual_seed(seed)
+            try:
+                image = self._images.load(int(rng.integers(len(self._images))))
+                corner = _random_corner(image.shape[1:], self._initial, rng)
+                return self._transform(_cut(image, corner, self._initial))
+            finally:
+                np.random.set_state(state)
+
+
+def _random_corner(size: Sequence[int], patch: Sequence[int], rng: np.random.Generator) -> list[int]:
+    """Return a corner as nnU-Net's loader draws it: anywhere inside, or centred on an axis that is too short."""
+    window = (1, *patch) if len(patch) < len(size) else patch
+    return [
+        int(rng.integers(0, have - want + 1)) if have > want else -((want - have) // 2)
+        for have, want in zip(size, window, strict=True)
+    ]
+
+
+def _transforms(source: Source) -> tuple[Callable[[np.ndarray], Tensor], tuple[int, ...]]:
+    """Return nnU-Net's training transforms for an image without labels, and the size of patch that they start from."""
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    patch = source.patch
+    stand_in = SimpleNamespace(
+        configuration_manager=source.configuration_manager, print_to_log_file=lambda *words, **options: None
+    )
+    rotation, dummy_2d, initial, _ = nnUNetTrainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size(stand_in)
+    made = nnUNetTrainer.get_training_transforms(
+        patch,
+        rotation,
+        None,
+        source.mirror_axes,
+        dummy_2d,
+        use_mask_for_norm=source.configuration_manager.use_mask_for_norm,
+        foreground_labels=source.label_manager.foreground_labels,
+    )
+
+    def transform(image: np.ndarray) -> Tensor:
+        labels = np.zeros((1, *image.shape[1:]), dtype=np.int16)
+        if type(made).__module__.startswith("batchgeneratorsv2"):
+            return made(image=torch.from_numpy(image), segmentation=torch.from_numpy(labels))["image"]
+        found = made(data=image[None], seg=labels[None])["data"][0]  # nnU-Net before 2.5: batchgenerators
+        return torch.as_tensor(found, dtype=torch.float32)
+
+    return transform, tuple(int(size) for size in initial)
+
+
+@contextmanager
+def calibration_of(
+    model: Any, config: SlimConfig, progress: Callable[[str, int, int], None] | None = None
+) -> Iterator[Calibration | None]:
+    """Yield the calibration data that a configuration asks for, None where it names no images; clean up at the end.
+
+    Args:
+        model: a ModelFolder or an initialised nnUNetPredictor.
+        config: `calibration.images` names the folder.
+        progress: called with ("images", done, in all).
+    Raises:
+        InputError: no images, or one that cannot be read. ModelFolderError: a cascade.
+    """
+    settings, learns = config.calibration, config.recovery.learns or _searches(config)
+    if settings.images is None or not (config.active or config.store == "half"):
+        yield None
+        return
+    # Learning and judging want images of their own; a sixth of them is for judging.
+    count = settings.count + config.recovery.images if learns else settings.count
+    source = Source.of(model)
+    step = None if progress is None else lambda done, total: progress("images", done, total)
+    with prepare_images(source, settings.images, count, seed=settings.seed, progress=step) as images:
+        held = (len(images) // 6 if len(images) >= 6 else int(len(images) >= 4)) if learns else 0
+        learned = images.part(0, len(images) - held)
+        judged = images.part(len(images) - held) if held else images
+        tiles = partial(ImageTiles, per_image=settings.tiles_per_image, mirrored=settings.mirrored)
+        unfitted = min(len(images) - settings.count, _FRESH)
+        yield Calibration(
+            tiles(learned.part(0, settings.count), seed=settings.seed),
+            tiles(judged, seed=settings.seed + 1),
+            lambda length: AugmentedPatches(learned, length, seed=settings.seed),
+            source.regions,
+            images.fingerprint,
+            len(images),
+            source.mirror_axes or (),
+            settings.mirrored,
+            settings.seed,
+            tuple(classes_of(source.label_manager)),
+            ImageTiles(images.part(len(images) - unfitted), 1, seed=settings.seed + 1) if unfitted > held else None,
+        )
+
+
+def _searches(config: SlimConfig) -> bool:
+    return any(getattr(entry.settings, "max_drop", None) is not None for entry in config.methods)
+
+
+def fingerprint(config: SlimConfig) -> str:
+    """Return a hash of the files that a configuration names as images, "" where it names none.
+
+    By name, size and time of change: reading hundreds of CTs to look into the cache would cost more than it saves.
+
+    Raises:
+        InputError: the folder does not exist.
+    """
+    if config.calibration.images is None:
+        return ""
+    folder = Path(config.calibration.images)
+    if not folder.exists():
+        raise InputError(f"{folder} does not exist; expected a folder of calibration images")
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else [folder]
+    digest = hashlib.sha256()
+    for path in files:
+        status = path.stat()
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

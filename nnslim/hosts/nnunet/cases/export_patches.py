@@ -1,0 +1,123 @@
+"""The patches by which nnU-Net's and TotalSegmentator's own prediction reads, preprocesses and exports in our way."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from nnslim.compression.config import RunConfig
+from nnslim.hosts.nnunet.cases import write_labels as streamed
+from nnslim.hosts.nnunet.cases.one_image import one_image_here
+from nnslim.hosts.nnunet.cases.resampling_functions import lean_configuration
+from nnslim.patching import AttributePatch
+
+_CONVERT = "convert_predicted_logits_to_segmentation_with_correct_shape"
+# Modules that hold the functions by name, and call them by it or send that name to a process of theirs.
+_PLACES = {
+    "nnunetv2.inference.export_prediction": ("export_prediction_from_logits", _CONVERT, "resample_and_save"),
+    "nnunetv2.inference.predict_from_raw_data": ("export_prediction_from_logits", _CONVERT),
+    "nnunetv2.inference.data_iterators": ("preprocess_fromfiles_save_to_queue", "preprocess_fromnpy_save_to_queue"),
+    "nnunetv2.training.nnUNetTrainer.nnUNetTrainer": ("export_prediction_from_logits", "resample_and_save"),
+    "totalsegmentator.nnunet_runtime_patches": ("export_prediction_from_logits", _CONVERT),
+}
+_PREPROCESSOR = "nnunetv2.preprocessing.preprocessors.default_preprocessor"
+_PREDICTOR = "nnunetv2.inference.predict_from_raw_data"
+
+
+class ExportPatches:
+    """Replaces functions by name in the modules that are loaded, between `apply` and `undo`.
+
+    TotalSegmentator brings its own copies of nnU-Net's functions, and writes them over nnU-Net's when it is imported,
+    which may be inside the block: `apply` is called again before each prediction and takes in what is new. What was
+    written over ours is left in force by `undo`.
+    """
+
+    def __init__(self, run: Callable[[], RunConfig | None]) -> None:
+        """Prepare, without touching anything.
+
+        Args:
+            run: asked at each call for the settings in force; None: what was there is called.
+        """
+        self._run = run
+        self._patches: dict[tuple[int, str], AttributePatch] = {}
+        self._lock = threading.Lock()
+
+    def apply(self) -> None:
+        """Replace what is not replaced yet in any module that is loaded."""
+        with self._lock:
+            for place, functions in _PLACES.items():
+                for function in functions if (module := sys.modules.get(place)) is not None else ():
+                    self._replace(module, function, self._choice)
+            if (module := sys.modules.get(_PREPROCESSOR)) is not None:
+                self._replace(module.DefaultPreprocessor, "run_case_npy", self._lean)
+            if (module := sys.modules.get(_PREDICTOR)) is not None:
+                self._replace(module.nnUNetPredictor, "predict_from_files", self._here)
+
+    def undo(self) -> None:
+        """Put back what was there, but not over what others have put in place of ours."""
+        with self._lock, ExitStack() as stack:
+            for patch in self._patches.values():
+                if patch.in_force:
+                    stack.callback(patch.undo)
+            self._patches.clear()
+            streamed.originals.clear()
+
+    def _replace(self, owner: Any, name: str, make: Callable[..., Any]) -> None:
+        before = self._patches.get((id(owner), name))
+        if vars(owner).get(name) is None or (before is not None and before.in_chain):
+            return  # this nnU-Net does not have it, or it is done
+        patch = AttributePatch(owner, name, functools.partial(make, owner, name))
+        patch.apply()
+        self._patches[id(owner), name] = patch
+
+    def _wanted(self) -> bool:
+        run = self._run()
+        return run is not None and run.export == "streamed"
+
+    def _here(self, owner: Any, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        return one_image_here(lambda: (run := self._run()) is not None and run.processes == "auto", original)
+
+    def _choice(self, module: Any, name: str, original: Callable[..., Any]) -> Choice:
+        streamed.originals[f"{module.__name__}.{name}"] = original
+        return Choice(original, getattr(streamed, name), self._wanted)
+
+    def _lean(self, owner: Any, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def run_case_npy(
+            preprocessor: Any, data: Any, seg: Any, properties: Any, plans: Any, configuration: Any, dataset: Any
+        ) -> Any:
+            if self._wanted():
+                configuration = lean_configuration(configuration)
+            return original(preprocessor, data, seg, properties, plans, configuration, dataset)
+
+        return run_case_npy
+
+
+class Choice:
+    """Ours or the function that was there, chosen at each call, or when it is sent to another process.
+
+    What is sent is a name: a process that starts afresh knows no patches and no contexts.
+    """
+
+    def __init__(self, original: Callable[..., Any], ours: Callable[..., Any], wanted: Callable[[], bool]) -> None:
+        """Hold both functions."""
+        functools.update_wrapper(self, original)
+        self._original, self._ours, self._wanted = original, ours, wanted
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        """Call the one that is wanted now."""
+        return (self._ours if self._wanted() else self._original)(*given, **named)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str]]:
+        chosen = self._ours if self._wanted() else self._original
+        return named_function, (chosen.__module__, chosen.__qualname__)
+
+
+def named_function(module: str, name: str) -> Callable[..., Any]:
+    """Return a function by its name."""
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,253 @@
+"""nnU-Net's export without the full-size scores: its own functions, with resampling and choosing of labels in one step.
+
+The functions of this module have the names and arguments of nnU-Net's and stand in for them. A process that is started
+for exports imports them from here, so they work there, too, where no patch is in force.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnslim.hosts.nnunet.cases.resampling_functions import Stand, grid_of, known_function, lean_configuration
+from nnslim.resampling.labels import Regions, label_map
+
+_EXPORT = "nnunetv2.inference.export_prediction"
+originals: dict[str, Callable[..., Any]] = {}  # what the patches of this process have replaced, by name
+_log = logging.getLogger("nnslim")
+
+
+def write_prediction(
+    model: Any,
+    logits: Tensor | np.ndarray,
+    properties: dict[str, Any],
+    truncated: Path,
+    *,
+    streamed: bool = True,
+    threads: int | None = None,
+) -> Path:
+    """Write the segmentation of a case in the geometry of its image.
+
+    Args:
+        model: what has nnU-Net's `plans_manager`, `configuration_manager` and `dataset_json` (an nnUNetPredictor).
+        logits: (heads, *spatial) at the network's resolution, on the CPU; not modified.
+        properties: nnU-Net's, from preprocessing.
+        truncated: file to write, without its ending.
+        streamed: False for nnU-Net's own export.
+        threads: of torch; default: nnU-Net's.
+    Returns:
+        The file.
+    """
+    export = export_prediction_from_logits if streamed else _original("export_prediction_from_logits")
+    logits = logits if streamed or isinstance(logits, np.ndarray) else logits.numpy()
+    rest = {} if threads is None else {"num_threads_torch": threads}
+    given = (logits, properties, model.configuration_manager, model.plans_manager, model.dataset_json, str(truncated))
+    export(*given, **rest)
+    return Path(f"{truncated}{model.dataset_json['file_ending']}")
+
+
+def export_prediction_from_logits(
+    predicted_array_or_file: Tensor | np.ndarray,
+    properties_dict: dict[str, Any],
+    configuration_manager: Any,
+    plans_manager: Any,
+    dataset_json_dict_or_file: dict[str, Any] | str,
+    output_file_truncated: str,
+    save_probabilities: bool = False,
+    num_threads_torch: int | None = None,
+    use_cropped_logits_resampling: bool = False,
+) -> None:
+    """Do what nnU-Net's function of this name does; probabilities are saved by nnU-Net's own.
+
+    Args:
+        num_threads_torch: default: nnU-Net's.
+        use_cropped_logits_resampling: TotalSegmentator's wish to need less memory, met by approximation there. Here
+            it is met anyway, exactly; its own function is used where this one does not know the resampling function.
+    """
+    dataset = dataset_json_dict_or_file
+    if isinstance(dataset, str):
+        dataset = json.loads(Path(dataset).read_text(encoding="utf-8"))
+    labels = plans_manager.get_label_manager(dataset)
+    given = (predicted_array_or_file, properties_dict)
+    rest = {} if num_threads_torch is None else {"num_threads_torch": num_threads_torch}
+    if save_probabilities or not _known(configuration_manager, labels):
+        call = _plain("export_prediction_from_logits", use_cropped_logits_resampling)
+        call(*given, configuration_manager, plans_manager, dataset, output_file_truncated, save_probabilities, **rest)
+        return
+    configuration, labels = _streaming(configuration_manager, labels)
+    plans = Stand(plans_manager, get_label_manager=lambda *_: labels)
+    call = _plain("export_prediction_from_logits", False)
+    call(*given, configuration, plans, dataset, output_file_truncated, False, **rest)
+
+
+def convert_predicted_logits_to_segmentation_with_correct_shape(
+    predicted_logits: Tensor | np.ndarray,
+    plans_manager: Any,
+    configuration_manager: Any,
+    label_manager: Any,
+    properties_dict: dict[str, Any],
+    return_probabilities: bool = False,
+    num_threads_torch: int | None = None,
+    use_cropped_logits_resampling: bool = False,
+) -> Any:
+    """Do what nnU-Net's function of this name does; see `export_prediction_from_logits`."""
+    rest = {} if num_threads_torch is None else {"num_threads_torch": num_threads_torch}
+    name = "convert_predicted_logits_to_segmentation_with_correct_shape"
+    if return_probabilities or not _known(configuration_manager, label_manager):
+        call = _plain(name, use_cropped_logits_resampling)
+        given = (predicted_logits, plans_manager, configuration_manager, label_manager, properties_dict)
+        return call(*given, return_probabilities, **rest)
+    configuration, labels = _streaming(configuration_manager, label_manager)
+    return _plain(name, False)(predicted_logits, plans_manager, configuration, labels, properties_dict, False, **rest)
+
+
+def resample_and_save(
+    predicted: Tensor | np.ndarray,
+    target_shape: Sequence[int],
+    output_file: str,
+    plans_manager: Any,
+    configuration_manager: Any,
+    properties_dict: dict[str, Any],
+    dataset_json_dict_or_file: dict[str, Any] | str,
+    *rest: Any,
+    **more: Any,
+) -> None:
+    """Do what nnU-Net's function of this name does: the segmentation that the next stage of a cascade starts from."""
+    dataset = dataset_json_dict_or_file
+    if isinstance(dataset, str):
+        dataset = json.loads(Path(dataset).read_text(encoding="utf-8"))
+    labels = plans_manager.get_label_manager(dataset)
+    if _known(configuration_manager, labels):
+        configuration_manager, labels = _streaming(configuration_manager, labels)
+        plans_manager = Stand(plans_manager, get_label_manager=lambda *_: labels)
+    given = (predicted, target_shape, output_file, plans_manager, configuration_manager, properties_dict, dataset)
+    _original("resample_and_save")(*given, *rest, **more)
+
+
+def preprocess_fromfiles_save_to_queue(*given: Any, **named: Any) -> None:
+    """Do what nnU-Net's function of this name does, in a process of its own, without large copies."""
+    _preprocess_lean("preprocess_fromfiles_save_to_queue", given, named)
+
+
+def preprocess_fromnpy_save_to_queue(*given: Any, **named: Any) -> None:
+    """Do what nnU-Net's function of this name does, in a process of its own, without large copies."""
+    _preprocess_lean("preprocess_fromnpy_save_to_queue", given, named)
+
+
+def _preprocess_lean(name: str, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+
+    def lean(value: Any) -> Any:
+        return lean_configuration(value) if isinstance(value, ConfigurationManager) else value
+
+    call = _original(name, "nnunetv2.inference.data_iterators")
+    call(*map(lean, given), **{key: lean(value) for key, value in named.items()})
+
+
+def _original(name: str, module: str = _EXPORT) -> Callable[..., Any]:
+    """Return nnU-Net's own function, also while ours stands in for it."""
+    return originals.get(f"{module}.{name}") or getattr(importlib.import_module(module), name)
+
+
+def _plain(name: str, cropped: bool) -> Callable[..., Any]:
+    """Return the function that does it without us: nnU-Net's, or TotalSegmentator's for its approximation."""
+    if not cropped:
+        return _original(name)
+    module = "totalsegmentator.nnunet_runtime_patches"
+    return functools.partial(_original(name, module), use_cropped_logits_resampling=True)
+
+
+def _known(configuration: Any, labels: Any) -> bool:
+    """Whether resampling and choosing of labels are nnU-Net's, as we know them."""
+    if isinstance(labels, Stand):
+        return False  # called by nnU-Net's export inside ours: it is seen to
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+    function = configuration.resampling_fn_probabilities
+    methods = "convert_logits_to_segmentation", "convert_probabilities_to_segmentation", "apply_inference_nonlin"
+    own = all(getattr(type(labels), name) is getattr(LabelManager, name) for name in methods)
+    own = own and (not labels.has_regions or labels.inference_nonlin is torch.sigmoid)
+    if own and known_function(function) is not None:
+        return True
+    _log.debug("export by nnU-Net's own functions: %s, %s", function, type(labels).__name__)
+    return False
+
+
+def _streaming(configuration: Any, labels: Any) -> tuple[Any, Any]:
+    """Return stand-ins for both: resampling scores then gives labels, and converting labels leaves them as they are."""
+    made: list[np.ndarray] = []
+
+    def resampled(logits: Any, new_shape: Sequence[int], spacing: Sequence[float], new_spacing: Sequence[float]) -> Any:
+        function = configuration.resampling_fn_probabilities
+        found = labels_of(logits, function, labels, new_shape, spacing, new_spacing)
+        if found is None:
+            return function(logits, new_shape, spacing, new_spacing)
+        made.append(found)
+        return found
+
+    def converted(logits: Any) -> Any:
+        return logits if any(logits is one for one in made) else labels.convert_logits_to_segmentation(logits)
+
+    return (
+        Stand(configuration, resampling_fn_probabilities=resampled),
+        Stand(labels, convert_logits_to_segmentation=converted),
+    )
+
+
+def labels_of(
+    logits: Tensor | np.ndarray,
+    function: Callable[..., Any],
+    labels: Any,
+    new_shape: Sequence[int],
+    spacing: Sequence[float],
+    new_spacing: Sequence[float],
+) -> np.ndarray | None:
+    """Return the labels that nnU-Net's resampling and choosing give.
+
+    Args:
+        logits: (heads, *spatial), not modified and not copied.
+        function: nnU-Net's resampling function with the plans' settings. labels: its label manager.
+        new_shape: of the cropped image. spacing, new_spacing: three edges in mm.
+    Returns:
+        (*new_shape) uint8 or uint16; None where that is better left to nnU-Net (heads that do not fit, scores that are
+        not finite).
+    """
+    scores = torch.from_numpy(logits) if isinstance(logits, np.ndarray) else logits
+    if scores.ndim != 4 or len(scores) != labels.num_segmentation_heads or not scores.is_floating_point():
+        return None
+    grid = grid_of(function, scores.shape[1:], new_shape, spacing, new_spacing)
+    if grid is None:
+        return None
+    regions = Regions(tuple(labels.regions_class_order), _half_sure()) if labels.has_regions else None
+    found = np.zeros(grid.shape, dtype=np.uint8 if len(labels.foreground_labels) < 255 else np.uint16)
+    # torch has no arithmetic for uint16; the bits are the same.
+    out = torch.from_numpy(found.view(np.uint8 if found.dtype == np.uint8 else np.int16)).to(scores.device)
+    rounded = scores.dtype if known_function(function) == "resize" else None
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, min(before, len(os.sched_getaffinity(0)))))
+    try:
+        if not label_map(scores, grid, out, regions=regions, rounded=rounded):
+            return None
+    finally:
+        torch.set_num_threads(before)
+    return found if scores.device.type == "cpu" else out.cpu().numpy().view(found.dtype)
+
+
+@functools.lru_cache(maxsize=1)
+def _half_sure() -> float:
+    """Return the largest number whose sigmoid is not above 0.5 in single precision."""
+    low, high = torch.tensor(0.0), torch.tensor(1.0)
+    while torch.nextafter(low, high) != high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if torch.sigmoid(middle) > 0.5 else (middle, high)
+    return float(low)

@@ -1,0 +1,1 @@
+"""Slim models made: calibration images, plans, and the folder that stock nnU-Net loads."""

@@ -1,0 +1,166 @@
+"""What compression would cost a model folder, before any weights are made: the error grid, and a plan alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nnslim.compression.config import SlimConfig
+from nnslim.compression.plan_and_fit import plan_methods
+from nnslim.compression.recover import Progress
+from nnslim.compression.search import searched
+from nnslim.errors import ConfigError, ModelFolderError, OutputError
+from nnslim.files import make_folder, whole_folder
+from nnslim.hosts.nnunet.cases.calibration_tiles import ImageTiles, Source, calibration_of, prepare_images
+from nnslim.hosts.nnunet.model.trained_model import ModelFolder, build_network, input_shape
+from nnslim.methods.base import Decision
+from nnslim.methods.tucker.error_figures import equal_factor_lines, heat_maps
+from nnslim.methods.tucker.error_grid import LayerGrid, error_grid, write_grid
+from nnslim.methods.tucker.plan_table import write_table
+from nnslim.network.cost import measure_cost
+from nnslim.surgery.streaming import Tiles
+
+_TILES_PER_IMAGE = 2
+
+
+def error_grid_folder(
+    model: ModelFolder,
+    target: Path,
+    *,
+    images: Path | None = None,
+    count: int = 8,
+    step: int | None = None,
+    progress: Progress | None = None,
+) -> list[LayerGrid]:
+    """Write errors.csv and pictures for the first fold that was read.
+
+    The folder holds errors.csv, `weights` (heat maps) and `equal_factor` (lines) as PNG and PDF, and `outputs` (heat
+    maps) where there are images. It is written whole or not at all.
+
+    Args:
+        model: dense, from `read_model_folder`.
+        target: folder to write; must not exist, or be empty.
+        images: folder of unlabelled images; with them the error of the outputs is told as well.
+        count: images at most.
+        step: channels between the ranks of a side; a sixteenth of the channels if None.
+        progress: called with (what is done, units done, units in all).
+    Raises:
+        ModelFolderError: a slim model, or one that cannot be built. InputError: no images, or one that cannot be read.
+        ConfigError: step or count below 1. OutputError: the target exists or cannot be written.
+    """
+    _check_dense(model)
+    if count < 1:
+        raise ConfigError(f"the number of images is at least 1, found {count}")
+    fold = next(iter(model.checkpoints))
+    title = f"{model.plans.get('dataset_name', model.path.name)}, {model.configuration}, fold {fold}"
+
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress("layers", done, total)
+
+    with whole_folder(Path(target)) as side:
+        network = build_network(model)
+        cost = measure_cost(network, input_shape(model))
+        with _tiles(model, images, count, progress) as tiles:
+            if tiles is not None and torch.cuda.is_available():
+                network = network.to("cuda")
+            grids = error_grid(network, cost, tiles, step=step, progress=report)
+        write_grid(grids, side / "errors.csv")
+        if progress is not None:
+            progress("pictures", 0, 1)
+        heat_maps(grids, side, title=title)
+        heat_maps(grids, side, outputs=True, title=title)
+        equal_factor_lines(grids, side, title=title)
+    return grids
+
+
+@contextmanager
+def _tiles(model: ModelFolder, images: Path | None, count: int, progress: Progress | None) -> Iterator[Tiles | None]:
+    if images is None:
+        yield None
+        return
+    step = None if progress is None else lambda done, total: progress("images", done, total)
+    with prepare_images(Source.of(model), Path(images), count, progress=step) as prepared:
+        yield ImageTiles(prepared, _TILES_PER_IMAGE)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan without weights.
+
+    Attributes:
+        decisions: one per layer that a method looked at.
+        parameters, macs: of the network before and after; MACs of one patch.
+        patch: voxels along each axis.
+    """
+
+    decisions: tuple[Decision, ...]
+    parameters: tuple[int, int]
+    macs: tuple[int, int]
+    patch: tuple[int, ...]
+
+    def lines(self) -> list[str]:
+        """Return the totals as text."""
+        changed = sum(decision.action != "dense" for decision in self.decisions)
+        (before, after), (macs, macs_after) = self.parameters, self.macs
+        return [
+            f"parameters {before:,} -> {after:,} ({after / before:.1%})",
+            f"MACs per {'x'.join(map(str, self.patch))} patch {macs / 1e9:.2f} G -> {macs_after / 1e9:.2f} G "
+            f"({macs_after / macs:.1%})",
+            f"layers changed {changed}, kept dense {len(self.decisions) - changed}",
+        ]
+
+
+def plan_folder(model: ModelFolder, target: Path, config: SlimConfig, *, progress: Progress | None = None) -> Planned:
+    """Choose the ranks for a model folder by the weights of its first fold, and write the table; no weights are made.
+
+    Args:
+        model: dense, from `read_model_folder`.
+        target: CSV file to write, to be edited and passed back as the key `plan` of the method; must not exist, since
+            it may have been edited.
+        config: the methods, and the calibration images if there are any.
+        progress: called with (what is done, units done, units in all).
+    Raises:
+        ConfigError: nothing to plan, or a budget `max_drop`. RankError: a budget that cannot be met.
+        ModelFolderError: a slim model. InputError: no images. OutputError: the target exists or cannot be written.
+    """
+    _check_dense(model)
+    _check_plannable(config)
+    target = Path(target)
+    if target.exists():
+        raise OutputError(f"{target} exists and is not overwritten; remove it first, or choose another file")
+    make_folder(target.parent)
+    network, shape = build_network(model), input_shape(model)
+    cost = measure_cost(network, shape)
+    with calibration_of(model, config, progress) as data:
+        if progress is not None:
+            progress("planning", 0, 1)
+        if data is not None and config.calibration.device != "cpu" and torch.cuda.is_available():
+            network = network.to("cuda")
+        plans = plan_methods(network, config, cost, shape, data)
+    decisions = tuple(decision for plan in plans for decision in plan.decisions)
+    write_table(decisions, target)
+    saved = sum(d.parameters_before - d.parameters_after for d in decisions)
+    saved_macs = sum(d.macs_before - d.macs_after for d in decisions)
+    return Planned(
+        decisions, (cost.parameters, cost.parameters - saved), (cost.macs(), cost.macs() - saved_macs), shape[2:]
+    )
+
+
+def _check_dense(model: ModelFolder) -> None:
+    if model.is_slim:
+        raise ModelFolderError(f"{model.path} is a slim model already; name the model that it was made from")
+
+
+def _check_plannable(config: SlimConfig) -> None:
+    if not config.active:
+        raise ConfigError("the config has no method that is applied, so there is nothing to plan")
+    if searched(config) is not None:
+        raise ConfigError(
+            "max_drop cannot be planned alone: it is found by compressing and recovering on images; use nnslim "
+            "compress -i IMAGES, whose output folder holds the plan.csv that was found"
+        )

@@ -1,0 +1,1 @@
+"""Public datasets as raw nnU-Net datasets."""

@@ -1,1 +1,0 @@
-"""Embedded boards inside nnU-Net: plans of fewer stages and coarser spacing, a trainer, profiles, a table."""

@@ -1,0 +1,1 @@
+"""Networks of models as files that run without torch."""

@@ -1,0 +1,290 @@
+"""Export a model folder to one file that runs without torch and nnU-Net, checked against the network on a tile."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnslim._version import __version__
+from nnslim.errors import InputError, ModelFolderError, OutputError
+from nnslim.evaluation.parity import Parity, parity
+from nnslim.files import make_folder, output_error, write_json
+from nnslim.hosts.nnunet.cases.calibration_tiles import ImageTiles, Source, prepare_images
+from nnslim.hosts.nnunet.model.trained_model import ModelFolder, build_network, channels_and_heads
+from nnslim.running.kept_models import write_model
+
+ENDINGS = {"onnx": ".onnx", "openvino": ".xml"}
+PRECISIONS = ("f32", "f16", "int8")
+_IMAGES, _TILES = 8, 2  # to calibrate on
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What to write.
+
+    Attributes:
+        format: "onnx" or "openvino". precision: f32, f16 (of the weights) or int8.
+        images: to calibrate on and to compare on; a made-up tile is compared on if None.
+        patch: voxels; the model's if None. seed: chooses images and tiles.
+    """
+
+    format: str
+    precision: str = "f32"
+    images: Path | None = None
+    patch: tuple[int, ...] | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: the files, or none where the check failed; `notes` are lines for the user."""
+
+    files: tuple[Path, ...]
+    fold: str
+    parity: Parity
+    size: int
+    notes: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """Return what the user should know."""
+        if not self.files:
+            return [*self.notes, self.parity.line(), "nothing was written: the file does not do what the network does"]
+        written = ", ".join(str(file) for file in self.files)
+        return [*self.notes, self.parity.line(), f"written: {written} ({self.size / 1e6:.1f} MB)"]
+
+
+def export_model(
+    model: ModelFolder, output: Path, settings: ExportSettings, progress: Progress | None = None
+) -> Exported:
+    """Write the network of the first fold that was read, compare it with the network, and describe how to use it.
+
+    Args:
+        model: dense or slim.
+        output: file to write, ending in .onnx or .xml; `<output>.json` and OpenVINO's .bin lie beside it.
+        settings: format, precision, images.
+        progress: called with (what, done, in all).
+    Returns:
+        Exported; `parity.passed` is False where nothing was written.
+    Raises:
+        InputError: unusable settings or images. OutputError: something is there already, or cannot be written.
+        ModelFolderError: the network cannot be built. BackendError: a package is missing, or cannot take the network.
+    """
+    output = Path(output)
+    targets = _targets(output, settings)
+    tell = progress or (lambda what, done, total: None)
+    tell("reading", 0, 1)
+    network = build_network(model)
+    inputs, _ = channels_and_heads(model)
+    shape = (1, inputs, *_patch(model, network, inputs, settings.patch))
+    calibration, tile, name = calibration_tiles(model, shape, settings, tell)
+    tell("converting", 0, 1)
+    with _beside(output) as folder:
+        file = folder / output.name
+        notes = _write(network, shape, calibration, file, settings)
+        tell("comparing", 0, 1)
+        with torch.inference_mode():
+            wanted = network(tile)
+        found = run_exported(file, tile)
+        checked = parity(wanted, found, precision=settings.precision, tile=name, regions=Source.of(model).regions)
+        fold = next(iter(model.checkpoints))
+        if len(model.checkpoints) > 1:
+            notes = (f"fold {fold} of {', '.join(model.checkpoints)}; export the others to files of their own", *notes)
+        size = sum(part.stat().st_size for part in folder.iterdir())
+        if not checked.passed:
+            return Exported((), fold, checked, size, notes)
+        write_json(folder / targets[-1].name, describe(model, fold, shape, found.shape, checked, output, settings))
+        for target in targets:  # the description last: where it is, all is
+            (folder / target.name).replace(target)
+    return Exported(targets, fold, checked, size, notes)
+
+
+def read_patch(text: str) -> tuple[int, ...]:
+    """Return the sizes of "96,96,96".
+
+    Raises:
+        InputError: not whole numbers above 0 between commas.
+    """
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise InputError(f"the patch {text!r} is not understood; expected sizes in voxels, such as 96,96,96")
+    return sizes
+
+
+def run_exported(file: Path, image: Tensor) -> Tensor:
+    """Return what an exported file makes of (1, C, *patch): (1, heads, *patch) logits.
+
+    Raises:
+        BackendError: a package is missing, or the file does not run.
+    """
+    if file.suffix == ".onnx":
+        from nnslim.running.onnx_file import run_onnx
+
+        return run_onnx(file, image)
+    from nnslim.running.openvino import OpenVINOEngine
+
+    return OpenVINOEngine(file, tuple(image.shape))(image)
+
+
+def describe(
+    model: ModelFolder,
+    fold: str,
+    shape: Sequence[int],
+    put_out: Sequence[int],
+    checked: Parity,
+    output: Path,
+    settings: ExportSettings,
+) -> dict[str, Any]:
+    """Return what somebody without nnU-Net needs to use the file, as JSON values."""
+    plans, configuration, dataset = model.plans, model.configuration_manager, model.dataset
+    axes = model.checkpoints[fold].get("inference_allowed_mirroring_axes")
+    return {
+        "file": output.name,
+        "format": settings.format,
+        "precision": settings.precision,
+        "nnslim": __version__,
+        "source": {"folder": str(model.path), "fold": fold, "checkpoint": model.checkpoint_name, "slim": model.is_slim},
+        "input": {"name": "image", "shape": list(shape), "dtype": "float32", "axes": "batch, channel, then space"},
+        "output": {"name": "logits", "shape": list(put_out), "dtype": "float32", "axes": "batch, class, then space"},
+        "preprocessing": {
+            "order": "transpose, crop to nonzero, normalise, resample",
+            "channels": dataset.get("channel_names") or dataset.get("modality"),
+            "transpose_forward": plans["transpose_forward"],
+            "spacing_mm": [float(size) for size in configuration.spacing],
+            "normalization_schemes": list(configuration.normalization_schemes),
+            "use_mask_for_norm": list(configuration.use_mask_for_norm),
+            "intensities": plans.get("foreground_intensity_properties_per_channel"),
+            "preprocessor": configuration.preprocessor_name,
+            "previous_stage": configuration.previous_stage_name,
+        },
+        "labels": dataset["labels"],
+        "regions_class_order": dataset.get("regions_class_order"),
+        "activation": "sigmoid" if Source.of(model).regions else "softmax",
+        "tiles": {"step": 0.5, "weight": "Gaussian, sigma 1/8 of the patch"},
+        "mirror_axes": None if axes is None else [int(axis) for axis in axes],
+        "parity": checked.to_dict(),
+    }
+
+
+def _targets(output: Path, settings: ExportSettings) -> tuple[Path, ...]:
+    if settings.format not in ENDINGS:
+        raise InputError(f"format {settings.format!r} is not known; expected one of {', '.join(ENDINGS)}")
+    if settings.precision not in PRECISIONS:
+        raise InputError(f"precision {settings.precision!r} is not exported; expected one of {', '.join(PRECISIONS)}")
+    if settings.precision == "int8" and settings.images is None:
+        raise InputError("int8 needs images to calibrate on; name a folder with -i")
+    ending = ENDINGS[settings.format]
+    if output.suffix != ending:
+        raise InputError(f"{output} should end in {ending} for format {settings.format}")
+    weights = (output.with_suffix(".bin"),) if settings.format == "openvino" else ()
+    targets = (*weights, output, output.with_name(f"{output.name}.json"))
+    for target in targets:
+        if target.exists():
+            raise OutputError(f"{target} exists and is not overwritten; remove it first, or choose another name")
+    return targets
+
+
+def _patch(model: ModelFolder, network: nn.Module, inputs: int, asked: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Return the patch, after a try with another one than the model's."""
+    own = tuple(int(size) for size in model.configuration_manager.patch_size)
+    if asked is None or tuple(asked) == own:
+        return own
+    if len(asked) != len(own) or min(asked) < 1:
+        raise InputError(f"the patch {asked} does not fit the model; expected {len(own)} sizes in voxels, like {own}")
+    try:
+        with torch.inference_mode():
+            network(torch.zeros(1, inputs, *asked))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the network does not take the patch {asked} ({reason}); its own is {own}") from error
+    return tuple(asked)
+
+
+def calibration_tiles(
+    model: Any, shape: tuple[int, ...], settings: ExportSettings, tell: Progress
+) -> tuple[list[Tensor], Tensor, str]:
+    """Return tiles to calibrate on, one to compare on (of an image of its own if there are two) and its description.
+
+    Args:
+        model: a ModelFolder or an initialised nnUNetPredictor.
+    """
+    if settings.images is None:
+        return [], _made_up(shape, settings.seed), "a made-up tile (no images were given)"
+    source, count = Source.of(model), _IMAGES if settings.precision == "int8" else 1
+    if settings.patch is not None:
+        manager = copy.deepcopy(source.configuration_manager)
+        manager.configuration["patch_size"] = list(shape[2:])
+        source = replace(source, configuration_manager=manager)
+    with prepare_images(
+        source, settings.images, count + 1, seed=settings.seed, progress=lambda done, total: tell("images", done, total)
+    ) as images:
+        split = max(len(images) - 1, 1)
+        tile = next(iter(ImageTiles(images.part(len(images) - 1), 1, seed=settings.seed)))
+        calibration = []
+        if settings.precision == "int8":
+            calibration = list(ImageTiles(images.part(0, split), _TILES, seed=settings.seed))
+    if tile.shape[1] != shape[1]:
+        raise ModelFolderError(f"the network takes {shape[1]} channels, its images have {tile.shape[1]}")
+    return calibration, tile, f"a tile of {settings.images}"
+
+
+def _made_up(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Return smooth blobs with some noise: of noise alone, networks make more ties between classes than of images."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn((*shape[:2], *(max(size // 8, 2) for size in shape[2:])), generator=generator)
+    smooth = nn.functional.interpolate(coarse, shape[2:], mode="trilinear" if len(shape) == 5 else "bilinear")
+    return smooth + 0.2 * torch.randn(shape, generator=generator)
+
+
+def _write(
+    network: nn.Module, shape: tuple[int, ...], tiles: list[Tensor], file: Path, settings: ExportSettings
+) -> tuple[str, ...]:
+    """Write the file and return lines for the user."""
+    if settings.format == "onnx":
+        from nnslim.running.onnx_file import in_int8, save_onnx, to_onnx, with_half_weights
+
+        made = to_onnx(network, shape)
+        if settings.precision == "f16":
+            made = with_half_weights(made)
+        if settings.precision == "int8":
+            made = in_int8(made, tiles)
+        save_onnx(made, file)
+        return ()
+    if settings.precision == "int8":
+        from nnslim.running.int8 import quantize
+
+        quantised = quantize(network, shape, tiles, channels_last=False)
+        write_model(quantised.model, file)
+        return (quantised.line(),)
+    from nnslim.running.openvino import convert
+
+    write_model(convert(network, shape, channels_last=False), file, half=settings.precision == "f16")
+    return ()
+
+
+@contextmanager
+def _beside(output: Path) -> Iterator[Path]:
+    """Give a folder beside `output` that goes away with what is still in it."""
+    make_folder(output.parent)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.stem}-", dir=output.parent))
+    except OSError as error:
+        raise output_error(output.parent, error) from error
+    try:
+        yield folder
+    except OSError as error:
+        raise output_error(output, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Slim models beside dense ones: agreement, benchmark, report."""

@@ -1,0 +1,230 @@
+"""Compare a slim model with the dense one on a folder of images, and keep the result in the slim model's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnslim.errors import InputError, ModelFolderError, NNSlimError
+from nnslim.evaluation.agreement import TEMPERATURE, Agreement, CaseAgreement, LabelMaps, compare_case
+from nnslim.evaluation.agreement_figure import agreement_figure
+from nnslim.evaluation.expected import harden
+from nnslim.files import write_json
+from nnslim.hosts.nnunet.cases.preprocess import check_stage, find_cases, preprocess_case, silent
+from nnslim.hosts.nnunet.model.class_names import classes_of
+from nnslim.hosts.nnunet.model.model_files import find_folds, read_json_object
+from nnslim.hosts.nnunet.model.trained_model import read_model_folder
+from nnslim.hosts.nnunet.predict.load import load_predictor
+from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
+from nnslim.prediction.images import check_complete
+from nnslim.prediction.pipeline import one_line
+
+
+def agreement_of_folders(
+    dense: Path,
+    slim: Path,
+    images: Path,
+    labels: Path | None = None,
+    settings: PredictSettings | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    temperature: float = TEMPERATURE,
+) -> Agreement:
+    """Predict each case with both models in this process, through nnU-Net's own preprocessing and sliding window.
+
+    Where the settings name no folds, those of the slim model are taken of both, so that no ensemble is compared with
+    one of its members. The logits of one model and one case are in memory at a time.
+
+    Args:
+        dense: model folder that the slim one was made from.
+        slim: model folder.
+        images: folder of `<case>_0000<ending>` files, one per channel, or one such file.
+        labels: folder of `<case><ending>` label maps; cases without one are compared without labels.
+        settings: device, tiles, mirroring, folds.
+        progress: called with (cases done, cases in all).
+        temperature: softens the dense model's probabilities for the expected drop.
+    Raises:
+        ModelFolderError: an unusable model, or models that do not belong together. InputError: no images, no label for
+        any of them, or no case that could be compared. A single bad case is listed in `Agreement.failed`.
+    """
+    settings = settings or PredictSettings()
+    large, small = load_pair(Path(dense), Path(slim), settings)
+    return agreement_of_predictors(large, small, images, labels, settings, progress, temperature)
+
+
+def load_pair(dense: Path, slim: Path, settings: PredictSettings) -> tuple[Any, Any]:
+    """Return initialised predictors of the dense and the slim model, with the same folds.
+
+    Raises:
+        ModelFolderError: one of them is unusable, or they do not belong together.
+    """
+    source = read_model_folder(slim, settings.folds, settings.checkpoint, trust=settings.trust)
+    same = source.checkpoint_name if find_folds(dense, source.checkpoint_name) else settings.checkpoint
+    small = load_predictor(slim, None, settings)
+    large = load_predictor(dense, None, replace(settings, folds=list(source.checkpoints), checkpoint=same))
+    _check_pair(large, small)
+    return large, small
+
+
+def agreement_of_predictors(
+    dense: Any,
+    slim: Any,
+    images: Path,
+    labels: Path | None = None,
+    settings: PredictSettings | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    temperature: float = TEMPERATURE,
+) -> Agreement:
+    """Do what `agreement_of_folders` does with two initialised nnUNetPredictors."""
+    settings = settings or PredictSettings()
+    _check_pair(dense, slim)
+    check_stage(dense, settings.previous_stage)
+    ending = dense.dataset_json["file_ending"]
+    cases = find_cases(Path(images), ending)
+    truths = find_labels(labels, cases, ending)
+    agreement = Agreement(tuple(classes_of(dense.label_manager)), temperature=temperature)
+    for number, (name, files) in enumerate(cases.items(), start=1):
+        previous = settings.previous_stage and settings.previous_stage / f"{name}{ending}"
+        try:
+            compared = _compare(dense, slim, name, files, previous, truths.get(name), temperature)
+            agreement.cases.append(compared)
+        except NNSlimError as error:
+            agreement.failed[name] = str(error)
+        except (RuntimeError, MemoryError) as error:  # torch: out of memory, among others
+            agreement.failed[name] = one_line(error)
+        if progress is not None:
+            progress(number, len(cases))
+    if not agreement.cases:
+        name, reason = next(iter(agreement.failed.items()))
+        raise InputError(f"none of {len(cases)} case(s) of {images} could be compared; {name}: {reason}")
+    return agreement
+
+
+def slim_record(slim: Path) -> dict[str, Any]:
+    """Return the content of nnslim.json.
+
+    Raises:
+        ModelFolderError: there is none, so the folder is not of a slim model, or it cannot be read.
+    """
+    if not (Path(slim) / "nnslim.json").is_file():
+        raise ModelFolderError(
+            f"{slim} has no nnslim.json, which every slim model folder has; was the dense one named?"
+        )
+    return read_json_object(Path(slim) / "nnslim.json")
+
+
+def write_agreement(slim: Path, agreement: Agreement, figure: bool = True) -> None:
+    """Put the agreement into nnslim.json, key "agreement", and draw agreement.png beside it.
+
+    Raises:
+        ModelFolderError: no slim model folder. OutputError: it cannot be written; nnslim.json is then as it was.
+    """
+    slim = Path(slim)
+    content = slim_record(slim) | {"agreement": agreement.to_dict()}
+    if figure:
+        agreement_figure(agreement, slim / "agreement.png")
+    write_json(slim / "nnslim.json", content)
+
+
+def _check_pair(dense: Any, slim: Any) -> None:
+    """Refuse models whose channels, classes or preprocessed grid differ."""
+    for what, one, other in (
+        ("classes", classes_of(dense.label_manager), classes_of(slim.label_manager)),
+        ("file ending", dense.dataset_json["file_ending"], slim.dataset_json["file_ending"]),
+        *(
+            (what, getattr(dense.configuration_manager, key), getattr(slim.configuration_manager, key))
+            for what, key in (
+                ("spacing", "spacing"),
+                ("preprocessor", "preprocessor_name"),
+                ("normalisation", "normalization_schemes"),
+            )
+        ),
+        ("order of axes", dense.plans_manager.transpose_forward, slim.plans_manager.transpose_forward),
+    ):
+        if str(one) != str(other):
+            raise ModelFolderError(f"the slim model was not made from this dense one: {what} {other} and {one}")
+
+
+def find_labels(folder: Path | None, cases: dict[str, list[Path]], ending: str) -> dict[str, Path]:
+    """Return the label map of each case that has one.
+
+    Raises:
+        InputError: no such folder, or none in it.
+    """
+    if folder is None:
+        return {}
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder} is not a folder; expected a folder of label maps named <case>{ending}")
+    found = {name: path for name in cases if (path := Path(folder) / f"{name}{ending}").is_file()}
+    if not found:
+        raise InputError(f"{folder} holds no label map of any case; expected, for example, {next(iter(cases))}{ending}")
+    return found
+
+
+def _compare(
+    dense: Any,
+    slim: Any,
+    name: str,
+    files: list[Path],
+    previous: Path | None,
+    truth: Path | None,
+    temperature: float,
+) -> CaseAgreement:
+    data, properties = preprocess_case(dense, files, previous)
+    read = None if truth is None else read_labels(dense, truth)
+    regions = dense.label_manager.has_regions
+    slim_probabilities, slim_map = predict_maps(slim, data, properties, truth is not None)
+    decided = harden(slim_probabilities, not regions)
+    del slim_probabilities  # before the dense model's are made
+    probabilities, dense_map = predict_maps(dense, data, properties, truth is not None)
+    members = classes_of(dense.label_manager)
+    maps = None
+    if read is not None:
+        if read.shape != dense_map.shape:
+            raise InputError(f"{truth.name} has shape {read.shape}, its image {dense_map.shape}")
+        ignore = dense.label_manager.ignore_label
+        maps = LabelMaps(dense_map, slim_map, read, properties["spacing"], list(members.values()), ignore)
+    spacing = _grid_spacing(dense, properties)
+    return compare_case(name, probabilities, decided, spacing, list(members), maps, temperature=temperature)
+
+
+def read_labels(predictor: Any, path: Path) -> np.ndarray:
+    """Return the (*grid) label map in the reader's order of axes."""
+    check_complete(path)
+    try:
+        labels = predictor.plans_manager.image_reader_writer_class().read_seg(str(path))[0][0]
+    except Exception as error:  # readers raise whatever their format library raises
+        raise InputError(f"{path.name} cannot be read: {one_line(error)}") from error
+    return np.rint(labels).astype(np.int64)
+
+
+def predict_maps(
+    predictor: Any, data: np.ndarray, properties: dict[str, Any], with_map: bool
+) -> tuple[Tensor, np.ndarray | None]:
+    """Return (C, *spatial) probabilities in the preprocessed grid and, on request, the label map in the image's."""
+    from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+
+    with silent():
+        logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data))
+        label_map = None
+        if with_map:
+            label_map = convert_predicted_logits_to_segmentation_with_correct_shape(
+                logits.numpy(),
+                predictor.plans_manager,
+                predictor.configuration_manager,
+                predictor.label_manager,
+                properties,
+            )
+    return predictor.label_manager.apply_inference_nonlin(logits), label_map
+
+
+def _grid_spacing(predictor: Any, properties: dict[str, Any]) -> list[float]:
+    """Return mm per voxel of the preprocessed grid; a 2d configuration leaves the first axis as it is in the image."""
+    spacing = list(predictor.configuration_manager.spacing)
+    first = properties["spacing"][predictor.plans_manager.transpose_forward[0]]
+    return spacing if len(spacing) == 3 else [float(first), *spacing]

@@ -1,0 +1,1 @@
+"""Trained nnU-Net models on disk: read, described, written in plans."""

@@ -1,0 +1,176 @@
+"""A trained 2D nnU-Net as the start of its 3D twin: a file for `-pretrained_weights`, or a whole model folder."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnslim.errors import ConfigError, ModelFolderError
+from nnslim.files import make_folder, save_checkpoint, whole_folder, write_json
+from nnslim.hosts.nnunet.model.model_files import read_json_object
+from nnslim.hosts.nnunet.model.trained_model import (
+    ModelFolder,
+    build_network,
+    build_untrained,
+    builds_from_plans,
+    managers_of,
+    trainer_class,
+)
+from nnslim.inflation.inflate_unet import Fit, Inflated, inflate_unet
+from nnslim.inflation.kernels import Mode
+
+Note = Callable[[str], None]
+
+
+def preprocessed_files(dataset: str, plans: str) -> tuple[Path, Path]:
+    """Return plans and dataset.json of a dataset (number or name) in nnUNet_preprocessed.
+
+    Raises:
+        ConfigError: the variable is unset. ModelFolderError: no such dataset or plans.
+    """
+    root = os.environ.get("nnUNet_preprocessed")
+    if not root:
+        raise ConfigError(f"dataset {dataset} is looked for in nnUNet_preprocessed, which is not set")
+    pattern = f"Dataset{int(dataset):03d}_*" if dataset.isdigit() else dataset
+    found = [path for path in sorted(Path(root).glob(pattern)) if path.is_dir()]
+    if not found:
+        raise ModelFolderError(f"no {pattern} in {root}; run nnUNetv2_plan_and_preprocess first")
+    file = found[0] / f"{plans}.json"
+    if not file.is_file():
+        known = ", ".join(path.stem for path in sorted(found[0].glob("*Plans*.json"))) or "none"
+        raise ModelFolderError(f"no plans '{plans}' in {found[0]}; it has {known}")
+    return file, found[0] / "dataset.json"
+
+
+def target_of(
+    model: ModelFolder,
+    configuration: str,
+    plans: Path | None = None,
+    dataset: Path | None = None,
+) -> ModelFolder:
+    """Return the untrained 3D model that the weights are for.
+
+    Args:
+        model: the trained 2D model. configuration: of the 3D plans.
+        plans: file; default: those of `model`, which often hold the 3D configurations, too.
+        dataset: dataset.json with the channels and labels of the 3D model; default: that of `model`.
+    Raises:
+        ModelFolderError: a file is missing or not nnU-Net's, or has no such 3D configuration.
+    """
+    content = model.plans if plans is None else read_json_object(Path(plans))
+    labels = model.dataset if dataset is None else read_json_object(Path(dataset))
+    where = model.path if plans is None else Path(plans)
+    if configuration not in content.get("configurations", {}):
+        known = ", ".join(content.get("configurations", {})) or "none"
+        raise ModelFolderError(f"{where} has no configuration '{configuration}'; it has {known}")
+    managers = managers_of(where if plans is None else where.parent, content, labels, configuration)
+    if len(managers[1].patch_size) != 3:
+        raise ModelFolderError(f"{where}: configuration '{configuration}' is not a 3D one")
+    return replace(
+        model,
+        plans=copy.deepcopy(content),
+        dataset=labels,
+        configuration=configuration,
+        plans_manager=managers[0],
+        configuration_manager=managers[1],
+    )
+
+
+def axes_between(flat: ModelFolder, deep: ModelFolder) -> tuple[int, int, int]:
+    """Return which axis of the 2D model's volumes (0: slices) each axis of the 3D model's is."""
+    before, after = flat.plans["transpose_forward"], deep.plans["transpose_forward"]
+    first, second, third = (before.index(axis) for axis in after)
+    return first, second, third
+
+
+def inflate_model(
+    model: ModelFolder, target: ModelFolder, mode: Mode = "center", *, fit: Fit = "error", seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Make checkpoints of the 3D model from those of the 2D one, a fold each.
+
+    Args:
+        model: trained 2D model. target: from `target_of`. mode, fit: see `nnslim.inflation.inflate_unet`.
+        seed: of what the 2D model cannot fill (other heads, added channels).
+    Returns:
+        fold -> checkpoint as nnU-Net writes it, without an optimiser's state. Key `nnslim_inflation` says how it was
+        made.
+    Raises:
+        ModelFolderError: not a dense 2D model whose trainer builds from plans. ConfigError: structures differ.
+    """
+    if len(model.configuration_manager.patch_size) != 2:
+        raise ModelFolderError(f"{model.path}: configuration '{model.configuration}' is not 2D; nothing to inflate")
+    if model.is_slim or not builds_from_plans(trainer_class(model.trainer_name)):
+        raise ModelFolderError(
+            f"{model.path}: only a dense model that nnU-Net builds from its plans can be inflated "
+            f"(trainer {model.trainer_name})"
+        )
+    axes = axes_between(model, target)
+    mirrors = {1: axes.index(1), 2: axes.index(2)}
+    made = {}
+    for fold, checkpoint in model.checkpoints.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            start = build_untrained(target)
+        flat = build_network(replace(model, checkpoints={fold: checkpoint}))
+        inflated = inflate_unet(flat, start, mode, axes=axes, fit=fit)
+        allowed = checkpoint.get("inference_allowed_mirroring_axes") or ()
+        made[fold] = {
+            "network_weights": inflated.weights,
+            "optimizer_state": None,
+            "grad_scaler_state": None,
+            "logging": {},
+            "_best_ema": None,
+            "current_epoch": 0,
+            "init_args": {
+                "plans": target.plans,
+                "configuration": target.configuration,
+                "fold": checkpoint["init_args"].get("fold", fold),
+                "dataset_json": target.dataset,
+                "device": torch.device("cpu"),
+            },
+            "trainer_name": model.trainer_name,
+            # The slices' own axes; no 2D training has mirrored the order of slices.
+            "inference_allowed_mirroring_axes": tuple(sorted(mirrors[axis + 1] for axis in allowed)),
+            "nnslim_inflation": _record(model, target, mode, axes, inflated),
+        }
+    return made
+
+
+def _record(
+    model: ModelFolder, target: ModelFolder, mode: str, axes: tuple[int, ...], inflated: Inflated
+) -> dict[str, Any]:
+    return {
+        "source": model.path.name,
+        "configuration": target.configuration,
+        "mode": mode,
+        "depth_axis": axes.index(0),
+        "notes": list(inflated.notes),
+    }
+
+
+def write_inflated(
+    model: ModelFolder, target: ModelFolder, made: dict[str, dict[str, Any]], *, file: Path | None, folder: Path | None
+) -> None:
+    """Write inflated checkpoints: one for `nnUNetv2_train -pretrained_weights`, all as a 3D model folder, or both.
+
+    Raises:
+        ConfigError: a file is wanted of a model with several folds. OutputError: something cannot be written.
+    """
+    if file is not None:
+        if len(made) != 1:
+            raise ConfigError(f"a .pth file holds one fold, the model has {', '.join(made)}: choose one with -f")
+        make_folder(file.parent)
+        save_checkpoint(next(iter(made.values())), file)
+    if folder is not None:
+        with whole_folder(folder) as side:
+            write_json(side / "plans.json", target.plans)
+            write_json(side / "dataset.json", target.dataset)
+            for fold, checkpoint in made.items():
+                (side / f"fold_{fold}").mkdir()
+                save_checkpoint(checkpoint, side / f"fold_{fold}" / "checkpoint_final.pth")

@@ -1,0 +1,160 @@
+"""Architectures that nnU-Net builds in its trainers, described in plans instead, so that any trainer can build them.
+
+nnU-Net's Primus trainers build their networks themselves. A slim model must be built from plans.json, and by stock
+nnU-Net: so the architecture is read off the network and named there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from dynamic_network_architectures.architectures import primus
+from torch import nn
+
+from nnslim.hosts.nnunet.model.slim_plans import resolved
+from nnslim.hosts.nnunet.model.trained_model import (
+    ModelFolder,
+    build_untrained,
+    builds_from_plans,
+    managers_of,
+    trainer_class,
+)
+from nnslim.methods.embedded.daeformer import DAEFormer, form_named
+from nnslim.methods.token_sparse.unetr import TokenSparseUNETR
+
+PLAIN_TRAINER = "nnUNetTrainer"  # builds from plans; what a checkpoint names so that stock nnU-Net predicts with it
+
+
+class PlannedPrimus(primus.Primus):
+    """Primus as nnU-Net calls an architecture from plans; it has no deep supervision to switch."""
+
+    def __init__(self, deep_supervision: bool | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+
+class PlannedPrimusV2(getattr(primus, "PrimusV2", primus.Primus)):
+    """PrimusV2, likewise."""
+
+    def __init__(self, deep_supervision: bool | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+
+class PlannedUNETR(TokenSparseUNETR):
+    """The published token-sparse UNETR, likewise.
+
+    Attributes:
+        planned: keyword arguments that build it again.
+    """
+
+    def __init__(
+        self, input_channels: int, num_classes: int, deep_supervision: bool | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(input_channels, num_classes, **kwargs)
+        self.planned = kwargs
+
+
+class PlannedDAEFormer(DAEFormer):
+    """DAEFormer, likewise.
+
+    nnU-Net's trainers read strides in the plans: [1, 4, 2] make two scales of deep supervision, which is what the
+    network puts out then.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        deep_supervision: bool | None = None,
+        strides: Sequence[Any] = (),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(input_channels, num_classes, **kwargs)
+        self.decoder.deep_supervision = bool(deep_supervision)
+
+
+def daeformer_architecture(form: str) -> dict[str, Any]:
+    """Return the `architecture` entry of a 2D configuration for a form of DAEFormer, see `form_named`.
+
+    Raises:
+        ConfigError: no form of that name.
+    """
+    return _entry(PlannedDAEFormer, {**form_named(form).to_dict(), "strides": [[1, 1], [4, 4], [2, 2]]})
+
+
+def planned_architecture(network: nn.Module, patch: Sequence[int]) -> dict[str, Any] | None:
+    """Return the `architecture` entry of a configuration for a dense network, or None for one that we cannot read.
+
+    Args:
+        network: as its trainer builds it. patch: voxels.
+    """
+    if isinstance(network, PlannedUNETR):
+        return _entry(PlannedUNETR, network.planned)
+    kinds = {"Primus": PlannedPrimus, "PrimusV2": PlannedPrimusV2}
+    known = [cls.__name__ for cls in type(network).__mro__ if cls.__module__ == primus.__name__]
+    cls = next((kinds[name] for name in known if name in kinds), None)
+    if cls is None or "PrimusV3" in known:
+        return None
+    eva = network.eva
+    block = eva.blocks[0]
+    proj = getattr(network.down_projection, "proj", None)
+    edge = proj.kernel_size if isinstance(proj, nn.Conv3d) and cls is PlannedPrimus else (8, 8, 8)
+    drop = getattr(eva.blocks[-1].drop_path1, "drop_prob", 0.0)
+    return _entry(
+        cls,
+        {
+            "embed_dim": int(network.embed_dim),
+            "patch_embed_size": [int(size) for size in edge],
+            "eva_depth": len(eva.blocks),
+            "eva_numheads": int(block.attn.num_heads),
+            "input_shape": [int(size) for size in patch],
+            "num_register_tokens": int(eva.num_prefix_tokens),
+            "use_rot_pos_emb": eva.rope is not None,
+            "use_abs_pos_embed": eva.pos_embed is not None,
+            "drop_path_rate": round(float(drop or 0.0), 6),
+            "init_values": None if block.gamma_1 is None else 0.1,
+            "scale_attn_inner": not isinstance(block.attn.norm, nn.Identity),
+        },
+    )
+
+
+def _entry(cls: type, kwargs: dict[str, Any]) -> dict[str, Any]:
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    return {"network_class_name": name, "arch_kwargs": kwargs, "_kw_requires_import": []}
+
+
+def plans_with_architecture(plans: dict[str, Any], configuration: str, architecture: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of the plans in which one configuration names another architecture."""
+    plans = copy.deepcopy(plans)
+    known = plans["configurations"]
+    plans["configurations"] = {name: resolved(known, name) for name in known}
+    settings = plans["configurations"][configuration]
+    settings["architecture"] = architecture
+    for old in [key for key in settings if key.startswith("UNet_")]:
+        del settings[old]
+    return plans
+
+
+def built_from_plans(model: ModelFolder) -> ModelFolder:
+    """Return the same model as one whose plans describe its network, where its trainer builds it itself.
+
+    Models that need no change, and those that we cannot describe, are returned as they are.
+    """
+    if model.is_slim or builds_from_plans(trainer_class(model.trainer_name)):
+        return model
+    architecture = planned_architecture(build_untrained(model), model.configuration_manager.patch_size)
+    if architecture is None:
+        return model
+    plans = plans_with_architecture(model.plans, model.configuration, architecture)
+    managers = managers_of(model.path, plans, model.dataset, model.configuration)
+    checkpoints = {fold: {**content, "trainer_name": PLAIN_TRAINER} for fold, content in model.checkpoints.items()}
+    return replace(
+        model,
+        plans=plans,
+        checkpoints=checkpoints,
+        trainer_name=PLAIN_TRAINER,
+        plans_manager=managers[0],
+        configuration_manager=managers[1],
+    )

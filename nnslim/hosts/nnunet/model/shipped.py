@@ -1,0 +1,53 @@
+"""The trained model that ships inside the package: real weights on a machine that has nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nnslim.compression.storage import half_precision
+from nnslim.errors import ModelFolderError
+from nnslim.files import save_checkpoint, whole_folder, write_json
+from nnslim.hosts.nnunet.model.trained_model import read_model_folder
+
+_MODELS = Path(__file__).resolve().parents[2] / "models"
+MODEL_FOLDER_NAME = "nnUNetTrainer__nnUNetPlans__3d_fullres"
+
+
+def shipped_model(name: str = "hippocampus") -> Path:
+    """Return the model folder of a shipped model; MODEL_CARD.md beside it says what it is.
+
+    Raises:
+        ModelFolderError: there is no such model in this installation.
+    """
+    folder = _MODELS / name / MODEL_FOLDER_NAME
+    if not folder.is_dir():
+        known = ", ".join(sorted(path.parent.name for path in _MODELS.glob(f"*/{MODEL_FOLDER_NAME}"))) or "none"
+        raise ModelFolderError(f"nnslim ships no model '{name}'; known: {known}")
+    return folder
+
+
+def write_for_shipping(model: Path, target: Path) -> None:
+    """Write a copy of a trained model as small as it gets without loss that matters: fp16 weights, nothing else.
+
+    Optimiser state, training curves and the plans of other configurations are left out.
+
+    Raises:
+        ModelFolderError: not a model folder. OutputError: the target exists or cannot be written.
+    """
+    source = read_model_folder(model)
+    plans = {
+        **source.plans,
+        "configurations": {source.configuration: source.plans["configurations"][source.configuration]},
+    }
+    with whole_folder(Path(target)) as side:
+        write_json(side / "plans.json", plans)
+        write_json(side / "dataset.json", source.dataset)
+        for fold, checkpoint in source.checkpoints.items():
+            (side / f"fold_{fold}").mkdir()
+            kept = {
+                "network_weights": half_precision(checkpoint["network_weights"]),
+                "trainer_name": source.trainer_name,
+                "init_args": {"configuration": source.configuration, "fold": checkpoint["init_args"].get("fold")},
+                "inference_allowed_mirroring_axes": checkpoint["inference_allowed_mirroring_axes"],
+            }
+            save_checkpoint(kept, side / f"fold_{fold}" / source.checkpoint_name)

@@ -1,0 +1,297 @@
+"""Read a trained nnU-Net model folder, with every fault named."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import os
+import pickle
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from nnslim.errors import ModelFolderError
+from nnslim.hosts.nnunet.model.compatibility import check_version, nnunet_version
+from nnslim.hosts.nnunet.model.model_files import chosen_folds, read_json_object
+from nnslim.hosts.nnunet.model.slim_network import NETWORK_CLASS_NAME, base_class, locate_trusted
+
+_log = logging.getLogger("nnslim")
+
+
+@dataclass
+class ModelFolder:
+    """A trained model: plans, dataset description and the checkpoints of its folds.
+
+    Attributes:
+        path: trainer__plans__configuration folder.
+        plans, dataset: content of plans.json (as stored) and dataset.json.
+        checkpoint_name: file name in each fold folder.
+        checkpoints: fold -> content of its checkpoint, weights on the CPU.
+        configuration: name of the configuration that the checkpoints were trained with.
+        trainer_name: class name of the trainer.
+        plans_manager, configuration_manager: nnU-Net's readers of the plans.
+    """
+
+    path: Path
+    plans: dict[str, Any]
+    dataset: dict[str, Any]
+    checkpoint_name: str
+    checkpoints: dict[str, dict[str, Any]]
+    configuration: str
+    trainer_name: str
+    plans_manager: Any
+    configuration_manager: Any
+
+    @property
+    def weights(self) -> list[dict[str, torch.Tensor]]:
+        """State dicts of the folds, in order."""
+        return [checkpoint["network_weights"] for checkpoint in self.checkpoints.values()]
+
+    @property
+    def is_slim(self) -> bool:
+        """Whether nnslim wrote this folder."""
+        return self.configuration_manager.network_arch_class_name == NETWORK_CLASS_NAME
+
+
+def load_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
+    """Load a checkpoint without running code from it.
+
+    nnU-Net stores numpy numbers and the device beside the weights; these are allowed. Anything else needs `trust`.
+
+    Args:
+        path: of a .pth file.
+        trust: load it as nnU-Net does, which runs whatever code the file holds.
+    Raises:
+        ModelFolderError: missing, cut short, or with content that could run code.
+    """
+    if not path.is_file():
+        present = sorted(p.name for p in path.parent.glob("*.pth")) if path.parent.is_dir() else []
+        found = f"it has {', '.join(present)}" if present else "it has no checkpoint"
+        folds = ", ".join(sorted(p.name for p in path.parents[1].glob("fold_*"))) or "none"
+        raise ModelFolderError(f"no {path.name} in {path.parent}: {found}; folds in the model folder: {folds}")
+    try:
+        content = _load_unsafe(path) if trust else _load_safe(path)
+    except pickle.UnpicklingError as error:
+        text = str(error)
+        if "global" in text.lower() or "weights only load failed" in text.lower():
+            raise ModelFolderError(
+                f"{path} holds more than weights and numbers ({_unsupported(text)}); if you trust where it comes "
+                "from, load it as nnU-Net would: --trust-checkpoint, or trust=True"
+            ) from error
+        raise ModelFolderError(f"{path} is not a readable checkpoint: {text.splitlines()[0]}") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        size = path.stat().st_size
+        raise ModelFolderError(
+            f"{path} is truncated or damaged ({size:,} bytes): {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from error
+    missing = {"network_weights", "trainer_name", "init_args"} - set(content if isinstance(content, dict) else ())
+    if missing:
+        raise ModelFolderError(f"{path} is not an nnU-Net v2 checkpoint: it lacks {', '.join(sorted(missing))}")
+    return content
+
+
+def _unsupported(text: str) -> str:
+    marks = [line.strip() for line in text.splitlines() if "GLOBAL" in line]
+    return marks[0][:160] if marks else text.splitlines()[0][:160]
+
+
+def _load_unsafe(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=False)
+
+
+def _load_safe(path: Path) -> Any:
+    if not hasattr(torch.serialization, "safe_globals"):  # torch < 2.4 cannot allow numpy's numbers
+        warnings.warn(f"torch {torch.__version__} loads {path.name} without protection", stacklevel=3)
+        return _load_unsafe(path)
+    with allowed_globals():
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def allowed_globals() -> AbstractContextManager[Any]:
+    """Let `torch.load(weights_only=True)` read what nnU-Net stores beside weights: numpy's numbers and a device."""
+    if not hasattr(torch.serialization, "safe_globals"):  # torch < 2.4, which loads everything by default
+        return nullcontext()
+    scalar = np.float64(0).__reduce__()[0]
+    rebuild = np.zeros(0).__reduce__()[0]
+    kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
+    numpy_1 = [_under_name(scalar, "numpy.core.multiarray"), _under_name(rebuild, "numpy.core.multiarray")]
+    numpy_2 = [_under_name(scalar, "numpy._core.multiarray"), _under_name(rebuild, "numpy._core.multiarray")]
+    return torch.serialization.safe_globals([*numpy_1, *numpy_2, np.dtype, np.ndarray, *kinds, torch.device])
+
+
+def _under_name(function: Callable[..., Any], module: str) -> Callable[..., Any]:
+    """Return a function that torch's allow-list files under another module: numpy 1 and 2 name theirs differently.
+
+    torch 2.6 takes (function, name) pairs for this; 2.4 and 2.5 do not.
+    """
+
+    def alias(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    alias.__module__, alias.__name__, alias.__qualname__ = module, function.__name__, function.__name__
+    return alias
+
+
+def read_model_folder(
+    path: Path, folds: Sequence[int | str] | None = None, checkpoint_name: str | None = None, *, trust: bool = False
+) -> ModelFolder:
+    """Read plans, dataset description and the checkpoints of the folds.
+
+    Args:
+        path: trainer__plans__configuration folder with plans.json, dataset.json and fold_X.
+        folds: numbers or "all"; every fold that has the checkpoint if None.
+        checkpoint_name: checkpoint_final.pth if there is one, else checkpoint_best.pth, if None.
+        trust: see `load_checkpoint`.
+    Raises:
+        ModelFolderError: whatever is missing, unreadable or not nnU-Net's. HostError: nnU-Net is missing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        plans, dataset = read_json_object(path / "plans.json"), read_json_object(path / "dataset.json")
+    wanted, name = chosen_folds(path, folds, checkpoint_name)
+    checkpoints = {fold: load_checkpoint(path / f"fold_{fold}" / name, trust=trust) for fold in wanted}
+    first = next(iter(checkpoints.values()))
+    try:
+        configuration = first["init_args"]["configuration"]
+    except (KeyError, TypeError) as error:
+        raise ModelFolderError(f"{path}: the checkpoint does not say its configuration") from error
+    managers = managers_of(path, plans, dataset, configuration)
+    return ModelFolder(path, plans, dataset, name, checkpoints, configuration, str(first["trainer_name"]), *managers)
+
+
+def managers_of(path: Path, plans: dict[str, Any], dataset: dict[str, Any], configuration: str) -> tuple[Any, Any]:
+    """Return nnU-Net's managers of the plans and of one configuration.
+
+    Args:
+        path: of the model folder, for messages. plans, dataset: contents of plans.json and dataset.json.
+    Raises:
+        ModelFolderError: the plans lack the configuration, or nnU-Net cannot read what they hold.
+    """
+    check_version(nnunet_version())
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    where = path / "plans.json"
+    if configuration not in plans.get("configurations", {}):
+        known = ", ".join(plans.get("configurations", {})) or "none"
+        raise ModelFolderError(
+            f"{where} has no configuration '{configuration}', which the checkpoint names; it has {known}"
+        )
+    if "labels" not in dataset or not ("channel_names" in dataset or "modality" in dataset):
+        raise ModelFolderError(f"{path / 'dataset.json'} lacks 'labels' or 'channel_names'")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected old nnU-Net plans format")
+            manager = PlansManager(copy.deepcopy(plans))
+            settings = manager.get_configuration(configuration)
+        base_class(settings.network_arch_class_name, f"{where}, configuration {configuration},")
+        for key in settings.network_arch_init_kwargs_req_import:
+            value = settings.network_arch_init_kwargs.get(key)
+            if value is not None:
+                locate_trusted(value, f"{where}, configuration {configuration}, {key},")
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ModelFolderError(f"{where} cannot be understood: {type(error).__name__}: {error}") from error
+    return manager, settings
+
+
+def trainer_class(name: str) -> type:
+    """Return nnU-Net's trainer class of that name (its own, or from nnUNet_extTrainer).
+
+    Raises:
+        ModelFolderError: there is none.
+    """
+    try:
+        try:
+            from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
+        except ImportError:  # before nnU-Net 2.8
+            import nnunetv2
+            from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+            folder = os.path.join(nnunetv2.__path__[0], "training", "nnUNetTrainer")  # noqa: PTH118
+
+            def find(wanted: str) -> type | None:
+                return recursive_find_python_class(folder, wanted, "nnunetv2.training.nnUNetTrainer")
+
+        found = find(name)
+    except RuntimeError:
+        found = None
+    if found is None:
+        raise ModelFolderError(
+            f"the checkpoint was trained by '{name}', which nnU-Net {nnunet_version()} does not have; if it is yours, "
+            "name its folder in the environment variable nnUNet_extTrainer"
+        )
+    return found
+
+
+def builds_from_plans(trainer: type) -> bool:
+    """Whether the trainer builds its network as nnU-Net's default trainer does, from the plans alone."""
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    return trainer.build_network_architecture is nnUNetTrainer.build_network_architecture
+
+
+def channels_and_heads(model: ModelFolder) -> tuple[int, int]:
+    """Return input channels (cascade's one-hot channels included) and segmentation heads (regions included)."""
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+
+    inputs = determine_num_input_channels(model.plans_manager, model.configuration_manager, model.dataset)
+    return inputs, model.plans_manager.get_label_manager(model.dataset).num_segmentation_heads
+
+
+def build_untrained(model: ModelFolder) -> nn.Module:
+    """Build the network of a model folder through its trainer, as nnU-Net's predictor does.
+
+    Raises:
+        ModelFolderError: the trainer is unknown, or the architecture cannot be built.
+    """
+    inputs, heads = channels_and_heads(model)
+    build = trainer_class(model.trainer_name).build_network_architecture
+    settings = model.configuration_manager
+    try:
+        if "plans_manager" in inspect.signature(build).parameters:
+            return build(model.plans_manager, settings, inputs, heads, enable_deep_supervision=False)
+        # nnU-Net 2.3.1 to 2.6; some of them write into the arguments
+        return build(
+            settings.network_arch_class_name,
+            copy.deepcopy(settings.network_arch_init_kwargs),
+            settings.network_arch_init_kwargs_req_import,
+            inputs,
+            heads,
+            enable_deep_supervision=False,
+        )
+    except (ImportError, TypeError, KeyError, RuntimeError, AssertionError) as error:
+        raise _does_not_fit(model, error) from error
+
+
+def build_network(model: ModelFolder) -> nn.Module:
+    """Build the network of a model folder, with the weights of the first fold, in eval mode.
+
+    Raises:
+        ModelFolderError: the architecture cannot be built, or the weights do not fit it.
+    """
+    network = build_untrained(model)
+    try:
+        network.load_state_dict({key: value.float() for key, value in model.weights[0].items()})
+    except RuntimeError as error:
+        raise _does_not_fit(model, error) from error
+    return network.eval()
+
+
+def _does_not_fit(model: ModelFolder, error: Exception) -> ModelFolderError:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return ModelFolderError(
+        f"{model.path}: the network '{model.configuration_manager.network_arch_class_name}' cannot be built or does "
+        f"not fit its checkpoint: {' '.join(line.strip() for line in lines[:2])}"
+    )
+
+
+def input_shape(model: ModelFolder) -> tuple[int, ...]:
+    """Return (1, channels, *patch), voxels."""
+    return (1, channels_and_heads(model)[0], *model.configuration_manager.patch_size)

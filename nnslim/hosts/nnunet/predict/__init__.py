@@ -1,0 +1,1 @@
+"""Prediction inside nnU-Net's predictor, and of directories."""

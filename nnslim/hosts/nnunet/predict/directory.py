@@ -1,0 +1,167 @@
+"""nnU-Net models in workers that go through a folder; importing this takes no time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnslim.hosts.nnunet.cases.preprocess import check_stage, list_cases, preprocess_case, silent
+from nnslim.hosts.nnunet.model.model_files import read_json_object
+from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings, with_place
+from nnslim.prediction.case import Case, Place, Record
+from nnslim.prediction.engines import Crew
+from nnslim.prediction.images import count_voxels
+from nnslim.prediction.run_directory import FolderSettings, run_folder
+
+_log = logging.getLogger("nnslim")
+
+
+def predict_folder(
+    images: Path,
+    output: Path,
+    model: Path,
+    config: Any = None,
+    settings: PredictSettings | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    folder: FolderSettings | None = None,
+) -> list[Record]:
+    """Predict every case of a folder; a case that fails is reported, the rest goes on, what is done is not repeated.
+
+    Args:
+        images: folder of `<case>_0000<ending>` files, one per channel, or one such file.
+        output: folder for `<case><ending>` and manifest.jsonl.
+        model: model folder, dense or slim.
+        config: what NNSlimContext takes, to compress on the fly.
+        settings: device, tiles, mirroring, folds.
+        progress: called with (cases done, cases in all).
+        folder: engine and workers; default: in this process.
+    Returns:
+        One record per case, by name.
+    Raises:
+        InputError: no images. ModelFolderError, ConfigError: unusable model or config. OutputError: the output folder
+        cannot be written, or holds another model's results. A single bad case raises nothing.
+    """
+    settings = settings or PredictSettings()
+    # Absolute, as a worker on another machine does not start in this folder.
+    job = NNUNetJob(Path(model).absolute(), absolute_config(config), settings)
+    cases = nnunet_cases(Path(images).absolute(), job.ending)
+    return run_folder(job, cases, Path(output), folder or FolderSettings(crew=Crew(threads=settings.threads)), progress)
+
+
+def absolute_config(config: Any) -> Any:
+    """Return the same, the path of a YAML file absolute."""
+    is_file = isinstance(config, (str, Path)) and Path(config).suffix in (".yml", ".yaml")
+    return Path(config).absolute() if is_file else config
+
+
+def nnunet_cases(images: Path, ending: str) -> list[Case]:
+    """Return the cases of a folder, or of one file; files that are nobody's are named in a warning.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = list_cases(images, ending)
+    if found.left_out:
+        names = ", ".join(path.name for path in found.left_out[:5])
+        _log.warning("%d files are not named <case>_0000%s and left out: %s", len(found.left_out), ending, names)
+    for name in found.problems:
+        found.cases.setdefault(name, [])
+    return [
+        Case(
+            name,
+            tuple(files),
+            f"{name}{ending}",
+            max(map(count_voxels, files), default=0),
+            found.problems.get(name, ""),
+        )
+        for name, files in sorted(found.cases.items())
+    ]
+
+
+@dataclass(frozen=True)
+class NNUNetJob:
+    """A model folder, dense or slim, with settings; implements `Job`.
+
+    Attributes:
+        model: model folder. config: what NNSlimContext takes, to compress on the fly. settings: how to predict.
+    """
+
+    model: Path
+    config: Any
+    settings: PredictSettings
+
+    @property
+    def ending(self) -> str:
+        """File ending of images and results.
+
+        Raises:
+            ModelFolderError: not a model folder.
+        """
+        return str(read_json_object(self.model / "dataset.json").get("file_ending", ".nii.gz"))
+
+    @property
+    def first_alone(self) -> bool:
+        """The first worker compresses; the others find its result in the cache."""
+        return self.config is not None
+
+    def stamp(self) -> tuple[str, dict[str, str]]:
+        """See `PredictSettings.stamp`."""
+        return self.settings.stamp(self.model, self.config)
+
+    @contextmanager
+    def open(self, place: Place) -> Iterator[NNUNetModel]:
+        """Load the model.
+
+        Raises:
+            ModelFolderError, ConfigError, HostError: what cannot be used.
+        """
+        import torch
+
+        from nnslim.hosts.nnunet.predict.load import load_predictor
+        from nnslim.running.allocator import keep_heap
+
+        settings = with_place(self.settings, place.threads, place.gpu)
+        before = torch.get_num_threads()
+        if place.threads is not None:
+            torch.set_num_threads(place.threads)
+        try:
+            predictor = load_predictor(self.model, self.config, settings)
+            check_stage(predictor, settings.previous_stage)
+            with keep_heap():
+                yield NNUNetModel(predictor, settings)
+        finally:
+            torch.set_num_threads(before)
+
+
+class NNUNetModel:
+    """A loaded predictor, stage by stage; implements `Model`."""
+
+    def __init__(self, predictor: Any, settings: PredictSettings) -> None:
+        """Hold an initialised nnUNetPredictor."""
+        self._predictor = predictor
+        self._settings = settings
+
+    def read(self, case: Case) -> tuple[Any, dict[str, Any]]:
+        """Return (channels, *spatial) preprocessed data and nnU-Net's properties."""
+        from nnslim.hosts.nnunet.predict.load import streams
+
+        previous = self._settings.previous_stage and self._settings.previous_stage / case.target
+        return preprocess_case(self._predictor, list(case.files), previous, lean=streams(self._predictor))
+
+    def forward(self, case: Case, data: tuple[Any, dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
+        """Return (heads, *spatial) logits on the CPU, and the properties."""
+        import torch
+
+        array, properties = data
+        with silent():
+            return self._predictor.predict_logits_from_preprocessed_data(torch.from_numpy(array)), properties
+
+    def write(self, case: Case, result: tuple[Any, dict[str, Any]], beside: Path) -> None:
+        """Resample the logits to the image, label, and write."""
+        from nnslim.hosts.nnunet.predict.load import write_segmentation
+
+        write_segmentation(self._predictor, *result, beside, self._settings.threads)

@@ -1,0 +1,89 @@
+"""How to predict; importing this takes no time."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nnslim.hosts.nnunet.model.model_files import chosen_folds, content_digest
+from nnslim.prediction.versions import versions
+
+if TYPE_CHECKING:
+    from nnslim.running.engine import Backend, Precision
+
+
+@dataclass(frozen=True)
+class PredictSettings:
+    """How to predict; the defaults are nnU-Net's, but on the CPU and without mirroring.
+
+    Attributes:
+        device: cpu, cuda or mps. step_size: tile step as a share of the patch. mirroring: at test time.
+        folds: all that have the checkpoint if None.
+        checkpoint: checkpoint_final.pth, else checkpoint_best.pth, if None. trust: see `load_checkpoint`.
+        previous_stage: for a cascade, folder of the segmentations of the stage before.
+        backend, precision, threads: see `nnslim.running.engine.Settings`; None: the config's.
+        export: "streamed" or nnU-Net's own, "stock"; None: the config's.
+    """
+
+    device: str = "cpu"
+    step_size: float = 0.5
+    mirroring: bool = False
+    folds: list[str] | None = None
+    checkpoint: str | None = None
+    trust: bool = False
+    previous_stage: Path | None = None
+    backend: Backend | None = None
+    precision: Precision | None = None
+    threads: int | None = None
+    export: Literal["streamed", "stock"] | None = None
+
+    def stamp(self, model: Path, config: Any) -> tuple[str, dict[str, str]]:
+        """Return the identity of a model with these settings, see `Record`, and the versions.
+
+        What only changes the time, or the rounding, does not count: device, threads, backend.
+
+        Raises:
+            ModelFolderError: no such folder, or no fold. ConfigError: the config cannot be used.
+        """
+        folds, name = chosen_folds(model, self.folds, self.checkpoint)
+        decisive = {
+            "weights": content_digest(model, folds, name),
+            "step_size": self.step_size,
+            "mirroring": self.mirroring,
+            "previous_stage": self.previous_stage and str(self.previous_stage),
+            "precision": self.precision,
+            "config": config_identity(config),
+        }
+        return digest(decisive), versions("nnunetv2")
+
+
+def config_identity(config: Any) -> dict[str, Any] | None:
+    """Return what decides the result of a configuration, None without one."""
+    if config is None:
+        return None
+    from nnslim.compression.config import load_config  # takes torch's seconds
+
+    loaded = load_config(config)
+    identity = {**loaded.identity(), "precision": loaded.run.precision}
+    if loaded.run.precision == "int8":  # calibrated on them, where the model has none
+        identity["images"] = loaded.calibration.images and str(loaded.calibration.images)
+    return identity
+
+
+def digest(decisive: dict[str, Any]) -> str:
+    """Return 16 hexadecimal digits of JSON values."""
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def with_place(settings: PredictSettings, threads: int | None, gpu: int | None) -> PredictSettings:
+    """Return the settings for a worker that has so many threads and that GPU; None: as they are."""
+    changes: dict[str, Any] = {}
+    if threads is not None:
+        changes["threads"] = threads
+    if gpu is not None and settings.device == "cuda":
+        changes["device"] = f"cuda:{gpu}"
+    return dataclasses.replace(settings, **changes)

@@ -1,0 +1,231 @@
+"""The patches on nnUNetPredictor: every model that it loads is compressed by the context in force."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from nnslim.compression.cache import cache_folder, cache_key, recall, store
+from nnslim.compression.compress_network import Slimmed, StateDict, compress
+from nnslim.compression.config import RunConfig, SlimConfig
+from nnslim.compression.guard import Guard
+from nnslim.compression.model_report import ModelReport, Report
+from nnslim.errors import OutputError
+from nnslim.hosts.nnunet.cases.calibration_tiles import calibration_of, fingerprint
+from nnslim.hosts.nnunet.model.compatibility import predictor_class
+from nnslim.hosts.nnunet.model.plan_levers import refuse_coarser
+from nnslim.hosts.nnunet.predict.kept_predictors import KeptPredictors, loading_key
+from nnslim.hosts.nnunet.predict.sliding_window import window_logits
+from nnslim.network.spec import spec_of
+from nnslim.network.walk import unwrap
+from nnslim.patching import AttributePatch
+from nnslim.running.engine import check_precision
+from nnslim.running.runner import Runner
+
+_log = logging.getLogger("nnslim")
+
+
+class Session(Protocol):
+    """What the patches need of a context."""
+
+    config: SlimConfig
+    report: Report
+    kept: KeptPredictors
+
+
+@dataclass
+class OwnSession:
+    """A session without a context."""
+
+    config: SlimConfig
+    report: Report = field(default_factory=Report)
+    kept: KeptPredictors = field(default_factory=KeptPredictors)
+
+
+def predictor_patches(
+    current: Callable[[], Session | None], prepare: Callable[[], None] = lambda: None
+) -> list[AttributePatch]:
+    """Return the patches, not yet applied.
+
+    Only methods that TotalSegmentator leaves alone are replaced, and on the class: whoever imported the class before
+    gets them, too. Each replacement asks `current` at call time, so one set of patches serves nested contexts and
+    several threads.
+
+    Args:
+        current: returns the session in force for the calling thread, or None to leave the model as it is.
+        prepare: called whenever a model is made ready.
+    Raises:
+        HostError: nnU-Net is missing or not one that we know; nothing is changed.
+    """
+    cls = predictor_class()
+
+    def from_folder(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def initialize_from_trained_model_folder(
+            self: Any, model_training_output_dir: str, use_folds: Any, checkpoint_name: str = "checkpoint_final.pth"
+        ) -> Any:
+            session = current()
+            if session is None:
+                result = original(self, model_training_output_dir, use_folds, checkpoint_name)
+                prepare()
+                return result
+            keeps = session.config.run.keep_models
+            key = loading_key(self, model_training_output_dir, use_folds, checkpoint_name) if keeps else ()
+            if keeps and session.kept.give(self, key):
+                prepare()
+                return None
+            result = original(self, model_training_output_dir, use_folds, checkpoint_name)
+            prepare()
+            folder = str(model_training_output_dir)
+            slim_predictor(self, session, folder, Path(folder))
+            if keeps:
+                session.kept.keep(self, key)
+            return result
+
+        return initialize_from_trained_model_folder
+
+    def manually(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def manual_initialization(
+            self: Any,
+            network: nn.Module,
+            plans_manager: Any,
+            configuration_manager: Any,
+            parameters: Sequence[StateDict] | None,
+            dataset_json: dict[str, Any],
+            trainer_name: str,
+            inference_allowed_mirroring_axes: Any,
+        ) -> Any:
+            result = original(
+                self,
+                network,
+                plans_manager,
+                configuration_manager,
+                parameters,
+                dataset_json,
+                trainer_name,
+                inference_allowed_mirroring_axes,
+            )
+            prepare()
+            if (session := current()) is not None:
+                slim_predictor(self, session, f"{plans_manager.dataset_name} ({trainer_name}, in memory)")
+            return result
+
+        return manual_initialization
+
+    def window(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def _internal_predict_sliding_window_return_logits(
+            self: Any, data: torch.Tensor, slicers: Sequence[Any], do_on_device: bool = True
+        ) -> torch.Tensor:
+            session = current()
+            if session is None or not session.config.apply or _untouched(session.config.run):
+                return original(self, data, slicers, do_on_device)
+            run = session.config.run
+            contiguous = run.export == "stock"
+            return window_logits(self, data, slicers, do_on_device, run.tile_batch, contiguous=contiguous)
+
+        return _internal_predict_sliding_window_return_logits
+
+    return [
+        AttributePatch(cls, "initialize_from_trained_model_folder", from_folder),
+        AttributePatch(cls, "manual_initialization", manually),
+        AttributePatch(cls, "_internal_predict_sliding_window_return_logits", window),
+    ]
+
+
+def slim_predictor(predictor: Any, session: Session, source: str, folder: Path | None = None) -> None:
+    """Replace the network and the fold weights of an initialised predictor, and report it.
+
+    nnU-Net loads `list_of_parameters` into the network again for every case and fold, so both are replaced together.
+    A trainer hands over its own network and no parameters: the predictor then gets a slim copy, and the trainer's
+    network is not touched.
+
+    Args:
+        source: what the report calls the model. folder: of the model, where it has one.
+    Raises:
+        BackendError: the precision that was asked for is not to be had here, or goes wrong for this network.
+        ConfigError: int8 without images to calibrate it on.
+    """
+    compiled = hasattr(predictor.network, "_orig_mod")
+    dense = unwrap(predictor.network)
+    # A DataParallel-trained checkpoint may carry "module." prefixes; nnU-Net would refuse it before us.
+    given = predictor.list_of_parameters
+    folds: list[StateDict] = list(given) if given else [dense.state_dict()]
+    config = session.config.for_trained()
+    refuse_coarser(config)
+    started = time.perf_counter()
+    slimmed, cached, note, speed = None, False, "", None
+    shape = (1, _input_channels(predictor), *predictor.configuration_manager.patch_size)
+    if not config.active:
+        note = "no method is named" if config.apply else "compression is switched off"
+    elif spec_of(dense) is not None:
+        note = "it is a slim model already"
+    else:
+        slimmed, cached = _compress_or_recall(predictor, dense, folds, config, shape)
+        speed = slimmed.speed
+        if slimmed.refused:
+            slimmed, note = None, f"the slim model would be slower here: {speed}"
+    network = dense if slimmed is None else slimmed.network
+    if slimmed is not None and given:
+        predictor.list_of_parameters = list(slimmed.weights)
+    if config.apply and not _untouched(config.run):
+        if slimmed is None and not given:  # a trainer's own network goes on learning: an engine would keep old weights
+            network = dense
+        else:
+            settings = config.run.settings()
+            check_precision(network, shape, settings, predictor.device)
+            if slimmed is None and settings.precision != "f32":
+                note += f"; it runs in {settings.precision}"
+            if settings.precision == "int8":
+                from nnslim.hosts.nnunet.export.int8_models import prepare_int8
+
+                prepare_int8(predictor, network, slimmed.weights if slimmed else folds, shape, config, folder)
+            if compiled and settings.backend == "auto":  # nnUNet_compile asks for it
+                settings = replace(settings, backend="compile")
+            network = Runner(network.eval(), settings)
+    elif compiled:
+        network = torch.compile(network)
+    predictor.network = network
+    seconds = time.perf_counter() - started
+    session.report.models.append(ModelReport(source, len(folds), slimmed, seconds, cached, note, speed))
+    for line in session.report.models[-1].lines():
+        _log.info(line)
+
+
+def _untouched(run: RunConfig) -> bool:
+    return run.backend == "stock" and run.tile_batch == 1 and run.precision == "f32"
+
+
+def _input_channels(predictor: Any) -> int:
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+
+    return determine_num_input_channels(
+        predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
+    )
+
+
+def _compress_or_recall(
+    predictor: Any, network: nn.Module, folds: Sequence[StateDict], config: SlimConfig, shape: Sequence[int]
+) -> tuple[Slimmed, bool]:
+    folder = cache_folder(config)
+    key = cache_key(network, folds, config, shape, fingerprint(config))
+    guard = Guard(config.run.settings(), predictor.device) if config.run.guard else None
+    if config.cache.read and (found := recall(network, key, folder, guard)) is not None:
+        return found, True
+    with calibration_of(predictor, config) as data:
+        slimmed = compress(network, folds, config, shape, data=data, guard=guard)
+    if config.cache.write:
+        try:
+            store(slimmed, key, folder)
+        except OutputError as error:  # a full or read-only cache must not stop a prediction
+            _log.warning("compressed weights are not kept: %s", error)
+    return slimmed, False

@@ -1,0 +1,1 @@
+"""Trainers: fine-tuning, and the methods that work while a network trains."""

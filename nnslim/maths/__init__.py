@@ -1,0 +1,1 @@
+"""Tensors only: low-rank forms, second moments, and the choice of options within a budget."""

@@ -1,0 +1,215 @@
+"""Token-sparse stand-ins for trained encoders: nnU-Net's Primus (Eva) and MONAI's ViT.
+
+They take over the children of the dense encoder under the same names, so that a dense checkpoint fits them but for what
+is new (`reduction`, `completion`), and return what it returned, so that the network around needs no change.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from nnslim.methods.token_sparse.completion import Completion, GentleCompletion
+from nnslim.methods.token_sparse.reduction import TokenReduction
+from nnslim.methods.token_sparse.sequence import Sequence3d
+
+_QUERIES = 256  # tokens whose attention is looked at by the attention scorer, at most
+
+
+class _SparseEncoder(nn.Module):
+    """What both have in common: stages between blocks, and completion at the end."""
+
+    def __init__(
+        self, dense: nn.Module, reduction: TokenReduction, completion: Completion, completion_depth: int
+    ) -> None:
+        super().__init__()
+        for name, parameter in dense._parameters.items():
+            self.register_parameter(name, parameter)
+        for name, buffer in dense._buffers.items():
+            self.register_buffer(name, buffer, name not in dense._non_persistent_buffers_set)
+        for name, child in dense._modules.items():
+            self.add_module(name, child)
+        self.reduction = reduction
+        self.completion: GentleCompletion | None = None
+        if reduction.mode == "drop" and completion != "last":
+            blocks = [silent_copy(self.blocks[-1]) for _ in range(completion_depth)]
+            width = next(p for p in self.norm.parameters()).shape[0]
+            groups = len(reduction.locations) + 1
+            self.completion = GentleCompletion(width, groups, blocks, completion, self._call)
+        self._content: Tensor | None = None
+
+    @staticmethod
+    def _call(block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
+        return block(x)
+
+    def observe(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Hook for the network around: note how much there is in each token's part of the image."""
+        image = inputs[0]
+        self._content = image_content(image, self._token_count)
+
+    def _encode(self, x: Tensor, prefix: int, rope: Tensor | None, attention: Any) -> tuple[Tensor, list[Tensor]]:
+        """Run everything; return (B, N, D) before the last norm, and the output of every block."""
+        length = self._token_count or int(x.shape[1]) - prefix
+        now = Sequence3d(x, length, prefix=prefix, rope=rope, content=self._content)
+        self._content = None
+        hidden = []
+        for number, block in enumerate(self.blocks):
+            received = None if attention is None else lambda x, rope, block=block: attention(block, x, rope, prefix)
+            now = self.reduction(now, number, received)
+            if getattr(self, "grad_checkpointing", False):
+                now.x = checkpoint(self._call, block, now.x, now.rope, use_reentrant=False)
+            else:
+                now.x = self._call(block, now.x, now.rope)
+            hidden.append(now.last_values() if self.keeps_hidden else now.x)
+        if now.positions is None or self.completion is None:
+            return now.last_values(), hidden
+        now.groups = self.completion.map(now.parts())
+        return self.completion(now.last_values(now.groups.pop()), rope), hidden
+
+    keeps_hidden = False
+
+
+class SparseEva(_SparseEncoder):
+    """In place of `Primus.eva`; returns (all tokens, None), as Eva without patch dropout."""
+
+    def __init__(
+        self, dense: nn.Module, reduction: TokenReduction, completion: Completion = "last", completion_depth: int = 1
+    ) -> None:
+        """Take over the dense encoder's children.
+
+        Args:
+            dense: dynamic_network_architectures' Eva; left as it is.
+            reduction: the stages. completion, completion_depth: see `GentleCompletion`.
+        """
+        super().__init__(dense, reduction, completion, completion_depth)
+        self.num_prefix_tokens = dense.num_prefix_tokens
+        self.embed_dim = self.num_features = dense.embed_dim
+        self.grad_checkpointing = dense.grad_checkpointing
+        self.rope = dense.rope
+        self._token_count = dense.pos_embed.shape[1] - self.num_prefix_tokens if dense.pos_embed is not None else None
+
+    @staticmethod
+    def _call(block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
+        return block(x, rope=rope)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Name the parameters that an optimiser should not decay, as the dense encoder does."""
+        return {"pos_embed", "cls_token"}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass."""
+        self.grad_checkpointing = enable
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """(B, P + L, D), prefix tokens first -> the same shape."""
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        x = self.pos_drop(x)
+        rope = None if self.rope is None else self.rope.get_embed()
+        full, _ = self._encode(x, self.num_prefix_tokens, rope, eva_attention)
+        return self.norm(full), None
+
+
+class SparseViT(_SparseEncoder):
+    """In place of MONAI's `UNETR.vit`; returns (tokens, outputs of the blocks)."""
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        reduction: TokenReduction,
+        completion: Completion = "last",
+        completion_depth: int = 1,
+        skips: Literal["completed", "blocks"] = "blocks",
+    ) -> None:
+        """Take over the dense encoder's children; see `SparseEva`.
+
+        Args:
+            skips: what stands for the outputs of the blocks: the completed tokens (the published rule), or the outputs
+                themselves, with dropped tokens at their last values.
+        """
+        super().__init__(dense, reduction, completion, completion_depth)
+        self.skips = skips
+        self._token_count = dense.patch_embedding.n_patches
+
+    @property
+    def keeps_hidden(self) -> bool:  # type: ignore[override]
+        """Whether the decoder is to see the outputs of blocks."""
+        return self.skips == "blocks" or not self.reduction.active
+
+    def forward(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(B, C, *size) -> (B, N, D) and one such tensor per block."""
+        x = self.patch_embedding(image)
+        self._content = image_content(image, self._token_count)
+        prefix = 0
+        if "cls_token" in self._parameters:
+            x, prefix = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1), 1
+        full, hidden = self._encode(x, prefix, None, None)
+        full = self.norm(full)
+        return full, hidden if self.keeps_hidden else [full] * len(self.blocks)
+
+
+def silent_copy(block: nn.Module) -> nn.Module:
+    """Return a copy of a pre-norm transformer block whose two branches put out 0, so that it hands its input on."""
+    made = copy.deepcopy(block)
+    outputs = [getattr(made.attn, name) for name in ("proj", "out_proj") if hasattr(made.attn, name)]
+    outputs += [getattr(made.mlp, name) for name in ("fc2", "linear2") if hasattr(made.mlp, name)]
+    for linear in outputs:
+        nn.init.zeros_(linear.weight)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+    return made
+
+
+def image_content(image: Tensor, tokens: int | None) -> Tensor | None:
+    """Return (B, tokens): the standard deviation inside each token's cube, mean over channels; 0 in uniform air."""
+    if tokens is None:
+        return None
+    edge = token_edge(image, tokens)
+    mean = functional.avg_pool3d(image, edge)
+    square = functional.avg_pool3d(image * image, edge)
+    return (square - mean * mean).clamp_min(0).sqrt().mean(dim=1).flatten(1)
+
+
+def token_edge(image: Tensor, tokens: int) -> int:
+    """Return the edge of each token's cube, voxels, where (B, C, *size) is cut into `tokens` cubes."""
+    size = [int(edge) for edge in image.shape[2:]]
+    return round((size[0] * size[1] * size[2] / tokens) ** (1 / 3))
+
+
+def eva_attention(block: nn.Module, x: Tensor, rope: Tensor | None, prefix: int) -> Tensor:
+    """Return (B, L): the attention that each patch token receives in an EvaBlock, mean over heads and queries.
+
+    Args:
+        block: timm's EvaBlock. x: (B, prefix + L, D), its input. rope: (L, E) or (B, 1, L, E).
+    """
+    attention, batch, rows = block.attn, x.shape[0], x.shape[1]
+    normed = block.norm1(x)
+    if attention.qkv is not None:
+        bias = None
+        if attention.q_bias is not None:
+            bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+        query, key, _ = functional.linear(normed, attention.qkv.weight, bias).chunk(3, dim=-1)
+    else:
+        query, key = attention.q_proj(normed), attention.k_proj(normed)
+    query, key = (part.reshape(batch, rows, attention.num_heads, -1).transpose(1, 2) for part in (query, key))
+    query, key = attention.q_norm(query), attention.k_norm(key)
+    if rope is not None:
+        query = torch.cat((query[:, :, :prefix], _rotated(query[:, :, prefix:], rope)), dim=2)
+        key = torch.cat((key[:, :, :prefix], _rotated(key[:, :, prefix:], rope)), dim=2)
+    query = query[:, :, :: max(1, int(rows) // _QUERIES)] * attention.scale
+    shares = torch.softmax(query @ key.transpose(-2, -1), dim=-1).mean(dim=(1, 2))
+    return shares[:, prefix:]
+
+
+def _rotated(x: Tensor, rope: Tensor) -> Tensor:
+    """Apply timm's interleaved rotary embedding, sine half first, to (B, H, L, E)."""
+    sine, cosine = rope.chunk(2, dim=-1)
+    turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    return x * cosine + turned * sine

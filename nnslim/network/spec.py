@@ -1,0 +1,155 @@
+"""SlimSpec: a versioned, JSON-serialisable list of structural edits that turns a base network into a slim one.
+
+A slim model = a base architecture + a SlimSpec + weights. A method decides on the edits; everything else (saving,
+loading, counting, benchmarks, fine-tuning) only needs the spec.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from nnslim.errors import SpecError, nearest
+from nnslim.network.walk import LayerIndex
+
+SPEC_VERSION = 1
+_SPEC_ATTRIBUTE = "_nnslim_spec"
+_KINDS: dict[str, type[Edit]] = {}
+
+
+class Edit:
+    """One structural change. Subclasses are frozen dataclasses of JSON values, registered under their `kind`.
+
+    Where `separable`, the edit concerns one layer, named by its field `layer`, and the other edits of its method stand
+    without it.
+    """
+
+    kind: ClassVar[str]
+    separable: ClassVar[bool] = False
+
+    def apply(self, layers: LayerIndex, *, fill: bool) -> Callable[[], None]:
+        """Change the network in place and return an undo.
+
+        Args:
+            layers: index of the network as the edits before this one left it.
+            fill: compute the new layers' weights from the old ones; False leaves them uninitialised, for a
+                `load_state_dict` that follows.
+        Raises:
+            SpecError: the edit does not fit the network; nothing was changed.
+        """
+        raise SpecError(f"edit kind '{self.kind}' cannot be applied")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-serialisable dictionary with the edit's kind and fields."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+
+def register_edit(cls: type[Edit]) -> type[Edit]:
+    """Class decorator: make an edit known by its `kind`, so that specs on disk can name it."""
+    known = _KINDS.get(cls.kind)
+    if known is not None and known is not cls:
+        raise SpecError(f"edit kind '{cls.kind}' is already registered by {known.__module__}.{known.__qualname__}")
+    if not dataclasses.is_dataclass(cls):
+        raise SpecError(f"edit kind '{cls.kind}' must be a dataclass")
+    _KINDS[cls.kind] = cls
+    return cls
+
+
+def _edit_from_dict(raw: Any, position: int) -> Edit:
+    where = f"spec edit {position}"
+    if not isinstance(raw, dict) or not isinstance(raw.get("kind"), str):
+        raise SpecError(f"{where}: expected an object with a 'kind', found {raw!r}")
+    cls = _KINDS.get(raw["kind"])
+    if cls is None:
+        raise SpecError(f"{where}: unknown kind '{raw['kind']}'; {nearest(raw['kind'], _KINDS)}")
+    values = {key: value for key, value in raw.items() if key != "kind"}
+    fields = {field.name for field in dataclasses.fields(cls)}
+    if unknown := set(values) - fields:
+        word = sorted(unknown)[0]
+        raise SpecError(f"{where} ({cls.kind}): unknown field '{word}'; {nearest(word, fields)}")
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items():
+        _check_type(value, hints[name], f"{where} ({cls.kind}), field '{name}'")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise SpecError(f"{where} ({cls.kind}): {error}") from None
+
+
+def _check_type(value: Any, hint: Any, where: str) -> None:
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if not any(isinstance(value, kind) and not (kind is int and isinstance(value, bool)) for kind in allowed):
+        raise SpecError(f"{where}: expected {hint}, found {value!r}")
+
+
+@dataclass(frozen=True)
+class SlimSpec:
+    """An ordered tuple of edits. Equal specs give equal structures."""
+
+    edits: tuple[Edit, ...] = ()
+    version: int = SPEC_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form: {"version": 1, "edits": [{"kind": ..., ...}, ...]}."""
+        return {"version": self.version, "edits": [edit.to_dict() for edit in self.edits]}
+
+    @classmethod
+    def from_dict(cls, raw: Any) -> SlimSpec:
+        """Read the JSON form.
+
+        Raises:
+            SpecError: another version, an unknown kind or field, a value of the wrong type.
+        """
+        if not isinstance(raw, dict) or not isinstance(raw.get("edits"), (list, tuple)):
+            raise SpecError(f"a spec is an object with 'version' and 'edits', found {str(raw)[:80]!r}")
+        if raw.get("version") != SPEC_VERSION:
+            raise SpecError(
+                f"spec version {raw.get('version')!r} found, this nnslim reads version {SPEC_VERSION}; update nnslim"
+            )
+        return cls(tuple(_edit_from_dict(edit, position) for position, edit in enumerate(raw["edits"])))
+
+
+def spec_of(network: nn.Module) -> SlimSpec | None:
+    """Return the spec that was applied to this network, or None for a network that nnslim has not changed."""
+    return getattr(network, _SPEC_ATTRIBUTE, None)
+
+
+def forget_spec(network: nn.Module) -> None:
+    """Make a network as it is a base of its own, which carries no spec."""
+    if spec_of(network) is not None:
+        object.__delattr__(network, _SPEC_ATTRIBUTE)
+
+
+def apply_spec(spec: SlimSpec, network: nn.Module, *, fill: bool = False) -> nn.Module:
+    """Apply all edits to `network`, in place, and return it.
+
+    Args:
+        spec: the edits, in order.
+        network: a plain network (not wrapped by torch.compile or DDP) that has no spec yet.
+        fill: compute weights from the dense layers (True), or structure only (False).
+    Raises:
+        SpecError: the network already has a spec, or an edit does not fit; the network is then as it was before.
+    """
+    if spec_of(network) is not None:
+        raise SpecError("the network already carries a SlimSpec; apply edits to its base network instead")
+    return extend_spec(spec.edits, network, fill=fill)
+
+
+def extend_spec(edits: tuple[Edit, ...], network: nn.Module, *, fill: bool = False) -> nn.Module:
+    """Apply more edits to a network, in place, after those that it already carries; else as `apply_spec`."""
+    before = spec_of(network)
+    with ExitStack() as undo:
+        for edit in edits:
+            # A new index for each edit: a later edit may name a layer that an earlier one made.
+            undo.callback(edit.apply(LayerIndex(network), fill=fill))
+        undo.pop_all()
+    done = () if before is None else before.edits
+    object.__setattr__(network, _SPEC_ATTRIBUTE, SlimSpec((*done, *edits)))
+    return network

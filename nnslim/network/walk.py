@@ -1,0 +1,114 @@
+"""Find each real layer of a network once, under all the names it goes by.
+
+nnU-Net registers one convolution in several places: `convs.j.conv` is `convs.j.all_modules.0`, and `decoder.encoder`
+repeats the whole encoder. The forward pass uses one of the places, the state dict lists all. Whoever replaces a layer
+must therefore go by object identity and fill every slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from nnslim.errors import SpecError, nearest
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module object and every place that holds it.
+
+    Attributes:
+        name: the first name that `named_modules` gives; used in specs, tables and messages.
+        aliases: all dotted names, `name` among them.
+        module: the object itself.
+        slots: (parent module, key in the parent) for each place.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    module: nn.Module
+    slots: tuple[tuple[nn.Module, str], ...]
+
+    def matches(self, *patterns: str) -> bool:
+        """Return whether any name of the layer fits one of the shell patterns."""
+        return any(fnmatchcase(alias, pattern) for alias in self.aliases for pattern in patterns)
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """Return the plain network inside torch.compile's and DistributedDataParallel's wrappers."""
+    while True:
+        if hasattr(network, "_orig_mod"):
+            network = network._orig_mod
+        elif isinstance(network, nn.parallel.DistributedDataParallel):
+            network = network.module
+        else:
+            return network
+
+
+class LayerIndex(Mapping[str, Layer]):
+    """All modules of a network by any of their names; iteration gives each object once, in registration order.
+
+    Attributes:
+        root: the network.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.root = network
+        slots: dict[int, list[tuple[nn.Module, str]]] = {}
+        for parent in network.modules():
+            for key, child in parent._modules.items():
+                if child is not None:
+                    slots.setdefault(id(child), []).append((parent, key))
+        names: dict[int, list[str]] = {}
+        modules: dict[int, nn.Module] = {}
+        for name, module in network.named_modules(remove_duplicate=False):
+            if name:
+                names.setdefault(id(module), []).append(name)
+                modules[id(module)] = module
+        self._layers = {
+            aliases[0]: Layer(aliases[0], tuple(aliases), modules[key], tuple(slots[key]))
+            for key, aliases in names.items()
+        }
+        self._by_alias = {alias: layer for layer in self._layers.values() for alias in layer.aliases}
+
+    def __getitem__(self, name: str) -> Layer:
+        try:
+            return self._by_alias[name]
+        except KeyError:
+            raise SpecError(f"no layer named '{name}' in the network; {nearest(name, self._layers)}") from None
+
+    def get(self, name: str, default: Layer | None = None) -> Layer | None:  # type: ignore[override]
+        """Return the layer of that name, or the default."""
+        return self._by_alias.get(name, default)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_alias
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def of_type(self, *types: type[nn.Module]) -> list[Layer]:
+        """Return the layers that are instances of `types`, each once."""
+        return [layer for layer in self._layers.values() if isinstance(layer.module, types)]
+
+
+@contextmanager
+def deep_supervision(network: nn.Module, enabled: bool) -> Iterator[None]:
+    """Switch all outputs of a network of nnU-Net's on or off: heads that do not run cannot be followed."""
+    switched = [
+        (module, module.deep_supervision) for module in network.modules() if hasattr(module, "deep_supervision")
+    ]
+    for module, _ in switched:
+        module.deep_supervision = enabled
+    try:
+        yield
+    finally:
+        for module, before in switched:
+            module.deep_supervision = before

@@ -1,0 +1,237 @@
+"""One worker: reading, forward pass and writing of three neighbouring cases at the same time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import secrets
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from nnslim.errors import InputError, NNSlimError
+from nnslim.files import output_error
+from nnslim.prediction.case import Case, Model, Record, Report, now
+from nnslim.prediction.manifest import checksum
+from nnslim.running.memory import PeakMeter
+
+_PREFIX = ".nnslim-"
+_TOKEN = 8  # hexadecimal digits
+_log = logging.getLogger("nnslim")
+
+
+class Pipeline:
+    """Takes cases from `take` until that gives None, and hands a record of each to `report`.
+
+    Reading runs ahead by one case, and writing lags behind by one, each in a thread of its own; the forward pass stays
+    in the caller's thread, where torch keeps its pool, contexts apply and Ctrl-C arrives. So at most one case's logits
+    wait to be written while the next one's are made.
+    """
+
+    def __init__(self, model: Model, output: Path, *, overlap: bool = True) -> None:
+        """Prepare.
+
+        Args:
+            model: loaded.
+            output: folder of the results; exists.
+            overlap: False does one thing at a time, which takes least memory.
+        """
+        self._model = model
+        self._output = output
+        self._overlap = overlap
+        self._peaks = PeakMeter()
+        self._worker = f"{socket.gethostname()}:{os.getpid()}"
+
+    def run(self, take: Callable[[], Case | None], report: Report) -> None:
+        """Work until there is nothing to take. `take` and `report` may be called in other threads, one at a time each.
+
+        Raises:
+            Exception: whatever `take` or `report` raise; a case that fails is a record.
+        """
+        if not self._overlap:
+            while (case := take()) is not None:
+                report(self._written(self._forward(self._read(case))))
+            return
+        ahead: queue.Queue[Any] = queue.Queue()
+        behind: queue.Queue[Any] = queue.Queue(maxsize=1)
+        room = threading.Semaphore(1)  # for one case that is read and waits
+        faults: list[BaseException] = []
+        stop = threading.Event()
+
+        def read() -> None:
+            try:
+                while room.acquire() and not stop.is_set() and (case := take()) is not None:
+                    ahead.put(self._read(case))
+            except BaseException as error:
+                faults.append(error)
+            ahead.put(None)
+
+        def write() -> None:
+            while (work := behind.get()) is not None:
+                try:
+                    if not faults:
+                        report(self._written(work))
+                    del work
+                except BaseException as error:
+                    faults.append(error)
+
+        threads = [threading.Thread(target=target, name=target.__name__, daemon=True) for target in (read, write)]
+        for thread in threads:
+            thread.start()
+        try:
+            while (work := ahead.get()) is not None and not faults:
+                room.release()
+                behind.put(self._forward(work))
+                del work
+        finally:
+            stop.set()
+            room.release()
+            behind.put(None)
+            threads[1].join()
+        if faults:
+            raise faults[0]
+
+    def _read(self, case: Case) -> _Work:
+        work = _Work(case, self._output, self._peaks.begin(), time.perf_counter())
+        with work.stage("read"):
+            work.input = input_facts(case.files)
+            work.content = self._model.read(case)
+        return work
+
+    def _forward(self, work: _Work) -> _Work:
+        if not work.error:
+            with work.stage("forward"):
+                work.content = self._model.forward(work.case, work.content)
+        return work
+
+    def _written(self, work: _Work) -> Record:
+        digest = ""
+        if not work.error:
+            with work.stage("write"):
+                self._model.write(work.case, work.content, work.beside)
+                digest = _flushed(work.beside)
+                _put(work.beside, work.target)
+        work.content = None
+        if work.error:
+            _remove(work.beside)
+        return Record(
+            name=work.case.name,
+            status="failed" if work.error else "done",
+            error=work.error,
+            seconds=round(time.perf_counter() - work.begun, 3),
+            stages=work.seconds,
+            voxels=work.case.voxels,
+            peak_mb=round(self._peaks.end(work.peak) / 2**20, 1),
+            target=work.case.target,
+            sha256=digest,
+            input=work.input,
+            worker=self._worker,
+            time=now(),
+        )
+
+
+class _Work:
+    """A case on its way through the stages."""
+
+    def __init__(self, case: Case, output: Path, peak: int, begun: float) -> None:
+        self.case = case
+        self.peak = peak
+        self.begun = begun
+        self.target = output / case.target
+        self.beside = output / _beside(case.target)
+        self.input: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        self.content: Any = None
+        self.error = ""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage, and make what it raises the error of the case."""
+        begun = time.perf_counter()
+        try:
+            yield
+        except (Exception, SystemExit) as error:  # a host may exit where it should raise
+            _log.debug("%s, %s", self.case.name, name, exc_info=error)
+            self.content = None
+            if isinstance(error, NNSlimError):
+                self.error = str(error)
+            elif isinstance(error, OSError) and name == "write":
+                self.error = str(output_error(self.target, error))
+            else:
+                self.error = one_line(error)
+            self.error = self.error.replace(str(self.beside), str(self.target))
+        finally:
+            self.seconds[name] = round(time.perf_counter() - begun, 3)
+
+
+def _beside(target: str) -> str:
+    return f"{_PREFIX}{secrets.token_hex(_TOKEN // 2)}-{target}"
+
+
+def one_line(error: BaseException) -> str:
+    """Return the kind and the text of an error that is not ours, for a list of failed cases."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def input_facts(files: tuple[Path, ...]) -> dict[str, float]:
+    """Return what tells whether images have changed: bytes, and the latest modification (Unix seconds).
+
+    Raises:
+        InputError: a file is not there.
+    """
+    try:
+        found = [file.stat() for file in files]
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
+    return {"bytes": sum(stat.st_size for stat in found), "time": round(max(stat.st_mtime for stat in found), 3)}
+
+
+def leftover_of(path: Path) -> str | None:
+    """Return the target whose unfinished file or folder this is, None where it is something else."""
+    name = path.name
+    if not name.startswith(_PREFIX):
+        return None
+    token, dash, target = name[len(_PREFIX) :].partition("-")
+    mine = dash and len(token) == _TOKEN and all(letter in "0123456789abcdef" for letter in token)
+    return target if mine else None
+
+
+def remove_leftovers(output: Path, targets: set[str]) -> int:
+    """Remove what runs that were killed left half-written of these targets; return how many there were."""
+    found = [path for path in output.glob(f"{_PREFIX}*") if leftover_of(path) in targets]
+    for path in found:
+        _remove(path)
+    return len(found)
+
+
+def _flushed(path: Path) -> str:
+    """Bring a file or folder to the disk and return its checksum."""
+    for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    return checksum(path)
+
+
+def _put(beside: Path, target: Path) -> None:
+    if target.exists() and (beside.is_dir() or target.is_dir()):  # folders are not replaced in one step
+        old = target.with_name(_beside(target.name))
+        target.replace(old)
+        _remove(old)
+    beside.replace(target)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,189 @@
+"""What the report's tables and headline figures say, as plain values for the template."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+
+from nnslim.benchmark.timings import DENSE, Benchmark, Row, find
+from nnslim.compression.record import SlimRecord
+from nnslim.errors import ConfigError
+from nnslim.evaluation.scores import ScoreTable
+from nnslim.methods.base import method_named
+from nnslim.network.cost import Counts
+from nnslim.report.page_figures import Point, View, strips
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same pass by the slim and the dense network, in one run. stock: by stock nnU-Net; None where not measured."""
+
+    slim: Row
+    dense: Row
+    stock: Row | None
+    benchmark: str
+
+
+def number(row: Row, key: str) -> float:
+    """Return a cell as a number, NaN where it is empty; rows may come from a CSV file."""
+    value = row.get(key)
+    return math.nan if value in (None, "") else float(value)
+
+
+def way_of(row: Row) -> str:
+    """Return backend and precision of a row: "openvino f32"."""
+    return f"{str(row.get('backend', '')).partition(':')[0]} {row.get('precision') or 'f32'}"
+
+
+def is_network(row: Row, counts: Counts) -> bool:
+    """Whether a row is of a network with these counts: names in a benchmark are the user's."""
+    batch = number(row, "batch_size")
+    return number(row, "macs") == counts.macs * batch and number(row, "parameters") == counts.parameters
+
+
+def best_pair(benchmarks: Iterable[Benchmark], record: SlimRecord) -> Pair | None:
+    """Return the fastest row of the slim network that has a dense one beside it, run in the same way."""
+    same = ("precision", "threads", "batch_size", "device")
+    pairs = []
+    for benchmark in benchmarks:
+        timed = [row for row in benchmark.rows if number(row, "time_median_ms") > 0]
+        dense_rows = [row for row in timed if row.get("name") == DENSE or is_network(row, record.dense)]
+        for slim in (row for row in timed if is_network(row, record.slim)):
+            alike = [
+                dense
+                for dense in dense_rows
+                if way_of(dense) == way_of(slim) and all(str(dense.get(key)) == str(slim.get(key)) for key in same)
+            ]
+            if alike:
+                pairs.append(Pair(slim, alike[0], find(benchmark.rows, DENSE, "stock"), benchmark.name))
+    return min(pairs, key=lambda pair: number(pair.slim, "time_median_ms"), default=None)
+
+
+def pass_seconds(pair: Pair | None, record: SlimRecord) -> tuple[float, float] | None:
+    """Return seconds of a pass (dense, slim): of a benchmark, else as measured when the model was compressed."""
+    if pair is not None:
+        dense, slim = (number(row, "time_median_ms") / 1e3 for row in (pair.dense, pair.slim))
+        return dense, slim
+    return (record.speed.dense, record.speed.slim) if record.speed else None
+
+
+def without_folders(value: Any) -> Any:
+    """Return JSON values with absolute paths cut to their last part: a page is passed on, a home folder need not be."""
+    if isinstance(value, Mapping):
+        return {key: without_folders(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_folders(one) for one in value]
+    return f".../{PurePath(value).name}" if isinstance(value, str) and PurePath(value).is_absolute() else value
+
+
+def methods_view(config: Mapping[str, Any]) -> list[View]:
+    """Return each method with the settings that are not its defaults; all that are set where it is not known here."""
+    made = []
+    for entry in config.get("methods", ()):
+        settings = dict(entry.get("settings", {}))
+        try:
+            usual = method_named(entry["method"]).config_class().model_dump(mode="json")
+        except (ConfigError, ValueError):
+            usual = {}
+        changed = {key: value for key, value in settings.items() if value != usual.get(key)}
+        made.append({"name": entry["method"], "changed": changed, "all": settings})
+    return made
+
+
+def kept_dense(record: SlimRecord) -> list[View]:
+    """Return why layers stay dense: reason, layers, and their share of the dense MACs; the largest share first."""
+    reasons: dict[str, list[int]] = {}
+    for one in record.decisions:
+        if one.action == "dense":
+            reasons.setdefault(one.reason.split(" (")[0] or "no reason recorded", []).append(one.macs_before)
+    rows = [
+        {"reason": reason, "layers": len(macs), "share": sum(macs) / max(record.dense.macs, 1)}
+        for reason, macs in reasons.items()
+    ]
+    return sorted(rows, key=lambda row: -row["share"])
+
+
+def classes_view(record: SlimRecord, scores: Sequence[ScoreTable]) -> View | None:
+    """Return a row per class with agreement and scores, and the class that agrees least; None where neither is known.
+
+    A score of a class that nobody has is NaN.
+    """
+    agreement = record.agreement
+    names = list(agreement.class_names) if agreement else []
+    names += [name for table in scores for name in table.classes if name not in names]
+    names = list(dict.fromkeys(names))
+    if not names:
+        return None
+    columns = ("dice", "volume_difference", "expected_drop", "dice_dense", "dice_slim", "drop")
+    rows: list[View] = [{"name": name, "scores": [table.classes.get(name) for table in scores]} for name in names]
+    view: View = {"rows": rows, "labelled": False, "scale": None, "lowest": None, "tables": scores}
+    if agreement is None:
+        return view
+    placed, view["scale"] = strips(agreement.values("dice"), [case.name for case in agreement.cases])
+    means = {column: agreement.class_means(column) for column in columns}
+    for place, row in enumerate(rows[: len(agreement.class_names)]):
+        row |= {column: float(means[column][place]) for column in columns}
+        row |= {"worst": agreement.worst(row["name"]), "strip": placed[place]}
+    view["labelled"] = any(case.labelled for case in agreement.cases)
+    view["worst"] = agreement.worst()
+    if not np.isnan(means["dice"]).all():
+        view["lowest"] = rows[int(np.nanargmin(means["dice"]))]
+    return view
+
+
+def quality(record: SlimRecord, labelled: bool) -> tuple[float, float]:
+    """Return (dense, slim) Dice: against labels, else against the dense model, which agrees with itself."""
+    if record.agreement is None:
+        return math.nan, math.nan
+    if labelled:
+        return record.agreement.mean("dice_dense"), record.agreement.mean("dice_slim")
+    return 1.0, record.agreement.mean_dice
+
+
+def has_labels(records: Iterable[SlimRecord]) -> bool:
+    """Whether every record was compared with labels."""
+    return all(one.agreement is not None and not math.isnan(one.agreement.drop) for one in records)
+
+
+def model_points(records: Mapping[str, SlimRecord]) -> tuple[list[Point], bool]:
+    """Return (GMAC, Dice) of each model and of their dense ones, and whether Dice is against labels."""
+    labelled = has_labels(records.values())
+    points = []
+    for dense in dict.fromkeys(record.dense for record in records.values()):
+        made_from = next(record for record in records.values() if record.dense == dense)
+        points.append(Point(DENSE, DENSE, dense.macs / 1e9, quality(made_from, labelled)[0], True))
+    points += [
+        Point(name, "slim", record.slim.macs / 1e9, quality(record, labelled)[1]) for name, record in records.items()
+    ]
+    return points, labelled
+
+
+def time_points(benchmarks: Sequence[Benchmark], records: Mapping[str, SlimRecord]) -> tuple[list[Point], bool]:
+    """Return (ms per patch, Dice) of each timed row whose Dice is known: from the row, else from the model it is of."""
+    labelled = has_labels(records.values())
+    points = []
+    for benchmark in benchmarks:
+        prefix = f"{benchmark.name}: " if len(benchmarks) > 1 else ""
+        for row in benchmark.rows:
+            dense = any(is_network(row, record.dense) for record in records.values())
+            dice = number(row, "dice")
+            if math.isnan(dice) and (record := _record_of(row, records, dense)) is not None:
+                dice = quality(record, labelled)[0 if dense else 1]
+            milliseconds = number(row, "time_median_ms") / max(number(row, "batch_size"), 1)
+            points.append(Point(f"{prefix}{row.get('name', '')}", way_of(row), milliseconds, dice, dense))
+    return points, labelled
+
+
+def _record_of(row: Row, records: Mapping[str, SlimRecord], dense: bool) -> SlimRecord | None:
+    """Return the model that a row is of; None where several have its counts, and none its name."""
+    if dense:
+        return next(record for record in records.values() if is_network(row, record.dense))
+    found = {name: record for name, record in records.items() if is_network(row, record.slim)}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    return found.get(str(row.get("name")))

@@ -1,1 +1,0 @@
-"""The work that methods are put to: compressing, caching, comparing, reporting."""

@@ -1,0 +1,1 @@
+"""Experiments behind docs/: they import nnslim, and nothing imports them."""

@@ -1,0 +1,183 @@
+"""What a model costs on a board: one core, perhaps little memory; measured in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nnslim.errors import ConfigError, InputError, NNSlimError
+from nnslim.files import make_folder
+from nnslim.running.memory import peak_bytes
+
+_MARK = "nnslim-profile: "
+_MB = 1 << 20
+
+
+@dataclass(frozen=True)
+class ProfileJob:
+    """What to measure.
+
+    Attributes:
+        model: folder. images: as for prediction. output: folder for the segmentations; None keeps none.
+        backends: of the forward pass, in order; the volumes are predicted with the first.
+        precision: f32, or int8 (openvino).
+        cases: images, at most. repeats: timed forward passes per backend.
+        memory_mb: resident memory that the process may have, in MiB; None: what there is.
+    """
+
+    model: str
+    images: str
+    output: str | None = None
+    backends: tuple[str, ...] = ("stock",)
+    precision: str = "f32"
+    cases: int = 5
+    repeats: int = 9
+    memory_mb: int | None = None
+
+
+def profile(job: ProfileJob) -> dict[str, Any]:
+    """Measure in a new process with one thread, in time of the processor, so that other programs do not count.
+
+    Returns:
+        threads, patch (voxels), forward_ms by backend (median of one patch, batch 1), volume_s (median: preprocess,
+        predict without mirroring, export), slice_ms (median: predict only, per slice along the first axis), cases,
+        peak_mb and start_mb (resident memory at most, and before the model was read), memory_mb, fits. Where the
+        memory did not suffice, `fits` is False and `error` says at what.
+    Raises:
+        ConfigError: settings that cannot be. InputError: what the process could not use, as it said it.
+    """
+    if job.repeats < 1 or job.cases < 1 or not job.backends:
+        raise ConfigError(f"repeats {job.repeats}, cases {job.cases}, backends {job.backends}: expected 1 or more")
+    if job.memory_mb is not None and sys.platform != "linux":
+        raise ConfigError("a memory limit needs Linux")
+    one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "nnUNet_def_n_proc"), "1")
+    command = [sys.executable, "-W", "ignore", "-m", __name__, json.dumps(asdict(job))]
+    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **one}, check=False)
+    lines = [line for line in ran.stdout.splitlines() if line.startswith(_MARK)]
+    if lines:
+        found = json.loads(lines[-1].removeprefix(_MARK))
+        if "refused" in found:
+            raise InputError(found["refused"])
+        return found
+    tail = " ".join(ran.stderr.split())[-300:]
+    if job.memory_mb is None:
+        raise InputError(f"{job.model} could not be profiled: the process ended with {ran.returncode}: {tail}")
+    return {"fits": False, "memory_mb": job.memory_mb, "error": tail or f"the process ended with {ran.returncode}"}
+
+
+def _measured(job: ProfileJob) -> dict[str, Any]:
+    import torch
+
+    from nnslim.hosts.nnunet.cases.preprocess import find_cases, preprocess_case
+    from nnslim.hosts.nnunet.model.trained_model import input_shape, read_model_folder
+    from nnslim.hosts.nnunet.predict.load import load_predictor, write_segmentation
+    from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
+
+    torch.set_num_threads(1)
+    start = _resident()
+    if job.memory_mb is not None:
+        _limit(job.memory_mb, start)
+    model = read_model_folder(Path(job.model))
+    shape, ending = input_shape(model), model.dataset["file_ending"]
+    cases = dict(list(find_cases(Path(job.images), ending).items())[: job.cases])
+
+    def predictor_for(backend: str) -> Any:
+        settings = PredictSettings(backend=backend, precision=job.precision, threads=1, export="streamed")
+        return load_predictor(Path(job.model), None, settings)
+
+    predictor, tile = predictor_for(job.backends[0]), torch.rand(shape)
+    forward = {job.backends[0]: _median_ms(predictor.network, tile, job.repeats)}
+    volumes, slices = [], []
+    for name, files in cases.items():
+        started = time.process_time()
+        data, properties = preprocess_case(predictor, files, None, lean=True)
+        before = time.process_time()
+        logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data))
+        slices.append((time.process_time() - before) / data.shape[1])
+        with nullcontext(job.output) if job.output is not None else tempfile.TemporaryDirectory() as folder:
+            make_folder(Path(folder))
+            write_segmentation(predictor, logits, properties, Path(folder) / f"{name}{ending}", 1)
+        volumes.append(time.process_time() - started)
+    peak = peak_bytes()
+    for backend in job.backends[1:]:
+        other = predictor_for(backend).network
+        forward[backend] = _median_ms(other, tile, job.repeats)
+    return {
+        "threads": torch.get_num_threads(),
+        "patch": list(shape[2:]),
+        "forward_ms": {name: round(value, 3) for name, value in forward.items()},
+        "volume_s": round(statistics.median(volumes), 4),
+        "slice_ms": round(statistics.median(slices) * 1e3, 3),
+        "cases": len(cases),
+        "peak_mb": round(peak / _MB, 1),
+        "start_mb": round(start / _MB, 1),
+        "memory_mb": job.memory_mb,
+        "fits": True,
+    }
+
+
+def _median_ms(network: Callable[[Any], Any], tile: Any, repeats: int) -> float:
+    import torch
+
+    times = []
+    with torch.inference_mode():
+        for _ in range(2):  # the first passes prepare
+            network(tile)
+        for _ in range(repeats):
+            started = time.process_time()
+            network(tile)
+            times.append(time.process_time() - started)
+    return statistics.median(times) * 1e3
+
+
+def _resident() -> int:
+    """Return the resident memory of this process, bytes."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_bytes()
+
+
+def _limit(memory_mb: int, resident: int) -> None:
+    """Let allocations fail beyond a board's memory: what is resident now, and so much more of private data."""
+    used = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmData:")
+    )
+    free = memory_mb * _MB - resident
+    if free <= 0:
+        raise MemoryError(f"python with torch takes {resident / _MB:.0f} MiB before any model is read")
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = used + free
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+
+
+def _main() -> None:
+    raw = json.loads(sys.argv[1])
+    job = ProfileJob(**{**raw, "backends": tuple(raw["backends"])})
+    try:
+        found = _measured(job)
+    except NNSlimError as error:
+        found = {"refused": str(error)}
+    except (MemoryError, RuntimeError) as error:  # torch reports failed allocations as a RuntimeError
+        text = " ".join(str(error).split())
+        if job.memory_mb is None or not (isinstance(error, MemoryError) or "alloc" in text or "memory" in text):
+            raise
+        found = {"fits": False, "memory_mb": job.memory_mb, "error": text[:200] or "out of memory"}
+    print(_MARK + json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    _main()
