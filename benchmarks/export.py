@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from nnslim.benchmark.alternated import Candidate, Job, Timing, measure
+from nnslim.benchmark.alternated import Candidate, TimedJob, Timing, measure_rounds
 from nnslim.benchmark.passes import device_name
 from nnslim.errors import NNSlimError
 from nnslim.files import make_folder, write_json
@@ -222,8 +222,10 @@ def main() -> int:
     make_folder(args.output)
     options = {"warmups": 0, "patience": 6 * 3600.0, "limit_memory": False}
 
-    def run(what: str, scores: str, classes: int, jobs: Sequence[Job], folder: Path) -> None:
-        timings = measure(jobs, args.rounds, progress=lambda *state: say(what, scores, classes, *state), **options)
+    def run(what: str, scores: str, classes: int, jobs: Sequence[TimedJob], folder: Path) -> None:
+        timings = measure_rounds(
+            jobs, args.rounds, progress=lambda *state: say(what, scores, classes, *state), **options
+        )
         rows.extend(table_rows(what, scores, classes, timings, folder))
         facts = {"processor": device_name(), "threads": args.threads, "rounds": args.rounds, "rows": rows}
         write_json(args.output / "export.json", facts | {"size": args.size, "new_size": args.new_size})
@@ -240,12 +242,12 @@ def main() -> int:
                 folder = Path(name)
                 np.save(folder / "scores.npy", SCORES[scores](classes, args.size).numpy())
                 given = (folder / "scores.npy", args.new_size, args.threads, folder)
-                jobs = [Job(row, partial(prepare_labels, row, *given)) for row in args.rows]
+                jobs = [TimedJob(row, partial(prepare_labels, row, *given)) for row in args.rows]
                 run("labels", scores, classes, jobs, folder)
     if args.image:
         with tempfile.TemporaryDirectory() as name:
             given = (args.image, args.size, args.threads, Path(name))
-            jobs = [Job(row, partial(prepare_image, row, *given)) for row in IMAGE_ROWS]
+            jobs = [TimedJob(row, partial(prepare_image, row, *given)) for row in IMAGE_ROWS]
             run("image", "", 1, jobs, Path(name))
     return 0
 

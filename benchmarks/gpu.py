@@ -27,7 +27,7 @@ from nnslim.benchmark.alternated import reason
 from nnslim.benchmark.passes import device_name, network_facts
 from nnslim.errors import BackendError, NNSlimError
 from nnslim.running.engine import Backend, Settings, make_engine
-from nnslim.running.timing import run
+from nnslim.running.timing import run_pass
 
 _NETWORKS = {"ts15": False, "ts3": True}
 _WAYS: dict[str, Backend] = {"stock": "stock", "nnslim-eager": "eager", "nnslim-compile": "compile"}
@@ -92,7 +92,7 @@ def entries(found: dict[str, nn.Module], shape: Sequence[int], ways: Sequence[st
             entry = Entry(name, way, macs)
             try:
                 entry.engine = make_engine(network, shape, Settings(_WAYS[way]))
-                entry.error = float((run(entry.engine, x).float() - wanted).norm() / wanted.norm())
+                entry.error = float((run_pass(entry.engine, x).float() - wanted).norm() / wanted.norm())
             except Exception as error:  # whatever a compiler raises: the other rows go on
                 entry.engine, entry.problem = None, reason(error)
             made.append(entry)
@@ -107,7 +107,7 @@ def time_entries(made: Sequence[Entry], shape: Sequence[int], device: str, round
     for number in range(rounds + 1):
         for entry, engine in running:
             begun = time.perf_counter()
-            run(engine, x)  # waits for the GPU
+            run_pass(engine, x)  # waits for the GPU
             if number:  # the first round is not counted
                 entry.seconds.append(time.perf_counter() - begun)
 
@@ -165,7 +165,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
-    from nnslim.benchmark.timings import write_table
+    from nnslim.benchmark.timings import write_timings
     from nnslim.files import write_bytes
 
     logging.basicConfig(format="%(message)s")
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         made = entries(found, shape, args.ways, "cuda")
         time_entries(made, shape, "cuda", args.rounds)
         rows = rows_of(made)
-        write_table(args.output.with_suffix(".csv"), rows, _COLUMNS)
+        write_timings(args.output.with_suffix(".csv"), rows, _COLUMNS)
         size = "x".join(map(str, shape))
         text = (
             f"{args.network}, {size}, autocast, {device_name('cuda')}, torch {torch.__version__}, {args.rounds} rounds"

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnslim.benchmark.alternated import Candidate, Job
+from nnslim.benchmark.alternated import Candidate, TimedJob
 from nnslim.benchmark.passes import PlainOpenVINO, Way, convert_plain, network_facts, prepare
 from nnslim.errors import BackendError, NNSlimError
 
@@ -212,7 +212,7 @@ def keep_networks(args: argparse.Namespace, peers: Sequence[Peer], folder: Path)
 
 def run_peers(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the chosen peers and return their rows."""
-    from nnslim.benchmark.alternated import measure
+    from nnslim.benchmark.alternated import measure_rounds
     from nnslim.benchmark.timings import compare, find, timed_row
 
     peers = [peer for peer in PEERS if not args.rows or peer.name in args.rows]
@@ -221,9 +221,10 @@ def run_peers(args: argparse.Namespace) -> list[dict[str, Any]]:
         folder = Path(name)
         shape = keep_networks(args, peers, folder)
         jobs = [
-            Job(peer.name, partial(prepare_peer, folder / f"{peer.network}.pt", shape, peer, threads)) for peer in peers
+            TimedJob(peer.name, partial(prepare_peer, folder / f"{peer.network}.pt", shape, peer, threads))
+            for peer in peers
         ]
-        timings = measure(jobs, args.rounds, progress=_report)
+        timings = measure_rounds(jobs, args.rounds, progress=_report)
     rows = []
     for peer, timing in zip(peers, timings, strict=True):
         way = peer.way or Way()
@@ -264,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
     from nnslim.benchmark.passes import device_name
     from nnslim.benchmark.timing_screen import markdown_table
-    from nnslim.benchmark.timings import write_table
+    from nnslim.benchmark.timings import write_timings
     from nnslim.errors import ConfigError, nearest
     from nnslim.files import write_bytes
 
@@ -274,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if row not in {peer.name for peer in PEERS}:
                 raise ConfigError(f"no row '{row}'; {nearest(row, [peer.name for peer in PEERS])}")
         rows = run_peers(args)
-        write_table(args.output.with_suffix(".csv"), rows)
+        write_timings(args.output.with_suffix(".csv"), rows)
         where = f"{args.network}, {device_name()}, {len(os.sched_getaffinity(0))} processor(s), {args.rounds} rounds"
         text = f"{where}, torch {torch.__version__}\n\n{markdown_table(rows)}"
         write_bytes(args.output.with_suffix(".md"), text.encode())

@@ -151,12 +151,12 @@ def torch_pruned(args: argparse.Namespace, target: Path) -> Path:
 
     from nnslim.benchmark.passes import network_facts
     from nnslim.hosts.nnunet.compress.compress_model import write_network
-    from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_model_folder
+    from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_trained_model
     from nnslim.network.spec import SlimSpec, apply_spec
     from nnslim.network.walk import deep_supervision
     from nnslim.surgery.narrow import narrow_edits, widths_of
 
-    model = read_model_folder(args.model, [0])
+    model = read_trained_model(args.model, [0])
     network, slim, shape = build_network(model), build_network(model), input_shape(model)
     facts = network_facts(network, shape)
     with deep_supervision(network, True):  # else the heads that only run in training would keep their inputs
@@ -185,7 +185,7 @@ def compressed(row: Row, args: argparse.Namespace, folder: Path, log: Path) -> P
 def score(row: Row, model: Path, args: argparse.Namespace) -> dict[str, float]:
     """Predict the test images and return the mean Dice, and that of each class."""
     from nnslim.evaluation.classes import read_dataset_json
-    from nnslim.evaluation.directories import evaluate_folders
+    from nnslim.evaluation.directories import evaluate_directories
 
     folder = args.output / row.name
     predictions = folder / "predictions"
@@ -198,7 +198,7 @@ def score(row: Row, model: Path, args: argparse.Namespace) -> dict[str, float]:
             predict_stock(model, args.test_images, predictions)
         (predictions / "done").touch()
     classes = read_dataset_json(model / "dataset.json")
-    found = evaluate_folders(predictions, args.test_labels, classes, surfaces=False, workers=1)
+    found = evaluate_directories(predictions, args.test_labels, classes, surfaces=False, workers=1)
     by_class = {one.name: value for one, value in zip(found.classes, found.class_means("dice"), strict=True)}
     return {"dice": found.mean("dice"), **{f"dice_{name}": float(value) for name, value in by_class.items()}}
 
@@ -229,9 +229,9 @@ def history(model: Path) -> dict[str, float]:
 def facts_of(model: Path, kept: Path) -> dict[str, int]:
     """Return the counts of a model, and keep its network for the timing."""
     from nnslim.benchmark.passes import keep_network, network_facts
-    from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_model_folder
+    from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_trained_model
 
-    source = read_model_folder(model, [0])
+    source = read_trained_model(model, [0])
     network, shape = build_network(source), input_shape(source)
     keep_network(network, kept)
     facts = network_facts(network, shape)
@@ -240,7 +240,7 @@ def facts_of(model: Path, kept: Path) -> dict[str, int]:
 
 def time_rows(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
     """Time one forward pass of each row, stock and by nnslim's best backends, in alternated rounds."""
-    from nnslim.benchmark.alternated import measure
+    from nnslim.benchmark.alternated import measure_rounds
     from nnslim.benchmark.passes import Way, job_of
 
     def jobs_of(column: str, make_way: Callable[[dict[str, Any]], Way]) -> list[tuple[str, dict[str, Any], Any]]:
@@ -249,7 +249,7 @@ def time_rows(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
     threads = args.threads
     wanted = jobs_of("stock_ms", lambda row: Way("stock", threads=threads))
     wanted += jobs_of("openvino_ms", lambda row: Way("openvino", row["precision"], threads))
-    timings = measure([job for _, _, job in wanted], args.rounds, limit_memory=False)
+    timings = measure_rounds([job for _, _, job in wanted], args.rounds, limit_memory=False)
     for (column, row, _), timing in zip(wanted, timings, strict=True):
         row[column] = round(1e3 * statistics.median(timing.seconds), 1) if timing.seconds else timing.error[:60]
 

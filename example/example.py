@@ -23,9 +23,9 @@ from nnslim import NNSlimContext
 from nnslim.compression.config import load_config
 from nnslim.evaluation.overlap import dice_per_label
 from nnslim.figures import overlay
-from nnslim.hosts.nnunet.compress.compress_model import compress_folder
+from nnslim.hosts.nnunet.compress.compress_model import compress_model
 from nnslim.hosts.nnunet.model.shipped import shipped_model
-from nnslim.hosts.nnunet.model.trained_model import read_model_folder
+from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 from nnslim.hosts.nnunet.predict.directory import predict_folder
 from nnslim.hosts.nnunet.predict.load import load_predictor
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
@@ -67,7 +67,7 @@ def main() -> None:
     slim_model = OUTPUT / "nnUNetTrainer__nnUNetPlansSlim__3d_fullres"
     write_crops(images)
 
-    slimmed = compress_folder(read_model_folder(dense_model), slim_model, load_config(PRESET))
+    slimmed = compress_model(read_trained_model(dense_model), slim_model, load_config(PRESET))
     models = {"dense": dense_model, "slim": slim_model}
     for name, model in models.items():
         predict_folder(images, OUTPUT / name, model)

@@ -22,7 +22,7 @@ class RankError(SpecError):
     """A rank outside 1..channels."""
 
 
-class ModelFolderError(NNSlimError):
+class ModelError(NNSlimError):
     """A folder, plans file or checkpoint that is not a usable nnU-Net model."""
 
 

@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from nnslim.benchmark.grid import add_dice, compare_grid, draw_grid, measure_point, run_grid, short_names
     from nnslim.benchmark.pools import HerePool, RayPool
     from nnslim.benchmark.timing_screen import screen_table
-    from nnslim.benchmark.timings import write_table
+    from nnslim.benchmark.timings import write_timings
     from nnslim.errors import NNSlimError
     from nnslim.hosts.totalseg.grid_points import end_to_end, grid_network
 
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = run_grid(points, args.output, pool, retry=args.retry, report=_report)
         add_dice(rows, args.dice)
         compare_grid(points, rows)
-        write_table(args.output, rows)
+        write_timings(args.output, rows)
         draw_grid(rows, args.output)
     except NNSlimError as error:
         print(f"nnslim: {error}", file=sys.stderr)

@@ -37,13 +37,13 @@ def main() -> int:
 
     from nnslim.errors import NNSlimError
     from nnslim.hosts.nnunet.compress.plan_model import error_grid_folder
-    from nnslim.hosts.nnunet.model.trained_model import read_model_folder
+    from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("nnslim").setLevel(logging.WARNING if args.quiet else logging.INFO)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     try:
-        model = read_model_folder(args.model, args.fold and [args.fold], trust=args.trust_checkpoint)
+        model = read_trained_model(args.model, args.fold and [args.fold], trust=args.trust_checkpoint)
         console = Console(stderr=True)
         with Progress(*columns, TimeElapsedColumn(), console=console, disable=args.quiet, transient=True) as bar:
             task = bar.add_task("reading", total=None)

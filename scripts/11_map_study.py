@@ -21,10 +21,10 @@ def study(model_folder: Path, images: Path, output: Path, seed: int) -> list[str
     """
     from nnslim.files import whole_folder
     from nnslim.hosts.nnunet.cases.calibration_tiles import ImageTiles, Source, prepare_images
-    from nnslim.hosts.nnunet.model.trained_model import build_network, read_model_folder
+    from nnslim.hosts.nnunet.model.trained_model import build_network, read_trained_model
     from nnslim.methods.sauron.map_study import clusterability, draw_maps, feature_maps, save_maps, write_clusterability
 
-    model = read_model_folder(model_folder)
+    model = read_trained_model(model_folder)
     network = build_network(model)
     with prepare_images(Source.of(model), images, 1, seed=seed) as prepared:
         tile: torch.Tensor = next(iter(ImageTiles(prepared, 1, seed=seed)))

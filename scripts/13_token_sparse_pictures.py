@@ -15,13 +15,13 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from nnslim.hosts.nnunet.model.trained_model import build_network, read_model_folder
+from nnslim.hosts.nnunet.model.trained_model import build_network, read_trained_model
 from studies.token_pictures import class_sparsity, depth_map, draw_depth
 
 
 def depth(model: Path, image: Path, output: Path) -> None:
     """Cut the middle patch out of an image, z-scored, and draw the depth of its tokens."""
-    folder = read_model_folder(model)
+    folder = read_trained_model(model)
     network = build_network(folder)
     patch = [int(size) for size in folder.configuration_manager.patch_size]
     values = np.asarray(nib.load(image).dataobj, dtype=np.float32).transpose(2, 1, 0)  # nnU-Net's order of axes

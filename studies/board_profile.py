@@ -80,7 +80,7 @@ def _measured(job: ProfileJob) -> dict[str, Any]:
     import torch
 
     from nnslim.hosts.nnunet.cases.preprocess import find_cases, preprocess_case
-    from nnslim.hosts.nnunet.model.trained_model import input_shape, read_model_folder
+    from nnslim.hosts.nnunet.model.trained_model import input_shape, read_trained_model
     from nnslim.hosts.nnunet.predict.load import load_predictor, write_segmentation
     from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 
@@ -88,7 +88,7 @@ def _measured(job: ProfileJob) -> dict[str, Any]:
     start = _resident()
     if job.memory_mb is not None:
         _limit(job.memory_mb, start)
-    model = read_model_folder(Path(job.model))
+    model = read_trained_model(Path(job.model))
     shape, ending = input_shape(model), model.dataset["file_ending"]
     cases = dict(list(find_cases(Path(job.images), ending).items())[: job.cases])
 

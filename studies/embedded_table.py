@@ -14,11 +14,11 @@ from typing import Any
 from nnslim.compression.config import SlimConfig, from_dict
 from nnslim.errors import ConfigError, InputError
 from nnslim.evaluation.classes import read_dataset_json
-from nnslim.evaluation.directories import evaluate_folders
+from nnslim.evaluation.directories import evaluate_directories
 from nnslim.files import write_bytes
-from nnslim.hosts.nnunet.compress.compress_model import compress_folder
-from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_model_folder
-from nnslim.hosts.nnunet.train.finetune_model import finetune_folder
+from nnslim.hosts.nnunet.compress.compress_model import compress_model
+from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_trained_model
+from nnslim.hosts.nnunet.train.finetune_model import finetune_model
 from nnslim.hosts.nnunet.train.finetune_settings import FinetuneSettings
 from nnslim.network.operations import count_operations
 from nnslim.network.reached import reached_parameters
@@ -130,7 +130,7 @@ def compressed_bytes(path: Path) -> int:
 
 def _row(row: Row, settings: TableSettings) -> dict[str, Any]:
     folder, steps = _made(row, settings)
-    model = read_model_folder(folder)
+    model = read_trained_model(folder)
     network, shape = build_network(model), input_shape(model)
     with deep_supervision(network, False):
         reached, cost = reached_parameters(network, shape), count_operations(network, shape)
@@ -152,7 +152,7 @@ def _row(row: Row, settings: TableSettings) -> dict[str, Any]:
         )
     )
     classes = read_dataset_json(folder / "dataset.json")
-    scores = evaluate_folders(predictions, settings.labels, classes, surfaces=False, workers=1)
+    scores = evaluate_directories(predictions, settings.labels, classes, surfaces=False, workers=1)
     dice = dict(zip((one.name for one in scores.classes), scores.class_means("dice"), strict=True))
     return {
         "parameters": reached.built,
@@ -191,7 +191,7 @@ def _made(row: Row, settings: TableSettings) -> tuple[Path, int]:
         if not folder.is_dir():
             uses = images if any(each["method"] == "filters" for each in row.methods) else {}
             start = from_dict({"methods": list(row.methods), "run": {"guard": False}, **uses})
-            compress_folder(read_model_folder(settings.model), folder, start)
+            compress_model(read_trained_model(settings.model), folder, start)
     if steps:
         tuned = settings.work / f"{row.name}.tuned"
         epochs = max(1, steps // _STEPS)
@@ -206,8 +206,8 @@ def _made(row: Row, settings: TableSettings) -> tuple[Path, int]:
             processes=1,
             resume=tuned.is_dir(),
         )
-        folder = finetune_folder(folder, tuned, settings.dataset, tuning)
-    compress_folder(read_model_folder(folder, None, "checkpoint_final.pth"), final, last)
+        folder = finetune_model(folder, tuned, settings.dataset, tuning)
+    compress_model(read_trained_model(folder, None, "checkpoint_final.pth"), final, last)
     return final, steps
 
 

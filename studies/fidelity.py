@@ -27,8 +27,8 @@ from nnslim.hosts.nnunet.cases.preprocess import find_cases, preprocess_case, si
 from nnslim.hosts.nnunet.compress.compress_model import write_network
 from nnslim.hosts.nnunet.model.class_names import classes_of
 from nnslim.hosts.nnunet.model.compatibility import predictor_class
-from nnslim.hosts.nnunet.model.trained_model import ModelFolder, build_network, input_shape, read_model_folder
-from nnslim.hosts.nnunet.train.finetune_model import finetune_folder
+from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network, input_shape, read_trained_model
+from nnslim.hosts.nnunet.train.finetune_model import finetune_model
 from nnslim.hosts.nnunet.train.finetune_settings import FinetuneSettings
 from nnslim.methods.base import Plan
 from nnslim.network.cost import measure_cost
@@ -82,7 +82,7 @@ class Labelled:
 class _Judge:
     """Predicts the test cases in memory, as nnU-Net does without mirroring, and compares with labels and dense maps."""
 
-    model: ModelFolder
+    model: TrainedModel
     cases: dict[str, list[Path]]
     labels: Path
     dense_maps: dict[str, np.ndarray] = field(default_factory=dict)
@@ -159,7 +159,7 @@ def fidelity_table(
         labelled: what the stage "finetuned" trains on.
         report: called with each finished row as text.
     """
-    model = read_model_folder(model_folder)
+    model = read_trained_model(model_folder)
     model.checkpoints = dict(list(model.checkpoints.items())[:1])
     dense, shape = build_network(model), input_shape(model)
     judge = _Judge(model, find_cases(test_images, model.dataset["file_ending"]), test_labels)
@@ -227,11 +227,11 @@ def _rows_of(
         yield row("finetuned", tuned, recovery, seconds + time.perf_counter() - started)
 
 
-def _finetuned(model: ModelFolder, slim: nn.Module, labelled: Labelled) -> nn.Module:
+def _finetuned(model: TrainedModel, slim: nn.Module, labelled: Labelled) -> nn.Module:
     with tempfile.TemporaryDirectory(prefix="nnslim-") as work:
         write_network(model, slim, Path(work) / "slim")
-        finetune_folder(Path(work) / "slim", Path(work) / "tuned", labelled.dataset, labelled.settings)
-        return build_network(read_model_folder(Path(work) / "tuned")).eval()
+        finetune_model(Path(work) / "slim", Path(work) / "tuned", labelled.dataset, labelled.settings)
+        return build_network(read_trained_model(Path(work) / "tuned")).eval()
 
 
 def _weights_only(dense: nn.Module, plans: Sequence[Plan]) -> nn.Module:

@@ -16,7 +16,7 @@ import torch
 
 from nnslim.errors import ConfigError
 from nnslim.hosts.nnunet.model.inflated import inflate_model, target_of, write_inflated
-from nnslim.hosts.nnunet.model.trained_model import read_model_folder
+from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 from nnslim.hosts.nnunet.train.described import DescribedTraining
 from nnslim.hosts.nnunet.train.window_trainer import window_trainer_class
 from nnslim.inflation.window_net import WindowConfig
@@ -141,7 +141,7 @@ def _inflated(mode: str, study: Study) -> Path:
     if not folder.is_dir():
         if study.model is None:
             raise ConfigError("part unet inflates a trained 2D model: name its folder (-m)")
-        flat = read_model_folder(study.model, [study.fold])
+        flat = read_trained_model(study.model, [study.fold])
         prepared = preprocess_once(study.dataset, _CONFIGURATION, 1)
         target = target_of(flat, _CONFIGURATION, prepared / f"{DEFAULT_PLANS}.json")
         write_inflated(flat, target, inflate_model(flat, target, mode), file=None, folder=folder)

@@ -16,8 +16,8 @@ from torch import nn
 
 from nnslim.compression.config import SlimConfig, from_dict
 from nnslim.errors import ConfigError
-from nnslim.hosts.nnunet.compress.compress_model import compress_folder
-from nnslim.hosts.nnunet.model.trained_model import input_shape, read_model_folder
+from nnslim.hosts.nnunet.compress.compress_model import compress_model
+from nnslim.hosts.nnunet.model.trained_model import input_shape, read_trained_model
 from nnslim.hosts.nnunet.train.token_sparse_trainer import token_sparse_trainer_class, unetr_trainer_class
 from nnslim.methods.token_sparse.config import RecipeConfig, TokenSparseConfig, UNETRConfig
 from nnslim.network.operations import count_operations
@@ -151,8 +151,8 @@ def _made(run: Run, dataset: int, fold: int, length: ShortTraining, work: Path) 
         config: SlimConfig = from_dict(
             {"methods": [{"method": "token_sparse", **run.compress}], "run": {"guard": False}}
         )
-        dense = read_model_folder(_dense_twin(trained(run.start), work), [fold])
-        compress_folder(dense, target, config, images=images)
+        dense = read_trained_model(_dense_twin(trained(run.start), work), [fold])
+        compress_model(dense, target, config, images=images)
     return target
 
 
@@ -175,7 +175,7 @@ def _dense_twin(folder: Path, work: Path) -> Path:
 
 def _measured(folder: Path, fold: int, dataset: int, cases: int) -> dict[str, Any]:
     scores, seconds, predictor = validation_dice(folder, fold, dataset, cases)
-    model = read_model_folder(folder, [fold])
+    model = read_trained_model(folder, [fold])
     cost = count_operations(predictor.network, input_shape(model))
     return {
         "dice": round(float(np.mean(scores)), 4),

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnslim.errors import InputError, ModelFolderError
+from nnslim.errors import InputError, ModelError
 from nnslim.prediction.case import Case, Place
 
 IDENTITY = "0123456789abcdef"
@@ -55,7 +55,7 @@ class CopyJob:
     @contextmanager
     def open(self, place: Place) -> Iterator[CopyModel]:
         if self.refuse:
-            raise ModelFolderError("no such model")
+            raise ModelError("no such model")
         if _note(self.notes, "open") <= self.die_opening:
             os.kill(os.getpid(), signal.SIGKILL)
         _note(self.notes, "loaded")

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-PACKAGE = Path(__file__).resolve().parents[1] / "nnslim"
+PACKAGE = ROOT / "nnslim"
 STOREYS = {
     **dict.fromkeys(("errors", "_version", "files", "optional", "spec", "lowrank", "cost", "operations", "surgery"), 0),
     **dict.fromkeys(("moments", "streaming", "fitting", "spectra", "knapsack", "running"), 0),

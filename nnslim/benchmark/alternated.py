@@ -38,7 +38,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Job:
+class TimedJob:
     """A name, and a function that can be pickled (top level of a module, or a partial of one)."""
 
     name: str
@@ -75,8 +75,8 @@ class Timing:
         return self.error.startswith("out of memory")
 
 
-def measure(
-    jobs: Sequence[Job],
+def measure_rounds(
+    jobs: Sequence[TimedJob],
     rounds: int,
     *,
     warmups: int = 1,
@@ -132,7 +132,7 @@ def _tell(progress: Progress | None, *what: Any) -> None:
 class _Worker:
     """The parent's end of a process."""
 
-    def __init__(self, job: Job, warmups: int, limit_memory: bool) -> None:
+    def __init__(self, job: TimedJob, warmups: int, limit_memory: bool) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would share pages, and torch's threads do not survive
         self.timing = Timing(job.name)
         self._channel, theirs = context.Pipe()

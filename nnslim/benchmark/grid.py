@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from nnslim.benchmark.alternated import Timing, measure, reason
+from nnslim.benchmark.alternated import Timing, measure_rounds, reason
 from nnslim.benchmark.grid_point import Point
 from nnslim.benchmark.passes import job_of, keep_network
 from nnslim.benchmark.pools import Pool
 from nnslim.benchmark.roofline import measure_roofline
 from nnslim.benchmark.timing_figures import dice_figure, time_figure
-from nnslim.benchmark.timings import COLUMNS, DENSE, Row, compare, read_dice, read_table, timed_row, write_table
+from nnslim.benchmark.timings import COLUMNS, DENSE, Row, compare, read_dice, read_timings, timed_row, write_timings
 
 Build = Callable[["Point"], tuple[nn.Module, tuple[int, ...]]]
 Report = Callable[[Row, int, int], None]
@@ -40,7 +40,7 @@ def measure_point(
             keep_network(network, Path(folder) / "network.pt")
             del network
             job = job_of(point.name, Path(folder) / "network.pt", shape, point.way)
-            (timing,) = measure([job], rounds, limit_memory=point.way.device == "cpu")
+            (timing,) = measure_rounds([job], rounds, limit_memory=point.way.device == "cpu")
         row = timed_row(timing, columns)
         if end_to_end is not None and not timing.error:
             seconds = end_to_end(point)
@@ -65,7 +65,7 @@ def run_grid(
     Raises:
         InputError: the table is not one of ours. OutputError: it cannot be written.
     """
-    rows = read_table(table) if table.exists() else []
+    rows = read_timings(table) if table.exists() else []
     if retry:
         rows = [row for row in rows if row["status"] == "done"]
     there = {row["name"]: row for row in rows}
@@ -88,7 +88,7 @@ def run_grid(
         running -= 1
         rows.append(row)
         there[point.name] = row
-        write_table(table, rows, COLUMNS)
+        write_timings(table, rows, COLUMNS)
         waiting.append(point.setting)
         if report is not None:
             report(row, len(names & set(there)), len(names))

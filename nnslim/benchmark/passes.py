@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnslim.benchmark.alternated import Candidate, Job
+from nnslim.benchmark.alternated import Candidate, TimedJob
 from nnslim.errors import BackendError, ConfigError, nearest
 from nnslim.files import save_checkpoint
 from nnslim.network.cost import Cost, measure_cost
@@ -55,9 +55,9 @@ class Way:
             raise ConfigError(f"threads is at least 1, found {self.threads}")
 
 
-def job_of(name: str, network: Path, shape: Sequence[int], way: Way) -> Job:
+def job_of(name: str, network: Path, shape: Sequence[int], way: Way) -> TimedJob:
     """Return the job of timing a network that `keep_network` wrote on an input of that shape."""
-    return Job(name, partial(prepare, network, tuple(shape), way))
+    return TimedJob(name, partial(prepare, network, tuple(shape), way))
 
 
 def keep_network(network: nn.Module, path: Path) -> None:

@@ -112,7 +112,7 @@ def find(rows: Sequence[Row], name: str, backend: str) -> Row | None:
     return next((row for row in found if row.get("time_median_ms")), None)
 
 
-def write_table(path: Path, rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> None:
+def write_timings(path: Path, rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> None:
     """Write a CSV file, whole or not at all; what a row does not know stays empty.
 
     Raises:
@@ -125,7 +125,7 @@ def write_table(path: Path, rows: Sequence[Row], columns: Sequence[str] = COLUMN
     write_bytes(path, text.getvalue().encode())
 
 
-def read_table(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
+def read_timings(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
     """Return the rows of a table that `write_table` wrote, as text.
 
     Raises:
@@ -156,7 +156,7 @@ def read_dice(path: Path) -> dict[str, float]:
         raise InputError(f"{path} should have the columns 'name' and 'dice' (a number): {error!r}") from error
 
 
-def write_report(
+def write_timing_report(
     path: Path, rows: Sequence[Row], timings: Sequence[Timing], roofline: Roofline | None, more: Row | None = None
 ) -> None:
     """Write all rows with each single pass, and what they mean, as JSON.
@@ -200,7 +200,7 @@ def read_benchmark(path: Path) -> Benchmark:
         InputError: there is nothing of that kind, or it cannot be read.
     """
     if path.suffix == ".csv":
-        return Benchmark(path.stem, read_table(path))
+        return Benchmark(path.stem, read_timings(path))
     file = path / REPORT if path.is_dir() else path
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

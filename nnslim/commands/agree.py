@@ -22,14 +22,14 @@ def agree(
     quiet: QuietOption = False,
 ) -> None:
     """Compare a slim model with the dense one on your images, per class; kept in nnslim.json and agreement.png."""
-    from nnslim.hosts.nnunet.judge.agree_models import agreement_of_folders, slim_record, write_agreement
+    from nnslim.hosts.nnunet.judge.agree_models import agreement_of_models, slim_record, write_agreement
     from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 
     start(quiet)
     slim_record(model)  # a wrong folder is named before the images are predicted
     settings = PredictSettings(device=device, folds=fold, trust=trust, previous_stage=previous_stage)
     with counting(quiet, "cases") as count:
-        agreement = agreement_of_folders(dense, model, images, labels, settings, count)
+        agreement = agreement_of_models(dense, model, images, labels, settings, count)
     write_agreement(model, agreement)
     for line in agreement.lines():
         typer.echo(line)

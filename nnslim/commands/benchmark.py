@@ -44,13 +44,13 @@ def benchmark(
 ) -> None:
     """Measure a model and its slim forms side by side: time, memory, MACs; benchmark.csv, benchmark.json, pictures."""
     from nnslim.benchmark.timing_screen import screen_table, stage_table
-    from nnslim.hosts.nnunet.judge.benchmark_models import BenchmarkSettings, benchmark_folder, ways_of
+    from nnslim.hosts.nnunet.judge.benchmark_models import BenchmarkSettings, benchmark_models, ways_of
 
     start(quiet)
     ways = ways_of(backend or (), precision or (), threads, device)
     settings = BenchmarkSettings(ways, rounds, batch_size, cases, fold, checkpoint, trust, dice)
     with stepping(quiet) as step:
-        measured = benchmark_folder(
+        measured = benchmark_models(
             model,
             config or (),
             output,

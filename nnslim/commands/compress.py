@@ -40,16 +40,16 @@ def compress(
     """Compress a trained model into a folder that stock nnU-Net loads."""
     from nnslim.compression.config import load_config
     from nnslim.compression.model_report import ModelReport
-    from nnslim.hosts.nnunet.compress.compress_model import compress_folder
-    from nnslim.hosts.nnunet.model.trained_model import read_model_folder
+    from nnslim.hosts.nnunet.compress.compress_model import compress_model
+    from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 
     start(quiet)
     settings = load_config(config)
     if store is not None:
         settings = settings.model_copy(update={"store": store.value})
-    source = read_model_folder(model, fold, checkpoint, trust=trust)
+    source = read_trained_model(model, fold, checkpoint, trust=trust)
     with stepping(quiet) as step:
-        slimmed = compress_folder(
+        slimmed = compress_model(
             source,
             output,
             settings,
@@ -74,14 +74,14 @@ def plan(
 ) -> None:
     """Choose the ranks only and write them as a table, to be edited and passed back: {method: tucker, plan: FILE}."""
     from nnslim.compression.config import load_config
-    from nnslim.hosts.nnunet.compress.plan_model import plan_folder
-    from nnslim.hosts.nnunet.model.trained_model import read_model_folder
+    from nnslim.hosts.nnunet.compress.plan_model import plan_model
+    from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 
     start(quiet)
     settings = load_config(config).with_images(images)
-    source = read_model_folder(model, fold and [fold], checkpoint, trust=trust)
+    source = read_trained_model(model, fold and [fold], checkpoint, trust=trust)
     with stepping(quiet) as step:
-        planned = plan_folder(
+        planned = plan_model(
             source,
             output,
             settings,

@@ -28,7 +28,7 @@ def distill(
     quiet: QuietOption = False,
 ) -> None:
     """Let a slim model learn the dense model's answers on images without labels; an interrupted run goes on."""
-    from nnslim.hosts.nnunet.compress.distill_model import distill_config, distill_folder, read_pair
+    from nnslim.hosts.nnunet.compress.distill_model import distill_config, distill_model, read_pair
 
     start(quiet)
     given = {"seconds": seconds, "batch_size": batch_size, "learning_rate": learning_rate}
@@ -36,7 +36,7 @@ def distill(
     settings = distill_config(images, device, steps=steps, block_steps=block_steps, **given)
     slim, dense = read_pair(model, teacher, trust=trust)
     with stepping(quiet) as step:
-        recoveries = distill_folder(
+        recoveries = distill_model(
             slim,
             dense,
             output,

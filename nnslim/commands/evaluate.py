@@ -43,8 +43,8 @@ def evaluate(
     quiet: QuietOption = False,
 ) -> None:
     """Dice, NSD and HD95 of predictions against references, per case and class: CSV, summary.json, pictures."""
-    from nnslim.evaluation.directories import evaluate_folders
-    from nnslim.evaluation.score_files import class_lines, write_csv, write_summary
+    from nnslim.evaluation.directories import evaluate_directories
+    from nnslim.evaluation.score_files import class_means, write_csv, write_summary
     from nnslim.files import make_folder
 
     start(quiet)
@@ -54,7 +54,7 @@ def evaluate(
     common: dict[str, Any] = {"tolerance": tolerance, "surfaces": not dice_only, "workers": workers}
     common["wanted"] = tuple(label) if label else None
     with counting(quiet, "cases") as count:
-        found = evaluate_folders(predictions, references, classes, **common, progress=count)
+        found = evaluate_directories(predictions, references, classes, **common, progress=count)
     chosen = _groups(groups or (_TOTALSEG if grouped else None), found)
     make_folder(output.parent)
     write_csv(output, found)
@@ -62,12 +62,12 @@ def evaluate(
     written = [output, output.with_name("summary.json")]
     if baseline is not None:
         with counting(quiet, "cases of the baseline") as count:
-            other = evaluate_folders(baseline, references, classes, **common, progress=count)
+            other = evaluate_directories(baseline, references, classes, **common, progress=count)
         written += _compare(found, other, output)
         _tell_problems(other, "baseline: ")
     if figures:
         written += _draw(found, output, chosen, worst, classes, images)
-    for line in class_lines(found):
+    for line in class_means(found):
         typer.echo(line)
     typer.echo("written: " + ", ".join(str(path) for path in written))
     _tell_problems(found)

@@ -35,11 +35,11 @@ def export(
 ) -> None:
     """Write the network as an ONNX or OpenVINO file that runs without torch and nnU-Net, and compare it on a tile."""
     from nnslim.hosts.nnunet.export.export_model import ExportSettings, export_model, read_patch
-    from nnslim.hosts.nnunet.model.trained_model import read_model_folder
+    from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 
     start(quiet)
     asked = None if patch is None else read_patch(patch)
-    source = read_model_folder(model, fold and [fold], checkpoint, trust=trust)
+    source = read_trained_model(model, fold and [fold], checkpoint, trust=trust)
     with stepping(quiet) as step:
         if output is None:
             lines, passed = _int8_beside(source, precision.value, images, step)

@@ -47,12 +47,12 @@ def finetune(
     quiet: QuietOption = False,
 ) -> None:
     """Train a slim model further on a dataset with labels, inside nnU-Net's own trainer."""
-    from nnslim.hosts.nnunet.train.finetune_model import finetune_folder
+    from nnslim.hosts.nnunet.train.finetune_model import finetune_model
     from nnslim.hosts.nnunet.train.finetune_settings import FinetuneSettings
 
     given = {key: value for key, value in locals().items() if key in FinetuneSettings.__dataclass_fields__}
     start(quiet)
     settings = FinetuneSettings(folds=fold, **given)
     with counting(quiet, "epochs") as count:
-        finetune_folder(model, output, dataset, settings, count)
+        finetune_model(model, output, dataset, settings, count)
     typer.echo(f"written: {output}")

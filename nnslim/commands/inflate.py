@@ -43,10 +43,10 @@ def inflate(
         target_of,
         write_inflated,
     )
-    from nnslim.hosts.nnunet.model.trained_model import read_model_folder
+    from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 
     start(quiet)
-    flat = read_model_folder(model, fold, checkpoint, trust=trust)
+    flat = read_trained_model(model, fold, checkpoint, trust=trust)
     if output is not None and len(flat.checkpoints) > 1:
         raise ConfigError(f"a .pth file holds one fold, the model has {', '.join(flat.checkpoints)}: choose with -f")
     files: tuple[Path | None, Path | None] = (Path(plans) if plans else None, None)

@@ -38,7 +38,7 @@ def report(
     quiet: QuietOption = False,
 ) -> None:
     """Write one HTML page about a slim model: layers, time, classes, pictures; it loads nothing from elsewhere."""
-    from nnslim.hosts.nnunet.judge.report_data import ReportSettings, write_report
+    from nnslim.hosts.nnunet.judge.report_data import ReportSettings, write_page
     from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
     from nnslim.report.sections import gaps
 
@@ -56,7 +56,7 @@ def report(
         int(viewer_mb * 1e6),
     )
     with stepping(quiet) as step:
-        page, data = write_report(model, output, settings, step)
+        page, data = write_page(model, output, settings, step)
     for gap in gaps(data):
         typer.echo(f"not measured: {gap['what']} ({gap['how']})")
     typer.echo(f"written: {page} ({page.stat().st_size / 1e6:.1f} MB)")

@@ -73,7 +73,7 @@ def _switches(network: nn.Module) -> list[str]:
     ]
 
 
-def store(slimmed: Slimmed, key: str, folder: Path) -> Path:
+def store_weights(slimmed: Slimmed, key: str, folder: Path) -> Path:
     """Write a compressed network, whole or not at all.
 
     Raises:
@@ -93,7 +93,7 @@ def store(slimmed: Slimmed, key: str, folder: Path) -> Path:
     return path
 
 
-def recall(network: nn.Module, key: str, folder: Path, guard: Guard | None = None) -> Slimmed | None:
+def recall_weights(network: nn.Module, key: str, folder: Path, guard: Guard | None = None) -> Slimmed | None:
     """Return what `store` kept under the key, or None. A damaged file is reported, ignored and later replaced.
 
     What a guard left dense on another machine, or with another backend, is not taken, nor without a guard. A network

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnslim.evaluation.agreement import Agreement, compare_case
+from nnslim.evaluation.agreement import Agreement, compare_answers
 from nnslim.evaluation.expected import harden
 from nnslim.surgery.streaming import Tiles
 
@@ -45,7 +45,7 @@ def half_precision(weights: Mapping[str, Tensor]) -> StateDict:
     }
 
 
-def copied(state: Mapping[str, Tensor]) -> StateDict:
+def copied_state(state: Mapping[str, Tensor]) -> StateDict:
     """Return tensors of their own: nnU-Net loads one fold after the other into the network that is handed out."""
     copies: dict[tuple[int, torch.Size], Tensor] = {}
     return {
@@ -73,7 +73,7 @@ def stored(network: nn.Module, half: bool) -> tuple[nn.Module, StateDict]:
         _log.warning("weights are stored in float32: float16 does not hold those of %s", ", ".join(large[:3]))
         half = False
     if not half:
-        return network, copied(state)
+        return network, copied_state(state)
     halves = half_precision(state)
     rounded = copy.deepcopy(network)
     rounded.load_state_dict(halves)
@@ -97,7 +97,7 @@ def tile_agreement(
         truth, other = (one.sigmoid() if regions else one.softmax(0) for one in logits)
         spacing = [1.0] * (truth.dim() - 1)
         decided = harden(other, not regions)
-        agreement.cases.append(compare_case(f"tile {number}", truth, decided, spacing, class_names))
+        agreement.cases.append(compare_answers(f"tile {number}", truth, decided, spacing, class_names))
     return agreement
 
 

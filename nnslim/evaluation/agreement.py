@@ -25,7 +25,15 @@ from nnslim.evaluation.expected import (
     overlaps,
 )
 
-__all__ = ["TEMPERATURE", "Agreement", "CaseAgreement", "ClassAgreement", "LabelMaps", "compare_case", "expected_dice"]
+__all__ = [
+    "TEMPERATURE",
+    "Agreement",
+    "CaseAgreement",
+    "ClassAgreement",
+    "LabelMaps",
+    "compare_answers",
+    "expected_dice",
+]
 
 _NAN = float("nan")
 
@@ -224,7 +232,7 @@ class Agreement:
         return lines
 
 
-def compare_case(
+def compare_answers(
     name: str,
     dense: Tensor | np.ndarray,
     slim: Tensor | np.ndarray,

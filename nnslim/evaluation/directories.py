@@ -18,7 +18,7 @@ from nnslim.evaluation.workers import Outcome, run_jobs
 _START = 10.0  # seconds of work that make starting processes worth while; each imports numpy and scipy first
 
 
-def evaluate_folders(
+def evaluate_directories(
     predictions: Path,
     references: Path,
     classes: Classes | None = None,

@@ -42,7 +42,7 @@ def pair_cases(
     Raises:
         InputError: a folder is missing or empty, two files claim one case, or no name fits.
     """
-    found = [find_cases(Path(place), ending, class_names) for place in (predictions, references)]
+    found = [cases_by_name(Path(place), ending, class_names) for place in (predictions, references)]
     single = any(Path(place).is_file() for place in (predictions, references))
     if single and all(len(cases) == 1 for cases in found):
         name = next(iter(found[1]))
@@ -58,7 +58,7 @@ def pair_cases(
     return Pairing(pairs, missing, tuple(name for name in predicted if name not in known))
 
 
-def find_cases(place: Path, ending: str | None = None, class_names: Collection[str] = ()) -> dict[str, Path]:
+def cases_by_name(place: Path, ending: str | None = None, class_names: Collection[str] = ()) -> dict[str, Path]:
     """Return the label map, or the folder of masks, of each case, sorted by name.
 
     Raises:

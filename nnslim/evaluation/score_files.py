@@ -85,7 +85,7 @@ def write_summary(path: Path, evaluation: Evaluation) -> None:
     write_bytes(path, (json.dumps(content, indent=4, sort_keys=True) + "\n").encode())
 
 
-def class_lines(evaluation: Evaluation) -> list[str]:
+def class_means(evaluation: Evaluation) -> list[str]:
     """Return a table for people: a line per class, the mean below."""
     width = max([len(one.name) for one in evaluation.classes] + [5])
     lines = [f"{'class':{width}}  cases  missed  false pos.  Dice    SD      NSD     HD95 mm"]

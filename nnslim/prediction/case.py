@@ -109,7 +109,7 @@ class Place:
     gpu: int | None = None
 
 
-class Job(Protocol):
+class PredictionJob(Protocol):
     """What is sent to a worker: small, can be pickled, and imports little before it is opened."""
 
     @property

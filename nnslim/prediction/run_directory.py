@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nnslim.errors import ConfigError, InputError, OutputError, nearest
 from nnslim.files import make_folder
-from nnslim.prediction.case import Case, Job, Record, now
+from nnslim.prediction.case import Case, PredictionJob, Record, now
 from nnslim.prediction.engines import Crew, Engine
 from nnslim.prediction.manifest import NAME, Manifest, alone, checksum
 from nnslim.prediction.pipeline import input_facts, remove_leftovers
@@ -41,7 +41,7 @@ class FolderSettings:
 
 
 def run_folder(
-    job: Job,
+    job: PredictionJob,
     cases: Sequence[Case],
     output: Path,
     settings: FolderSettings,
@@ -59,7 +59,7 @@ def run_folder(
     Raises:
         OutputError: the folder cannot be written, holds another model's results, another run is writing to it, or a
             result would take the place of an image.
-        HostError, ModelFolderError: the model cannot be used.
+        HostError, ModelError: the model cannot be used.
         ConfigError: no such engine.
     """
     engine = _engine(settings.engine)

@@ -17,7 +17,7 @@ from nnslim.report.page_figures import View, layer_bars, recovery_lines, scatter
 from nnslim.report.page_tables import classes_view, kept_dense, methods_view, model_points, time_points, without_folders
 from nnslim.report.sections import (
     benchmark_view,
-    class_lines,
+    class_notes,
     error_note,
     gaps,
     half_line,
@@ -82,7 +82,7 @@ def _context(data: ReportData) -> View:
         "actions": sorted({one.action for one in record.decisions}),
         "benchmarks": [benchmark_view(one, record) for one in data.benchmarks],
         "classes": classes,
-        "class_lines": class_lines(record, classes) if classes else [],
+        "class_lines": class_notes(record, classes) if classes else [],
         **_pareto(data),
         "scenes": [scene_view(scene) for scene in data.scenes],
         "viewer": viewer,

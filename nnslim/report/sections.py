@@ -92,7 +92,7 @@ def error_note(record: SlimRecord) -> str:
     return "Error: of the layer's weights, relative, first fold."
 
 
-def class_lines(record: SlimRecord, classes: Mapping[str, Any]) -> list[str]:
+def class_notes(record: SlimRecord, classes: Mapping[str, Any]) -> list[str]:
     """Return what the table of classes shows, in sentences."""
     lines = []
     if record.agreement is not None:

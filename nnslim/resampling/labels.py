@@ -88,7 +88,7 @@ class _CAxis(ctypes.Structure):
     )
 
 
-class Job(ctypes.Structure):
+class _LabelJob(ctypes.Structure):
     """The job of labels.c; whoever makes one keeps its tensors alive."""
 
     _fields_ = (
@@ -118,7 +118,7 @@ def _by_kernel(
     axes = [_CAxis(*axis.size, *(part.data_ptr() for part in tap)) for axis, tap in zip(grid.axes, taps, strict=True)]
     painted = None if regions is None else torch.tensor(regions.labels, dtype=torch.int32)
     return native.labels(
-        Job(
+        _LabelJob(
             scores.data_ptr(), scores.dtype == torch.float16, len(scores), scores.stride(), tuple(axes),
             out.data_ptr(), out.dtype.itemsize == 2, out.stride(),
             rounded == torch.float16, None if painted is None else painted.data_ptr(),

@@ -131,19 +131,19 @@ def fastest_variant(graph: fx.GraphModule, shape: Sequence[int], dtype: torch.dt
     Args:
         graph: on CUDA. shape: (B, C, *patch). dtype: of autocast.
     """
-    from nnslim.running.timing import measure
+    from nnslim.running.timing import pass_seconds
 
     kept: dict[str, Graphed] = {}
     for name, variant in variants(graph).items():
         recorded = Graphed(variant, dtype)
         try:
-            measure([recorded], shape, rounds=1)
+            pass_seconds([recorded], shape, rounds=1)
             kept[name] = recorded
         except Exception as error:  # whatever a compiler raises
             _log.warning("%s cannot be used on this GPU: %s", name, _first_line(error))
     if not kept:
         return Graphed(graph, dtype)
-    seconds = dict(zip(kept, measure(list(kept.values()), shape), strict=True))
+    seconds = dict(zip(kept, pass_seconds(list(kept.values()), shape), strict=True))
     best = min(seconds, key=seconds.__getitem__)
     _log.info("on CUDA: %s", ", ".join(f"{name} {value * 1e3:.1f} ms" for name, value in seconds.items()))
     return kept[best]

@@ -17,7 +17,7 @@ from nnslim.network.graph import layer_of, tidy
 from nnslim.running.bfloat16 import bfloat16_is_safe
 from nnslim.running.direct import TiledTransposed, direct
 from nnslim.running.rewrites import fold_norms, rewritten
-from nnslim.running.timing import run
+from nnslim.running.timing import run_pass
 
 Backend = Literal["auto", "stock", "eager", "compile", "openvino"]
 Precision = Literal["f32", "bf16", "f16", "int8"]
@@ -170,7 +170,7 @@ def with_fallback(network: nn.Module, shape: Sequence[int], settings: Settings) 
         BackendError: a precision was asked for that only the failing backends have.
     """
     x = torch.zeros(tuple(shape), device=next(network.parameters()).device)
-    return first_pass(network, x, settings, run)[:2]
+    return first_pass(network, x, settings, run_pass)[:2]
 
 
 def first_pass(

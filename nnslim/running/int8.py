@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nnslim.errors import BackendError
 from nnslim.optional import needed
-from nnslim.running.kept_models import fingerprint, keep, model_key, read_model, write_model
+from nnslim.running.kept_models import keep, network_fingerprint, network_key, read_model, write_model
 from nnslim.running.openvino import convert, openvino_module, silent_loggers
 
 INT8_NAME = "nnslim_int8.xml"  # beside a checkpoint
@@ -79,7 +79,7 @@ def quantize(
     openvino_module()
     nncf = needed("nncf", "nnslim[openvino]")
     shape = (1, *(int(size) for size in shape[1:]))
-    name = fingerprint(network) if isinstance(network, nn.Module) else ""
+    name = network_fingerprint(network) if isinstance(network, nn.Module) else ""
     model = convert(network, shape, channels_last=channels_last) if name else network
     data = [_checked(tile, shape) for tile in tiles]
     if not data:
@@ -119,10 +119,10 @@ def offer(network: nn.Module, shape: Sequence[int], path: Path, cache: Path | No
         BackendError: it cannot be read, or openvino is missing. OutputError: the cache cannot be written.
     """
     openvino_module()
-    model, name = read_model(path), fingerprint(network)
+    model, name = read_model(path), network_fingerprint(network)
     if not model.has_rt_info(_NETWORK) or str(model.get_rt_info(_NETWORK).value) != name:
         return False
-    keep(model, model_key(name, shape, "int8"), cache)
+    keep(model, network_key(name, shape, "int8"), cache)
     return True
 
 

@@ -21,7 +21,7 @@ _SUMS = "sums.json"
 _log = logging.getLogger("nnslim")
 
 
-def fingerprint(network: nn.Module) -> str:
+def network_fingerprint(network: nn.Module) -> str:
     """Return 40 hexadecimal digits that change with the network's structure and its weights.
 
     Cost: one pass over the bytes of the weights (a tenth of a second for 30 million parameters).
@@ -39,7 +39,7 @@ def fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def model_key(network: str, shape: Sequence[int], precision: str) -> str:
+def network_key(network: str, shape: Sequence[int], precision: str) -> str:
     """Return the name under which a converted model is kept, from the network's fingerprint.
 
     Only int8 changes the file: the other precisions are chosen when it is compiled.
@@ -76,7 +76,7 @@ def keep(model: Any, key: str, cache: Path | None) -> None:
             raise
 
 
-def recall(key: str, cache: Path | None) -> Any | None:
+def recall_model(key: str, cache: Path | None) -> Any | None:
     """Return the model, None where there is none; one that is damaged is removed, with a warning."""
     folder = model_folder(cache) / key
     if not folder.is_dir():

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnslim.errors import BackendError, OutputError, RewriteError
 from nnslim.optional import needed
-from nnslim.running.kept_models import fingerprint, keep, model_key, read_model, recall
+from nnslim.running.kept_models import keep, network_fingerprint, network_key, read_model, recall_model
 from nnslim.running.rewrites import rewritten
 
 _LAST = ["nnslim", "channels_last"]  # where a model says how its logits lie
@@ -248,11 +248,11 @@ def _prepared(
     if not isinstance(network, nn.Module):
         model = read_model(Path(network)) if isinstance(network, (str, Path)) else network
         return _compile(core, model, shape, settings)
-    key = model_key(fingerprint(network), shape, precision)
+    key = network_key(network_fingerprint(network), shape, precision)
     name = (key, *sorted(settings.items()))
     if (known := _compiled.get(name)) is not None:
         return known
-    model = recall(key, cache)
+    model = recall_model(key, cache)
     if model is None:
         if precision == "int8":
             raise BackendError(

@@ -16,7 +16,7 @@ from nnslim.errors import OutputError
 from nnslim.files import make_folder, user_cache, write_json
 from nnslim.running.engine import Backend, Settings, candidates, with_fallback
 from nnslim.running.processor import cpu_name
-from nnslim.running.timing import measure
+from nnslim.running.timing import pass_seconds
 
 _log = logging.getLogger("nnslim")
 
@@ -43,7 +43,7 @@ def fastest(network: nn.Module, shape: Sequence[int], settings: Settings) -> tup
         if single or name != "stock":
             engine, found = with_fallback(network, shape, Settings(name, settings.precision, settings.threads))
             made.setdefault(found, engine)
-    seconds = dict(zip(made, measure(list(made.values()), shape), strict=True))
+    seconds = dict(zip(made, pass_seconds(list(made.values()), shape), strict=True))
     best = min(seconds, key=seconds.__getitem__)
     _log.info("backend %s: %s", best, ", ".join(f"{name} {value * 1e3:.0f} ms" for name, value in seconds.items()))
     _remember(_key(network, shape, settings), best)

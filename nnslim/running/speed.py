@@ -17,7 +17,7 @@ from nnslim.network.walk import LayerIndex
 from nnslim.running.engine import Settings, with_fallback
 from nnslim.running.processor import cpu_name
 from nnslim.running.select import machine_threads, remembered
-from nnslim.running.timing import measure
+from nnslim.running.timing import pass_seconds
 
 # Seconds of the dense pass below which overheads decide, and nobody waits. A whole 128^3 patch takes a GPU 0.02 s.
 _NEGLIGIBLE, _NEGLIGIBLE_ON_CUDA = 0.05, 0.001
@@ -108,7 +108,7 @@ def compare_speed(dense: nn.Module, slim: nn.Module, shape: Sequence[int], setti
     if single.backend == "auto":
         single = replace(single, backend=remembered(dense, shape, single) or "eager")
     engines = [with_fallback(network, shape, single) for network in (dense, slim)]
-    seconds = measure([engine for engine, _ in engines], shape)
+    seconds = pass_seconds([engine for engine, _ in engines], shape)
     device = next(dense.parameters()).device
     return Speed(*seconds, engines[1][1], place(device, settings), device=device.type)
 
@@ -134,7 +134,7 @@ def layer_gains(
         size = (shape[0], *cost.layers[layer.name].input_shape)
         rest = followers.get(id(layer.module), [])
         pair = [nn.Sequential(module, *rest).eval() for module in (layer.module, after[name].module)]
-        seconds = measure([with_fallback(copy.deepcopy(one), size, settings)[0] for one in pair], size)
+        seconds = pass_seconds([with_fallback(copy.deepcopy(one), size, settings)[0] for one in pair], size)
         gains[name] = seconds[0] - seconds[1]
     return gains
 

@@ -18,7 +18,7 @@ _MORE_ON_CUDA = 10  # times the rounds: passes take milliseconds there, and the 
 _PATIENCE = 20.0  # seconds
 
 
-def measure(engines: Sequence[nn.Module], shape: Sequence[int], rounds: int = _ROUNDS) -> list[float]:
+def pass_seconds(engines: Sequence[nn.Module], shape: Sequence[int], rounds: int = _ROUNDS) -> list[float]:
     """Return the median seconds of a pass of each engine, in alternated rounds after one pass that is not counted.
 
     Slow engines get fewer rounds: no new one begins after 20 s.
@@ -30,7 +30,7 @@ def measure(engines: Sequence[nn.Module], shape: Sequence[int], rounds: int = _R
     x = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0)).to(next(iter(devices)))
     rounds *= _MORE_ON_CUDA if x.is_cuda else 1
     for engine in engines:
-        run(engine, x)
+        run_pass(engine, x)
     seconds: list[list[float]] = [[] for _ in engines]
     begun = time.perf_counter()
     for number in range(rounds):
@@ -38,12 +38,12 @@ def measure(engines: Sequence[nn.Module], shape: Sequence[int], rounds: int = _R
             break
         for mine, engine in zip(seconds, engines, strict=True):
             started = time.perf_counter()
-            run(engine, x)
+            run_pass(engine, x)
             mine.append(time.perf_counter() - started)
     return [statistics.median(values) for values in seconds]
 
 
-def run(engine: nn.Module, x: Tensor) -> Tensor:
+def run_pass(engine: nn.Module, x: Tensor) -> Tensor:
     """Run an engine without gradients, under autocast on CUDA as nnU-Net does; waits for the result on CUDA."""
     with torch.inference_mode(), torch.autocast(x.device.type, enabled=x.device.type == "cuda"):
         y = engine(x)

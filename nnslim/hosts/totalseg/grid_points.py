@@ -7,14 +7,14 @@ from pathlib import Path
 
 from torch import nn
 
-from nnslim.benchmark.alternated import measure
+from nnslim.benchmark.alternated import measure_rounds
 from nnslim.benchmark.grid_point import Point
 from nnslim.compression.compress_network import compress
 from nnslim.compression.config import RunConfig, SlimConfig, load_config
 from nnslim.errors import ConfigError, NNSlimError
 from nnslim.hosts.nnunet.judge.benchmark_models import predict_settings
-from nnslim.hosts.nnunet.judge.stages import Pipeline, stage_medians
-from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_model_folder
+from nnslim.hosts.nnunet.judge.stages import TimedPipeline, stage_medians
+from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_trained_model
 from nnslim.methods.tucker.config import TuckerConfig
 from nnslim.running.engine import BACKENDS
 
@@ -26,18 +26,17 @@ def grid_network(point: Point) -> tuple[nn.Module, tuple[int, ...]]:
     """Return the network of a grid's point and its input, (B, C, *patch); without a model with seeded random weights.
 
     Raises:
-        ModelFolderError, ConfigError: unusable model or settings. HostError: nnU-Net is missing.
+        ModelError, ConfigError: unusable model or settings. HostError: nnU-Net is missing.
     """
     if point.model:
-        source = read_model_folder(Path(point.model))
+        source = read_trained_model(Path(point.model))
         network, shape = build_network(source), input_shape(source)
     else:
-        from nnslim.hosts.totalseg.stand_in import LAYOUTS, stand_in_plans
-        from nnslim.hosts.totalseg.stand_in import build_network as build_untrained
+        from nnslim.hosts.totalseg.stand_in import LAYOUTS, build_stand_in, stand_in_plans
 
         task, heads = _TASKS[point.low_resolution]
         layout = LAYOUTS[task]
-        network = build_untrained(stand_in_plans(layout, "stand-in", 32, layout.patch), heads).eval()
+        network = build_stand_in(stand_in_plans(layout, "stand-in", 32, layout.patch), heads).eval()
         shape = (1, 1, *layout.patch)
     shape = (1, shape[1], *(point.patch or shape[2:]))
     if point.apply_tucker:
@@ -70,9 +69,9 @@ def end_to_end(point: Point, images: Path, cases: int = 1) -> float | None:
         model = Path(point.model) if point.model else _stand_in(point, Path(folder))
         config = tucker_config(point) if point.apply_tucker else SlimConfig()
         config = config.model_copy(update={"run": RunConfig(tile_batch=point.batch_size)})
-        pipeline = Pipeline(point.name, model, config, predict_settings(point.way))
+        pipeline = TimedPipeline(point.name, model, config, predict_settings(point.way))
         on_cpu = point.way.device == "cpu"
-        (timing,) = measure([pipeline.job(images)], cases, warmups=0, limit_memory=on_cpu)
+        (timing,) = measure_rounds([pipeline.job(images)], cases, warmups=0, limit_memory=on_cpu)
     if timing.error:
         raise NNSlimError(f"the whole pipeline failed: {timing.error}")
     return sum(stage_medians(timing).values())

@@ -86,7 +86,7 @@ def write_stand_in(
     plans = stand_in_plans(layout, name, base_features, patch)
     labels = {"background": 0, **{organ: label for label, organ in part_classes(task_id).items()}}
     dataset = {"channel_names": {"0": "CT"}, "labels": labels, "numTraining": 0, "file_ending": ".nii.gz"}
-    weights = half_precision(build_network(plans, len(labels), seed=seed).state_dict())
+    weights = half_precision(build_stand_in(plans, len(labels), seed=seed).state_dict())
     with whole_folder(target) as made:
         _write(made, plans, dataset, weights, layout.trainer)
         note = _NOTE.format(seed=seed, base=base_features, task=task_id)
@@ -168,7 +168,7 @@ def stand_in_plans(layout: Layout, name: str, base_features: int, patch: tuple[i
     }
 
 
-def build_network(plans: dict[str, Any], heads: int, *, seed: int = 0, device: str = "cpu") -> nn.Module:
+def build_stand_in(plans: dict[str, Any], heads: int, *, seed: int = 0, device: str = "cpu") -> nn.Module:
     """Build the untrained network through nnU-Net's own classes, as its predictor would.
 
     Args:

@@ -12,7 +12,7 @@ from nnslim.surgery.streaming import Tiles, hooked
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class OutputSpectrum:
     """Of the outputs W x of one layer, the bias left out.
 
     Attributes:
@@ -35,10 +35,10 @@ class Spectrum:
         return int((kept < share * kept[-1]).sum()) + 1
 
 
-def weight_spectrum(linear: nn.Linear) -> Spectrum:
+def weight_spectrum(linear: nn.Linear) -> OutputSpectrum:
     """Return the spectrum for white inputs: that of the weights."""
     left, values, _ = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
-    return Spectrum(left, values.square(), left.new_zeros(len(left)))
+    return OutputSpectrum(left, values.square(), left.new_zeros(len(left)))
 
 
 @dataclass
@@ -63,18 +63,18 @@ class _Moments:
         self.total = self.total + rows.sum(0)
         self.products = self.products + rows.T @ rows
 
-    def spectrum(self) -> Spectrum:
+    def spectrum(self) -> OutputSpectrum:
         mean = self.total / self.count
         values, vectors = torch.linalg.eigh(self.products / self.count - torch.outer(mean, mean))
         values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
         if not self.on_inputs:
-            return Spectrum(vectors, values, mean)
+            return OutputSpectrum(vectors, values, mean)
         weight = self.linear.weight.detach().double()
         left, strengths, _ = torch.linalg.svd(weight @ (vectors * values.sqrt()), full_matrices=False)
-        return Spectrum(left, strengths.square(), weight @ mean)
+        return OutputSpectrum(left, strengths.square(), weight @ mean)
 
 
-def output_spectra(network: nn.Module, layers: Mapping[str, nn.Linear], tiles: Tiles) -> dict[str, Spectrum]:
+def output_spectra(network: nn.Module, layers: Mapping[str, nn.Linear], tiles: Tiles) -> dict[str, OutputSpectrum]:
     """Return the spectrum of each layer over all rows of all tiles, from one pass; rows are not kept.
 
     Args:

@@ -11,7 +11,7 @@ from nnslim.maths.knapsack import Choice, choose
 from nnslim.methods.base import Decision, Plan, check_patterns
 from nnslim.methods.linear.config import LinearConfig
 from nnslim.methods.linear.edit import LowRankEdit, LowRankLinear
-from nnslim.methods.linear.output_spectra import Spectrum, output_spectra, weight_spectrum
+from nnslim.methods.linear.output_spectra import OutputSpectrum, output_spectra, weight_spectrum
 from nnslim.network.cost import Cost
 from nnslim.network.walk import Layer, LayerIndex, unwrap
 from nnslim.surgery.streaming import Tiles
@@ -54,7 +54,7 @@ def plan_linear(network: nn.Module, config: LinearConfig, cost: Cost, tiles: Til
     return Plan(tuple(edits), tuple(decisions))
 
 
-def _spectra(network: nn.Module, layers: Mapping[str, nn.Linear], tiles: Tiles | None) -> dict[str, Spectrum]:
+def _spectra(network: nn.Module, layers: Mapping[str, nn.Linear], tiles: Tiles | None) -> dict[str, OutputSpectrum]:
     if tiles is None:
         return {name: weight_spectrum(linear) for name, linear in layers.items()}
     return output_spectra(network, layers, tiles)
@@ -72,7 +72,9 @@ def _cheaper(linear: nn.Linear, rank: int) -> bool:
     return rank * (linear.in_features + linear.out_features) < linear.weight.numel()
 
 
-def _by_rule(layers: Mapping[str, nn.Linear], spectra: Mapping[str, Spectrum], config: LinearConfig) -> dict[str, int]:
+def _by_rule(
+    layers: Mapping[str, nn.Linear], spectra: Mapping[str, OutputSpectrum], config: LinearConfig
+) -> dict[str, int]:
     ranks = {}
     for name, linear in layers.items():
         if config.energy is not None:
@@ -85,7 +87,7 @@ def _by_rule(layers: Mapping[str, nn.Linear], spectra: Mapping[str, Spectrum], c
 
 
 def _by_budget(
-    layers: Mapping[str, nn.Linear], spectra: Mapping[str, Spectrum], config: LinearConfig, cost: Cost
+    layers: Mapping[str, nn.Linear], spectra: Mapping[str, OutputSpectrum], config: LinearConfig, cost: Cost
 ) -> dict[str, int]:
     """Spend the budget where the squared relative errors of the layers, added up, become smallest."""
     names, offered = list(layers), []
@@ -133,7 +135,7 @@ def fit_linear(
     return errors
 
 
-def weight_errors(dense: nn.Module, slim: nn.Module) -> dict[str, float]:
+def linear_weight_errors(dense: nn.Module, slim: nn.Module) -> dict[str, float]:
     """Return ||W - W~||_F / ||W||_F of each layer that was factored between the two, 0 for a matrix of zeros."""
     errors = {}
     for name, (linear, pair) in _factored(dense, slim).items():

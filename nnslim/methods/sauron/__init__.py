@@ -7,7 +7,7 @@ from torch import nn
 from nnslim.errors import ConfigError
 from nnslim.methods.base import Method, Plan, register_method
 from nnslim.methods.sauron.config import SauronConfig
-from nnslim.methods.sauron.pruner import Decision, Pruner
+from nnslim.methods.sauron.pruner import Pruner, Removal
 from nnslim.network.cost import Cost
 
 
@@ -19,4 +19,4 @@ def _no_plan(network: nn.Module, config: SauronConfig, cost: Cost, tiles: Any = 
 
 register_method(Method("sauron", SauronConfig, _no_plan, trains=True))
 
-__all__ = ["Decision", "Pruner", "SauronConfig"]
+__all__ = ["Pruner", "Removal", "SauronConfig"]

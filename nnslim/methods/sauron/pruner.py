@@ -24,7 +24,7 @@ Scores = Mapping[str, Sequence[float]]
 
 
 @dataclass
-class Decision:
+class Removal:
     """What is to be done after an epoch; every process of a training must act on the same one.
 
     Attributes:
@@ -86,7 +86,7 @@ class Pruner:
         medoids: Mapping[str, int],
         training: Sequence[float],
         validation: Sequence[float],
-    ) -> Decision:
+    ) -> Removal:
         """Move the thresholds and choose the filters that go; changes nothing yet.
 
         Args:
@@ -106,7 +106,7 @@ class Pruner:
             gone = self._within_target(epoch, gone, scores)
         for name, indices in gone.items():
             states[name].removed = len(indices)
-        return Decision(without(self.channels, gone), states, dict(medoids))
+        return Removal(without(self.channels, gone), states, dict(medoids))
 
     def _removes(self, epoch: int) -> bool:
         return epoch + 1 < self.epochs * (1 - self.config.settle) and epoch + 1 < self.epochs
@@ -150,7 +150,7 @@ class Pruner:
                 found.append(((lost + place) / self.full[name] if even else distance, name, index))
         return [(name, index) for _, name, index in sorted(found)]
 
-    def act(self, decision: Decision, moments: Mapping[str, MapMoments] | None = None) -> dict[nn.Parameter, Cut]:
+    def act(self, decision: Removal, moments: Mapping[str, MapMoments] | None = None) -> dict[nn.Parameter, Cut]:
         """Remove the filters, and look at the network anew; return what became of its parameters.
 
         Args:

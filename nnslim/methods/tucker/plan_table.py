@@ -28,7 +28,7 @@ COLUMNS = (
 )
 
 
-def write_table(decisions: Sequence[Decision], path: Path) -> None:
+def write_plan(decisions: Sequence[Decision], path: Path) -> None:
     """Write one line per layer. Only `layer`, `action`, `rank_out` and `rank_in` are read back.
 
     Raises:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from nnslim.errors import HostError
-from nnslim.prediction.case import Job, Report
+from nnslim.prediction.case import PredictionJob, Report
 from nnslim.prediction.schedule import Schedule
 
 
@@ -38,7 +38,7 @@ class Crew:
 class Engine(Protocol):
     """Predicts the cases of a schedule and reports each once, in the calling thread or another one."""
 
-    def __call__(self, job: Job, schedule: Schedule, output: Path, crew: Crew, report: Report) -> None:
+    def __call__(self, job: PredictionJob, schedule: Schedule, output: Path, crew: Crew, report: Report) -> None:
         """Work until the schedule is empty.
 
         Raises:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nnslim.errors import HostError, NNSlimError
-from nnslim.prediction.case import Case, Job, Place, Report
+from nnslim.prediction.case import Case, Place, PredictionJob, Report
 from nnslim.prediction.engines import Crew
 from nnslim.prediction.pipeline import Pipeline, one_line
 from nnslim.prediction.schedule import Schedule, given_up
@@ -28,7 +28,7 @@ _PDEATHSIG = 1  # Linux: prctl.h
 _log = logging.getLogger("nnslim")
 
 
-def run(job: Job, schedule: Schedule, output: Path, crew: Crew, report: Report) -> None:
+def run(job: PredictionJob, schedule: Schedule, output: Path, crew: Crew, report: Report) -> None:
     """Predict in `crew.workers` processes of their own, which end with this one, however that ends."""
     team = _Team(job, schedule, output, crew, report)
     try:
@@ -40,7 +40,7 @@ def run(job: Job, schedule: Schedule, output: Path, crew: Crew, report: Report) 
 class _Team:
     """All workers, from the parent's side."""
 
-    def __init__(self, job: Job, schedule: Schedule, output: Path, crew: Crew, report: Report) -> None:
+    def __init__(self, job: PredictionJob, schedule: Schedule, output: Path, crew: Crew, report: Report) -> None:
         self._payload = pickle.dumps(job)
         self._first_alone = job.first_alone
         self._schedule = schedule

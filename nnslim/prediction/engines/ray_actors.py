@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nnslim.errors import HostError, NNSlimError
-from nnslim.prediction.case import Case, Job, Place, Record, Report
+from nnslim.prediction.case import Case, Place, PredictionJob, Record, Report
 from nnslim.prediction.engines import Crew
 from nnslim.prediction.pipeline import Pipeline, one_line
 from nnslim.prediction.schedule import Schedule, given_up
@@ -27,7 +27,7 @@ _AHEAD = 2  # cases that an actor holds: one in its forward pass, and the next
 _log = logging.getLogger("nnslim")
 
 
-def run(job: Job, schedule: Schedule, output: Path, crew: Crew, report: Report) -> None:
+def run(job: PredictionJob, schedule: Schedule, output: Path, crew: Crew, report: Report) -> None:
     """Predict in actors of a Ray cluster that hold the model.
 
     Raises:
@@ -76,7 +76,9 @@ class _Actor:
 class _Actors:
     """All actors, from the driver's side."""
 
-    def __init__(self, ray: Any, job: Job, schedule: Schedule, output: Path, crew: Crew, report: Report) -> None:
+    def __init__(
+        self, ray: Any, job: PredictionJob, schedule: Schedule, output: Path, crew: Crew, report: Report
+    ) -> None:
         self._ray = ray
         self._schedule = schedule
         self._crew = crew

@@ -45,7 +45,7 @@ class Source:
 
     @classmethod
     def of(cls, model: Any) -> Source:
-        """Return the source of a ModelFolder or of an initialised nnUNetPredictor."""
+        """Return the source of a TrainedModel or of an initialised nnUNetPredictor."""
         if hasattr(model, "checkpoints"):
             first = next(iter(model.checkpoints.values()))
             dataset, axes = model.dataset, first.get("inference_allowed_mirroring_axes")
@@ -93,7 +93,7 @@ class PreparedImages:
         return PreparedImages(self.source, self.paths[start:stop], self.folder)
 
     @property
-    def fingerprint(self) -> str:
+    def images_fingerprint(self) -> str:
         """Hash of the preprocessed images, which is what the weights depend on."""
         digest = hashlib.sha256()
         for path in self.paths:
@@ -119,7 +119,7 @@ def prepare_images(
     Returns:
         PreparedImages, to be used in a `with` block.
     Raises:
-        InputError: no images, or one that cannot be read. ModelFolderError: a cascade. OutputError: disk full.
+        InputError: no images, or one that cannot be read. ModelError: a cascade. OutputError: disk full.
     """
     check_stage(source, None)
     cases = _cases(source, Path(images))
@@ -317,11 +317,11 @@ def calibration_of(
     """Yield the calibration data that a configuration asks for, None where it names no images; clean up at the end.
 
     Args:
-        model: a ModelFolder or an initialised nnUNetPredictor.
+        model: a TrainedModel or an initialised nnUNetPredictor.
         config: `calibration.images` names the folder.
         progress: called with ("images", done, in all).
     Raises:
-        InputError: no images, or one that cannot be read. ModelFolderError: a cascade.
+        InputError: no images, or one that cannot be read. ModelError: a cascade.
     """
     settings, learns = config.calibration, config.recovery.learns or _searches(config)
     if settings.images is None or not (config.active or config.store == "half"):
@@ -356,7 +356,7 @@ def _searches(config: SlimConfig) -> bool:
     return any(getattr(entry.settings, "max_drop", None) is not None for entry in config.methods)
 
 
-def fingerprint(config: SlimConfig) -> str:
+def images_fingerprint(config: SlimConfig) -> str:
     """Return a hash of the files that a configuration names as images, "" where it names none.
 
     By name, size and time of change: reading hundreds of CTs to look into the cache would cost more than it saves.

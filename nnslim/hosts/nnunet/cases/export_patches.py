@@ -82,9 +82,9 @@ class ExportPatches:
     def _here(self, owner: Any, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         return one_image_here(lambda: (run := self._run()) is not None and run.processes == "auto", original)
 
-    def _choice(self, module: Any, name: str, original: Callable[..., Any]) -> Choice:
+    def _choice(self, module: Any, name: str, original: Callable[..., Any]) -> Exporter:
         streamed.originals[f"{module.__name__}.{name}"] = original
-        return Choice(original, getattr(streamed, name), self._wanted)
+        return Exporter(original, getattr(streamed, name), self._wanted)
 
     def _lean(self, owner: Any, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -98,7 +98,7 @@ class ExportPatches:
         return run_case_npy
 
 
-class Choice:
+class Exporter:
     """Ours or the function that was there, chosen at each call, or when it is sent to another process.
 
     What is sent is a name: a process that starts afresh knows no patches and no contexts.

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from nnslim.errors import InputError, ModelFolderError
+from nnslim.errors import InputError, ModelError
 from nnslim.prediction.images import check_image, not_finite
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".gipl", ".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg")
@@ -107,11 +107,11 @@ def check_stage(model: Any, previous: Path | None) -> None:
     Args:
         model: what has nnU-Net's `configuration_manager`. previous: folder of the segmentations of that stage.
     Raises:
-        ModelFolderError: the model needs them, and `previous` is None.
+        ModelError: the model needs them, and `previous` is None.
     """
     stage = model.configuration_manager.previous_stage_name
     if stage is not None and previous is None:
-        raise ModelFolderError(
+        raise ModelError(
             f"the model is the second stage of a cascade and needs the segmentations of '{stage}'; "
             "name their folder with --previous-stage"
         )

@@ -16,7 +16,7 @@ from nnslim.compression.config import SlimConfig
 from nnslim.compression.guard import Guard
 from nnslim.compression.recover import Progress
 from nnslim.compression.storage import bytes_of, in_half
-from nnslim.errors import ConfigError, ModelFolderError, SlowerError
+from nnslim.errors import ConfigError, ModelError, SlowerError
 from nnslim.files import read_json, save_checkpoint, whole_folder, write_json
 from nnslim.hosts.nnunet.cases.calibration_tiles import calibration_of
 from nnslim.hosts.nnunet.model.plan_levers import coarser_model, resolutions, without_stages
@@ -24,20 +24,20 @@ from nnslim.hosts.nnunet.model.planned import built_from_plans
 from nnslim.hosts.nnunet.model.pruned import spec_in_plans, trained_base
 from nnslim.hosts.nnunet.model.slim_plans import with_architecture
 from nnslim.hosts.nnunet.model.trained_model import (
-    ModelFolder,
+    TrainedModel,
     build_network,
     builds_from_plans,
     input_shape,
-    read_model_folder,
+    read_trained_model,
     trainer_class,
 )
-from nnslim.methods.tucker.plan_table import write_table
+from nnslim.methods.tucker.plan_table import write_plan
 from nnslim.network.cost import Counts, measure_cost
 from nnslim.network.spec import SlimSpec, spec_of
 
 
-def compress_folder(
-    model: ModelFolder,
+def compress_model(
+    model: TrainedModel,
     target: Path,
     config: SlimConfig,
     *,
@@ -64,7 +64,7 @@ def compress_folder(
         allow_slower: write the model as it was planned, also where it is slower than the dense one on this machine.
     Raises:
         SlowerError: no slim form of the model is faster here, and `run.guard` is on.
-        ModelFolderError: already slim (otherwise than by widths), or a trainer that builds its network without the
+        ModelError: already slim (otherwise than by widths), or a trainer that builds its network without the
             plans; both are no hindrance where the configuration names no method.
         OutputError: the target exists or cannot be written; nothing half-written is left.
     """
@@ -76,7 +76,7 @@ def compress_folder(
     model = built_from_plans(model) if config.active else model
     finer, model = model, coarser_model(model, config)
     if config.active and not builds_from_plans(trainer_class(model.trainer_name)):
-        raise ModelFolderError(
+        raise ModelError(
             f"{model.path}: trainer {model.trainer_name} builds its network itself, not from plans.json, so stock "
             "nnU-Net could not load a slim folder; use NNSlimContext (or nnslim run) for this model"
         )
@@ -116,7 +116,7 @@ def compress_folder(
         made = record(model, slimmed, config)
         write_json(side / "nnslim.json", made if finer is model else {**made, "resolution": resolutions(finer, model)})
         if config.active:
-            write_table(slimmed.decisions, side / "plan.csv")
+            write_plan(slimmed.decisions, side / "plan.csv")
         if config.run.precision == "int8":
             _calibrate_int8(side, list(model.checkpoints), config, progress)
     for leftover in target.parent.glob(f"{state.name}.fold*"):
@@ -124,7 +124,7 @@ def compress_folder(
     return slimmed
 
 
-def write_network(model: ModelFolder, network: nn.Module, target: Path) -> None:
+def write_network(model: TrainedModel, network: nn.Module, target: Path) -> None:
     """Write a slim network that was made from the model's first fold as a model folder with that fold alone.
 
     Args:
@@ -151,10 +151,10 @@ def _calibrate_int8(side: Path, folds: list[str], config: SlimConfig, progress: 
     if images is None:
         raise ConfigError("int8 is calibrated on images: name a folder of them (-i, or calibration.images)")
     for fold, checked in keep_int8(
-        read_model_folder(side, folds), images, seed=config.calibration.seed, progress=progress
+        read_trained_model(side, folds), images, seed=config.calibration.seed, progress=progress
     ).items():
         if not checked.passed:
-            raise ModelFolderError(f"fold {fold}: the int8 model is too far from the one it was made from: {checked}")
+            raise ModelError(f"fold {fold}: the int8 model is too far from the one it was made from: {checked}")
 
 
 def _guard(config: SlimConfig, allow_slower: bool) -> Guard | None:
@@ -162,7 +162,7 @@ def _guard(config: SlimConfig, allow_slower: bool) -> Guard | None:
     return Guard(config.run.settings(), torch.device(device), not allow_slower) if config.run.guard else None
 
 
-def slim_plans(model: ModelFolder, spec: SlimSpec, folder_name: str) -> dict[str, Any]:
+def slim_plans(model: TrainedModel, spec: SlimSpec, folder_name: str) -> dict[str, Any]:
     """Return the plans with the slim architecture in the trained configuration, or as they are if there is none to add.
 
     A target named trainer__plans__configuration gives the plans their name,
@@ -187,11 +187,11 @@ def slim_checkpoint(checkpoint: dict[str, Any], weights: dict[str, Any], plans: 
     return made
 
 
-def _checkpoint_bytes(model: ModelFolder, folder: Path) -> int:
+def _checkpoint_bytes(model: TrainedModel, folder: Path) -> int:
     return sum((folder / f"fold_{fold}" / model.checkpoint_name).stat().st_size for fold in model.checkpoints)
 
 
-def record(model: ModelFolder, slimmed: Slimmed, config: SlimConfig) -> dict[str, Any]:
+def record(model: TrainedModel, slimmed: Slimmed, config: SlimConfig) -> dict[str, Any]:
     """Return the content of nnslim.json: versions, source, settings, spec, counts, decisions, sizes, measured speed.
 
     A copy of a slim model in another precision keeps what was recorded of it.

@@ -15,13 +15,13 @@ from nnslim.compression.calibration import Calibration
 from nnslim.compression.config import SlimConfig, from_dict
 from nnslim.compression.recover import Progress, Recovery, recover
 from nnslim.compression.storage import StateDict, in_half, stored
-from nnslim.errors import ConfigError, ModelFolderError, SpecError
+from nnslim.errors import ConfigError, ModelError, SpecError
 from nnslim.files import save_checkpoint, sha256_of, whole_folder, write_json
 from nnslim.hosts.nnunet.cases.calibration_tiles import calibration_of
 from nnslim.hosts.nnunet.compress.compress_model import slim_checkpoint
 from nnslim.hosts.nnunet.judge.agree_models import slim_record
 from nnslim.hosts.nnunet.model.model_files import find_folds
-from nnslim.hosts.nnunet.model.trained_model import ModelFolder, build_network, read_model_folder
+from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network, read_trained_model
 from nnslim.hosts.nnunet.train.prepared_data import model_key
 from nnslim.network.spec import apply_spec, spec_of
 
@@ -51,22 +51,22 @@ def distill_config(images: Path, device: str = "auto", **recovery: Any) -> SlimC
     return config
 
 
-def read_pair(slim: Path, teacher: Path, *, trust: bool = False) -> tuple[ModelFolder, ModelFolder]:
+def read_pair(slim: Path, teacher: Path, *, trust: bool = False) -> tuple[TrainedModel, TrainedModel]:
     """Return a slim model and the same folds of the dense one that it was made from.
 
     Raises:
-        ModelFolderError: an unusable folder, a model that is not slim, a teacher that is, lacks a fold, sees other
+        ModelError: an unusable folder, a model that is not slim, a teacher that is, lacks a fold, sees other
         voxels or is of another structure.
     """
     slim_record(slim)
-    small = read_model_folder(slim, trust=trust)
+    small = read_trained_model(slim, trust=trust)
     same = small.checkpoint_name if find_folds(Path(teacher), small.checkpoint_name) else None
-    dense = read_model_folder(teacher, list(small.checkpoints), same, trust=trust)
+    dense = read_trained_model(teacher, list(small.checkpoints), same, trust=trust)
     if not small.is_slim or dense.is_slim:
         wrong, kind = (small, "not a slim model") if not small.is_slim else (dense, "a slim model, too")
-        raise ModelFolderError(f"{wrong.path} is {kind}; name the slim model with -m, the dense one with --teacher")
+        raise ModelError(f"{wrong.path} is {kind}; name the slim model with -m, the dense one with --teacher")
     if model_key(small) != model_key(dense) or small.dataset["labels"] != dense.dataset["labels"]:
-        raise ModelFolderError(
+        raise ModelError(
             f"teacher {dense.path} has other labels or another preprocessing than {small.path}; expected the model "
             "that the slim one was made from"
         )
@@ -74,7 +74,7 @@ def read_pair(slim: Path, teacher: Path, *, trust: bool = False) -> tuple[ModelF
     return small, dense
 
 
-def _check_structure(small: ModelFolder, dense: ModelFolder) -> None:
+def _check_structure(small: TrainedModel, dense: TrainedModel) -> None:
     """Refuse a teacher that does not become the slim network by the slim network's own edits."""
     network = build_network(small)
     twin = build_network(dense)
@@ -84,7 +84,7 @@ def _check_structure(small: ModelFolder, dense: ModelFolder) -> None:
     except SpecError as error:
         problem = str(error)
     if problem:
-        raise ModelFolderError(
+        raise ModelError(
             f"teacher {dense.path} is of another structure than the model that {small.path} was made from: {problem}"
         )
 
@@ -98,8 +98,8 @@ def _first_difference(ours: StateDict, theirs: StateDict) -> str:
     return ""
 
 
-def distill_folder(
-    slim: ModelFolder, dense: ModelFolder, target: Path, config: SlimConfig, *, progress: Progress | None = None
+def distill_model(
+    slim: TrainedModel, dense: TrainedModel, target: Path, config: SlimConfig, *, progress: Progress | None = None
 ) -> list[Recovery]:
     """Let each fold of a slim model learn from the dense model's fold, and write a new model folder.
 
@@ -116,7 +116,7 @@ def distill_folder(
     Returns:
         How it went, for each fold.
     Raises:
-        InputError: no images, or one that cannot be read. ModelFolderError: a cascade. OutputError: the target exists
+        InputError: no images, or one that cannot be read. ModelError: a cascade. OutputError: the target exists
         or cannot be written; nothing half-written is left.
     """
     target = Path(target)
@@ -143,8 +143,8 @@ def distill_folder(
 
 
 def _fold(
-    slim: ModelFolder,
-    dense: ModelFolder,
+    slim: TrainedModel,
+    dense: TrainedModel,
     fold: str,
     data: Calibration,
     config: SlimConfig,
@@ -163,7 +163,7 @@ def _fold(
     return stored(student.to("cpu"), half)[1], recovery
 
 
-def _network(model: ModelFolder, fold: str) -> nn.Module:
+def _network(model: TrainedModel, fold: str) -> nn.Module:
     network = build_network(model)
     network.load_state_dict({key: value.float() for key, value in model.checkpoints[fold]["network_weights"].items()})
     return network.eval()
@@ -176,7 +176,7 @@ def _named(plans: dict[str, Any], folder_name: str) -> dict[str, Any]:
 
 
 def _record(
-    slim: ModelFolder, dense: ModelFolder, config: SlimConfig, data: Calibration, recoveries: list[Recovery]
+    slim: TrainedModel, dense: TrainedModel, config: SlimConfig, data: Calibration, recoveries: list[Recovery]
 ) -> dict[str, Any]:
     kept = {key: value for key, value in slim_record(slim.path).items() if key not in _STALE}
     return {

@@ -13,14 +13,14 @@ from nnslim.compression.config import SlimConfig
 from nnslim.compression.plan_and_fit import plan_methods
 from nnslim.compression.recover import Progress
 from nnslim.compression.search import searched
-from nnslim.errors import ConfigError, ModelFolderError, OutputError
+from nnslim.errors import ConfigError, ModelError, OutputError
 from nnslim.files import make_folder, whole_folder
 from nnslim.hosts.nnunet.cases.calibration_tiles import ImageTiles, Source, calibration_of, prepare_images
-from nnslim.hosts.nnunet.model.trained_model import ModelFolder, build_network, input_shape
+from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network, input_shape
 from nnslim.methods.base import Decision
 from nnslim.methods.tucker.error_figures import equal_factor_lines, heat_maps
 from nnslim.methods.tucker.error_grid import LayerGrid, error_grid, write_grid
-from nnslim.methods.tucker.plan_table import write_table
+from nnslim.methods.tucker.plan_table import write_plan
 from nnslim.network.cost import measure_cost
 from nnslim.surgery.streaming import Tiles
 
@@ -28,7 +28,7 @@ _TILES_PER_IMAGE = 2
 
 
 def error_grid_folder(
-    model: ModelFolder,
+    model: TrainedModel,
     target: Path,
     *,
     images: Path | None = None,
@@ -49,7 +49,7 @@ def error_grid_folder(
         step: channels between the ranks of a side; a sixteenth of the channels if None.
         progress: called with (what is done, units done, units in all).
     Raises:
-        ModelFolderError: a slim model, or one that cannot be built. InputError: no images, or one that cannot be read.
+        ModelError: a slim model, or one that cannot be built. InputError: no images, or one that cannot be read.
         ConfigError: step or count below 1. OutputError: the target exists or cannot be written.
     """
     _check_dense(model)
@@ -79,7 +79,7 @@ def error_grid_folder(
 
 
 @contextmanager
-def _tiles(model: ModelFolder, images: Path | None, count: int, progress: Progress | None) -> Iterator[Tiles | None]:
+def _tiles(model: TrainedModel, images: Path | None, count: int, progress: Progress | None) -> Iterator[Tiles | None]:
     if images is None:
         yield None
         return
@@ -115,7 +115,7 @@ class Planned:
         ]
 
 
-def plan_folder(model: ModelFolder, target: Path, config: SlimConfig, *, progress: Progress | None = None) -> Planned:
+def plan_model(model: TrainedModel, target: Path, config: SlimConfig, *, progress: Progress | None = None) -> Planned:
     """Choose the ranks for a model folder by the weights of its first fold, and write the table; no weights are made.
 
     Args:
@@ -126,7 +126,7 @@ def plan_folder(model: ModelFolder, target: Path, config: SlimConfig, *, progres
         progress: called with (what is done, units done, units in all).
     Raises:
         ConfigError: nothing to plan, or a budget `max_drop`. RankError: a budget that cannot be met.
-        ModelFolderError: a slim model. InputError: no images. OutputError: the target exists or cannot be written.
+        ModelError: a slim model. InputError: no images. OutputError: the target exists or cannot be written.
     """
     _check_dense(model)
     _check_plannable(config)
@@ -143,7 +143,7 @@ def plan_folder(model: ModelFolder, target: Path, config: SlimConfig, *, progres
             network = network.to("cuda")
         plans = plan_methods(network, config, cost, shape, data)
     decisions = tuple(decision for plan in plans for decision in plan.decisions)
-    write_table(decisions, target)
+    write_plan(decisions, target)
     saved = sum(d.parameters_before - d.parameters_after for d in decisions)
     saved_macs = sum(d.macs_before - d.macs_after for d in decisions)
     return Planned(
@@ -151,9 +151,9 @@ def plan_folder(model: ModelFolder, target: Path, config: SlimConfig, *, progres
     )
 
 
-def _check_dense(model: ModelFolder) -> None:
+def _check_dense(model: TrainedModel) -> None:
     if model.is_slim:
-        raise ModelFolderError(f"{model.path} is a slim model already; name the model that it was made from")
+        raise ModelError(f"{model.path} is a slim model already; name the model that it was made from")
 
 
 def _check_plannable(config: SlimConfig) -> None:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from nnslim._version import __version__
-from nnslim.errors import InputError, ModelFolderError, OutputError
+from nnslim.errors import InputError, ModelError, OutputError
 from nnslim.evaluation.parity import Parity, parity
 from nnslim.files import make_folder, output_error, write_json
 from nnslim.hosts.nnunet.cases.calibration_tiles import ImageTiles, Source, prepare_images
-from nnslim.hosts.nnunet.model.trained_model import ModelFolder, build_network, channels_and_heads
+from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network, channels_and_heads
 from nnslim.running.kept_models import write_model
 
 ENDINGS = {"onnx": ".onnx", "openvino": ".xml"}
@@ -64,7 +64,7 @@ class Exported:
 
 
 def export_model(
-    model: ModelFolder, output: Path, settings: ExportSettings, progress: Progress | None = None
+    model: TrainedModel, output: Path, settings: ExportSettings, progress: Progress | None = None
 ) -> Exported:
     """Write the network of the first fold that was read, compare it with the network, and describe how to use it.
 
@@ -77,7 +77,7 @@ def export_model(
         Exported; `parity.passed` is False where nothing was written.
     Raises:
         InputError: unusable settings or images. OutputError: something is there already, or cannot be written.
-        ModelFolderError: the network cannot be built. BackendError: a package is missing, or cannot take the network.
+        ModelError: the network cannot be built. BackendError: a package is missing, or cannot take the network.
     """
     output = Path(output)
     targets = _targets(output, settings)
@@ -139,7 +139,7 @@ def run_exported(file: Path, image: Tensor) -> Tensor:
 
 
 def describe(
-    model: ModelFolder,
+    model: TrainedModel,
     fold: str,
     shape: Sequence[int],
     put_out: Sequence[int],
@@ -196,7 +196,7 @@ def _targets(output: Path, settings: ExportSettings) -> tuple[Path, ...]:
     return targets
 
 
-def _patch(model: ModelFolder, network: nn.Module, inputs: int, asked: tuple[int, ...] | None) -> tuple[int, ...]:
+def _patch(model: TrainedModel, network: nn.Module, inputs: int, asked: tuple[int, ...] | None) -> tuple[int, ...]:
     """Return the patch, after a try with another one than the model's."""
     own = tuple(int(size) for size in model.configuration_manager.patch_size)
     if asked is None or tuple(asked) == own:
@@ -218,7 +218,7 @@ def calibration_tiles(
     """Return tiles to calibrate on, one to compare on (of an image of its own if there are two) and its description.
 
     Args:
-        model: a ModelFolder or an initialised nnUNetPredictor.
+        model: a TrainedModel or an initialised nnUNetPredictor.
     """
     if settings.images is None:
         return [], _made_up(shape, settings.seed), "a made-up tile (no images were given)"
@@ -236,7 +236,7 @@ def calibration_tiles(
         if settings.precision == "int8":
             calibration = list(ImageTiles(images.part(0, split), _TILES, seed=settings.seed))
     if tile.shape[1] != shape[1]:
-        raise ModelFolderError(f"the network takes {shape[1]} channels, its images have {tile.shape[1]}")
+        raise ModelError(f"the network takes {shape[1]} channels, its images have {tile.shape[1]}")
     return calibration, tile, f"a tile of {settings.images}"
 
 

@@ -17,16 +17,16 @@ from nnslim.errors import BackendError, ConfigError
 from nnslim.evaluation.parity import Parity, parity
 from nnslim.hosts.nnunet.cases.calibration_tiles import Source
 from nnslim.hosts.nnunet.export.export_model import ExportSettings, Progress, calibration_tiles
-from nnslim.hosts.nnunet.model.trained_model import ModelFolder, build_network, input_shape
+from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network, input_shape
 from nnslim.running.int8 import INT8_NAME, Quantised, offer, quantize
-from nnslim.running.kept_models import fingerprint, keep, model_key, recall, replace_model
+from nnslim.running.kept_models import keep, network_fingerprint, network_key, recall_model, replace_model
 from nnslim.running.openvino import OpenVINOEngine, openvino_module
 
 _log = logging.getLogger("nnslim")
 
 
 def keep_int8(
-    model: ModelFolder, images: Path, *, seed: int = 0, progress: Progress | None = None
+    model: TrainedModel, images: Path, *, seed: int = 0, progress: Progress | None = None
 ) -> dict[str, Parity]:
     """Calibrate each fold that was read and write fold_X/nnslim_int8.xml and .bin, which replace older ones.
 
@@ -79,8 +79,8 @@ def prepare_int8(
     images, data = config.calibration.images, None
     for number, state in enumerate(weights):
         network.load_state_dict(state)
-        key = model_key(fingerprint(network), shape, "int8")
-        if recall(key, None) is not None or any(offer(network, shape, file) for file in files):
+        key = network_key(network_fingerprint(network), shape, "int8")
+        if recall_model(key, None) is not None or any(offer(network, shape, file) for file in files):
             continue
         if images is None:
             others = f"; {files[0]} was made from other weights" if files else ""
@@ -116,6 +116,6 @@ class _Data:
         return quantised, checked
 
 
-def _networks(model: ModelFolder) -> Iterator[tuple[str, nn.Module]]:
+def _networks(model: TrainedModel) -> Iterator[tuple[str, nn.Module]]:
     for fold, checkpoint in model.checkpoints.items():
         yield fold, build_network(replace(model, checkpoints={fold: checkpoint}))

@@ -11,22 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnslim.errors import InputError, ModelFolderError, NNSlimError
-from nnslim.evaluation.agreement import TEMPERATURE, Agreement, CaseAgreement, LabelMaps, compare_case
+from nnslim.errors import InputError, ModelError, NNSlimError
+from nnslim.evaluation.agreement import TEMPERATURE, Agreement, CaseAgreement, LabelMaps, compare_answers
 from nnslim.evaluation.agreement_figure import agreement_figure
 from nnslim.evaluation.expected import harden
 from nnslim.files import write_json
 from nnslim.hosts.nnunet.cases.preprocess import check_stage, find_cases, preprocess_case, silent
 from nnslim.hosts.nnunet.model.class_names import classes_of
 from nnslim.hosts.nnunet.model.model_files import find_folds, read_json_object
-from nnslim.hosts.nnunet.model.trained_model import read_model_folder
+from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 from nnslim.hosts.nnunet.predict.load import load_predictor
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.prediction.images import check_complete
 from nnslim.prediction.pipeline import one_line
 
 
-def agreement_of_folders(
+def agreement_of_models(
     dense: Path,
     slim: Path,
     images: Path,
@@ -49,7 +49,7 @@ def agreement_of_folders(
         progress: called with (cases done, cases in all).
         temperature: softens the dense model's probabilities for the expected drop.
     Raises:
-        ModelFolderError: an unusable model, or models that do not belong together. InputError: no images, no label for
+        ModelError: an unusable model, or models that do not belong together. InputError: no images, no label for
         any of them, or no case that could be compared. A single bad case is listed in `Agreement.failed`.
     """
     settings = settings or PredictSettings()
@@ -61,9 +61,9 @@ def load_pair(dense: Path, slim: Path, settings: PredictSettings) -> tuple[Any, 
     """Return initialised predictors of the dense and the slim model, with the same folds.
 
     Raises:
-        ModelFolderError: one of them is unusable, or they do not belong together.
+        ModelError: one of them is unusable, or they do not belong together.
     """
-    source = read_model_folder(slim, settings.folds, settings.checkpoint, trust=settings.trust)
+    source = read_trained_model(slim, settings.folds, settings.checkpoint, trust=settings.trust)
     same = source.checkpoint_name if find_folds(dense, source.checkpoint_name) else settings.checkpoint
     small = load_predictor(slim, None, settings)
     large = load_predictor(dense, None, replace(settings, folds=list(source.checkpoints), checkpoint=same))
@@ -109,12 +109,10 @@ def slim_record(slim: Path) -> dict[str, Any]:
     """Return the content of nnslim.json.
 
     Raises:
-        ModelFolderError: there is none, so the folder is not of a slim model, or it cannot be read.
+        ModelError: there is none, so the folder is not of a slim model, or it cannot be read.
     """
     if not (Path(slim) / "nnslim.json").is_file():
-        raise ModelFolderError(
-            f"{slim} has no nnslim.json, which every slim model folder has; was the dense one named?"
-        )
+        raise ModelError(f"{slim} has no nnslim.json, which every slim model folder has; was the dense one named?")
     return read_json_object(Path(slim) / "nnslim.json")
 
 
@@ -122,7 +120,7 @@ def write_agreement(slim: Path, agreement: Agreement, figure: bool = True) -> No
     """Put the agreement into nnslim.json, key "agreement", and draw agreement.png beside it.
 
     Raises:
-        ModelFolderError: no slim model folder. OutputError: it cannot be written; nnslim.json is then as it was.
+        ModelError: no slim model folder. OutputError: it cannot be written; nnslim.json is then as it was.
     """
     slim = Path(slim)
     content = slim_record(slim) | {"agreement": agreement.to_dict()}
@@ -147,7 +145,7 @@ def _check_pair(dense: Any, slim: Any) -> None:
         ("order of axes", dense.plans_manager.transpose_forward, slim.plans_manager.transpose_forward),
     ):
         if str(one) != str(other):
-            raise ModelFolderError(f"the slim model was not made from this dense one: {what} {other} and {one}")
+            raise ModelError(f"the slim model was not made from this dense one: {what} {other} and {one}")
 
 
 def find_labels(folder: Path | None, cases: dict[str, list[Path]], ending: str) -> dict[str, Path]:
@@ -190,7 +188,7 @@ def _compare(
         ignore = dense.label_manager.ignore_label
         maps = LabelMaps(dense_map, slim_map, read, properties["spacing"], list(members.values()), ignore)
     spacing = _grid_spacing(dense, properties)
-    return compare_case(name, probabilities, decided, spacing, list(members), maps, temperature=temperature)
+    return compare_answers(name, probabilities, decided, spacing, list(members), maps, temperature=temperature)
 
 
 def read_labels(predictor: Any, path: Path) -> np.ndarray:

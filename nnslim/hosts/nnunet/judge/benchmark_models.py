@@ -13,18 +13,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnslim.benchmark.alternated import Job, Progress, Timing, measure
+from nnslim.benchmark.alternated import Progress, TimedJob, Timing, measure_rounds
 from nnslim.benchmark.passes import Way, device_name, job_of, keep_network, way_columns
 from nnslim.benchmark.roofline import measure_roofline
 from nnslim.benchmark.timing_figures import dice_figure, stage_figure, time_figure
-from nnslim.benchmark.timings import DENSE, REPORT, Row, compare, read_dice, timed_row, write_report, write_table
+from nnslim.benchmark.timings import (
+    DENSE,
+    REPORT,
+    Row,
+    compare,
+    read_dice,
+    timed_row,
+    write_timing_report,
+    write_timings,
+)
 from nnslim.compression.compress_network import compress
 from nnslim.compression.config import SlimConfig, load_config
 from nnslim.errors import ConfigError, OutputError
 from nnslim.files import make_folder
 from nnslim.hosts.nnunet.cases.calibration_tiles import calibration_of
-from nnslim.hosts.nnunet.judge.stages import Pipeline, stage_medians, start_times
-from nnslim.hosts.nnunet.model.trained_model import ModelFolder, build_network, input_shape, read_model_folder
+from nnslim.hosts.nnunet.judge.stages import TimedPipeline, stage_medians, start_times
+from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network, input_shape, read_trained_model
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.methods.tucker.config import TuckerConfig
 from nnslim.running.engine import BACKENDS
@@ -78,7 +87,7 @@ def ways_of(
     )
 
 
-def benchmark_folder(
+def benchmark_models(
     model: Path,
     configs: Sequence[str],
     output: Path,
@@ -96,14 +105,14 @@ def benchmark_folder(
         images: cases for the stages of the whole pipeline; None: forward passes alone.
         progress: called with (what is measured, turns done, turns in all).
     Raises:
-        ModelFolderError, ConfigError: unusable model or config. InputError: the Dice table cannot be read.
+        ModelError, ConfigError: unusable model or config. InputError: the Dice table cannot be read.
         OutputError: a benchmark is there already, or it cannot be written. A row that fails raises nothing.
     """
     output = Path(output)
     if (output / "benchmark.csv").exists():
         raise OutputError(f"{output / 'benchmark.csv'} exists and is not overwritten; choose another folder")
     dice = {} if settings.dice is None else read_dice(settings.dice)
-    source = read_model_folder(model, settings.folds, settings.checkpoint, trust=settings.trust)
+    source = read_trained_model(model, settings.folds, settings.checkpoint, trust=settings.trust)
     variants = _named(configs)
     make_folder(output)
     ways = settings.ways or ways_of((), ())
@@ -115,7 +124,7 @@ def benchmark_folder(
         plan = _rows_to_measure(networks, ways)
         jobs = [job_of(f"{name}, {way.backend} {way.precision}", networks[name], shape, way) for name, way in plan]
         on_cpu = all(way.device == "cpu" for way in ways)
-        timings = measure(jobs, settings.rounds, limit_memory=on_cpu, progress=progress)
+        timings = measure_rounds(jobs, settings.rounds, limit_memory=on_cpu, progress=progress)
     common = {"nnunet_path": str(model), "load_params": True, "batch_size": shape[0], "patch_size": shape[1:]}
     rows = []
     for (name, way), timing in zip(plan, timings, strict=True):
@@ -128,9 +137,9 @@ def benchmark_folder(
         profiles = {timing.name: stage_medians(timing) for timing in piped if timing.results}
         starts = start_times()
     _add_end_to_end(rows, profiles)
-    write_table(output / "benchmark.csv", rows)
+    write_timings(output / "benchmark.csv", rows)
     more = {"stages": profiles, "starts": starts, "cases": [_case_record(timing) for timing in piped]}
-    write_report(output / REPORT, rows, timings, roofline, more)
+    write_timing_report(output / REPORT, rows, timings, roofline, more)
     title = f"{source.plans.get('dataset_name', Path(model).name)}, {device_name(ways[0].device)}"
     time_figure(rows, roofline if on_cpu else None, output / "time.png", title=title)
     dice_figure(rows, output / "dice.png", title=title)
@@ -153,7 +162,7 @@ def _named(configs: Sequence[str]) -> dict[str, SlimConfig | Path]:
 
 
 def _networks(
-    source: ModelFolder,
+    source: TrainedModel,
     variants: dict[str, SlimConfig | Path],
     folder: Path,
     trust: bool,
@@ -172,10 +181,10 @@ def _networks(
 
 
 def _slim(
-    source: ModelFolder, dense: nn.Module, variant: SlimConfig | Path, trust: bool, progress: Progress | None
+    source: TrainedModel, dense: nn.Module, variant: SlimConfig | Path, trust: bool, progress: Progress | None
 ) -> nn.Module:
     if isinstance(variant, Path):
-        return build_network(read_model_folder(variant, trust=trust))
+        return build_network(read_trained_model(variant, trust=trust))
     with calibration_of(source, variant) as data:
         return compress(dense, source.weights[:1], variant, input_shape(source), data=data, progress=progress).network
 
@@ -211,16 +220,16 @@ def _pipelines(
 ) -> list[Timing]:
     """Predict cases with stock nnU-Net and with every network on every backend that `nnslim predict` knows."""
     chosen = list(dict.fromkeys([dataclasses.replace(ways[0], backend="stock", precision="f32"), *ways]))
-    jobs: list[Job] = []
+    jobs: list[TimedJob] = []
     for name, variant in {DENSE: None, **variants}.items():
         for way in chosen:
             if way.backend in BACKENDS and (way.backend != "stock" or name == DENSE):
                 folder, config = (variant, None) if isinstance(variant, Path) else (model, variant)
                 predicting = predict_settings(way, settings.folds, settings.checkpoint, settings.trust)
                 title = f"{name}, {way.backend} {way.precision}"
-                jobs.append(Pipeline(title, Path(folder), config, predicting).job(Path(images)))
+                jobs.append(TimedPipeline(title, Path(folder), config, predicting).job(Path(images)))
     on_cpu = ways[0].device == "cpu"
-    return measure(jobs, settings.cases, warmups=0, limit_memory=on_cpu, progress=progress)
+    return measure_rounds(jobs, settings.cases, warmups=0, limit_memory=on_cpu, progress=progress)
 
 
 def predict_settings(

@@ -11,7 +11,7 @@ from typing import Any
 from nnslim.benchmark.timings import read_benchmark
 from nnslim.compression.record import SlimRecord
 from nnslim.compression.recover import Progress
-from nnslim.errors import InputError, ModelFolderError
+from nnslim.errors import InputError, ModelError
 from nnslim.evaluation.scores import read_scores
 from nnslim.files import sha256_of, write_bytes
 from nnslim.hosts.nnunet.judge.agree_models import slim_record
@@ -48,7 +48,7 @@ class ReportSettings:
     viewer_limit: int = 24_000_000
 
 
-def write_report(
+def write_page(
     model: Path, output: Path | None = None, settings: ReportSettings | None = None, progress: Progress | None = None
 ) -> tuple[Path, ReportData]:
     """Write the page about a slim model folder.
@@ -59,7 +59,7 @@ def write_report(
     Returns:
         The page, and what it shows.
     Raises:
-        ModelFolderError, InputError: something that was named cannot be used. OutputError: the page cannot be written.
+        ModelError, InputError: something that was named cannot be used. OutputError: the page cannot be written.
     """
     output = Path(model) / "report.html" if output is None else Path(output)
     data = gather(Path(model), settings or ReportSettings(), progress)
@@ -88,9 +88,9 @@ def gather(model: Path, settings: ReportSettings, progress: Progress | None = No
     data = _with_files(data, model)
     if settings.images is None or settings.dense is None:
         return data
-    from nnslim.hosts.nnunet.judge.scenes import scenes_of_folders
+    from nnslim.hosts.nnunet.judge.scenes import scenes_of_models
 
-    scenes, agreement, names = scenes_of_folders(
+    scenes, agreement, names = scenes_of_models(
         settings.dense, model, settings.images, settings.labels, settings.predict, record.agreement, progress
     )
     viewer = Viewer(script, names, settings.viewer_limit) if settings.viewer else None
@@ -101,14 +101,14 @@ def _record(model: Path) -> SlimRecord:
     try:
         return SlimRecord.from_dict(slim_record(model), str(model / "nnslim.json"))
     except InputError as error:
-        raise ModelFolderError(f"{error}; a report needs the folder of a slim model") from error
+        raise ModelError(f"{error}; a report needs the folder of a slim model") from error
 
 
 def _with_files(data: ReportData, model: Path) -> ReportData:
     checkpoint = str(data.record.facts.get("checkpoint"))
     files = [model / f"fold_{fold}" / checkpoint for fold in find_folds(model, checkpoint)]
     if not files:
-        raise ModelFolderError(f"{model} has no fold_X folder with {checkpoint}, which its nnslim.json names")
+        raise ModelError(f"{model} has no fold_X folder with {checkpoint}, which its nnslim.json names")
     facts = [FileFact(f"{path.parent.name}/{path.name}", path.stat().st_size, sha256_of(path)) for path in files]
     newest = max(path.stat().st_mtime for path in files)
     written = datetime.datetime.fromtimestamp(newest).astimezone().strftime("%Y-%m-%d %H:%M %Z")

@@ -25,7 +25,7 @@ from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.report.viewer import Scene
 
 
-def scenes_of_folders(
+def scenes_of_models(
     dense: Path,
     slim: Path,
     images: Path,
@@ -44,7 +44,7 @@ def scenes_of_folders(
     Returns:
         The scenes, the agreement that they were chosen by, and the names of the labels.
     Raises:
-        ModelFolderError: an unusable model. InputError: no images, or none that can be compared.
+        ModelError: an unusable model. InputError: no images, or none that can be compared.
     """
     settings = settings or PredictSettings()
     large, small = load_pair(dense, slim, settings)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from nnslim.benchmark.alternated import Candidate, Job, Timing
+from nnslim.benchmark.alternated import Candidate, TimedJob, Timing
 from nnslim.compression.config import SlimConfig
 from nnslim.errors import NNSlimError
 from nnslim.hosts.nnunet.cases.preprocess import find_cases
@@ -38,7 +38,7 @@ _STARTS = {
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class TimedPipeline:
     """A way to predict cases.
 
     Attributes:
@@ -51,16 +51,16 @@ class Pipeline:
     config: SlimConfig | None = None
     settings: PredictSettings = field(default_factory=PredictSettings)
 
-    def job(self, images: Path) -> Job:
+    def job(self, images: Path) -> TimedJob:
         """Return the job whose passes predict the cases of a folder in turn; a pass returns its stages."""
-        return Job(self.name, partial(prepare_pipeline, self, images))
+        return TimedJob(self.name, partial(prepare_pipeline, self, images))
 
 
-def prepare_pipeline(pipeline: Pipeline, images: Path) -> Candidate:
+def prepare_pipeline(pipeline: TimedPipeline, images: Path) -> Candidate:
     """Load the predictor and make its engine, so that no case pays for that.
 
     Raises:
-        InputError: no images. ModelFolderError, ConfigError, HostError: what cannot be used.
+        InputError: no images. ModelError, ConfigError, HostError: what cannot be used.
     """
     started = time.perf_counter()
     config = pipeline.config

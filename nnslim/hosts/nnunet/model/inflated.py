@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from nnslim.errors import ConfigError, ModelFolderError
+from nnslim.errors import ConfigError, ModelError
 from nnslim.files import make_folder, save_checkpoint, whole_folder, write_json
 from nnslim.hosts.nnunet.model.model_files import read_json_object
 from nnslim.hosts.nnunet.model.trained_model import (
-    ModelFolder,
+    TrainedModel,
     build_network,
     build_untrained,
     builds_from_plans,
@@ -32,7 +32,7 @@ def preprocessed_files(dataset: str, plans: str) -> tuple[Path, Path]:
     """Return plans and dataset.json of a dataset (number or name) in nnUNet_preprocessed.
 
     Raises:
-        ConfigError: the variable is unset. ModelFolderError: no such dataset or plans.
+        ConfigError: the variable is unset. ModelError: no such dataset or plans.
     """
     root = os.environ.get("nnUNet_preprocessed")
     if not root:
@@ -40,20 +40,20 @@ def preprocessed_files(dataset: str, plans: str) -> tuple[Path, Path]:
     pattern = f"Dataset{int(dataset):03d}_*" if dataset.isdigit() else dataset
     found = [path for path in sorted(Path(root).glob(pattern)) if path.is_dir()]
     if not found:
-        raise ModelFolderError(f"no {pattern} in {root}; run nnUNetv2_plan_and_preprocess first")
+        raise ModelError(f"no {pattern} in {root}; run nnUNetv2_plan_and_preprocess first")
     file = found[0] / f"{plans}.json"
     if not file.is_file():
         known = ", ".join(path.stem for path in sorted(found[0].glob("*Plans*.json"))) or "none"
-        raise ModelFolderError(f"no plans '{plans}' in {found[0]}; it has {known}")
+        raise ModelError(f"no plans '{plans}' in {found[0]}; it has {known}")
     return file, found[0] / "dataset.json"
 
 
 def target_of(
-    model: ModelFolder,
+    model: TrainedModel,
     configuration: str,
     plans: Path | None = None,
     dataset: Path | None = None,
-) -> ModelFolder:
+) -> TrainedModel:
     """Return the untrained 3D model that the weights are for.
 
     Args:
@@ -61,17 +61,17 @@ def target_of(
         plans: file; default: those of `model`, which often hold the 3D configurations, too.
         dataset: dataset.json with the channels and labels of the 3D model; default: that of `model`.
     Raises:
-        ModelFolderError: a file is missing or not nnU-Net's, or has no such 3D configuration.
+        ModelError: a file is missing or not nnU-Net's, or has no such 3D configuration.
     """
     content = model.plans if plans is None else read_json_object(Path(plans))
     labels = model.dataset if dataset is None else read_json_object(Path(dataset))
     where = model.path if plans is None else Path(plans)
     if configuration not in content.get("configurations", {}):
         known = ", ".join(content.get("configurations", {})) or "none"
-        raise ModelFolderError(f"{where} has no configuration '{configuration}'; it has {known}")
+        raise ModelError(f"{where} has no configuration '{configuration}'; it has {known}")
     managers = managers_of(where if plans is None else where.parent, content, labels, configuration)
     if len(managers[1].patch_size) != 3:
-        raise ModelFolderError(f"{where}: configuration '{configuration}' is not a 3D one")
+        raise ModelError(f"{where}: configuration '{configuration}' is not a 3D one")
     return replace(
         model,
         plans=copy.deepcopy(content),
@@ -82,7 +82,7 @@ def target_of(
     )
 
 
-def axes_between(flat: ModelFolder, deep: ModelFolder) -> tuple[int, int, int]:
+def axes_between(flat: TrainedModel, deep: TrainedModel) -> tuple[int, int, int]:
     """Return which axis of the 2D model's volumes (0: slices) each axis of the 3D model's is."""
     before, after = flat.plans["transpose_forward"], deep.plans["transpose_forward"]
     first, second, third = (before.index(axis) for axis in after)
@@ -90,7 +90,7 @@ def axes_between(flat: ModelFolder, deep: ModelFolder) -> tuple[int, int, int]:
 
 
 def inflate_model(
-    model: ModelFolder, target: ModelFolder, mode: Mode = "center", *, fit: Fit = "error", seed: int = 0
+    model: TrainedModel, target: TrainedModel, mode: Mode = "center", *, fit: Fit = "error", seed: int = 0
 ) -> dict[str, dict[str, Any]]:
     """Make checkpoints of the 3D model from those of the 2D one, a fold each.
 
@@ -101,12 +101,12 @@ def inflate_model(
         fold -> checkpoint as nnU-Net writes it, without an optimiser's state. Key `nnslim_inflation` says how it was
         made.
     Raises:
-        ModelFolderError: not a dense 2D model whose trainer builds from plans. ConfigError: structures differ.
+        ModelError: not a dense 2D model whose trainer builds from plans. ConfigError: structures differ.
     """
     if len(model.configuration_manager.patch_size) != 2:
-        raise ModelFolderError(f"{model.path}: configuration '{model.configuration}' is not 2D; nothing to inflate")
+        raise ModelError(f"{model.path}: configuration '{model.configuration}' is not 2D; nothing to inflate")
     if model.is_slim or not builds_from_plans(trainer_class(model.trainer_name)):
-        raise ModelFolderError(
+        raise ModelError(
             f"{model.path}: only a dense model that nnU-Net builds from its plans can be inflated "
             f"(trainer {model.trainer_name})"
         )
@@ -143,7 +143,7 @@ def inflate_model(
 
 
 def _record(
-    model: ModelFolder, target: ModelFolder, mode: str, axes: tuple[int, ...], inflated: Inflated
+    model: TrainedModel, target: TrainedModel, mode: str, axes: tuple[int, ...], inflated: Inflated
 ) -> dict[str, Any]:
     return {
         "source": model.path.name,
@@ -155,7 +155,12 @@ def _record(
 
 
 def write_inflated(
-    model: ModelFolder, target: ModelFolder, made: dict[str, dict[str, Any]], *, file: Path | None, folder: Path | None
+    model: TrainedModel,
+    target: TrainedModel,
+    made: dict[str, dict[str, Any]],
+    *,
+    file: Path | None,
+    folder: Path | None,
 ) -> None:
     """Write inflated checkpoints: one for `nnUNetv2_train -pretrained_weights`, all as a 3D model folder, or both.
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnslim.errors import ModelFolderError
+from nnslim.errors import ModelError
 from nnslim.files import sha256_of
 
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth")
@@ -18,16 +18,16 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file of a model folder.
 
     Raises:
-        ModelFolderError: missing, unreadable, or not an object.
+        ModelError: missing, unreadable, or not an object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelFolderError(f"{path.parent} is not an nnU-Net model folder: it has no {path.name}") from None
+        raise ModelError(f"{path.parent} is not an nnU-Net model folder: it has no {path.name}") from None
     except (OSError, ValueError) as error:
-        raise ModelFolderError(f"{path} cannot be read as JSON: {error}") from error
+        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ModelFolderError(f"{path} should hold a JSON object, found {type(content).__name__}")
+        raise ModelError(f"{path} should hold a JSON object, found {type(content).__name__}")
     return content
 
 
@@ -45,14 +45,14 @@ def chosen_folds(path: Path, folds: Sequence[int | str] | None, checkpoint_name:
         path: model folder. folds: every fold that has the checkpoint if None.
         checkpoint_name: checkpoint_final.pth if there is one, else checkpoint_best.pth, if None.
     Raises:
-        ModelFolderError: no such folder, or no fold has the checkpoint.
+        ModelError: no such folder, or no fold has the checkpoint.
     """
     if not path.is_dir():
-        raise ModelFolderError(f"{path} is not a folder; expected a trained nnU-Net model folder with plans.json")
+        raise ModelError(f"{path} is not a folder; expected a trained nnU-Net model folder with plans.json")
     name = checkpoint_name or next((name for name in CHECKPOINTS if find_folds(path, name)), CHECKPOINTS[0])
     wanted = [str(fold) for fold in folds] if folds is not None else find_folds(path, name)
     if not wanted:
-        raise ModelFolderError(f"{path} has no fold_X folder with {name}")
+        raise ModelError(f"{path} has no fold_X folder with {name}")
     return wanted, name
 
 

@@ -12,14 +12,14 @@ import numpy as np
 from nnslim.compression.config import SlimConfig
 from nnslim.errors import ConfigError, SpecError
 from nnslim.hosts.nnunet.model.slim_plans import resolved
-from nnslim.hosts.nnunet.model.trained_model import ModelFolder, managers_of
+from nnslim.hosts.nnunet.model.trained_model import TrainedModel, managers_of
 from nnslim.methods.embedded import DropStageEdit, EmbeddedConfig
 from nnslim.methods.embedded.drop_stage import shorter_arguments
 from nnslim.methods.embedded.resolution import coarser_settings
 from nnslim.network.spec import SlimSpec
 
 
-def without_stages(model: ModelFolder, spec: SlimSpec) -> tuple[dict[str, Any], SlimSpec]:
+def without_stages(model: TrainedModel, spec: SlimSpec) -> tuple[dict[str, Any], SlimSpec]:
     """Return plans of an architecture with fewer stages, and the rest of the spec.
 
     nnU-Net's trainer reads the strides in the plans (deep supervision), so the plans must tell the stages that are
@@ -45,7 +45,7 @@ def without_stages(model: ModelFolder, spec: SlimSpec) -> tuple[dict[str, Any], 
     return _with_settings(plans, model.configuration, settings), rest
 
 
-def coarser_model(model: ModelFolder, config: SlimConfig) -> ModelFolder:
+def coarser_model(model: TrainedModel, config: SlimConfig) -> TrainedModel:
     """Return the model with plans of the coarser spacing that a configuration asks for, and the weights as they are.
 
     Raises:
@@ -91,7 +91,7 @@ def refuse_coarser(config: SlimConfig) -> None:
         raise ConfigError("embedded: a coarser spacing is written into plans: use nnslim compress, then the new folder")
 
 
-def resolutions(finer: ModelFolder, coarser: ModelFolder) -> dict[str, Any]:
+def resolutions(finer: TrainedModel, coarser: TrainedModel) -> dict[str, Any]:
     """Return what nnslim.json says of a coarser model: spacing (mm) and patch (voxels), before and after."""
     pair = [model.configuration_manager for model in (finer, coarser)]
     return {
@@ -100,7 +100,7 @@ def resolutions(finer: ModelFolder, coarser: ModelFolder) -> dict[str, Any]:
     }
 
 
-def _settings(model: ModelFolder) -> dict[str, Any]:
+def _settings(model: TrainedModel) -> dict[str, Any]:
     """Return the trained configuration as nnU-Net reads it: inheritance resolved, old formats in the new one."""
     settings = copy.deepcopy(model.configuration_manager.configuration)
     settings.pop("inherits_from", None)

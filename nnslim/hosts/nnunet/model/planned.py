@@ -16,7 +16,7 @@ from torch import nn
 
 from nnslim.hosts.nnunet.model.slim_plans import resolved
 from nnslim.hosts.nnunet.model.trained_model import (
-    ModelFolder,
+    TrainedModel,
     build_untrained,
     builds_from_plans,
     managers_of,
@@ -137,7 +137,7 @@ def plans_with_architecture(plans: dict[str, Any], configuration: str, architect
     return plans
 
 
-def built_from_plans(model: ModelFolder) -> ModelFolder:
+def built_from_plans(model: TrainedModel) -> TrainedModel:
     """Return the same model as one whose plans describe its network, where its trainer builds it itself.
 
     Models that need no change, and those that we cannot describe, are returned as they are.

@@ -7,34 +7,34 @@ from typing import Any
 
 from torch import nn
 
-from nnslim.errors import ModelFolderError
+from nnslim.errors import ModelError
 from nnslim.hosts.nnunet.model.slim_network import SPEC_KEY
 from nnslim.hosts.nnunet.model.slim_plans import with_architecture
-from nnslim.hosts.nnunet.model.trained_model import ModelFolder, build_untrained
+from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_untrained
 from nnslim.methods.token_sparse import TokenSparseEdit
 from nnslim.network.spec import Edit, SlimSpec
 from nnslim.surgery.narrow import ElasticEdit, NarrowEdit, as_base, widths_of
 
 
-def spec_in_plans(model: ModelFolder) -> SlimSpec:
+def spec_in_plans(model: TrainedModel) -> SlimSpec:
     """Return the spec that the plans carry, an empty one for a dense model."""
     raw = model.configuration_manager.network_arch_init_kwargs.get(SPEC_KEY)
     return SlimSpec() if raw is None else SlimSpec.from_dict(raw)
 
 
-def is_elastic(model: ModelFolder) -> bool:
+def is_elastic(model: TrainedModel) -> bool:
     """Whether the weights of each fold decide its widths."""
     return any(isinstance(edit, ElasticEdit) for edit in spec_in_plans(model).edits)
 
 
-def fold_widths(model: ModelFolder, fold: str) -> tuple[NarrowEdit, ...]:
+def fold_widths(model: TrainedModel, fold: str) -> tuple[NarrowEdit, ...]:
     """Return the widths of one fold of an elastic model, of all its layers, as edits."""
     network = build_untrained(model)
     network.load_state_dict({key: value.float() for key, value in model.checkpoints[fold]["network_weights"].items()})
     return tuple(NarrowEdit(name, *widths) for name, widths in widths_of(network).items())
 
 
-def plans_for_fold(model: ModelFolder, fold: str) -> dict[str, Any]:
+def plans_for_fold(model: TrainedModel, fold: str) -> dict[str, Any]:
     """Return the plans of a model; of an elastic one with the widths of this fold, for a training to start from."""
     if not is_elastic(model):
         return copy.deepcopy(model.plans)
@@ -43,23 +43,23 @@ def plans_for_fold(model: ModelFolder, fold: str) -> dict[str, Any]:
     return with_architecture(model.plans, model.configuration, spec)
 
 
-def trained_base(model: ModelFolder, network: nn.Module) -> tuple[nn.Module, tuple[Edit, ...]]:
+def trained_base(model: TrainedModel, network: nn.Module) -> tuple[nn.Module, tuple[Edit, ...]]:
     """Return the network of a model that a training made slim as a base to compress, and the edits that made it so.
 
     Args:
         model: pruned or token-sparse. network: of its first fold, see `build_network`.
     Raises:
-        ModelFolderError: it is slim by other edits, or its folds differ in width.
+        ModelError: it is slim by other edits, or its folds differ in width.
     """
     edits = spec_in_plans(model).edits
     if all(isinstance(edit, TokenSparseEdit) for edit in edits):
         return as_base(network), edits
     if not {edit.kind for edit in edits} <= {"narrow", "elastic"}:
-        raise ModelFolderError(f"{model.path} is already a slim model; compress the model that it was made from")
+        raise ModelError(f"{model.path} is already a slim model; compress the model that it was made from")
     shapes = [{key: value.shape for key, value in weights.items()} for weights in model.weights]
     if any(other != shapes[0] for other in shapes):
         folds = ", ".join(model.checkpoints)
-        raise ModelFolderError(
+        raise ModelError(
             f"{model.path} is pruned, and its folds ({folds}) have widths of their own: compress one by one (-f FOLD)"
         )
     base = as_base(network)

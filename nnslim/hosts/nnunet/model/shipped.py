@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from nnslim.compression.storage import half_precision
-from nnslim.errors import ModelFolderError
+from nnslim.errors import ModelError
 from nnslim.files import save_checkpoint, whole_folder, write_json
-from nnslim.hosts.nnunet.model.trained_model import read_model_folder
+from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 
 _MODELS = Path(__file__).resolve().parents[2] / "models"
 MODEL_FOLDER_NAME = "nnUNetTrainer__nnUNetPlans__3d_fullres"
@@ -17,12 +17,12 @@ def shipped_model(name: str = "hippocampus") -> Path:
     """Return the model folder of a shipped model; MODEL_CARD.md beside it says what it is.
 
     Raises:
-        ModelFolderError: there is no such model in this installation.
+        ModelError: there is no such model in this installation.
     """
     folder = _MODELS / name / MODEL_FOLDER_NAME
     if not folder.is_dir():
         known = ", ".join(sorted(path.parent.name for path in _MODELS.glob(f"*/{MODEL_FOLDER_NAME}"))) or "none"
-        raise ModelFolderError(f"nnslim ships no model '{name}'; known: {known}")
+        raise ModelError(f"nnslim ships no model '{name}'; known: {known}")
     return folder
 
 
@@ -32,9 +32,9 @@ def write_for_shipping(model: Path, target: Path) -> None:
     Optimiser state, training curves and the plans of other configurations are left out.
 
     Raises:
-        ModelFolderError: not a model folder. OutputError: the target exists or cannot be written.
+        ModelError: not a model folder. OutputError: the target exists or cannot be written.
     """
-    source = read_model_folder(model)
+    source = read_trained_model(model)
     plans = {
         **source.plans,
         "configurations": {source.configuration: source.plans["configurations"][source.configuration]},

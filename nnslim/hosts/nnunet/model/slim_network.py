@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 import nnslim.methods  # noqa: F401  registers the edit kinds
-from nnslim.errors import ModelFolderError
+from nnslim.errors import ModelError
 from nnslim.network.spec import SlimSpec, apply_spec
 
 # Stands in the plans.json of every model folder that nnslim writes: never rename or move it.
@@ -28,9 +28,9 @@ def locate_trusted(dotted: Any, where: str) -> type[nn.Module] | Callable[..., n
     Returns:
         The class, or None where no object of that name exists.
     Raises:
-        ModelFolderError: names the place, the name and the packages.
+        ModelError: names the place, the name and the packages.
     """
-    refused = ModelFolderError(
+    refused = ModelError(
         f"{where} names {dotted!r}, which is not a class of the packages that nnslim loads from "
         f"({', '.join(TRUSTED_PACKAGES)})"
     )
@@ -48,7 +48,7 @@ def base_class(dotted: str, where: str = "plans") -> type[nn.Module]:
     """Return the class of a dense architecture by its dotted name, as nnU-Net finds it (moved classes included).
 
     Raises:
-        ModelFolderError: outside the known packages, or not found.
+        ModelError: outside the known packages, or not found.
     """
     found = locate_trusted(dotted, where)
     if found is None:
@@ -60,7 +60,7 @@ def base_class(dotted: str, where: str = "plans") -> type[nn.Module]:
         folder = str(Path(dynamic_network_architectures.__path__[0]) / "architectures")
         found = recursive_find_python_class(folder, dotted.split(".")[-1], package)
     if found is None:
-        raise ModelFolderError(f"{where} names the architecture '{dotted}', which is not installed")
+        raise ModelError(f"{where} names the architecture '{dotted}', which is not installed")
     return found
 
 

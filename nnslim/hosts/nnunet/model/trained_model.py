@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nnslim.errors import ModelFolderError
+from nnslim.errors import ModelError
 from nnslim.hosts.nnunet.model.compatibility import check_version, nnunet_version
 from nnslim.hosts.nnunet.model.model_files import chosen_folds, read_json_object
 from nnslim.hosts.nnunet.model.slim_network import NETWORK_CLASS_NAME, base_class, locate_trusted
@@ -27,7 +27,7 @@ _log = logging.getLogger("nnslim")
 
 
 @dataclass
-class ModelFolder:
+class TrainedModel:
     """A trained model: plans, dataset description and the checkpoints of its folds.
 
     Attributes:
@@ -70,31 +70,31 @@ def load_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
         path: of a .pth file.
         trust: load it as nnU-Net does, which runs whatever code the file holds.
     Raises:
-        ModelFolderError: missing, cut short, or with content that could run code.
+        ModelError: missing, cut short, or with content that could run code.
     """
     if not path.is_file():
         present = sorted(p.name for p in path.parent.glob("*.pth")) if path.parent.is_dir() else []
         found = f"it has {', '.join(present)}" if present else "it has no checkpoint"
         folds = ", ".join(sorted(p.name for p in path.parents[1].glob("fold_*"))) or "none"
-        raise ModelFolderError(f"no {path.name} in {path.parent}: {found}; folds in the model folder: {folds}")
+        raise ModelError(f"no {path.name} in {path.parent}: {found}; folds in the model folder: {folds}")
     try:
         content = _load_unsafe(path) if trust else _load_safe(path)
     except pickle.UnpicklingError as error:
         text = str(error)
         if "global" in text.lower() or "weights only load failed" in text.lower():
-            raise ModelFolderError(
+            raise ModelError(
                 f"{path} holds more than weights and numbers ({_unsupported(text)}); if you trust where it comes "
                 "from, load it as nnU-Net would: --trust-checkpoint, or trust=True"
             ) from error
-        raise ModelFolderError(f"{path} is not a readable checkpoint: {text.splitlines()[0]}") from error
+        raise ModelError(f"{path} is not a readable checkpoint: {text.splitlines()[0]}") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         size = path.stat().st_size
-        raise ModelFolderError(
+        raise ModelError(
             f"{path} is truncated or damaged ({size:,} bytes): {str(error).splitlines()[0] if str(error) else error!r}"
         ) from error
     missing = {"network_weights", "trainer_name", "init_args"} - set(content if isinstance(content, dict) else ())
     if missing:
-        raise ModelFolderError(f"{path} is not an nnU-Net v2 checkpoint: it lacks {', '.join(sorted(missing))}")
+        raise ModelError(f"{path} is not an nnU-Net v2 checkpoint: it lacks {', '.join(sorted(missing))}")
     return content
 
 
@@ -140,9 +140,9 @@ def _under_name(function: Callable[..., Any], module: str) -> Callable[..., Any]
     return alias
 
 
-def read_model_folder(
+def read_trained_model(
     path: Path, folds: Sequence[int | str] | None = None, checkpoint_name: str | None = None, *, trust: bool = False
-) -> ModelFolder:
+) -> TrainedModel:
     """Read plans, dataset description and the checkpoints of the folds.
 
     Args:
@@ -151,7 +151,7 @@ def read_model_folder(
         checkpoint_name: checkpoint_final.pth if there is one, else checkpoint_best.pth, if None.
         trust: see `load_checkpoint`.
     Raises:
-        ModelFolderError: whatever is missing, unreadable or not nnU-Net's. HostError: nnU-Net is missing.
+        ModelError: whatever is missing, unreadable or not nnU-Net's. HostError: nnU-Net is missing.
     """
     path = Path(path)
     if path.is_dir():
@@ -162,9 +162,9 @@ def read_model_folder(
     try:
         configuration = first["init_args"]["configuration"]
     except (KeyError, TypeError) as error:
-        raise ModelFolderError(f"{path}: the checkpoint does not say its configuration") from error
+        raise ModelError(f"{path}: the checkpoint does not say its configuration") from error
     managers = managers_of(path, plans, dataset, configuration)
-    return ModelFolder(path, plans, dataset, name, checkpoints, configuration, str(first["trainer_name"]), *managers)
+    return TrainedModel(path, plans, dataset, name, checkpoints, configuration, str(first["trainer_name"]), *managers)
 
 
 def managers_of(path: Path, plans: dict[str, Any], dataset: dict[str, Any], configuration: str) -> tuple[Any, Any]:
@@ -173,7 +173,7 @@ def managers_of(path: Path, plans: dict[str, Any], dataset: dict[str, Any], conf
     Args:
         path: of the model folder, for messages. plans, dataset: contents of plans.json and dataset.json.
     Raises:
-        ModelFolderError: the plans lack the configuration, or nnU-Net cannot read what they hold.
+        ModelError: the plans lack the configuration, or nnU-Net cannot read what they hold.
     """
     check_version(nnunet_version())
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -181,11 +181,9 @@ def managers_of(path: Path, plans: dict[str, Any], dataset: dict[str, Any], conf
     where = path / "plans.json"
     if configuration not in plans.get("configurations", {}):
         known = ", ".join(plans.get("configurations", {})) or "none"
-        raise ModelFolderError(
-            f"{where} has no configuration '{configuration}', which the checkpoint names; it has {known}"
-        )
+        raise ModelError(f"{where} has no configuration '{configuration}', which the checkpoint names; it has {known}")
     if "labels" not in dataset or not ("channel_names" in dataset or "modality" in dataset):
-        raise ModelFolderError(f"{path / 'dataset.json'} lacks 'labels' or 'channel_names'")
+        raise ModelError(f"{path / 'dataset.json'} lacks 'labels' or 'channel_names'")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected old nnU-Net plans format")
@@ -197,7 +195,7 @@ def managers_of(path: Path, plans: dict[str, Any], dataset: dict[str, Any], conf
             if value is not None:
                 locate_trusted(value, f"{where}, configuration {configuration}, {key},")
     except (KeyError, RuntimeError, ValueError) as error:
-        raise ModelFolderError(f"{where} cannot be understood: {type(error).__name__}: {error}") from error
+        raise ModelError(f"{where} cannot be understood: {type(error).__name__}: {error}") from error
     return manager, settings
 
 
@@ -205,7 +203,7 @@ def trainer_class(name: str) -> type:
     """Return nnU-Net's trainer class of that name (its own, or from nnUNet_extTrainer).
 
     Raises:
-        ModelFolderError: there is none.
+        ModelError: there is none.
     """
     try:
         try:
@@ -223,7 +221,7 @@ def trainer_class(name: str) -> type:
     except RuntimeError:
         found = None
     if found is None:
-        raise ModelFolderError(
+        raise ModelError(
             f"the checkpoint was trained by '{name}', which nnU-Net {nnunet_version()} does not have; if it is yours, "
             "name its folder in the environment variable nnUNet_extTrainer"
         )
@@ -237,7 +235,7 @@ def builds_from_plans(trainer: type) -> bool:
     return trainer.build_network_architecture is nnUNetTrainer.build_network_architecture
 
 
-def channels_and_heads(model: ModelFolder) -> tuple[int, int]:
+def channels_and_heads(model: TrainedModel) -> tuple[int, int]:
     """Return input channels (cascade's one-hot channels included) and segmentation heads (regions included)."""
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
@@ -245,11 +243,11 @@ def channels_and_heads(model: ModelFolder) -> tuple[int, int]:
     return inputs, model.plans_manager.get_label_manager(model.dataset).num_segmentation_heads
 
 
-def build_untrained(model: ModelFolder) -> nn.Module:
+def build_untrained(model: TrainedModel) -> nn.Module:
     """Build the network of a model folder through its trainer, as nnU-Net's predictor does.
 
     Raises:
-        ModelFolderError: the trainer is unknown, or the architecture cannot be built.
+        ModelError: the trainer is unknown, or the architecture cannot be built.
     """
     inputs, heads = channels_and_heads(model)
     build = trainer_class(model.trainer_name).build_network_architecture
@@ -270,11 +268,11 @@ def build_untrained(model: ModelFolder) -> nn.Module:
         raise _does_not_fit(model, error) from error
 
 
-def build_network(model: ModelFolder) -> nn.Module:
+def build_network(model: TrainedModel) -> nn.Module:
     """Build the network of a model folder, with the weights of the first fold, in eval mode.
 
     Raises:
-        ModelFolderError: the architecture cannot be built, or the weights do not fit it.
+        ModelError: the architecture cannot be built, or the weights do not fit it.
     """
     network = build_untrained(model)
     try:
@@ -284,14 +282,14 @@ def build_network(model: ModelFolder) -> nn.Module:
     return network.eval()
 
 
-def _does_not_fit(model: ModelFolder, error: Exception) -> ModelFolderError:
+def _does_not_fit(model: TrainedModel, error: Exception) -> ModelError:
     lines = str(error).splitlines() or [type(error).__name__]
-    return ModelFolderError(
+    return ModelError(
         f"{model.path}: the network '{model.configuration_manager.network_arch_class_name}' cannot be built or does "
         f"not fit its checkpoint: {' '.join(line.strip() for line in lines[:2])}"
     )
 
 
-def input_shape(model: ModelFolder) -> tuple[int, ...]:
+def input_shape(model: TrainedModel) -> tuple[int, ...]:
     """Return (1, channels, *patch), voxels."""
     return (1, channels_and_heads(model)[0], *model.configuration_manager.patch_size)

@@ -42,7 +42,7 @@ def predict_folder(
     Returns:
         One record per case, by name.
     Raises:
-        InputError: no images. ModelFolderError, ConfigError: unusable model or config. OutputError: the output folder
+        InputError: no images. ModelError, ConfigError: unusable model or config. OutputError: the output folder
         cannot be written, or holds another model's results. A single bad case raises nothing.
     """
     settings = settings or PredictSettings()
@@ -99,7 +99,7 @@ class NNUNetJob:
         """File ending of images and results.
 
         Raises:
-            ModelFolderError: not a model folder.
+            ModelError: not a model folder.
         """
         return str(read_json_object(self.model / "dataset.json").get("file_ending", ".nii.gz"))
 
@@ -117,7 +117,7 @@ class NNUNetJob:
         """Load the model.
 
         Raises:
-            ModelFolderError, ConfigError, HostError: what cannot be used.
+            ModelError, ConfigError, HostError: what cannot be used.
         """
         import torch
 

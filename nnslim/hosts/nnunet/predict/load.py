@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from nnslim.compression.config import SlimConfig, load_config
-from nnslim.errors import InputError, ModelFolderError, OutputError
+from nnslim.errors import InputError, ModelError, OutputError
 from nnslim.hosts.nnunet.cases.preprocess import silent
 from nnslim.hosts.nnunet.cases.write_labels import write_prediction
 from nnslim.hosts.nnunet.model.compatibility import predictor_class
-from nnslim.hosts.nnunet.model.trained_model import read_model_folder
+from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.hosts.nnunet.predict.predictor_patches import OwnSession, slim_predictor
 from nnslim.hosts.nnunet.predict.sliding_window import window_logits
@@ -28,7 +28,7 @@ def load_predictor(model: Path, config: Any, settings: PredictSettings) -> Any:
     """Return an initialised nnUNetPredictor, compressed by `config` where one is given.
 
     Raises:
-        ModelFolderError, ConfigError, HostError: what cannot be used.
+        ModelError, ConfigError, HostError: what cannot be used.
     """
     cls = predictor_class()
     slim = SlimConfig() if config is None else load_config(config)
@@ -37,10 +37,10 @@ def load_predictor(model: Path, config: Any, settings: PredictSettings) -> Any:
         update={"run": slim.run.model_copy(update={key: value for key, value in chosen.items() if value is not None})}
     )
     # Reads and checks everything before nnU-Net does, which reports faults as bare KeyErrors and stack traces.
-    source = read_model_folder(model, settings.folds, settings.checkpoint, trust=settings.trust)
+    source = read_trained_model(model, settings.folds, settings.checkpoint, trust=settings.trust)
     device = torch.device(settings.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelFolderError("device cuda was asked for, but torch finds no CUDA device; use --device cpu")
+        raise ModelError("device cuda was asked for, but torch finds no CUDA device; use --device cpu")
     with silent():
         predictor = cls(
             tile_step_size=settings.step_size,

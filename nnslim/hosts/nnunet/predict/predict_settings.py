@@ -47,7 +47,7 @@ class PredictSettings:
         What only changes the time, or the rounding, does not count: device, threads, backend.
 
         Raises:
-            ModelFolderError: no such folder, or no fold. ConfigError: the config cannot be used.
+            ModelError: no such folder, or no fold. ConfigError: the config cannot be used.
         """
         folds, name = chosen_folds(model, self.folds, self.checkpoint)
         decisive = {

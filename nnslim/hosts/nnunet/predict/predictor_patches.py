@@ -13,13 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from nnslim.compression.cache import cache_folder, cache_key, recall, store
+from nnslim.compression.cache import cache_folder, cache_key, recall_weights, store_weights
 from nnslim.compression.compress_network import Slimmed, StateDict, compress
 from nnslim.compression.config import RunConfig, SlimConfig
 from nnslim.compression.guard import Guard
 from nnslim.compression.model_report import ModelReport, Report
 from nnslim.errors import OutputError
-from nnslim.hosts.nnunet.cases.calibration_tiles import calibration_of, fingerprint
+from nnslim.hosts.nnunet.cases.calibration_tiles import calibration_of, images_fingerprint
 from nnslim.hosts.nnunet.model.compatibility import predictor_class
 from nnslim.hosts.nnunet.model.plan_levers import refuse_coarser
 from nnslim.hosts.nnunet.predict.kept_predictors import KeptPredictors, loading_key
@@ -217,15 +217,15 @@ def _compress_or_recall(
     predictor: Any, network: nn.Module, folds: Sequence[StateDict], config: SlimConfig, shape: Sequence[int]
 ) -> tuple[Slimmed, bool]:
     folder = cache_folder(config)
-    key = cache_key(network, folds, config, shape, fingerprint(config))
+    key = cache_key(network, folds, config, shape, images_fingerprint(config))
     guard = Guard(config.run.settings(), predictor.device) if config.run.guard else None
-    if config.cache.read and (found := recall(network, key, folder, guard)) is not None:
+    if config.cache.read and (found := recall_weights(network, key, folder, guard)) is not None:
         return found, True
     with calibration_of(predictor, config) as data:
         slimmed = compress(network, folds, config, shape, data=data, guard=guard)
     if config.cache.write:
         try:
-            store(slimmed, key, folder)
+            store_weights(slimmed, key, folder)
         except OutputError as error:  # a full or read-only cache must not stop a prediction
             _log.warning("compressed weights are not kept: %s", error)
     return slimmed, False

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nnslim.errors import InputError, ModelFolderError
-from nnslim.hosts.nnunet.model.trained_model import build_network, read_model_folder, trainer_class
+from nnslim.errors import InputError, ModelError
+from nnslim.hosts.nnunet.model.trained_model import build_network, read_trained_model, trainer_class
 from nnslim.hosts.nnunet.train.finetune_settings import FoldJob
 from nnslim.hosts.nnunet.train.finetune_trainer import finetune_trainer_class
 from nnslim.network.walk import unwrap
@@ -22,7 +22,7 @@ def run_fold(job: FoldJob, device: torch.device, after_epoch: Callable[[int], No
     """Train one fold in this process: from the model's weights, or from a checkpoint of the same training.
 
     Raises:
-        ModelFolderError: the weights do not fit the network that the trainer builds.
+        ModelError: the weights do not fit the network that the trainer builds.
         InputError: a cascade's first stage is missing. OutputError: a checkpoint cannot be written.
     """
     torch.backends.cudnn.benchmark = device.type == "cuda"  # as nnUNetv2_train
@@ -53,12 +53,12 @@ def run_fold(job: FoldJob, device: torch.device, after_epoch: Callable[[int], No
 
 def _load_start(network: nn.Module, job: FoldJob) -> None:
     """Load all weights, segmentation heads included, which nnU-Net's -pretrained_weights leaves out."""
-    source = read_model_folder(job.model, [job.source_fold], job.checkpoint_name, trust=job.settings.trust)
+    source = read_trained_model(job.model, [job.source_fold], job.checkpoint_name, trust=job.settings.trust)
     try:
         network.load_state_dict({key: value.float() for key, value in source.weights[0].items()})
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[:2]]
-        raise ModelFolderError(
+        raise ModelError(
             f"{job.model}/fold_{job.source_fold}/{job.checkpoint_name} does not fit the network that trainer "
             f"{job.trainer_name} builds: {' '.join(lines)[:300]}"
         ) from error
@@ -89,5 +89,5 @@ def load_teacher(job: FoldJob) -> nn.Module:
     """Return the teacher without deep supervision, frozen: the fold of the same number, where it has one."""
     path = Path(job.settings.teacher)
     same = (path / f"fold_{job.fold}").is_dir()
-    teacher = read_model_folder(path, [job.fold] if same else None, trust=job.settings.trust)
+    teacher = read_trained_model(path, [job.fold] if same else None, trust=job.settings.trust)
     return build_network(teacher).requires_grad_(False)

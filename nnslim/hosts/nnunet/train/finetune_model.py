@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from nnslim.errors import ConfigError, InputError, ModelFolderError, OutputError
+from nnslim.errors import ConfigError, InputError, ModelError, OutputError
 from nnslim.files import make_folder, read_json
 from nnslim.hosts.nnunet.model.pruned import plans_for_fold
 from nnslim.hosts.nnunet.model.trained_model import (
-    ModelFolder,
+    TrainedModel,
     builds_from_plans,
     channels_and_heads,
     load_checkpoint,
-    read_model_folder,
+    read_trained_model,
     trainer_class,
 )
 from nnslim.hosts.nnunet.train.finetune_fold import run_fold, run_rank
@@ -33,7 +33,7 @@ _log = logging.getLogger("nnslim")
 _MAY_DIFFER = ("epochs", "device", "num_gpus", "resume", "validate", "processes", "folds", "trust", "previous_stage")
 
 
-def finetune_folder(
+def finetune_model(
     model: Path,
     output: Path,
     dataset: int | str,
@@ -54,7 +54,7 @@ def finetune_folder(
     Returns:
         The output folder.
     Raises:
-        ModelFolderError: the model or the teacher cannot be used. InputError: the dataset cannot.
+        ModelError: the model or the teacher cannot be used. InputError: the dataset cannot.
         ConfigError: settings that cannot be met, or that are not those of the run to be resumed.
         OutputError: the output exists, or cannot be written.
     """
@@ -62,7 +62,7 @@ def finetune_folder(
     model, output = Path(model), Path(output)
     _check_device(settings)
     _check_output(output, settings)
-    source = read_model_folder(model, None, settings.checkpoint, trust=settings.trust)
+    source = read_trained_model(model, None, settings.checkpoint, trust=settings.trust)
     trainer_name = _trainer_name(source, settings)
     if settings.teacher is not None:
         _check_teacher(source, settings)
@@ -106,14 +106,14 @@ def _check_output(output: Path, settings: FinetuneSettings) -> None:
             )
 
 
-def _trainer_name(source: ModelFolder, settings: FinetuneSettings) -> str:
+def _trainer_name(source: TrainedModel, settings: FinetuneSettings) -> str:
     """Return the trainer's class name, after checking that nnU-Net has it and that it can build the network."""
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     name = settings.trainer or source.trainer_name
     try:
         found = trainer_class(name)
-    except ModelFolderError as error:
+    except ModelError as error:
         if settings.trainer is None:
             raise
         raise ConfigError(f"trainer = '{name}': nnU-Net has no trainer of that name (see nnUNet_extTrainer)") from error
@@ -126,24 +126,24 @@ def _trainer_name(source: ModelFolder, settings: FinetuneSettings) -> str:
     return name
 
 
-def _check_teacher(source: ModelFolder, settings: FinetuneSettings) -> None:
+def _check_teacher(source: TrainedModel, settings: FinetuneSettings) -> None:
     """Refuse a teacher that sees other voxels, or has other channels or heads, than the model."""
-    teacher = read_model_folder(Path(settings.teacher), None, trust=settings.trust)
+    teacher = read_trained_model(Path(settings.teacher), None, trust=settings.trust)
     ours, theirs = channels_and_heads(source), channels_and_heads(teacher)
     if ours != theirs:
-        raise ModelFolderError(
+        raise ModelError(
             f"teacher {teacher.path} has {theirs[0]} input channel(s) and {theirs[1]} head(s), the model "
             f"{source.path} has {ours[0]} and {ours[1]}; expected the model that the slim one was made from"
         )
     if model_key(teacher) != model_key(source):
-        raise ModelFolderError(
+        raise ModelError(
             f"teacher {teacher.path} (configuration {teacher.configuration}, spacing "
             f"{teacher.configuration_manager.spacing}) is preprocessed differently from {source.path} "
             f"({source.configuration}, {source.configuration_manager.spacing}); both must see the same voxels"
         )
 
 
-def _check_stage(source: ModelFolder, settings: FinetuneSettings) -> None:
+def _check_stage(source: TrainedModel, settings: FinetuneSettings) -> None:
     stage = source.configuration_manager.previous_stage_name
     if stage is None:
         return
@@ -154,7 +154,7 @@ def _check_stage(source: ModelFolder, settings: FinetuneSettings) -> None:
 
 
 def _job(
-    source: ModelFolder,
+    source: TrainedModel,
     output: Path,
     data: PreparedData,
     fold: str,
@@ -183,7 +183,7 @@ def _job(
 
 
 def training_plans(
-    source: ModelFolder, data: PreparedData, folder_name: str, batch_size: int | None, fold: str
+    source: TrainedModel, data: PreparedData, folder_name: str, batch_size: int | None, fold: str
 ) -> dict[str, Any]:
     """Return the model's plans, pointed at the prepared data; of a pruned model with the widths of the fold.
 

@@ -11,7 +11,7 @@ from typing import Any
 from nnslim._version import __version__
 from nnslim.errors import ConfigError
 from nnslim.files import read_json, write_json
-from nnslim.hosts.nnunet.model.trained_model import ModelFolder, load_checkpoint
+from nnslim.hosts.nnunet.model.trained_model import TrainedModel, load_checkpoint
 from nnslim.hosts.nnunet.train.finetune_settings import FinetuneSettings
 from nnslim.hosts.nnunet.train.finetune_trainer import BEFORE
 from nnslim.hosts.nnunet.train.prepared_data import PreparedData
@@ -26,7 +26,7 @@ def plain_settings(settings: FinetuneSettings) -> dict[str, Any]:
 
 
 def begin_record(
-    source: ModelFolder, output: Path, data: PreparedData, trainer_name: str, settings: FinetuneSettings
+    source: TrainedModel, output: Path, data: PreparedData, trainer_name: str, settings: FinetuneSettings
 ) -> dict[str, Any]:
     """Write nnslim.json: the source's, if it has one, with what this run was asked to do.
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from nnslim.errors import ConfigError, InputError
 from nnslim.files import make_folder, read_json, write_json
-from nnslim.hosts.nnunet.model.trained_model import ModelFolder
+from nnslim.hosts.nnunet.model.trained_model import TrainedModel
 
 _log = logging.getLogger("nnslim")
 # What decides the voxels that a network sees; patch and batch size are no part of it.
@@ -79,7 +79,7 @@ def _number(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def prepare_data(model: ModelFolder, dataset: int | str, processes: int) -> PreparedData:
+def prepare_data(model: TrainedModel, dataset: int | str, processes: int) -> PreparedData:
     """Return the dataset preprocessed with the model's own plans; do what is missing.
 
     Data that stock nnU-Net preprocessed with the same spacing, normalisation and resampling are used as they are. Else
@@ -113,7 +113,7 @@ def prepare_data(model: ModelFolder, dataset: int | str, processes: int) -> Prep
     return PreparedData(name, identifier, read_json(folder / "dataset.json"))
 
 
-def check_fits(model: ModelFolder, description: dict[str, Any], name: str) -> None:
+def check_fits(model: TrainedModel, description: dict[str, Any], name: str) -> None:
     """Refuse a dataset whose channels or labels are not the model's: training keeps first layer and heads.
 
     Raises:
@@ -158,12 +158,12 @@ def preprocessing_key(plans: dict[str, Any], settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def model_key(model: ModelFolder) -> str:
+def model_key(model: TrainedModel) -> str:
     """Return the `preprocessing_key` of a model's own configuration."""
     return preprocessing_key(model.plans, model.configuration_manager.configuration)
 
 
-def _fitting_identifiers(model: ModelFolder, folder: Path) -> list[str]:
+def _fitting_identifiers(model: TrainedModel, folder: Path) -> list[str]:
     """Return data folders whose plans, kept beside them, preprocess as the model's; its own name comes first."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -192,7 +192,7 @@ def _raw_cases(raw: Path | None, description: dict[str, Any]) -> set[str]:
         raise InputError(f"{raw} cannot be read as a raw dataset: {error}") from error
 
 
-def _preprocess(model: ModelFolder, name: str, folder: Path, raw: Path, processes: int) -> str:
+def _preprocess(model: TrainedModel, name: str, folder: Path, raw: Path, processes: int) -> str:
     """Run nnU-Net's preprocessing with the model's plans, and return the name of the folder of cases."""
     from nnunetv2.experiment_planning import plan_and_preprocess_api as api
 

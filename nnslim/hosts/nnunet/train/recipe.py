@@ -38,7 +38,7 @@ _BLOCK = re.compile(r"(?:encoder|eva|vit)\.blocks\.(\d+)\.")
 _EMBEDDINGS = ("pos_embed", "cls_token", "register_tokens")
 
 
-class Schedule:
+class RateSchedule:
     """Learning rate by epoch: linear warm-up, then poly or cosine to 0; times the scale of each group."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, rate: float, epochs: int, warmup: int, kind: str) -> None:

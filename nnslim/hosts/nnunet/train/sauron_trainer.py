@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from nnslim._version import __version__
 from nnslim.compression.config import load_config
-from nnslim.errors import ConfigError, ModelFolderError
+from nnslim.errors import ConfigError, ModelError
 from nnslim.files import save_checkpoint as write_checkpoint
 from nnslim.files import write_json
 from nnslim.hosts.nnunet.model.slim_plans import with_architecture
-from nnslim.hosts.nnunet.model.trained_model import read_model_folder, trainer_class
+from nnslim.hosts.nnunet.model.trained_model import read_trained_model, trainer_class
 from nnslim.hosts.nnunet.train.steady import SteadyTraining, reseed
-from nnslim.methods.sauron import Decision, Pruner, SauronConfig
+from nnslim.methods.sauron import Pruner, Removal, SauronConfig
 from nnslim.methods.sauron.map_study import feature_maps, save_maps
 from nnslim.methods.sauron.pruning_history import PruningHistory
 from nnslim.network.spec import Edit, SlimSpec, spec_of
@@ -87,7 +87,7 @@ class SauronTraining(SteadyTraining):
 
     def _load_start(self, network: nn.Module) -> None:
         """Load all weights, segmentation heads included, which nnU-Net's -pretrained_weights leaves out."""
-        source = read_model_folder(Path(self.sauron.start))
+        source = read_trained_model(Path(self.sauron.start))
         name = str(self.fold) if str(self.fold) in source.checkpoints else next(iter(source.checkpoints))
         weights = {key: value.float() for key, value in source.checkpoints[name]["network_weights"].items()}
         try:
@@ -95,7 +95,7 @@ class SauronTraining(SteadyTraining):
             network.load_state_dict(weights)
         except RuntimeError as error:
             lines = " ".join(line.strip() for line in str(error).splitlines()[:2])
-            raise ModelFolderError(
+            raise ModelError(
                 f"{source.path}/fold_{name} does not fit the network that the plans describe: {lines[:300]}"
             ) from error
 
@@ -218,7 +218,7 @@ class SauronTraining(SteadyTraining):
         torch.distributed.all_gather_object(everyone, moments)
         return {name: sum((one[name] for one in everyone[1:]), start=everyone[0][name]) for name in everyone[0]}
 
-    def _same_everywhere(self, decision: Decision) -> Decision:
+    def _same_everywhere(self, decision: Removal) -> Removal:
         """Return the first process's decision in all of them."""
         if not self.is_ddp:
             return decision
@@ -331,7 +331,7 @@ def sauron_trainer_class(config: SauronConfig | None = None, base: type | None =
         config: None reads the variable NNSLIM_SAURON.
         base: an nnUNetTrainer class; None takes the one that the configuration names.
     Raises:
-        ModelFolderError: there is no such trainer.
+        ModelError: there is no such trainer.
     """
     config = config or sauron_settings()
     base = base or trainer_class(config.base or "nnUNetTrainer")

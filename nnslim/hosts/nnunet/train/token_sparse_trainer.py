@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from nnslim.compression.config import load_config
-from nnslim.errors import ConfigError, ModelFolderError
+from nnslim.errors import ConfigError, ModelError
 from nnslim.hosts.nnunet.model.planned import PlannedUNETR, planned_architecture, plans_with_architecture
 from nnslim.hosts.nnunet.model.slim_network import BASE_KEY, NETWORK_CLASS_NAME, SPEC_KEY
 from nnslim.hosts.nnunet.model.trained_model import load_checkpoint
 from nnslim.hosts.nnunet.train.described import DescribedTraining
-from nnslim.hosts.nnunet.train.recipe import Schedule, parameter_groups
+from nnslim.hosts.nnunet.train.recipe import RateSchedule, parameter_groups
 from nnslim.methods.token_sparse.config import RecipeConfig, TokenSparseConfig
 from nnslim.methods.token_sparse.plan import token_sparse_edits
 from nnslim.methods.token_sparse.reduction import TokenReduction
@@ -94,7 +94,7 @@ class TokenSparseTraining(DescribedTraining):
             groups = parameter_groups(unwrap(self.network), recipe)
             self.optimizer = torch.optim.AdamW(groups, self.initial_lr, betas=recipe.betas)
             warmup = self.warmup_duration_whole_net
-            self.lr_scheduler = Schedule(self.optimizer, self.initial_lr, self.num_epochs, warmup, recipe.schedule)
+            self.lr_scheduler = RateSchedule(self.optimizer, self.initial_lr, self.num_epochs, warmup, recipe.schedule)
         self.training_stage = stage
         return self.optimizer, self.lr_scheduler
 
@@ -144,7 +144,7 @@ def warm_start(network: nn.Module, checkpoint: Path) -> None:
     """Load the weights of the dense network; what only the sparse one has keeps its gentle start.
 
     Raises:
-        ModelFolderError: the checkpoint is missing, or is of another architecture.
+        ModelError: the checkpoint is missing, or is of another architecture.
     """
     weights = load_checkpoint(Path(checkpoint))["network_weights"]
     own = network.state_dict()
@@ -153,7 +153,7 @@ def warm_start(network: nn.Module, checkpoint: Path) -> None:
     new |= {"completion" + key[10:] for key in own if key.startswith("completion.")} | {"encoder.policy"}
     missing, foreign = sorted(set(own) - set(fits) - new), sorted(set(weights) - set(fits))
     if missing or foreign:
-        raise ModelFolderError(
+        raise ModelError(
             f"{checkpoint} is not of the dense network that this trainer makes sparse: "
             f"{len(missing)} tensors are missing or of another shape, {len(foreign)} do not belong: "
             f"{', '.join((missing + foreign)[:3])}"

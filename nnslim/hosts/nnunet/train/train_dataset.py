@@ -13,7 +13,7 @@ import torch
 
 from nnslim.errors import ConfigError, InputError, OutputError
 from nnslim.files import read_json
-from nnslim.hosts.nnunet.model.trained_model import read_model_folder
+from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 from nnslim.hosts.nnunet.train.finetune_model import training_plans
 from nnslim.hosts.nnunet.train.prepared_data import find_dataset, prepare_data
 from nnslim.hosts.nnunet.train.sauron_trainer import sauron_trainer_class
@@ -61,7 +61,7 @@ def train_dataset(
     preprocessed = Path(os.environ["nnUNet_preprocessed"]) / name
     configuration, dataset = run.configuration, read_json(preprocessed / "dataset.json")
     if config.start is not None:
-        source = read_model_folder(config.start)
+        source = read_trained_model(config.start)
         data = prepare_data(source, name, run.processes)
         start = str(run.fold) if str(run.fold) in source.checkpoints else next(iter(source.checkpoints))
         plans = training_plans(source, data, "", None, start)

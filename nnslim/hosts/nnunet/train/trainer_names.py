@@ -19,7 +19,7 @@ def trainer_named(name: str, settings: TokenSparseConfig | None = None) -> type:
     Args:
         settings: None to read them when a trainer is made: NNSLIM_TOKEN_SPARSE, else the preset token-sparse.
     Raises:
-        ConfigError: no trainer of that name. ModelFolderError: this nnU-Net lacks the trainer that it is made from.
+        ConfigError: no trainer of that name. ModelError: this nnU-Net lacks the trainer that it is made from.
     """
     from nnslim.errors import ConfigError, nearest
     from nnslim.hosts.nnunet.model.trained_model import trainer_class

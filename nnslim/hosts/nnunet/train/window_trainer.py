@@ -16,7 +16,7 @@ from nnslim.compression.config import changed_settings
 from nnslim.errors import ConfigError
 from nnslim.hosts.nnunet.model.planned import plans_with_architecture
 from nnslim.hosts.nnunet.train.described import DescribedTraining
-from nnslim.hosts.nnunet.train.recipe import Schedule
+from nnslim.hosts.nnunet.train.recipe import RateSchedule
 from nnslim.inflation.published_weights import load_encoder, read_weights
 from nnslim.inflation.window_net import WindowConfig, WindowNet
 from nnslim.network.walk import unwrap
@@ -110,7 +110,7 @@ class WindowTraining(DescribedTraining):
     def _build_loss(self) -> nn.Module:
         return DiceFocal(self.label_manager.has_regions)
 
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Schedule]:
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, RateSchedule]:
         """Return AdamW, decay for matrices only, and a rate that rises and then falls to 0."""
         groups: dict[tuple[float, float], dict[str, Any]] = {}
         for name, parameter in unwrap(self.network).named_parameters():
@@ -120,7 +120,7 @@ class WindowTraining(DescribedTraining):
             group = groups.setdefault((scale, decay), {"params": [], "scale": scale, "weight_decay": decay})
             group["params"].append(parameter)
         optimizer = torch.optim.AdamW(list(groups.values()), self.initial_lr)
-        return optimizer, Schedule(optimizer, self.initial_lr, self.num_epochs, self.window.warmup_epochs, "poly")
+        return optimizer, RateSchedule(optimizer, self.initial_lr, self.num_epochs, self.window.warmup_epochs, "poly")
 
     def described_plans(self) -> dict[str, Any]:
         """Return the plans with the window network in the configuration that is trained."""

@@ -1,0 +1,141 @@
+"""What several tests share: models, datasets, predictors, jobs."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+LEAKY = {"nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {"inplace": True}}
+
+
+RESAMPLING = {f"resampling_fn_{what}": "resample_data_or_seg_to_shape" for what in ("data", "seg", "probabilities")} | {
+    f"resampling_fn_{what}_kwargs": {"is_seg": what == "seg", "order": order, "order_z": 0, "force_separate_z": None}
+    for what, order in (("data", 3), ("seg", 1), ("probabilities", 1))
+}
+
+
+def _configuration(kind: str) -> dict[str, Any]:
+    dims = 2 if kind == "2d" else 3
+    stages = 3
+    kernels = [[3] * dims for _ in range(stages)]
+    strides = [[1] * dims] + [[2] * dims for _ in range(stages - 1)]
+    patch = [16] * dims
+    if kind == "anisotropic":
+        kernels[0], strides[1], patch = [1, 3, 3], [1, 2, 2], [8, 16, 16]
+    blocks = "n_blocks_per_stage" if kind == "residual" else "n_conv_per_stage"
+    architecture = "ResidualEncoderUNet" if kind == "residual" else "PlainConvUNet"
+    return {
+        "data_identifier": f"nnUNetPlans_{dims}d",
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": 2,
+        "patch_size": patch,
+        "median_image_size_in_voxels": patch,
+        "spacing": [1.0] * dims,
+        "normalization_schemes": ["ZScoreNormalization"],
+        "use_mask_for_norm": [False],
+        "batch_dice": False,
+        **RESAMPLING,
+        "architecture": {
+            "network_class_name": f"dynamic_network_architectures.architectures.unet.{architecture}",
+            "arch_kwargs": {
+                "n_stages": stages,
+                "features_per_stage": [8, 16, 32],
+                "conv_op": f"torch.nn.modules.conv.Conv{dims}d",
+                "kernel_sizes": kernels,
+                "strides": strides,
+                blocks: [2] * stages,
+                "n_conv_per_stage_decoder": [2] * (stages - 1),
+                "conv_bias": True,
+                "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dims}d",
+                "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+                "dropout_op": None,
+                "dropout_op_kwargs": None,
+                **LEAKY,
+            },
+            "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+        },
+    }
+
+
+def _old_format(settings: dict[str, Any]) -> dict[str, Any]:
+    """Rewrite a configuration as nnU-Net up to 2.2 did (and as TotalSegmentator's weights have it)."""
+    kwargs = settings.pop("architecture")["arch_kwargs"]
+    return settings | {
+        "UNet_class_name": "PlainConvUNet",
+        "UNet_base_num_features": 8,
+        "unet_max_num_features": 32,
+        "n_conv_per_stage_encoder": kwargs["n_conv_per_stage"],
+        "n_conv_per_stage_decoder": kwargs["n_conv_per_stage_decoder"],
+        "num_pool_per_axis": [2, 2, 2],
+        "pool_op_kernel_sizes": kwargs["strides"],
+        "conv_kernel_sizes": kwargs["kernel_sizes"],
+    }
+
+
+def make_plans(kind: str) -> tuple[dict[str, Any], str]:
+    """Return plans and the name of the trained configuration."""
+    settings = _configuration(kind)
+    name = "2d" if kind == "2d" else "3d_fullres"
+    configurations = {name: settings}
+    if kind == "old plans":
+        configurations[name] = _old_format(settings)
+    if kind == "cascade":
+        name = "3d_cascade_fullres"
+        configurations["3d_lowres"] = copy.deepcopy(settings) | {"next_stage": name}
+        configurations[name] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    plans = {
+        "dataset_name": "Dataset999_Tiny",
+        "plans_name": "nnUNetPlans",
+        "original_median_spacing_after_transp": [1.0, 1.0, 1.0],
+        "original_median_shape_after_transp": [20, 20, 20],
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "configurations": configurations,
+        "experiment_planner_used": "ExperimentPlanner",
+        "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": {
+            "0": {"max": 4, "mean": 0, "median": 0, "min": -4, "percentile_00_5": -3, "percentile_99_5": 3, "std": 1}
+        },
+    }
+    return plans, name
+
+
+def make_predictor(**options: Any) -> Any:
+    """Return a stock predictor on the CPU."""
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    return nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, **{"use_mirroring": False, **options})
+
+
+def random_data(predictor: Any, size: int = 20) -> torch.Tensor:
+    """Return (channels, size, size, size) noise with the channels that the predictor's network takes."""
+    from nnslim.hosts.nnunet.predict.predictor_patches import _input_channels
+
+    return torch.randn(_input_channels(predictor), size, size, size, generator=torch.Generator().manual_seed(5))
+
+
+def write_ball_dataset(folder: Path) -> None:
+    """Write six volumes with a bright ball each, in nnU-Net's raw layout."""
+
+    rng = np.random.default_rng(0)
+    for kind in ("imagesTr", "labelsTr"):
+        (folder / kind).mkdir(parents=True)
+    grid = np.stack(np.meshgrid(*[np.arange(16)] * 3, indexing="ij"))
+    for number in range(6):
+        centre = rng.integers(5, 11, 3).reshape(3, 1, 1, 1)
+        ball = (((grid - centre) ** 2).sum(0) < 16).astype(np.uint8)
+        image = (ball + 0.3 * rng.standard_normal(ball.shape)).astype(np.float32)
+        nib.save(nib.Nifti1Image(image, np.eye(4)), folder / "imagesTr" / f"case_{number}_0000.nii.gz")
+        nib.save(nib.Nifti1Image(ball, np.eye(4)), folder / "labelsTr" / f"case_{number}.nii.gz")
+    names = [f"case_{number}" for number in range(6)]
+    (folder / "splits_final.json").write_text(json.dumps([{"train": names[:4], "val": names[4:]}]))
+    dataset = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "ball": 1}}
+    (folder / "dataset.json").write_text(json.dumps({**dataset, "numTraining": 6, "file_ending": ".nii.gz"}))

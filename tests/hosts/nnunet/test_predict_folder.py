@@ -1,0 +1,298 @@
+"""nnU-Net folders in worker processes: same voxels as stock, and every fault named while the rest is done."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from helpers import ROOT, make_predictor
+
+from nnslim.errors import InputError
+from nnslim.hosts.nnunet.cases.preprocess import list_cases, silent
+from nnslim.hosts.nnunet.predict.directory import NNUNetJob, nnunet_cases, predict_folder
+from nnslim.hosts.nnunet.predict.load import load_predictor
+from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
+from nnslim.prediction.engines import Crew, crew_here
+from nnslim.prediction.run_directory import FolderSettings
+
+STOCK = PredictSettings(backend="stock", threads=1)
+TWO = FolderSettings("local", Crew(2, threads=1))
+
+
+def voxels(path: Path) -> np.ndarray:
+    return np.asarray(nib.load(path).dataobj)
+
+
+def test_two_workers_equal_stock_nnunet_and_survive_the_rest(make_model, case_folder, tmp_path):
+    """Both endings of a run in one, since each worker takes seconds to load torch: results, and a bad case."""
+    model = make_model(folds=(0, 1))
+    (case_folder / "broken_0000.nii.gz").write_bytes(b"this is no image")
+    records = predict_folder(case_folder, tmp_path / "ours", model, None, STOCK, folder=TWO)
+    assert [(r.name, r.status) for r in records] == [("a", "done"), ("b", "done"), ("broken", "failed"), ("c", "done")]
+    assert {r.worker for r in records if r.status == "done"} and all(
+        r.worker.split(":")[1] != str(os.getpid()) for r in records
+    )
+    assert records[2].error.startswith("broken_0000.nii.gz cannot be read")
+    assert records[0].voxels == 18 * 20 * 17 and records[0].peak_mb > 100
+    assert {"nnslim", "nnunetv2", "torch", "python"} <= records[0].versions.keys()
+    (case_folder / "broken_0000.nii.gz").unlink()
+    predictor = make_predictor()
+    predictor.initialize_from_trained_model_folder(str(model), (0, 1))
+    (tmp_path / "stock").mkdir()
+    with silent():
+        predictor.predict_from_files_sequential(str(case_folder), str(tmp_path / "stock"))
+    for name in "abc":
+        ours, stock = (voxels(tmp_path / kind / f"{name}.nii.gz") for kind in ("ours", "stock"))
+        assert np.array_equal(ours, stock) and len(np.unique(ours)) > 1
+    again = predict_folder(case_folder, tmp_path / "ours", model, None, STOCK)  # in this process: the same identity
+    assert {r.status for r in again} == {"there"}
+
+
+def test_overlap_gives_the_same_voxels_as_one_thing_at_a_time(make_model, case_folder, tmp_path):
+    model = make_model()
+    for name, overlap in (("with", True), ("without", False)):
+        folder = FolderSettings(crew=Crew(threads=1, overlap=overlap))
+        records = predict_folder(case_folder, tmp_path / name, model, None, STOCK, folder=folder)
+        assert {r.status for r in records} == {"done"}
+    for name in "abc":
+        assert np.array_equal(*(voxels(tmp_path / kind / f"{name}.nii.gz") for kind in ("with", "without")))
+
+
+def test_identity_follows_weights_and_what_decides_voxels(make_model):
+    model = make_model(folds=(0, 1))
+
+    def identity(config=None, **settings) -> str:
+        return NNUNetJob(model, config, PredictSettings(**settings)).stamp()[0]
+
+    first = identity()
+    assert identity(device="cuda", threads=3, backend="eager") == first
+    slim = {"methods": [{"method": "tucker", "rank_factor": 0.5}]}
+    others = [identity(mirroring=True), identity(step_size=0.8), identity(folds=["0"]), identity(slim)]
+    path = model / "fold_1" / "checkpoint_final.pth"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert len({first, identity(), *others}) == 6
+
+
+# --- faults: each names the file, what was found and what is expected -------------------------------------------------
+
+
+def _patched(path: Path, offset: int, value: bytes) -> None:
+    raw = bytearray(gzip.decompress(path.read_bytes()))
+    raw[offset : offset + len(value)] = value
+    path.write_bytes(gzip.compress(bytes(raw)))
+
+
+def _image(path: Path, data: np.ndarray) -> None:
+    nib.save(nib.Nifti1Image(data.astype(np.float32), np.eye(4)), path)
+
+
+def test_faults_of_images_are_named_and_the_rest_is_done(make_model, tmp_path):
+    images, rng = tmp_path / "Bilder ü 1", np.random.default_rng(0)
+    images.mkdir()
+    good = rng.standard_normal((16, 17, 18))
+    for name in ("Fäll 1", "zero", "nan_spacing", "cut", "cut_plain", "two", "twin", "gap"):
+        _image(images / f"{name}_0000.nii.gz", good)
+    with_nan = good.copy()
+    with_nan[3, 4, 5] = np.nan
+    with_nan[3, 4, 6] = np.inf
+    _image(images / "nan_0000.nii.gz", with_nan)
+    _image(images / "4d_0000.nii.gz", np.stack([good, good], -1))
+    _patched(images / "zero_0000.nii.gz", 80, struct.pack("<f", 0.0))
+    _patched(images / "nan_spacing_0000.nii.gz", 84, struct.pack("<f", np.nan))
+    cut = images / "cut_0000.nii.gz"
+    cut.write_bytes(cut.read_bytes()[:4000])
+    _image(images / "cut_plain_0000.nii", good)  # another ending of the same channel
+    shutil.copy(images / "two_0000.nii.gz", images / "two_0001.nii.gz")
+    shutil.move(images / "gap_0000.nii.gz", images / "gap_0003.nii.gz")
+    _image(images / "foreign_0000.nii", good)
+    shutil.move(images / "twin_0000.nii.gz", images / "twin_0000.nrrd")
+    (images / "._a_0000.nii.gz").write_bytes(b"what other systems leave")
+    records = predict_folder(images, tmp_path / "out ü", make_model(), None, STOCK)
+    errors = {r.name: r.error for r in records if r.status == "failed"}
+    assert {r.name for r in records if r.status == "done"} == {"Fäll 1", "gap"}
+    assert errors == {
+        "zero": "zero_0000.nii.gz has a voxel spacing of 0 x 1 x 1 mm; expected positive numbers",
+        "nan_spacing": "nan_spacing_0000.nii.gz has a voxel spacing of 1 x nan x 1 mm; expected positive numbers",
+        "nan": "nan_0000.nii.gz has 2 of 4,896 voxels that are NaN or infinite; expected numbers only, 0 for instance",
+        "4d": "4d_0000.nii.gz has 4 axes (16 x 17 x 18 x 2 voxels); expected 3, and a file of its own for each channel "
+        "or time",
+        "cut": errors["cut"],
+        "cut_plain": "cut_plain_0000.nii.gz and cut_plain_0000.nii are both channel 0000; remove one",
+        "two": "the model needs 1 channel(s) (MRI), found 2 file(s): two_0000.nii.gz, two_0001.nii.gz",
+        "foreign": "foreign_0000.nii cannot be taken: the model reads .nii.gz files; convert it",
+        "twin": "twin_0000.nrrd cannot be taken: the model reads .nii.gz files; convert it",
+    }
+    assert errors["cut"].startswith("cut_0000.nii.gz cannot be read: ")
+    assert len(np.unique(voxels(tmp_path / "out ü" / "Fäll 1.nii.gz"))) > 1
+    written = sorted(path.name for path in (tmp_path / "out ü").iterdir())
+    assert written == ["Fäll 1.nii.gz", "gap.nii.gz", "manifest.jsonl"]
+
+
+def test_channels_that_are_not_counted_from_zero_are_refused(make_model, case_folder, tmp_path):
+    model = make_model()
+    dataset = json.loads((model / "dataset.json").read_text())
+    (model / "dataset.json").write_text(json.dumps(dataset | {"channel_names": {"0": "T1", "1": "T2"}}))
+    shutil.copy(case_folder / "a_0000.nii.gz", case_folder / "a_0002.nii.gz")
+    predictor = make_predictor()
+    predictor.dataset_json = json.loads((model / "dataset.json").read_text())
+    from nnslim.hosts.nnunet.cases.preprocess import preprocess_case
+
+    with pytest.raises(InputError, match=r"needs channels 0000, 0001 \(T1, T2\), found a_0000.nii.gz, a_0002.nii.gz"):
+        preprocess_case(predictor, sorted(case_folder.glob("a_*")), None)
+
+
+def test_listing_leaves_out_what_is_no_case_and_says_so(case_folder, caplog):
+    (case_folder / "notes.txt").write_text("x")
+    (case_folder / "plain.nii.gz").write_bytes(b"x")
+    (case_folder / "deeper_0000.nii.gz").mkdir()
+    found = list_cases(case_folder, ".nii.gz")
+    assert list(found.cases) == ["a", "b", "c"] and not found.problems
+    assert [path.name for path in found.left_out] == ["notes.txt", "plain.nii.gz"]
+    assert [case.target for case in nnunet_cases(case_folder, ".nii.gz")] == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
+    assert "2 files are not named <case>_0000.nii.gz and left out: notes.txt, plain.nii.gz" in caplog.text
+
+
+def test_model_that_fails_on_one_case_only_fails_that_case(make_model, case_folder, tmp_path, monkeypatch):
+    """Whatever nnU-Net raises."""
+    model = make_model()
+    predictor = type(load_predictor(model, None, STOCK))
+    original = predictor.predict_logits_from_preprocessed_data
+    calls = []
+
+    def predict_logits_from_preprocessed_data(self, data):
+        calls.append(1)
+        if len(calls) == 2:
+            raise IndexError("somewhere in nnU-Net")
+        return original(self, data)
+
+    monkeypatch.setattr(predictor, "predict_logits_from_preprocessed_data", predict_logits_from_preprocessed_data)
+    records = predict_folder(case_folder, tmp_path / "out", model, None, STOCK)
+    assert [r.status for r in records].count("done") == 2
+    assert [r.error for r in records if r.status == "failed"] == ["IndexError: somewhere in nnU-Net"]
+
+
+def _predict_in_a_process(*arguments, limit: int | None = None, before: list[str] | None = None):
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "nnslim.cli",
+        "predict",
+        "-q",
+        "--threads",
+        "1",
+        *map(str, arguments),
+    ]
+    return subprocess.run(
+        (before or []) + command,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        preexec_fn=small_files if limit else None,
+        check=False,
+    )
+
+
+def _noise(folder: Path) -> None:
+    """Images whose segmentations do not compress: some 10 kB each."""
+    rng = np.random.default_rng(1)
+    for name in "abc":
+        _image(folder / f"{name}_0000.nii.gz", rng.standard_normal((40, 40, 40)))
+
+
+def test_files_that_do_not_fit_fail_their_cases_and_nothing_torn_is_left(make_model, case_folder, tmp_path):
+    """A limit on the size of files: lines of the manifest fit, segmentations do not, and ITK reports no error."""
+    _noise(case_folder)
+    out = tmp_path / "out"
+    done = _predict_in_a_process("-i", case_folder, "-o", out, "-m", make_model(), "--workers", 1, limit=4000)
+    assert done.returncode == 1 and "0 predicted, 0 there already, 3 failed" in done.stdout, done.stderr
+    for name in "abc":
+        assert f"nnslim: {name}: cannot write {out / name}.nii.gz: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in out.iterdir()] == ["manifest.jsonl"]
+
+
+def test_full_disk_is_named_and_leaves_nothing_torn(make_model, case_folder, tmp_path):
+    """A disk of 20 kB, a file system of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    small = [
+        "unshare",
+        "-rm",
+        "bash",
+        "-c",
+        f'mount -t tmpfs -o size=20k none "{disk}" && "$@"; code=$?; ls -A "{disk}"; exit $code',
+        "-",
+    ]
+    probe = subprocess.run([*small, "true"], capture_output=True, check=False)
+    if probe.returncode:
+        pytest.skip("this machine lets nobody mount a tmpfs of its own (unshare -rm)")
+    _noise(case_folder)
+    done = _predict_in_a_process("-i", case_folder, "-o", disk, "-m", make_model(), before=small)
+    assert "Traceback" not in done.stderr
+    assert "the disk is full" in done.stderr or "the disk is probably full" in done.stderr, done.stderr
+    left = done.stdout.split()  # the second list is that of `ls`
+    assert not [name for name in left if re.match(r"\.nnslim-[0-9a-f]{8}-", name)]
+    assert done.returncode in (1, 2) and "manifest.jsonl" in left
+
+
+def test_command_names_faults_of_its_options(make_model, case_folder, tmp_path, command):
+    def fault(*arguments) -> str:
+        return command("predict", "-q", "-i", case_folder, "-o", tmp_path / "out", *arguments, expect=2)[2]
+
+    assert "give one of -m MODEL and --task TASK" in fault()
+    assert "give one of -m MODEL and --task TASK" in fault("-m", "x", "--task", "total")
+    for option in (("-f", "0"), ("--step-size", "0.7"), ("--mirroring",), ("--trust-checkpoint",)):
+        name = "--fold" if option[0] == "-f" else option[0]
+        assert f"{name} goes with -m; TotalSegmentator decides it" in fault("--task", "total", *option)
+    assert "--ml goes with --task" in fault("-m", "x", "--ml")
+    assert "--roi goes with --task" in fault("-m", "x", "--roi", "liver")
+    assert "--parts goes with --engine slurm" in fault("-m", "x", "--parts", "2")
+    assert "--ray-address goes with --engine ray" in fault("-m", "x", "--ray-address", "auto")
+    assert "inside a Slurm job" in fault("-m", make_model(), "--engine", "slurm")
+    assert not (tmp_path / "out").exists()
+
+
+def test_printed_sbatch_script_predicts_the_folder_share_by_share(
+    make_model, case_folder, tmp_path, monkeypatch, command
+):
+    """The script that --print-sbatch gives, run by bash with the variables that Slurm would set."""
+    model, out = make_model(), tmp_path / "my out"
+    monkeypatch.chdir(tmp_path)
+    options = ("-m", model, "--threads", 1, "--parts", 2, "--print-sbatch")
+    script = tmp_path / "job.sh"
+    script.write_text(command("predict", "-q", "-i", "images", "-o", "my out", *options, expect=0)[1])
+    done = []
+    for task in ("0", "1"):
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": path, "SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": "2"}
+        ran = subprocess.run(
+            ["bash", str(script)], capture_output=True, text=True, timeout=1200, env=environment, check=False
+        )
+        assert ran.returncode == 0, ran.stderr
+        done.append(int(ran.stdout.split()[0]))
+    assert sorted(done) == [1, 2]
+    assert sorted(path.name for path in out.iterdir()) == ["a.nii.gz", "b.nii.gz", "c.nii.gz", "manifest.jsonl"]
+
+
+def test_crew_divides_the_cores_and_stays_in_this_process_by_default(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(9)), raising=False)
+    assert crew_here("cpu", None, None) == ("here", Crew(1))
+    assert crew_here("cpu", 2, None) == ("local", Crew(2, 4))
+    assert crew_here("cpu", 1, None) == ("local", Crew(1))
+    assert crew_here("cpu", 4, 3, overlap=False) == ("local", Crew(4, 3, overlap=False))

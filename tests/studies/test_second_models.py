@@ -1,0 +1,88 @@
+"""What script 08 needs: short training with other plans, trainer and precision; the deformed dataset."""
+
+from __future__ import annotations
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from helpers import make_predictor, write_ball_dataset
+
+from nnslim.hosts.nnunet.model.trained_model import read_trained_model, trainer_class
+from studies.deformed_dataset import write_deformed_dataset
+from studies.short_training import ShortTraining, copy_weights, derive_plans, train_short
+
+
+def _halve_widths(settings):
+    settings["patch_size"] = [16, 16, 16]
+    settings["architecture"]["arch_kwargs"] |= {
+        "n_stages": 3,
+        "features_per_stage": [6, 8, 10],
+        "kernel_sizes": [[3, 3, 3]] * 3,
+        "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]],
+        "n_conv_per_stage": [1, 1, 1],
+        "n_conv_per_stage_decoder": [1, 1],
+    }
+
+
+def test_train_short_with_other_plans_trainer_and_precision(tmp_path, monkeypatch):
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    write_ball_dataset(tmp_path / "raw" / "Dataset997_Ball")
+    base = trainer_class("nnUNetTrainerNoMirroring")
+    length = ShortTraining(epochs=1, iterations=2, validation_iterations=1, batch_size=2, bfloat16=True)
+    kinds = []
+    fold = train_short(
+        997,
+        "3d_fullres",
+        0,
+        length,
+        plans_name="nnUNetSmallPlans",
+        edit_plans=_halve_widths,
+        trainer_base=base,
+        on_start=lambda trainer: kinds.append(
+            {output.dtype for output in trainer.network(torch.zeros(1, 1, 16, 16, 16))}
+        ),
+    )
+    assert fold.parent.name == "nnUNetTrainerNoMirroring__nnUNetSmallPlans__3d_fullres"
+    assert kinds == [{torch.float32}]
+    model = read_trained_model(copy_weights(fold, tmp_path / "copy"))
+    assert model.trainer_name == "nnUNetTrainerNoMirroring" and model.checkpoints["0"]["optimizer_state"] is None
+    assert model.configuration_manager.patch_size == [16, 16, 16]
+    predictor = make_predictor()
+    predictor.initialize_from_trained_model_folder(str(tmp_path / "copy"), (0,))
+    assert not predictor.allowed_mirroring_axes
+    for key, weight in predictor.list_of_parameters[0].items():
+        torch.testing.assert_close(weight, model.weights[0][key])
+    with pytest.raises(ValueError, match="own name"):
+        derive_plans(tmp_path / "preprocessed" / "Dataset997_Ball", "nnUNetPlans", "3d_fullres", _halve_widths)
+
+
+def test_deformed_dataset_is_the_seeds_alone(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = np.zeros((24, 20, 12), np.uint8)
+    labels[4:12, 4:16, 2:10], labels[14:20, 4:16, 2:10] = 5, 117
+    affine = np.diag([3, 3, 3, 1.0])
+    nib.save(
+        nib.Nifti1Image((100 * labels + rng.integers(-50, 50, labels.shape)).astype(np.int16), affine),
+        tmp_path / "ct.nii.gz",
+    )
+    nib.save(nib.Nifti1Image(labels, affine), tmp_path / "seg.nii.gz")
+    first, second = (
+        write_deformed_dataset(tmp_path / "ct.nii.gz", tmp_path / "seg.nii.gz", tmp_path / name, 7, 1, seed=3)
+        for name in ("a", "b")
+    )
+    names = sorted(path.relative_to(first) for path in first.rglob("*.nii.gz"))
+    assert len(names) == 16 and names == sorted(path.relative_to(second) for path in second.rglob("*.nii.gz"))
+    read = [np.asarray(nib.load(first / name).dataobj) for name in names]
+    for name, array in zip(names, read, strict=True):
+        np.testing.assert_array_equal(array, np.asarray(nib.load(second / name).dataobj))
+    maps = [array for name, array in zip(names, read, strict=True) if name.parts[0].startswith("labels")]
+    assert all(set(np.unique(array)) <= {0, 1, 2} for array in maps)
+    assert len({array.tobytes() for array in maps}) == 8
+    assert json.loads((first / "dataset.json").read_text())["labels"] == {"background": 0, "class_5": 1, "class_117": 2}
+    (split,) = json.loads((first / "splits_final.json").read_text())
+    assert split["val"] == ["deformed_000", "deformed_006"] and len(split["train"]) == 5
