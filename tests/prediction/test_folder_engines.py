@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
 from folder_jobs import IDENTITY, CopyJob, times, write_cases
+from helpers import ROOT
 
 from nnslim.errors import ConfigError, HostError, InputError, ModelError, OutputError
 from nnslim.prediction.case import Case

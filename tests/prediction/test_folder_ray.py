@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 import pytest
-from helpers import ROOT
 from folder_jobs import CopyJob, times, write_cases
+from helpers import ROOT
 
 from nnslim.errors import HostError, ModelError
 from nnslim.prediction.engines import Crew

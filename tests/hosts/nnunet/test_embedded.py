@@ -251,8 +251,9 @@ def test_daeformer_is_trained_predicted_by_stock_nnunet_fine_tuned_and_exported(
 
 
 def test_daeformer_trainer_is_found_by_name_and_refuses_volumes(dataset, monkeypatch, make_model):
-    import nnslim.hosts.nnunet.train as package
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    import nnslim.hosts.nnunet.train as package
 
     monkeypatch.setenv("nnUNet_extTrainer", str(Path(package.__file__).parent / "ext"))
     trainer = recursive_find_trainer_class_by_name("nnUNetTrainerDAEFormer")
