@@ -22,7 +22,8 @@ def agree(
     quiet: QuietOption = False,
 ) -> None:
     """Compare a slim model with the dense one on your images, per class; kept in nnslim.json and agreement.png."""
-    from nnslim.hosts.nnunet.judge.agree_models import agreement_of_models, slim_record, write_agreement
+    from nnslim.hosts.nnunet.judge.agree_models import agreement_of_models, write_agreement
+    from nnslim.hosts.nnunet.model.model_files import slim_record
     from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 
     start(quiet)

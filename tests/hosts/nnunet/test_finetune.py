@@ -20,14 +20,14 @@ from nnslim.compression.config import tucker
 from nnslim.compression.distillation import distillation_loss
 from nnslim.errors import ConfigError, InputError, ModelError, OutputError
 from nnslim.hosts.nnunet.compress.compress_model import compress_model
-from nnslim.hosts.nnunet.model.trained_model import load_checkpoint, read_trained_model, trainer_class
+from nnslim.hosts.nnunet.model.trained_model import load_checkpoint, model_key, read_trained_model, trainer_class
 from nnslim.hosts.nnunet.train import finetune_fold as fold_module
 from nnslim.hosts.nnunet.train.finetune_fold import load_teacher, run_rank
 from nnslim.hosts.nnunet.train.finetune_model import _job, finetune_model
 from nnslim.hosts.nnunet.train.finetune_record import begin_record
 from nnslim.hosts.nnunet.train.finetune_settings import FinetuneSettings
 from nnslim.hosts.nnunet.train.finetune_trainer import DistilledLoss, finetune_trainer_class
-from nnslim.hosts.nnunet.train.prepared_data import find_dataset, model_key, prepare_data
+from nnslim.hosts.nnunet.train.prepared_data import find_dataset, prepare_data
 from nnslim.network.spec import spec_of
 from studies.short_training import ShortTraining, train_short
 

@@ -19,10 +19,8 @@ from nnslim.errors import ConfigError, ModelError, SpecError
 from nnslim.files import save_checkpoint, sha256_of, whole_folder, write_json
 from nnslim.hosts.nnunet.cases.calibration_tiles import calibration_of
 from nnslim.hosts.nnunet.compress.compress_model import slim_checkpoint
-from nnslim.hosts.nnunet.judge.agree_models import slim_record
-from nnslim.hosts.nnunet.model.model_files import find_folds
-from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network, read_trained_model
-from nnslim.hosts.nnunet.train.prepared_data import model_key
+from nnslim.hosts.nnunet.model.model_files import find_folds, slim_record
+from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network, model_key, read_trained_model
 from nnslim.network.spec import apply_spec, spec_of
 
 _STALE = ("agreement",)  # entries of nnslim.json that were measured on the weights from before

@@ -18,7 +18,7 @@ from nnslim.evaluation.expected import harden
 from nnslim.files import write_json
 from nnslim.hosts.nnunet.cases.preprocess import check_stage, find_cases, preprocess_case, silent
 from nnslim.hosts.nnunet.model.class_names import classes_of
-from nnslim.hosts.nnunet.model.model_files import find_folds, read_json_object
+from nnslim.hosts.nnunet.model.model_files import find_folds, slim_record
 from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 from nnslim.hosts.nnunet.predict.load import load_predictor
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
@@ -103,17 +103,6 @@ def agreement_of_predictors(
         name, reason = next(iter(agreement.failed.items()))
         raise InputError(f"none of {len(cases)} case(s) of {images} could be compared; {name}: {reason}")
     return agreement
-
-
-def slim_record(slim: Path) -> dict[str, Any]:
-    """Return the content of nnslim.json.
-
-    Raises:
-        ModelError: there is none, so the folder is not of a slim model, or it cannot be read.
-    """
-    if not (Path(slim) / "nnslim.json").is_file():
-        raise ModelError(f"{slim} has no nnslim.json, which every slim model folder has; was the dense one named?")
-    return read_json_object(Path(slim) / "nnslim.json")
 
 
 def write_agreement(slim: Path, agreement: Agreement, figure: bool = True) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
+import json
 import logging
 import os
 import pickle
@@ -293,3 +295,36 @@ def _does_not_fit(model: TrainedModel, error: Exception) -> ModelError:
 def input_shape(model: TrainedModel) -> tuple[int, ...]:
     """Return (1, channels, *patch), voxels."""
     return (1, channels_and_heads(model)[0], *model.configuration_manager.patch_size)
+
+
+_PREPROCESSING = (
+    "preprocessor_name",
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+    "resampling_fn_seg",
+    "resampling_fn_seg_kwargs",
+)
+
+
+def preprocessing_key(plans: dict[str, Any], settings: dict[str, Any]) -> str:
+    """Return 8 hexadecimal digits that are equal for plans that make the same voxels of the same image.
+
+    Args:
+        plans: content of a plans file.
+        settings: one of its configurations, inheritance resolved.
+    """
+    values = {key: settings.get(key) for key in _PREPROCESSING}
+    values["transpose_forward"] = plans.get("transpose_forward")
+    if "CTNormalization" in settings.get("normalization_schemes", ()):  # the one scheme that looks at the dataset
+        values["intensities"] = plans.get("foreground_intensity_properties_per_channel") or plans.get(
+            "foreground_intensity_properties_by_modality"
+        )
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def model_key(model: TrainedModel) -> str:
+    """Return the `preprocessing_key` of a model's own configuration."""
+    return preprocessing_key(model.plans, model.configuration_manager.configuration)

@@ -19,13 +19,14 @@ from nnslim.hosts.nnunet.model.trained_model import (
     builds_from_plans,
     channels_and_heads,
     load_checkpoint,
+    model_key,
     read_trained_model,
     trainer_class,
 )
 from nnslim.hosts.nnunet.train.finetune_fold import run_fold, run_rank
 from nnslim.hosts.nnunet.train.finetune_record import FINAL, RECORD, begin_record, finish_record, plain_settings
 from nnslim.hosts.nnunet.train.finetune_settings import FinetuneSettings, FoldJob
-from nnslim.hosts.nnunet.train.prepared_data import PreparedData, model_key, prepare_data
+from nnslim.hosts.nnunet.train.prepared_data import PreparedData, prepare_data
 from nnslim.hosts.nnunet.train.steady import LATEST
 
 _log = logging.getLogger("nnslim")

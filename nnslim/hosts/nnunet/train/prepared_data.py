@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 import io
-import json
 import logging
 import os
 import re
@@ -18,20 +16,10 @@ from typing import Any
 
 from nnslim.errors import ConfigError, InputError
 from nnslim.files import make_folder, read_json, write_json
-from nnslim.hosts.nnunet.model.trained_model import TrainedModel
+from nnslim.hosts.nnunet.model.trained_model import TrainedModel, model_key, preprocessing_key
 
 _log = logging.getLogger("nnslim")
 # What decides the voxels that a network sees; patch and batch size are no part of it.
-_PREPROCESSING = (
-    "preprocessor_name",
-    "spacing",
-    "normalization_schemes",
-    "use_mask_for_norm",
-    "resampling_fn_data",
-    "resampling_fn_data_kwargs",
-    "resampling_fn_seg",
-    "resampling_fn_seg_kwargs",
-)
 
 
 @dataclass(frozen=True)
@@ -140,27 +128,6 @@ def _labels_and_channels(description: dict[str, Any]) -> tuple[list[Any], Any, i
 
 def _names(description: dict[str, Any]) -> str:
     return ", ".join(description["labels"])
-
-
-def preprocessing_key(plans: dict[str, Any], settings: dict[str, Any]) -> str:
-    """Return 8 hexadecimal digits that are equal for plans that make the same voxels of the same image.
-
-    Args:
-        plans: content of a plans file.
-        settings: one of its configurations, inheritance resolved.
-    """
-    values = {key: settings.get(key) for key in _PREPROCESSING}
-    values["transpose_forward"] = plans.get("transpose_forward")
-    if "CTNormalization" in settings.get("normalization_schemes", ()):  # the one scheme that looks at the dataset
-        values["intensities"] = plans.get("foreground_intensity_properties_per_channel") or plans.get(
-            "foreground_intensity_properties_by_modality"
-        )
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def model_key(model: TrainedModel) -> str:
-    """Return the `preprocessing_key` of a model's own configuration."""
-    return preprocessing_key(model.plans, model.configuration_manager.configuration)
 
 
 def _fitting_identifiers(model: TrainedModel, folder: Path) -> list[str]:
