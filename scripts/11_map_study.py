@@ -22,7 +22,8 @@ def study(model_folder: Path, images: Path, output: Path, seed: int) -> list[str
     from nnslim.files import whole_folder
     from nnslim.hosts.nnunet.cases.calibration_tiles import ImageTiles, Source, prepare_images
     from nnslim.hosts.nnunet.model.trained_model import build_network, read_trained_model
-    from nnslim.methods.sauron.map_study import clusterability, draw_maps, feature_maps, save_maps, write_clusterability
+    from nnslim.methods.sauron.feature_maps import feature_maps, save_maps
+    from studies.map_study import clusterability, draw_maps, write_clusterability
 
     model = read_trained_model(model_folder)
     network = build_network(model)

@@ -11,15 +11,9 @@ from matplotlib.image import imread
 from torch import nn
 
 from nnslim.errors import InputError
-from nnslim.methods.sauron.map_study import (
-    clusterability,
-    draw_maps,
-    feature_maps,
-    load_maps,
-    save_maps,
-    write_clusterability,
-)
+from nnslim.methods.sauron.feature_maps import feature_maps, save_maps
 from nnslim.surgery.channels import channel_map
+from studies.map_study import clusterability, draw_maps, load_maps, write_clusterability
 
 
 def test_maps_are_those_after_norm_and_activation_and_go_round(tiny_net, tiny_shape, tmp_path):

@@ -21,7 +21,7 @@ from nnslim.hosts.nnunet.model.slim_plans import with_architecture
 from nnslim.hosts.nnunet.model.trained_model import read_trained_model, trainer_class
 from nnslim.hosts.nnunet.train.steady import SteadyTraining, reseed
 from nnslim.methods.sauron import Pruner, Removal, SauronConfig
-from nnslim.methods.sauron.map_study import feature_maps, save_maps
+from nnslim.methods.sauron.feature_maps import feature_maps, save_maps
 from nnslim.methods.sauron.pruning_history import PruningHistory
 from nnslim.network.spec import Edit, SlimSpec, spec_of
 from nnslim.network.walk import unwrap

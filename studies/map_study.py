@@ -1,4 +1,4 @@
-"""Study feature maps: save them per layer, ask whether redundant filters cluster, and look at those of the last layer.
+"""Study feature maps: do redundant filters cluster, and what do the maps of the last layer show?
 
 The questions are those of Valverde et al., arXiv 2209.13590: maps of a layer that form tight clusters hold redundant
 filters, and after pruning the maps of the last layer can be read by eye.
@@ -6,24 +6,15 @@ filters, and after pruning the maps of the last layer can be read by eye.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from nnslim.errors import InputError
 from nnslim.figures import new_figure, own_style, save_figure
-from nnslim.files import make_folder, write_bytes
-from nnslim.network.walk import unwrap
-from nnslim.surgery.channels import channel_map
-from nnslim.surgery.streaming import hooked
-
-_COLUMNS = ("layer", "filters", "clusters", "silhouette", "redundant", "hopkins")
+from nnslim.tables import write_table
 
 
 @dataclass(frozen=True)
@@ -31,11 +22,12 @@ class Clusterability:
     """How much the maps of one layer cluster.
 
     Attributes:
-        layer: group of filters. filters: of it.
-        clusters: number of k-means clusters with the best silhouette. silhouette: theirs, -1..1; above 0.5 is tight.
+        layer: the group of filters. filters: how many it has.
+        clusters: number of k-means clusters with the best silhouette.
+        silhouette: of these clusters, -1..1; above 0.5 is tight.
         redundant: share of filters that a cluster of several could lose: 1 - clusters / filters; 0 where the
             silhouette says that there are no clusters (at most 0.25).
-        hopkins: statistic, 0.5 for maps that are spread evenly, towards 1 for clusters.
+        hopkins: Hopkins' statistic: 0.5 for maps that are spread evenly, near 1 for clusters.
     """
 
     layer: str
@@ -46,48 +38,11 @@ class Clusterability:
     hopkins: float
 
 
-def feature_maps(network: nn.Module, tile: Tensor) -> dict[str, np.ndarray]:
-    """Return the maps of each group of filters, (C, *spatial) float32, after norm and activation.
-
-    Args:
-        network: wrappers are looked through; it is run once, in eval mode. tile: (1, C, *patch).
-    """
-    network = unwrap(network)
-    groups = channel_map(network, tile.shape).groups
-    found: dict[str, np.ndarray] = {}
-    taps = {group.taps[-1]: name for name, group in groups.items() if group.taps}
-
-    def keep(name: str) -> object:
-        return lambda module, inputs, output: found.__setitem__(name, output[0].detach().float().cpu().numpy().copy())
-
-    was_training = network.training
-    network.eval()
-    try:
-        with hooked(network, {}, {tap: keep(name) for tap, name in taps.items()}), torch.no_grad():
-            network(tile)
-    finally:
-        network.train(was_training)
-    return found
-
-
-def save_maps(maps: Mapping[str, np.ndarray], folder: Path) -> None:
-    """Write one .npy file per layer, named after it.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    make_folder(folder)
-    for name, values in maps.items():
-        content = io.BytesIO()
-        np.save(content, values)
-        write_bytes(folder / f"{name}.npy", content.getvalue())
-
-
 def load_maps(folder: Path) -> dict[str, np.ndarray]:
-    """Return what `save_maps` wrote.
+    """Return the maps that `save_maps` wrote.
 
     Raises:
-        InputError: there is nothing of it.
+        InputError: the folder holds none.
     """
     files = sorted(folder.glob("*.npy"))
     if not files:
@@ -146,11 +101,7 @@ def _hopkins(points: np.ndarray, rng: np.random.Generator) -> float:
 
 def write_clusterability(rows: Sequence[Clusterability], path: Path) -> None:
     """Write a CSV with one row per layer."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(vars(row) for row in rows)
-    write_bytes(path, text.getvalue().encode())
+    write_table([vars(row) for row in rows], path, [field.name for field in fields(Clusterability)])
 
 
 @own_style
