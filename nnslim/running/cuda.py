@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from nnslim.errors import RewriteError
 from nnslim.network.graph import layer_of
 from nnslim.running.rewrites import fold_norms
+from nnslim.running.timing import pass_seconds
 
 _WARM = 3  # passes before recording, in which libraries choose their algorithms and kernels are compiled
 _log = logging.getLogger("nnslim")
@@ -131,8 +132,6 @@ def fastest_variant(graph: fx.GraphModule, shape: Sequence[int], dtype: torch.dt
     Args:
         graph: on CUDA. shape: (B, C, *patch). dtype: of autocast.
     """
-    from nnslim.running.timing import pass_seconds
-
     kept: dict[str, Graphed] = {}
     for name, variant in variants(graph).items():
         recorded = Graphed(variant, dtype)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from nnslim.running.engine import Settings, first_pass
 from nnslim.running.select import fastest, machine_threads, remembered
 
-_WORTH_MEASURING = 60.0  # seconds of passes
 _KEPT = 8  # engines at once: one for each set of weights (fold) and batch size
 _log = logging.getLogger("nnslim")
 
@@ -25,11 +24,14 @@ class Runner(nn.Module):
     Hosts load weights into it before every case and fold. An engine is made at the first patch with new weights, and
     kept: a state dict that was loaded before finds its own again. On a backend that fails, the next one takes over,
     with a message. With "auto" the backend that was measured to be the fastest here is taken; where nothing was
-    measured yet, eager, until it has run for a minute: then the next case begins with a measurement.
+    measured yet, eager, until it has run for a minute; then the next case begins with a measurement.
 
     Attributes:
         backend: the one in use; "" before the first patch.
+        worth_measuring: seconds of passes after which "auto" measures.
     """
+
+    worth_measuring = 60.0
 
     def __init__(self, network: nn.Module, settings: Settings) -> None:
         """Hold the network; nothing is prepared yet.
@@ -59,7 +61,7 @@ class Runner(nn.Module):
         result = self._orig_mod.load_state_dict(state_dict, *args, **kwargs)
         self._states[id(state_dict)] = state_dict
         self._loaded = id(state_dict)
-        if self.settings.backend == "auto" and not self._measured and self._spent > _WORTH_MEASURING:
+        if self.settings.backend == "auto" and not self._measured and self._spent > self.worth_measuring:
             self._measuring = True  # between two cases, so that a case is predicted by one backend
             self._engines.clear()
         return result

@@ -46,7 +46,7 @@ def fastest(network: nn.Module, shape: Sequence[int], settings: Settings) -> tup
     seconds = dict(zip(made, pass_seconds(list(made.values()), shape), strict=True))
     best = min(seconds, key=seconds.__getitem__)
     _log.info("backend %s: %s", best, ", ".join(f"{name} {value * 1e3:.0f} ms" for name, value in seconds.items()))
-    _remember(_key(network, shape, settings), best)
+    remember(network, shape, settings, best)
     return made[best], best
 
 
@@ -66,10 +66,11 @@ def _memory() -> dict[str, Backend]:
     return content if isinstance(content, dict) else {}
 
 
-def _remember(key: str, backend: str) -> None:
+def remember(network: nn.Module, shape: Sequence[int], settings: Settings, backend: str) -> None:
+    """Keep the backend that was the fastest; a cache that cannot be written is no reason to stop."""
     try:
         make_folder(user_cache())
-        write_json(user_cache() / "backends.json", {**_memory(), key: backend})
+        write_json(user_cache() / "backends.json", {**_memory(), _key(network, shape, settings): backend})
     except (OutputError, OSError) as error:
         _log.debug("the choice is not kept: %s", error)
 

@@ -1,52 +1,90 @@
-"""The timer: passes of several programs, alternated, on a CPU or on CUDA."""
+"""The timer: several pieces of work in alternated rounds, on a CPU or on CUDA."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:  # programs without torch are timed too
+    import torch
+    from torch import Tensor, nn
 
 _ROUNDS = 3
-
-
 _MORE_ON_CUDA = 10  # times the rounds: passes take milliseconds there, and the first ones find the clock low
-
-
 _PATIENCE = 20.0  # seconds
+Result = TypeVar("Result")
+
+
+def timed(work: Callable[[], Result], device: torch.device | None = None) -> tuple[float, Result]:
+    """Return the seconds that a call takes, and its result.
+
+    Args:
+        device: where it runs; a CUDA device is waited for.
+    """
+    started = time.perf_counter()
+    result = work()
+    if device is not None and device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started, result
+
+
+def alternated(
+    works: Sequence[Callable[[], Any]],
+    rounds: int = _ROUNDS,
+    *,
+    warmups: int = 1,
+    patience: float = math.inf,
+    device: torch.device | None = None,
+) -> list[list[float]]:
+    """Call the works in turn, A B C A B C ..., and return the seconds of the counted calls of each.
+
+    What else the machine does then falls on all of them alike.
+
+    Args:
+        rounds: counted calls of each, at most.
+        warmups: calls of each before that.
+        patience: seconds after which no further round begins; one is always done.
+        device: see `timed`.
+    """
+    seconds: list[list[float]] = [[] for _ in works]
+    for _ in range(warmups):
+        for work in works:
+            timed(work, device)
+    begun = time.perf_counter()
+    for number in range(rounds):
+        if number and time.perf_counter() - begun > patience:
+            break
+        for mine, work in zip(seconds, works, strict=True):
+            mine.append(timed(work, device)[0])
+    return seconds
 
 
 def pass_seconds(engines: Sequence[nn.Module], shape: Sequence[int], rounds: int = _ROUNDS) -> list[float]:
-    """Return the median seconds of a pass of each engine, in alternated rounds after one pass that is not counted.
-
-    Slow engines get fewer rounds: no new one begins after 20 s.
+    """Return the median seconds of a pass of each engine; slow engines get fewer rounds, within 20 s.
 
     Args:
         engines: see `make_engine`. shape: (B, C, *patch). rounds: at most; ten times as many on CUDA.
     """
-    devices = {parameter.device for engine in engines for parameter in engine.parameters()} or {torch.device("cpu")}
-    x = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0)).to(next(iter(devices)))
-    rounds *= _MORE_ON_CUDA if x.is_cuda else 1
-    for engine in engines:
-        run_pass(engine, x)
-    seconds: list[list[float]] = [[] for _ in engines]
-    begun = time.perf_counter()
-    for number in range(rounds):
-        if number and time.perf_counter() - begun > _PATIENCE:
-            break
-        for mine, engine in zip(seconds, engines, strict=True):
-            started = time.perf_counter()
-            run_pass(engine, x)
-            mine.append(time.perf_counter() - started)
+    import torch
+
+    devices = [parameter.device for engine in engines for parameter in engine.parameters()]
+    x = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0)).to(devices[0] if devices else "cpu")
+    works = [lambda engine=engine: run_pass(engine, x) for engine in engines]
+    seconds = alternated(works, rounds * (_MORE_ON_CUDA if x.is_cuda else 1), patience=_PATIENCE)
     return [statistics.median(values) for values in seconds]
 
 
 def run_pass(engine: nn.Module, x: Tensor) -> Tensor:
     """Run an engine without gradients, under autocast on CUDA as nnU-Net does; waits for the result on CUDA."""
+    import torch
+
     with torch.inference_mode(), torch.autocast(x.device.type, enabled=x.device.type == "cuda"):
         y = engine(x)
-    if x.device.type == "cuda":
+    if x.is_cuda:
         torch.cuda.synchronize(x.device)
     return y

@@ -24,6 +24,7 @@ from nnslim.running.engine import Settings, check_precision, make_engine, with_f
 from nnslim.running.norm_pass import NormPass
 from nnslim.running.rewrites import rewritten
 from nnslim.running.runner import Runner
+from nnslim.running.timing import run_pass
 
 SHAPES = {"plain3d": (1, 1, 16, 16, 16), "anisotropic": (1, 1, 4, 16, 16), "plain2d": (2, 1, 16, 16)}
 CUDA = torch.device("cuda")
@@ -88,7 +89,7 @@ def test_a_failing_backend_in_sixteen_bits_is_followed_by_eager_on_cuda_alone(ti
         return network
 
     monkeypatch.setattr(backends, "make_engine", made)
-    monkeypatch.setattr(backends, "run", lambda network, x: x)
+    monkeypatch.setattr(backends, "run_pass", lambda network, x: x)
     network, shape = tiny_net("plain3d"), SHAPES["plain3d"]
     with pytest.raises(BackendError, match="backend compile, precision bf16: RuntimeError: no compiler"):
         with_fallback(network, shape, Settings("compile", "bf16"))
@@ -217,11 +218,11 @@ def test_forms_that_fail_are_left_out_and_the_fastest_stays_recorded(tiny_net, m
             raise RuntimeError("no C compiler\nfor Triton")
         return [seconds["channels last" if hasattr(engine.network, "layout") else "plain"] for engine in engines]
 
-    monkeypatch.setattr(select, "measure", timed)
+    monkeypatch.setattr("nnslim.running.cuda.pass_seconds", timed)
     found = fastest_variant(graph, SHAPES["plain2d"], torch.bfloat16)
     assert isinstance(found, Graphed) and found.dtype == torch.bfloat16 and found.network.layout == torch.channels_last
     assert "folded cannot be used on this GPU: no C compiler" in caplog.text
-    monkeypatch.setattr(select, "measure", lambda *args, **others: 1 / 0)
+    monkeypatch.setattr("nnslim.running.cuda.pass_seconds", lambda *args, **others: 1 / 0)
     assert fastest_variant(graph, SHAPES["plain2d"]).network is graph
 
 
@@ -301,7 +302,7 @@ def test_auto_on_cuda_measures_and_gives_the_same(tiny_net, tmp_path, monkeypatc
     engine, name = select.fastest(network, tuple(x.shape), Settings())
     assert name in ("stock", "eager", "compile")
     wanted = network(x)
-    assert (select.run(engine, x).float() - wanted).norm() < 0.05 * wanted.norm()
+    assert (run_pass(engine, x).float() - wanted).norm() < 0.05 * wanted.norm()
     held = Runner(network, Settings("eager"))
     with torch.autocast("cuda"):
         assert (held(x).float() - wanted).norm() < 0.05 * wanted.norm()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from nnslim.running import allocator, runner, select
 from nnslim.running.engine import Settings
 from nnslim.running.runner import Runner
 from nnslim.running.speed import Speed, compare_speed
+from nnslim.running.timing import alternated, pass_seconds
 
 SHAPE = (1, 1, 16, 16, 16)
 
@@ -99,14 +99,14 @@ def test_runner_uses_the_threads_that_were_asked_for_and_puts_them_back(tiny_net
 
 @torch.no_grad()
 def test_auto_starts_eager_and_measures_between_cases_once_it_is_worth_it(tiny_net, monkeypatch):
-    monkeypatch.setattr(runner, "_WORTH_MEASURING", 0.0)
+    monkeypatch.setattr(Runner, "worth_measuring", 0.0)
     measured = []
 
     def first_is_slow(engines, shape, rounds=3):
         measured.append(len(engines))
         return [2.0, 1.0][: len(engines)]
 
-    monkeypatch.setattr(select, "measure", first_is_slow)
+    monkeypatch.setattr(select, "pass_seconds", first_is_slow)
     monkeypatch.setattr(select, "candidates", lambda device: ["eager", "stock"])
     (fold, _, _), x = states(tiny_net), torch.randn(SHAPE)
     held = Runner(tiny_net("plain3d").eval(), Settings("auto"))
@@ -132,12 +132,13 @@ def test_auto_starts_eager_and_measures_between_cases_once_it_is_worth_it(tiny_n
 def test_memory_that_is_damaged_is_not_used(tiny_net, tmp_path):
     network = tiny_net("plain3d").eval()
     assert select.remembered(network, SHAPE, Settings()) is None
-    select._remember(select._key(network, SHAPE, Settings()), "stock")
+    select.remember(network, SHAPE, Settings(), "stock")
     assert select.remembered(network, SHAPE, Settings()) is None, "stock is no candidate where openvino is installed"
-    select._remember(select._key(network, SHAPE, Settings()), "eager")
+    select.remember(network, SHAPE, Settings(), "eager")
     assert select.remembered(network, SHAPE, Settings()) == "eager"
-    for content in ("[1]", "{", json.dumps({select._key(network, SHAPE, Settings()): "magic"})):
-        (tmp_path / "cache" / "backends.json").write_text(content)
+    file = tmp_path / "cache" / "backends.json"
+    for content in ("[1]", "{", file.read_text().replace("eager", "magic")):
+        file.write_text(content)
         assert select.remembered(network, SHAPE, Settings()) is None
 
 
@@ -153,8 +154,17 @@ def test_measure_alternates_after_a_pass_that_is_not_counted():
             order.append(self.name)
             return x
 
-    seconds = select.measure([Note("a"), Note("b")], SHAPE, rounds=2)
+    seconds = pass_seconds([Note("a"), Note("b")], SHAPE, rounds=2)
     assert order == ["a", "b", "a", "b", "a", "b"] and len(seconds) == 2 and min(seconds) > 0
+
+
+def test_alternated_stops_when_patience_is_over_and_does_one_round_at_least():
+    order = []
+    works = [lambda: order.append("a"), lambda: order.append("b")]
+    assert [len(values) for values in alternated(works, 3, warmups=0)] == [3, 3]
+    assert order == ["a", "b"] * 3
+    assert [len(values) for values in alternated(works, 3, warmups=2, patience=0.0)] == [1, 1]
+    assert order == ["a", "b"] * 6
 
 
 # --- guard ---------------------------------------------------------------------------------------------------------

@@ -131,9 +131,9 @@ _UNTOUCHED = """
 import sys, torch
 from torch import nn
 from nnslim.running.engine import Settings, make_engine
-from nnslim.running.timing import run
+from nnslim.running.timing import run_pass
 network = nn.Sequential(nn.Conv3d(1, 8, 1), nn.InstanceNorm3d(8), nn.LeakyReLU(), nn.Conv3d(8, 2, 1)).eval()
-run(make_engine(network, (1, 1, 4, 4, 4), Settings("eager")), torch.zeros(1, 1, 4, 4, 4))
+run_pass(make_engine(network, (1, 1, 4, 4, 4), Settings("eager")), torch.zeros(1, 1, 4, 4, 4))
 print(sorted({name for name in sys.modules if "triton" in name.split(".")[-1] and name.startswith("nnslim")}
              | {"nnslim.running.cuda"} & set(sys.modules)))
 """
