@@ -14,6 +14,7 @@ from typing import Any
 from dynamic_network_architectures.architectures import primus
 from torch import nn
 
+from nnslim.hosts.nnunet.model.slim_network import ARCHITECTURES
 from nnslim.hosts.nnunet.model.slim_plans import resolved
 from nnslim.hosts.nnunet.model.trained_model import (
     TrainedModel,
@@ -22,6 +23,7 @@ from nnslim.hosts.nnunet.model.trained_model import (
     managers_of,
     trainer_class,
 )
+from nnslim.inflation.window_net import WindowNet
 from nnslim.methods.embedded.daeformer import DAEFormer, form_named
 from nnslim.methods.token_sparse.unetr import TokenSparseUNETR
 
@@ -75,13 +77,22 @@ class PlannedDAEFormer(DAEFormer):
         self.decoder.deep_supervision = bool(deep_supervision)
 
 
+class PlannedWindowNet(WindowNet):
+    """The window network, which has no deep supervision to switch either."""
+
+    def __init__(
+        self, input_channels: int, num_classes: int, deep_supervision: bool | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(input_channels, num_classes, **kwargs)
+
+
 def daeformer_architecture(form: str) -> dict[str, Any]:
     """Return the `architecture` entry of a 2D configuration for a form of DAEFormer, see `form_named`.
 
     Raises:
         ConfigError: no form of that name.
     """
-    return _entry(PlannedDAEFormer, {**form_named(form).to_dict(), "strides": [[1, 1], [4, 4], [2, 2]]})
+    return architecture_entry(PlannedDAEFormer, {**form_named(form).to_dict(), "strides": [[1, 1], [4, 4], [2, 2]]})
 
 
 def planned_architecture(network: nn.Module, patch: Sequence[int]) -> dict[str, Any] | None:
@@ -91,7 +102,7 @@ def planned_architecture(network: nn.Module, patch: Sequence[int]) -> dict[str, 
         network: as its trainer builds it. patch: voxels.
     """
     if isinstance(network, PlannedUNETR):
-        return _entry(PlannedUNETR, network.planned)
+        return architecture_entry(PlannedUNETR, network.planned)
     kinds = {"Primus": PlannedPrimus, "PrimusV2": PlannedPrimusV2}
     known = [cls.__name__ for cls in type(network).__mro__ if cls.__module__ == primus.__name__]
     cls = next((kinds[name] for name in known if name in kinds), None)
@@ -102,7 +113,7 @@ def planned_architecture(network: nn.Module, patch: Sequence[int]) -> dict[str, 
     proj = getattr(network.down_projection, "proj", None)
     edge = proj.kernel_size if isinstance(proj, nn.Conv3d) and cls is PlannedPrimus else (8, 8, 8)
     drop = getattr(eva.blocks[-1].drop_path1, "drop_prob", 0.0)
-    return _entry(
+    return architecture_entry(
         cls,
         {
             "embed_dim": int(network.embed_dim),
@@ -120,8 +131,9 @@ def planned_architecture(network: nn.Module, patch: Sequence[int]) -> dict[str, 
     )
 
 
-def _entry(cls: type, kwargs: dict[str, Any]) -> dict[str, Any]:
-    name = f"{cls.__module__}.{cls.__qualname__}"
+def architecture_entry(cls: type, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the `architecture` entry of a configuration for one of the classes above."""
+    name = f"{ARCHITECTURES}.{cls.__name__}"
     return {"network_class_name": name, "arch_kwargs": kwargs, "_kw_requires_import": []}
 
 

@@ -9,7 +9,7 @@ from nnslim.errors import ModelError
 from nnslim.files import save_checkpoint, whole_folder, write_json
 from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 
-_MODELS = Path(__file__).resolve().parents[2] / "models"
+_MODELS = Path(__file__).resolve().parents[3] / "models"
 MODEL_FOLDER_NAME = "nnUNetTrainer__nnUNetPlans__3d_fullres"
 
 

@@ -13,8 +13,8 @@ import nnslim.methods  # noqa: F401  registers the edit kinds
 from nnslim.errors import ModelError
 from nnslim.network.spec import SlimSpec, apply_spec
 
-# Stands in the plans.json of every model folder that nnslim writes: never rename or move it.
-NETWORK_CLASS_NAME = "nnslim.hosts.nnunet.model.slim_network.slim_network"
+ARCHITECTURES = "nnslim.architectures"  # where plans say that a class or function of ours is
+NETWORK_CLASS_NAME = f"{ARCHITECTURES}.slim_network"
 BASE_KEY, SPEC_KEY = "nnslim_base", "nnslim_spec"
 # A plans file names Python objects to import; these are the packages that hold architectures and torch layers.
 TRUSTED_PACKAGES = ("dynamic_network_architectures", "nnunetv2", "nnslim", "monai", "torch", "timm")

@@ -23,7 +23,7 @@ from torch import nn
 from nnslim.errors import ModelError
 from nnslim.hosts.nnunet.model.compatibility import check_version, nnunet_version
 from nnslim.hosts.nnunet.model.model_files import chosen_folds, read_json_object
-from nnslim.hosts.nnunet.model.slim_network import NETWORK_CLASS_NAME, base_class, locate_trusted
+from nnslim.hosts.nnunet.model.slim_network import base_class, locate_trusted
 
 _log = logging.getLogger("nnslim")
 
@@ -60,7 +60,8 @@ class TrainedModel:
     @property
     def is_slim(self) -> bool:
         """Whether nnslim wrote this folder."""
-        return self.configuration_manager.network_arch_class_name == NETWORK_CLASS_NAME
+        name = self.configuration_manager.network_arch_class_name  # older models name another module
+        return name.startswith("nnslim.") and name.endswith(".slim_network")
 
 
 def load_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:

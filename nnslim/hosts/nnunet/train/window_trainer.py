@@ -14,27 +14,16 @@ from torch import Tensor, nn
 
 from nnslim.compression.config import changed_settings
 from nnslim.errors import ConfigError
-from nnslim.hosts.nnunet.model.planned import plans_with_architecture
+from nnslim.hosts.nnunet.model.planned import PlannedWindowNet, architecture_entry, plans_with_architecture
 from nnslim.hosts.nnunet.train.described import DescribedTraining
 from nnslim.hosts.nnunet.train.recipe import RateSchedule
 from nnslim.inflation.published_weights import load_encoder, read_weights
-from nnslim.inflation.window_net import WindowConfig, WindowNet
+from nnslim.inflation.window_net import WindowConfig
 from nnslim.network.walk import unwrap
 
 SETTINGS = "NNSLIM_WINDOW"  # environment: a YAML file, or YAML in one line, for `nnUNetv2_train`
-# Stands in the plans.json of every window model: never rename or move it.
-NETWORK_CLASS_NAME = "nnslim.hosts.nnunet.train.window_trainer.PlannedWindowNet"
 _CPU = torch.device("cpu")
 _UNDECAYED = ("pos_embed", "cls_token", "relative_position_bias_table")
-
-
-class PlannedWindowNet(WindowNet):
-    """The window network as nnU-Net calls an architecture from plans; it has no deep supervision to switch."""
-
-    def __init__(
-        self, input_channels: int, num_classes: int, deep_supervision: bool | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(input_channels, num_classes, **kwargs)
 
 
 def window_settings(given: WindowConfig | str | None = None, **changes: Any) -> WindowConfig:
@@ -126,7 +115,7 @@ class WindowTraining(DescribedTraining):
         """Return the plans with the window network in the configuration that is trained."""
         size = [int(edge) for edge in self.configuration_manager.patch_size[1:]]
         kwargs = {**self.window.network(), "size": size}
-        entry = {"network_class_name": NETWORK_CLASS_NAME, "arch_kwargs": kwargs, "_kw_requires_import": []}
+        entry = architecture_entry(PlannedWindowNet, kwargs)
         plans = plans_with_architecture(self.plans_manager.plans, self.configuration_name, entry)
         if self.window.predict_slices is not None:
             plans["configurations"][self.configuration_name]["patch_size"] = [self.window.predict_slices, *size]
