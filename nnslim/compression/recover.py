@@ -23,7 +23,7 @@ from nnslim.compression.norms import NORMS, recalibrate_norms
 from nnslim.compression.referee import Referee
 from nnslim.compression.teacher import Teacher
 from nnslim.files import save_checkpoint
-from nnslim.methods.embedded import HeldZeros
+from nnslim.network.spec import held_by
 from nnslim.network.walk import LayerIndex
 from nnslim.running.bfloat16 import bfloat16_is_safe, has_fast_bfloat16
 from nnslim.surgery.streaming import hooked
@@ -97,7 +97,7 @@ class _Learner:
         # Judged and kept is a running mean of the weights: single steps are noisy, above all at batch 1 or 2.
         self.mean = copy.deepcopy(slim).eval().requires_grad_(False)
         self.taken = 0
-        self.zeros = HeldZeros.of(slim)
+        self.held = held_by(slim)
 
     def prepare(self, batch: Tensor) -> None:
         """Decide, by the first patches, in which precision to learn, and make the teacher."""
@@ -125,8 +125,8 @@ class _Learner:
         loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimiser.step()
-        for zeros in self.zeros:
-            zeros.hold()
+        for held in self.held:
+            held.hold()
         self._average()
         return float(loss.detach())
 

@@ -108,6 +108,9 @@ class Method:
         weight_errors: (dense, slim) -> relative error of the weights by layer, where no data decide them.
         fill: (dense, slim, config, input_shape); sets the weights of the slim network, in place, from those of the
             dense one, where the edits alone cannot: which channels stay is each fold's own.
+        plans: (settings, config) -> settings; what a configuration in nnU-Net's plans.json becomes (its spacing, for
+            example), None where nothing changes; a pure function. Where it changes something, the method is refused
+            for models in memory, whose images are preprocessed by plans that were read before.
         trains: it works while a network is trained (`nnslim train`); it has no plan for one that is.
     """
 
@@ -117,6 +120,7 @@ class Method:
     fit: Callable[..., dict[str, float]] | None = None
     weight_errors: Callable[[nn.Module, nn.Module], dict[str, float]] | None = None
     fill: Callable[[nn.Module, nn.Module, Any, Sequence[int]], None] | None = None
+    plans: Callable[[Mapping[str, Any], Any], dict[str, Any] | None] | None = None
     trains: bool = False
 
 

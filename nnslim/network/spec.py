@@ -9,30 +9,42 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
 from nnslim.errors import SpecError, nearest
-from nnslim.network.walk import LayerIndex
+from nnslim.network.walk import LayerIndex, unwrap
 
 SPEC_VERSION = 1
 _SPEC_ATTRIBUTE = "_nnslim_spec"
 _KINDS: dict[str, type[Edit]] = {}
 
 
+class Held(Protocol):
+    """What must stay true of the weights of a network while it learns."""
+
+    def hold(self) -> None:
+        """Restore it after a step of an optimiser."""
+
+    def advance(self, share: float) -> None:
+        """Move on to what is due after a share of the training, 0..1."""
+
+
 class Edit:
     """One structural change. Subclasses are frozen dataclasses of JSON values, registered under their `kind`.
 
-    Where `separable`, the edit concerns one layer, named by its field `layer`, and the other edits of its method stand
-    without it.
+    Attributes:
+        separable: it concerns one layer, named by its field `layer`, and its method's other edits stand without it.
+        trained: training made the network what the edit says, so the trained network may be compressed further.
     """
 
     kind: ClassVar[str]
     separable: ClassVar[bool] = False
+    trained: ClassVar[bool] = False
 
     def apply(self, layers: LayerIndex, *, fill: bool) -> Callable[[], None]:
         """Change the network in place and return an undo.
@@ -45,6 +57,17 @@ class Edit:
             SpecError: the edit does not fit the network; nothing was changed.
         """
         raise SpecError(f"edit kind '{self.kind}' cannot be applied")
+
+    def held(self, layers: LayerIndex) -> Held | None:
+        """Return what must stay true while the network learns, taken from its weights as they are now."""
+        return None
+
+    def arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the architecture's keyword arguments that build the network with the edit already made.
+
+        Such an edit goes into the architecture that plans.json names, not into the spec. None: only the spec says it.
+        """
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-serialisable dictionary with the edit's kind and fields."""
@@ -119,6 +142,14 @@ class SlimSpec:
 def spec_of(network: nn.Module) -> SlimSpec | None:
     """Return the spec that was applied to this network, or None for a network that nnslim has not changed."""
     return getattr(network, _SPEC_ATTRIBUTE, None)
+
+
+def held_by(network: nn.Module) -> list[Held]:
+    """Return what must stay true while a network learns, one entry for each of its edits that asks for something."""
+    network = unwrap(network)
+    spec = spec_of(network)
+    found = [edit.held(LayerIndex(network)) for edit in spec.edits] if spec else []
+    return [held for held in found if held is not None]
 
 
 def forget_spec(network: nn.Module) -> None:

@@ -14,12 +14,11 @@ from torch import nn
 from nnslim.compression.compress_network import compress, rebuild
 from nnslim.compression.config import from_dict, load_config
 from nnslim.errors import ConfigError, SpecError
-from nnslim.methods.embedded import DepthwiseEdit, DropStageEdit, HeldZeros, SparseEdit, cubic_sparsity
+from nnslim.methods.embedded import DepthwiseEdit, DropStageEdit, EmbeddedConfig, SparseEdit, cubic_sparsity
 from nnslim.methods.embedded.depthwise import SeparableConv, regrouped
-from nnslim.methods.embedded.drop_stage import shorter_arguments
 from nnslim.methods.embedded.resolution import coarser_settings
 from nnslim.methods.embedded.unstructured import prune_globally, zero_share
-from nnslim.network.spec import SlimSpec, apply_spec, extend_spec
+from nnslim.network.spec import SlimSpec, apply_spec, extend_spec, held_by
 from nnslim.network.walk import LayerIndex
 
 KINDS = ["plain3d", "plain2d", "residual3d", "anisotropic"]
@@ -63,7 +62,7 @@ def test_dropping_too_many_stages_or_of_another_network_is_refused_and_nothing_c
     with pytest.raises(SpecError, match=r"has no encoder\.stages"):
         apply_spec(SlimSpec((DropStageEdit(1),)), nn.Conv2d(1, 1, 1))
     with pytest.raises(SpecError, match="cannot be dropped from an architecture of"):
-        shorter_arguments({"embed_dim": 3}, 1)
+        DropStageEdit(1).arguments({"embed_dim": 3})
 
 
 @pytest.mark.parametrize("axes", [2, 3])
@@ -181,7 +180,7 @@ def test_zeros_stay_zero_while_a_network_learns_and_grow_on_the_curve(optimizer,
     network, shape = tiny_net("plain2d"), tiny_shape("plain2d")
     made = slimmed(network, shape, sparsity=0.5, start_sparsity=0.05, begin=0.0, end=0.5)
     student = made.network.train()
-    (held,) = HeldZeros.of(student)
+    (held,) = held_by(student)
     assert held.share == pytest.approx(0.05, abs=0.01)
     options = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
     learner = optimizer(student.parameters(), 0.05, **options)
@@ -248,8 +247,9 @@ def test_no_lever_and_impossible_settings_are_refused(tiny_net, tiny_shape):
 def test_coarser_patch_covers_as_much_and_divides_by_the_strides(patch, factors, multiple, expected):
     axes = len(patch)
     settings = {"patch_size": patch, "spacing": [3.0] * (axes - 1) + [1.0], "median_image_size_in_voxels": patch}
-    made = coarser_settings(settings, factors, multiple, "there")
-    assert made["patch_size"] == expected and made["data_identifier"] == "there"
+    settings |= {"architecture": {"arch_kwargs": {"strides": [1, multiple]}}, "data_identifier": "there"}
+    made = coarser_settings(settings, EmbeddedConfig(coarser=factors))
+    assert made["patch_size"] == expected and made["data_identifier"].startswith("there_coarser")
     assert np.allclose(np.divide(made["spacing"], settings["spacing"]), factors)
     assert all(e * f >= p - 1e-9 and e % m == 0 for e, f, p, m in zip(expected, factors, patch, multiple, strict=True))
     assert math.prod(e // m for e, m in zip(expected, multiple, strict=True)) > 1

@@ -6,9 +6,10 @@ from nnslim.methods.embedded.daeformer import DAEFormer, form_named
 from nnslim.methods.embedded.depthwise import DepthwiseEdit
 from nnslim.methods.embedded.drop_stage import DropStageEdit
 from nnslim.methods.embedded.plan import plan_embedded
+from nnslim.methods.embedded.resolution import coarser_settings
 from nnslim.methods.embedded.unstructured import HeldZeros, SparseEdit, cubic_sparsity
 
-register_method(Method("embedded", EmbeddedConfig, plan_embedded))
+register_method(Method("embedded", EmbeddedConfig, plan_embedded, plans=coarser_settings))
 
 __all__ = [
     "DAEFormer",

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from nnslim.errors import ConfigError
 from nnslim.methods.base import MethodConfig
 
 
@@ -51,9 +52,9 @@ class EmbeddedConfig(MethodConfig):
         """Return the factor of each axis of the patch, None where the resolution stays.
 
         Raises:
-            ValueError: there are factors for another number of axes.
+            ConfigError: there are factors for another number of axes.
         """
         given = self.coarser if isinstance(self.coarser, tuple) else (self.coarser,) * axes
         if len(given) != axes:
-            raise ValueError(f"coarser has {len(given)} factors, the patch {axes} axes")
+            raise ConfigError(f"embedded: coarser has {len(given)} factors, the patch {axes} axes")
         return None if all(each == 1 for each in given) else tuple(float(each) for each in given)

@@ -23,7 +23,7 @@ class DropStageEdit(Edit):
 
     The transposed convolution that follows then reads the deepest stage that is left, which has as many channels as
     the decoder level it read before: every other weight keeps its shape. Names are those of a network that is built
-    with so many stages fewer, so that its plans describe it (`shorter_arguments`).
+    with fewer stages, so that its plans describe it (`arguments`).
 
     Attributes:
         stages: how many.
@@ -59,6 +59,27 @@ class DropStageEdit(Edit):
 
         return undo
 
+    def arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the keyword arguments of nnU-Net's U-Nets (plans: arch_kwargs) with the deepest stages left out.
+
+        nnU-Net's trainer reads the strides in the plans (deep supervision), so plans tell the stages that are there.
+
+        Raises:
+            SpecError: they are of another architecture.
+        """
+        count, stages = arguments.get("n_stages"), self.stages
+        if not isinstance(count, int) or count - stages < 2 or "n_conv_per_stage_decoder" not in arguments:
+            found = sorted(arguments)
+            raise SpecError(f"{stages} of {count!r} stages cannot be dropped from an architecture of {found}")
+        made = {**arguments, "n_stages": count - stages}
+        for name in _LISTS:
+            if isinstance(value := arguments.get(name), (list, tuple)) and len(value) == count:
+                made[name] = list(value[: count - stages])
+        decoder = arguments["n_conv_per_stage_decoder"]
+        if isinstance(decoder, (list, tuple)):  # from the deepest level up
+            made["n_conv_per_stage_decoder"] = list(decoder[stages:])
+        return made
+
 
 def stages_of(network: nn.Module) -> tuple[nn.Module, nn.Module]:
     """Return encoder and decoder of a network whose stages can be dropped.
@@ -75,22 +96,3 @@ def stages_of(network: nn.Module) -> tuple[nn.Module, nn.Module]:
             "dropped of nnU-Net's PlainConvUNet and ResidualEncoderUNet"
         )
     return encoder, decoder
-
-
-def shorter_arguments(arguments: Mapping[str, Any], stages: int) -> dict[str, Any]:
-    """Return the keyword arguments of nnU-Net's U-Nets (plans: arch_kwargs) with some of the deepest stages fewer.
-
-    Raises:
-        SpecError: they are of another architecture.
-    """
-    count = arguments.get("n_stages")
-    if not isinstance(count, int) or count - stages < 2 or "n_conv_per_stage_decoder" not in arguments:
-        raise SpecError(f"{stages} of {count!r} stages cannot be dropped from an architecture of {sorted(arguments)}")
-    made = {**arguments, "n_stages": count - stages}
-    for name in _LISTS:
-        if isinstance(value := arguments.get(name), (list, tuple)) and len(value) == count:
-            made[name] = list(value[: count - stages])
-    decoder = arguments["n_conv_per_stage_decoder"]
-    if isinstance(decoder, (list, tuple)):  # from the deepest level up
-        made["n_conv_per_stage_decoder"] = list(decoder[stages:])
-    return made

@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from nnslim.errors import SpecError
-from nnslim.network.spec import Edit, register_edit, spec_of
-from nnslim.network.walk import LayerIndex, unwrap
+from nnslim.network.spec import Edit, register_edit
+from nnslim.network.walk import LayerIndex
 
 _log = logging.getLogger("nnslim")
 PRUNABLE = (
@@ -103,6 +103,10 @@ class SparseEdit(Edit):
                 )
         return found
 
+    def held(self, layers: LayerIndex) -> HeldZeros:
+        """See Edit.held: zeros stay, and their share rises."""
+        return HeldZeros(self, self.modules(layers))
+
     def at(self, share: float) -> float:
         """Return the sparsity due after a share of the fine-tuning."""
         if share < self.begin:
@@ -120,14 +124,6 @@ class HeldZeros:
     def __init__(self, edit: SparseEdit, modules: Sequence[nn.Module]) -> None:
         self.edit, self.modules = edit, list(modules)
         self._take()
-
-    @classmethod
-    def of(cls, network: nn.Module) -> list[HeldZeros]:
-        """Return one for each sparse edit of a network, as its weights are now."""
-        network = unwrap(network)
-        spec = spec_of(network)
-        edits = [edit for edit in spec.edits if isinstance(edit, SparseEdit)] if spec else []
-        return [cls(edit, edit.modules(LayerIndex(network))) for edit in edits]
 
     def _take(self) -> None:
         self.masks = [module.weight.detach() != 0 for module in self.modules]

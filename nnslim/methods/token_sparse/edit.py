@@ -43,6 +43,7 @@ class TokenSparseEdit(Edit):
     skips: str = "blocks"
     seed: int = 0
     kind: ClassVar[str] = "token_sparse"
+    trained: ClassVar[bool] = True
 
     def apply(self, layers: LayerIndex, *, fill: bool) -> Callable[[], None]:
         """See Edit.apply. What the encoder held keeps its names; `reduction` and `completion` come beside it."""

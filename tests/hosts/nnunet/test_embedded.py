@@ -80,7 +80,7 @@ def test_stages_dropped_after_other_methods_are_refused(make_model, tmp_path):
             "run": {"guard": False},
         }
     )
-    with pytest.raises(SpecError, match="put embedded with drop_stages before"):
+    with pytest.raises(SpecError, match="put its method before the others"):
         compress_model(model, tmp_path / "slim", both)
     assert not (tmp_path / "slim").exists()
 
@@ -144,7 +144,7 @@ def test_coarser_with_other_axes_or_asked_twice_is_refused(make_model, tmp_path)
     model = read_trained_model(make_model("2d"))
     with pytest.raises(ConfigError, match="coarser has 3 factors, the patch 2 axes"):
         compress_model(model, tmp_path / "slim", levers(coarser=(1.0, 2.0, 2.0)))
-    with pytest.raises(ConfigError, match="two methods ask for a coarser spacing"):
+    with pytest.raises(ConfigError, match="two methods change spacing or patch"):
         compress_model(model, tmp_path / "slim", levers({"method": "embedded", "coarser": 2.0}, coarser=1.5))
 
 

@@ -19,7 +19,7 @@ from nnslim.compression.storage import bytes_of, in_half
 from nnslim.errors import ConfigError, ModelError, SlowerError
 from nnslim.files import read_json, save_checkpoint, whole_folder, write_json
 from nnslim.hosts.nnunet.cases.calibration_tiles import calibration_of
-from nnslim.hosts.nnunet.model.plan_levers import coarser_model, resolutions, without_stages
+from nnslim.hosts.nnunet.model.changed_plans import in_architecture, resolutions, with_changed_plans
 from nnslim.hosts.nnunet.model.planned import built_from_plans
 from nnslim.hosts.nnunet.model.pruned import spec_in_plans, trained_base
 from nnslim.hosts.nnunet.model.slim_plans import with_architecture
@@ -74,7 +74,7 @@ def compress_model(
             "--start MODEL for a trained one)"
         )
     model = built_from_plans(model) if config.active else model
-    finer, model = model, coarser_model(model, config)
+    given, model = model, with_changed_plans(model, config)
     if config.active and not builds_from_plans(trainer_class(model.trainer_name)):
         raise ModelError(
             f"{model.path}: trainer {model.trainer_name} builds its network itself, not from plans.json, so stock "
@@ -103,8 +103,8 @@ def compress_model(
                 "allow it (--allow-slower) where the model is meant for another machine"
             )
         slimmed = replace(slimmed, spec=SlimSpec((*before, *slimmed.spec.edits)))
-        if finer is not model:
-            slimmed = replace(slimmed, dense=Counts.of(measure_cost(network, input_shape(finer))))
+        if given is not model:
+            slimmed = replace(slimmed, dense=Counts.of(measure_cost(network, input_shape(given))))
         plans = slim_plans(model, slimmed.spec, target.name)
         write_json(side / "plans.json", plans)
         write_json(side / "dataset.json", model.dataset)
@@ -114,7 +114,7 @@ def compress_model(
             save_checkpoint(slim_checkpoint(checkpoint, weights, plans), path)
         slimmed = replace(slimmed, file_bytes=(_checkpoint_bytes(model, model.path), _checkpoint_bytes(model, side)))
         made = record(model, slimmed, config)
-        write_json(side / "nnslim.json", made if finer is model else {**made, "resolution": resolutions(finer, model)})
+        write_json(side / "nnslim.json", made if given is model else {**made, "resolution": resolutions(given, model)})
         if config.active:
             write_plan(slimmed.decisions, side / "plan.csv")
         if config.run.precision == "int8":
@@ -170,7 +170,7 @@ def slim_plans(model: TrainedModel, spec: SlimSpec, folder_name: str) -> dict[st
     """
     plans = copy.deepcopy(model.plans)
     if spec.edits and spec != spec_in_plans(model):
-        plans, rest = without_stages(model, spec)
+        plans, rest = in_architecture(model, spec)
         plans = with_architecture(plans, model.configuration, rest) if rest.edits else plans
     parts = folder_name.split("__")
     if len(parts) == 3 and parts[1]:

@@ -11,7 +11,6 @@ from nnslim.errors import ModelError
 from nnslim.hosts.nnunet.model.slim_network import SPEC_KEY
 from nnslim.hosts.nnunet.model.slim_plans import with_architecture
 from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_untrained
-from nnslim.methods.token_sparse import TokenSparseEdit
 from nnslim.network.spec import Edit, SlimSpec
 from nnslim.surgery.narrow import ElasticEdit, NarrowEdit, as_base, widths_of
 
@@ -47,12 +46,12 @@ def trained_base(model: TrainedModel, network: nn.Module) -> tuple[nn.Module, tu
     """Return the network of a model that a training made slim as a base to compress, and the edits that made it so.
 
     Args:
-        model: pruned or token-sparse. network: of its first fold, see `build_network`.
+        model: pruned, or with `trained` edits alone. network: of its first fold, see `build_network`.
     Raises:
         ModelError: it is slim by other edits, or its folds differ in width.
     """
     edits = spec_in_plans(model).edits
-    if all(isinstance(edit, TokenSparseEdit) for edit in edits):
+    if all(edit.trained for edit in edits):
         return as_base(network), edits
     if not {edit.kind for edit in edits} <= {"narrow", "elastic"}:
         raise ModelError(f"{model.path} is already a slim model; compress the model that it was made from")

@@ -20,8 +20,8 @@ from nnslim.compression.guard import Guard
 from nnslim.compression.model_report import ModelReport, Report
 from nnslim.errors import OutputError
 from nnslim.hosts.nnunet.cases.calibration_tiles import calibration_of, images_fingerprint
+from nnslim.hosts.nnunet.model.changed_plans import refuse_changed_plans
 from nnslim.hosts.nnunet.model.compatibility import predictor_class
-from nnslim.hosts.nnunet.model.plan_levers import refuse_coarser
 from nnslim.hosts.nnunet.predict.kept_predictors import KeptPredictors, loading_key
 from nnslim.hosts.nnunet.predict.sliding_window import window_logits
 from nnslim.network.spec import spec_of
@@ -161,7 +161,7 @@ def slim_predictor(predictor: Any, session: Session, source: str, folder: Path |
     given = predictor.list_of_parameters
     folds: list[StateDict] = list(given) if given else [dense.state_dict()]
     config = session.config.for_trained()
-    refuse_coarser(config)
+    refuse_changed_plans(config, predictor.configuration_manager)
     started = time.perf_counter()
     slimmed, cached, note, speed = None, False, "", None
     shape = (1, _input_channels(predictor), *predictor.configuration_manager.patch_size)

@@ -16,7 +16,7 @@ from nnslim.compression.distillation import distillation_loss
 from nnslim.files import write_json
 from nnslim.hosts.nnunet.train.finetune_settings import FoldJob
 from nnslim.hosts.nnunet.train.steady import SteadyTraining, reseed
-from nnslim.methods.embedded import HeldZeros
+from nnslim.network.spec import Held, held_by
 from nnslim.network.walk import unwrap
 from nnslim.running.bfloat16 import bfloat16_is_safe, in_bfloat16, wants_bfloat16
 
@@ -31,7 +31,7 @@ class FineTuning(SteadyTraining):
     job: FoldJob
     teacher: nn.Module | None
     after_epoch: Callable[[int], None]
-    zeros: Sequence[HeldZeros] = ()  # of a pruned model
+    held: Sequence[Held] = ()
     step_of_epoch: int = 0
 
     def __init__(
@@ -104,18 +104,18 @@ class FineTuning(SteadyTraining):
             with torch.no_grad(), mixed:
                 self.loss.teacher_logits = self.teacher(batch["data"].to(self.device, non_blocking=True))
         steps = self.num_iterations_per_epoch
-        if self.zeros and self.step_of_epoch in (0, steps // 2):  # twice an epoch, as published
-            self.prune_to((self.current_epoch + self.step_of_epoch / steps) / self.num_epochs)
+        if self.held and self.step_of_epoch in (0, steps // 2):  # twice an epoch, as published for zeros
+            self.advance((self.current_epoch + self.step_of_epoch / steps) / self.num_epochs)
         self.step_of_epoch += 1
         result = super().train_step(batch)
-        for zeros in self.zeros:
-            zeros.hold()
+        for held in self.held:
+            held.hold()
         return result
 
-    def prune_to(self, share: float) -> None:
-        """Add the zeros that a pruned model's spec asks for after a share of the fine-tuning."""
-        for zeros in self.zeros:
-            zeros.advance(share)
+    def advance(self, share: float) -> None:
+        """Let the edits of a slim model do what is due after a share of the fine-tuning, such as more zeros."""
+        for held in self.held:
+            held.advance(share)
 
     def on_train_epoch_start(self) -> None:
         """Begin to count the steps of an epoch."""
@@ -123,13 +123,13 @@ class FineTuning(SteadyTraining):
         self.step_of_epoch = 0
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        """Prune before validation judges, so that the last epoch ends with all zeros that are due."""
+        """Advance before validation judges, so that the last epoch ends with all that is due."""
         super().on_train_epoch_end(train_outputs)
-        self.prune_to((self.current_epoch + 1) / self.num_epochs)
+        self.advance((self.current_epoch + 1) / self.num_epochs)
 
     def on_train_start(self) -> None:
         """Validate once before the first epoch: what the training starts from."""
-        self.zeros = HeldZeros.of(self.network)  # the weights are loaded by now
+        self.held = held_by(self.network)  # the weights are loaded by now
         super().on_train_start()
         if self.current_epoch > 0:
             return
