@@ -158,6 +158,27 @@ def _draw_plane(
     axes.set_axis_off()
 
 
+def row_panels(
+    labels: Sequence[str], height: float, width_ratios: tuple[float, float] = (1, 1)
+) -> tuple[Any, Sequence[Any]]:
+    """Return an empty figure with two panels whose rows have these labels, the first on top; many rows are narrow.
+
+    Args:
+        height: inches of what is not rows. width_ratios: of the panels.
+    """
+    few = len(labels) <= FEW
+    figure = new_figure((11, height + len(labels) * (0.45 if few else 0.2)))
+    panels = figure.subplots(1, 2, sharey=True, width_ratios=width_ratios)
+    panels[0].set_yticks(range(len(labels)), labels, fontsize=10 if few else 7)
+    panels[0].set_ylim(len(labels) - 0.4, -0.6)
+    for axes in panels:
+        axes.grid(axis="x", color="0.9")
+        axes.set_axisbelow(True)
+        if not few:  # the scale is out of sight at the other end of a high picture
+            axes.tick_params(top=True, labeltop=True)
+    return figure, panels
+
+
 def score_rows(axes: Any, columns: Sequence[np.ndarray], colours: Sequence[str] = COLOURS[:1]) -> float:
     """Draw a row per column of scores in 0..1: a dot each, a box over the middle half, a stroke at the median.
 

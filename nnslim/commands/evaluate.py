@@ -44,7 +44,7 @@ def evaluate(
 ) -> None:
     """Dice, NSD and HD95 of predictions against references, per case and class: CSV, summary.json, pictures."""
     from nnslim.evaluation.directories import evaluate_directories
-    from nnslim.evaluation.score_files import class_means, write_csv, write_summary
+    from nnslim.evaluation.scores import score_lines, write_csv, write_summary
     from nnslim.files import make_folder
 
     start(quiet)
@@ -67,7 +67,7 @@ def evaluate(
         _tell_problems(other, "baseline: ")
     if figures:
         written += _draw(found, output, chosen, worst, classes, images)
-    for line in class_means(found):
+    for line in score_lines(found):
         typer.echo(line)
     typer.echo("written: " + ", ".join(str(path) for path in written))
     _tell_problems(found)
@@ -93,7 +93,7 @@ def _classes(dataset: str | None, predictions: Path) -> tuple[Classes | None, bo
 
 
 def _groups(groups: str | None, found: Evaluation) -> dict[str, list[str]] | None:
-    from nnslim.evaluation.groups import group_classes, read_groups
+    from nnslim.evaluation.classes import group_classes, read_groups
 
     names = [one.name for one in found.present]
     if groups is None:
@@ -127,17 +127,17 @@ def _draw(
 def _compare(found: Evaluation, other: Evaluation, output: Path) -> list[Path]:
     """Tell and write the paired differences to the baseline."""
     from nnslim.evaluation.results import paired_differences
-    from nnslim.evaluation.score_files import write_csv, write_differences
+    from nnslim.evaluation.scores import write_csv, write_differences
 
     differences = {metric: paired_differences(found, other, metric) for metric in ("dice", "nsd")}
     files = [output.with_name(f"{output.stem}_{what}.csv") for what in ("baseline", "difference")]
     write_csv(files[0], other)
     write_differences(files[1], differences)
     for metric, listed in differences.items():
-        for one in listed:
+        for one in listed.itertuples():
             typer.echo(
                 f"{metric} minus baseline, {one.name}: {one.mean:+.4f} (SD {one.sd:.4f}, {one.cases} case(s)), "
-                f"lowest {one.lowest:+.4f} in {one.worst}"
+                f"lowest {one.lowest:+.4f} in {one.lowest_case}"
             )
     return files
 

@@ -12,28 +12,8 @@ import torch
 from torch import Tensor
 
 from nnslim.errors import InputError
-from nnslim.evaluation.expected import (
-    TEMPERATURE,
-    LabelMaps,
-    against_labels,
-    as_segmentation,
-    dice_of,
-    drop_of,
-    expected_dice,
-    expected_dices,
-    harden,
-    overlaps,
-)
-
-__all__ = [
-    "TEMPERATURE",
-    "Agreement",
-    "CaseAgreement",
-    "ClassAgreement",
-    "LabelMaps",
-    "compare_answers",
-    "expected_dice",
-]
+from nnslim.evaluation.expected import TEMPERATURE, as_segmentation, drop_of, expected_dices, harden
+from nnslim.evaluation.overlap import dice_of_counts, joint_counts
 
 _NAN = float("nan")
 
@@ -74,6 +54,24 @@ class CaseAgreement:
     name: str
     classes: dict[str, ClassAgreement]
     labelled: bool = False
+
+
+class LabelMaps(NamedTuple):
+    """Label maps of one case in the grid of its image, where labels are compared.
+
+    Attributes:
+        dense, slim, truth: (*grid) integers.
+        spacing: mm per voxel along each axis.
+        members: per class the labels that it consists of (a region may have several).
+        ignore: label of the voxels in `truth` that do not count, if there is one.
+    """
+
+    dense: np.ndarray
+    slim: np.ndarray
+    truth: np.ndarray
+    spacing: Sequence[float]
+    members: Sequence[Sequence[int]]
+    ignore: int | None = None
 
 
 class Worst(NamedTuple):
@@ -181,19 +179,13 @@ class Agreement:
         """
         stored = ClassAgreement.__dataclass_fields__
         try:
-            cases = [
-                CaseAgreement(
-                    name,
-                    {
-                        key: ClassAgreement(
-                            **{part: _NAN if one[part] is None else float(one[part]) for part in stored}
-                        )
-                        for key, one in case["classes"].items()
-                    },
-                    bool(case["labelled"]),
-                )
-                for name, case in content["cases"].items()
-            ]
+            cases = []
+            for name, case in content["cases"].items():
+                classes = {
+                    key: ClassAgreement(**{part: _NAN if one[part] is None else float(one[part]) for part in stored})
+                    for key, one in case["classes"].items()
+                }
+                cases.append(CaseAgreement(name, classes, bool(case["labelled"])))
             return cls(tuple(content["classes"]), cases, dict(content["failed"]), float(content["temperature"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"not an agreement as nnslim writes it: {type(error).__name__}: {error}") from error
@@ -268,19 +260,36 @@ def compare_answers(
         slim = harden(slim, background)
     decided = [harden(dense, background), as_segmentation(slim)]
     drop = drop_of(*expected_dices(dense, decided, background, temperature))
-    both, *volumes = overlaps(*decided, len(dense))
-    both, volumes = both[background:], [volume[background:] for volume in volumes]
-    found = {"dice": dice_of(both, *volumes), "expected_drop": drop}
+    counts = _overlaps(*decided, len(class_names), background)
+    found = {"dice": [dice_of_counts(*one) for one in counts], "expected_drop": drop}
+    volumes = [[one[side] for one in counts] for side in (0, 1)]
     if labels is not None:
-        against, volumes = against_labels(labels, len(class_names))
-        found |= against
+        if len(labels.members) != len(class_names):
+            raise InputError(f"{len(labels.members)} groups of labels do not fit {len(class_names)} classes")
+        pairs = {"dice_dense": labels.dense, "dice_slim": labels.slim}
+        joint = {key: joint_counts(label_map, labels.truth) for key, label_map in pairs.items()}
+        volumes = [[one.overlap(members)[0] for members in labels.members] for one in joint.values()]
+        for key, one in joint.items():
+            valid = one.without(labels.ignore)
+            found[key] = [dice_of_counts(*valid.overlap(members)) for members in labels.members]
     scale = math.prod(spacing if labels is None else labels.spacing)
-    found |= {"volume_dense": volumes[0] * scale, "volume_slim": volumes[1] * scale}
+    found |= {"volume_dense": np.multiply(volumes[0], scale), "volume_slim": np.multiply(volumes[1], scale)}
     classes = {
         key: ClassAgreement(**{part: float(value[number]) for part, value in found.items()})
         for number, key in enumerate(class_names)
     }
     return CaseAgreement(name, classes, labels is not None)
+
+
+def _overlaps(first: Tensor, second: Tensor, classes: int, background: bool) -> list[tuple[int, int, int]]:
+    """Return, per class, voxels in the first, in the second and in both; see `compare_answers` for the shapes."""
+    if not background:
+        masks = zip(first.numpy(), (second != 0).numpy(), strict=True)
+        return [joint_counts(*pair).overlap([1]) for pair in masks]
+    if second.ndim > first.ndim:  # masks, the background first
+        second = second.long().argmax(0)
+    counted = joint_counts(first.numpy(), second.numpy())
+    return [counted.overlap([label]) for label in range(1, classes + 1)]
 
 
 def _mean(values: np.ndarray) -> float:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nnslim.figures import COLOURS, DARK, FEW, new_figure, own_style, save_figure, score_rows
+from nnslim.figures import COLOURS, DARK, FEW, own_style, row_panels, save_figure, score_rows
 
 if TYPE_CHECKING:  # it needs torch, which takes seconds and which a picture does not need
     from nnslim.evaluation.agreement import Agreement
@@ -27,19 +27,9 @@ def agreement_figure(agreement: Agreement, path: Path) -> None:
     Raises:
         InputError: another ending. OutputError: it cannot be written; nothing half-written is left.
     """
-    count = len(agreement.class_names)
-    few = count <= FEW
-    figure = new_figure((11, 2.0 + count * (0.45 if few else 0.2)))
-    dice, volume = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    figure, (dice, volume) = row_panels(agreement.class_names, height=2.0, width_ratios=(3, 2))
     _dice_rows(dice, agreement)
     _volume_rows(volume, agreement)
-    dice.set_yticks(range(count), agreement.class_names, fontsize=10 if few else 7)
-    dice.set_ylim(count - 0.4, -0.6)  # the first class on top
-    for axes in (dice, volume):
-        axes.grid(axis="x", color="0.9")
-        axes.set_axisbelow(True)
-        if not few:  # the scale is out of sight at the other end of a high picture
-            axes.tick_params(top=True, labeltop=True)
     figure.suptitle(_summary(agreement), fontsize=11)
     save_figure(figure, Path(path))
 

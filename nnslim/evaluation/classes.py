@@ -1,12 +1,14 @@
-"""Which labels make up which class."""
+"""Which labels make up which class, and which classes stand together in pictures."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from nnslim.errors import InputError, nearest
 
@@ -58,19 +60,10 @@ class Classes:
         return replace(self, classes=tuple(one for one in self.classes if one in chosen))
 
 
-def named_classes(names: Mapping[int, str], ignore: int | None = None, ending: str | None = None) -> Classes:
-    """Return classes of one label each.
-
-    Args:
-        names: label -> name, background left out. ignore, ending: see `Classes`.
-    """
+def named_classes(names: Mapping[int, str]) -> Classes:
+    """Return classes of one label each, from label -> name without the background."""
     classes = tuple(LabelClass(name, (label,), str(label)) for label, name in sorted(names.items()))
-    return Classes(classes, ignore, frozenset(names), ending)
-
-
-def numbered_classes(labels: Iterable[int]) -> Classes:
-    """Return a class for each label, named by its number."""
-    return named_classes({int(label): str(label) for label in labels})
+    return Classes(classes, known=frozenset(names))
 
 
 def read_dataset_json(path: Path) -> Classes:
@@ -81,34 +74,63 @@ def read_dataset_json(path: Path) -> Classes:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        labels = dict(content["labels"])
-        listed = {str(name): _members(value) for name, value in labels.items()}
+        labels = {str(name): _members(value) for name, value in dict(content["labels"]).items()}
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}; expected nnU-Net's dataset.json") from error
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(
             f'{path} is not nnU-Net\'s dataset.json: expected "labels": {{"background": 0, "name": 1, ...}}'
         ) from error
-    ignore = listed.pop("ignore", None)
-    if ignore is not None and len(ignore) != 1:
-        raise InputError(f"{path}: the ignore label is one number, found {labels['ignore']}")
-    known = frozenset(label for members in listed.values() for label in members) - {0}
-    regions = any(isinstance(value, list) and len(value) > 1 for value in labels.values())
-    foreground = {name: members for name, members in listed.items() if set(members) != {0}}
-    if not foreground:
+    ignore = labels.pop("ignore", ())
+    if len(_all(ignore)) > 1:
+        raise InputError(f"{path}: the ignore label is one number, found {list(_all(ignore))}")
+    known = frozenset(label for value in labels.values() for label in _all(value)) - {0}
+    regions = any(len(_all(value)) > 1 for value in labels.values())
+    classes = [
+        LabelClass(name, _all(value), str(value if regions else _all(value)[0]))  # the key as nnU-Net makes it
+        for name, value in labels.items()
+        if set(_all(value)) != {0}
+    ]
+    if not classes:
         raise InputError(f"{path} names no label besides the background")
-    if regions:
-        classes = [LabelClass(name, members, _key(labels[name])) for name, members in foreground.items()]
-    else:
-        ordered = sorted(foreground.items(), key=lambda item: item[1])
-        classes = [LabelClass(name, members, str(members[0])) for name, members in ordered]
-    return Classes(tuple(classes), ignore and ignore[0], known, content.get("file_ending"))
+    if not regions:
+        classes.sort(key=lambda one: one.members)
+    return Classes(tuple(classes), next(iter(_all(ignore)), None), known, content.get("file_ending"))
 
 
-def _members(value: Any) -> tuple[int, ...]:
-    return tuple(int(label) for label in value) if isinstance(value, list) else (int(value),)
+def _members(value: Any) -> int | tuple[int, ...]:
+    return tuple(int(label) for label in value) if isinstance(value, list) else int(value)
 
 
-def _key(value: Any) -> str:
-    """Return what nnU-Net's `label_or_region_to_key` makes of it: of [1, 2] the text of a tuple, of 3 the number."""
-    return str(tuple(int(label) for label in value) if isinstance(value, list) else int(value))
+def _all(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def read_groups(path: Path, class_names: Collection[str], shown: Collection[str]) -> dict[str, list[str]]:
+    """Read groups of classes, such as ribs or vertebrae, `group: [class, ...]` in YAML or JSON.
+
+    Args:
+        class_names: those that the file may name. shown: those that get into a group, "other" if no group names them.
+    Raises:
+        InputError: the file cannot be read, is no such mapping, or names a class that does not exist.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; expected YAML or JSON") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())[:200]}") from error
+    if not (isinstance(content, dict) and content and all(isinstance(one, list) for one in content.values())):
+        raise InputError(f"{path}: expected 'group: [class, class, ...]' lines")
+    groups = {str(name): [str(member) for member in members] for name, members in content.items()}
+    for name in (name for members in groups.values() for name in members):
+        if name not in class_names:
+            raise InputError(f"{path}: no class '{name}'; {nearest(name, class_names)}")
+    return group_classes(groups, shown)
+
+
+def group_classes(groups: Mapping[str, Collection[str]], class_names: Collection[str]) -> dict[str, list[str]]:
+    """Return the classes of each group that has any, in the order of `class_names`; the rest is "other"."""
+    placed = {name: [one for one in class_names if one in members] for name, members in groups.items()}
+    rest = [one for one in class_names if not any(one in members for members in placed.values())]
+    return {name: members for name, members in (*placed.items(), ("other", rest)) if members}

@@ -11,7 +11,8 @@ from typing import Literal
 import numpy as np
 
 from nnslim.errors import InputError
-from nnslim.evaluation.classes import Classes, LabelClass, numbered_classes
+from nnslim.evaluation.classes import Classes, LabelClass, named_classes
+from nnslim.evaluation.label_files import check_same_grid
 from nnslim.evaluation.overlap import dice_of_counts, joint_counts
 from nnslim.evaluation.sources import Crop, LabelSource, MaskSource, Source, open_source, union_box
 from nnslim.evaluation.surfaces import surface_distances
@@ -103,7 +104,7 @@ def compare_case(name: str, prediction: Path, reference: Path, settings: Compare
         InputError: a file cannot be read, the grids differ, or a label is none of the classes.
     """
     one, other = (open_source(place, settings.classes) for place in (prediction, reference))
-    one.check_grid(other)
+    check_same_grid(one.map, other.map)
     classes = settings.classes or _all_classes(one, other)
     if settings.wanted is not None:
         classes = classes.only(settings.wanted, known=False)
@@ -126,7 +127,7 @@ def _all_classes(one: Source, other: Source) -> Classes:
         names = sorted({*one.files, *other.files})
         return Classes(tuple(LabelClass(name, (), name) for name in names))
     if isinstance(one, LabelSource) and isinstance(other, LabelSource):
-        return numbered_classes((one.labels | other.labels) - {0})
+        return named_classes({label: str(label) for label in (one.labels | other.labels) - {0}})
     raise InputError(
         f"{one.place} and {other.place}: to compare a label map with one file per class the names of the labels "
         "are needed; give a dataset.json"
@@ -138,7 +139,7 @@ class _Comparison:
         self.one, self.other, self.settings = one, other, settings
         self.ignore = classes.ignore
         self.counts = None
-        self.voxels = one.size
+        self.voxels = one.map.labels.size
         if isinstance(one, LabelSource) and isinstance(other, LabelSource):
             self.counts = joint_counts(one.volume, other.volume).without(classes.ignore)
             self.voxels = int(self.counts.counts.sum())
@@ -147,25 +148,22 @@ class _Comparison:
 
     def scores(self, one: LabelClass) -> Scores | None:
         """Return the scores of a class; None where neither side has it."""
-        counted = None if self.counts is None else self.counts.overlap(one.members)
-        if counted is not None and not self.settings.surfaces:
-            return Scores(*counted, self.voxels) if any(counted) else None
-        predicted, reference = self.one.load(one), self.other.load(one)
-        box = union_box(predicted.box, reference.box)
-        if box is None:
-            return None
-        masks = (self._valid(predicted, box), reference.mask(box))
-        if counted is None:
-            counted = (*(int(np.count_nonzero(mask)) for mask in masks), int(np.count_nonzero(masks[0] & masks[1])))
+        masks = None
+        if self.counts is None or self.settings.surfaces:
+            predicted, reference = self.one.load(one), self.other.load(one)
+            if (box := union_box(predicted.box, reference.box)) is None:
+                return None
+            masks = (self._valid(predicted, box), reference.mask(box))
+        counted = joint_counts(*masks).overlap([1]) if self.counts is None else self.counts.overlap(one.members)
         if not any(counted):
             return None
-        if not counted[0] or not counted[1]:  # a miss or a false positive: no part of the surface is right
-            return Scores(*counted, self.voxels, 0.0 if self.settings.surfaces else _NAN)
-        if not self.settings.surfaces:
-            return Scores(*counted, self.voxels)
-        distances = surface_distances(*masks, self.one.spacing)
-        nsd = distances.surface_dice(self.settings.tolerance)
-        return Scores(*counted, self.voxels, nsd, distances.hausdorff(95))
+        nsd = hd95 = _NAN
+        if self.settings.surfaces:
+            nsd = 0.0  # a miss or a false positive: no part of the surface is right
+            if counted[0] and counted[1]:
+                distances = surface_distances(*masks, self.one.map.spacing[::-1])
+                nsd, hd95 = distances.surface_dice(self.settings.tolerance), distances.hausdorff(95)
+        return Scores(*counted, self.voxels, nsd, hd95)
 
     def _valid(self, predicted: Crop, box: Sequence[slice]) -> np.ndarray:
         """Return the predicted mask without the voxels that the reference tells to ignore."""

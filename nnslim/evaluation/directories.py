@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,7 +12,7 @@ from nnslim.evaluation.classes import Classes, LabelClass
 from nnslim.evaluation.compare import CaseScores, CompareSettings, compare_case
 from nnslim.evaluation.pairing import pair_cases
 from nnslim.evaluation.results import Evaluation
-from nnslim.evaluation.workers import Outcome, run_jobs
+from nnslim.evaluation.workers import Outcome, available_cpus, run_jobs
 
 _START = 10.0  # seconds of work that make starting processes worth while; each imports numpy and scipy first
 
@@ -51,29 +50,23 @@ def evaluate_directories(
     if classes is not None and wanted is not None:
         classes = classes.only(wanted)
     settings = CompareSettings(classes, tolerance, surfaces, 1, wanted if classes is None else None)
-    evaluation = Evaluation((), missing=pairing.missing, extra=pairing.extra, tolerance=tolerance)
-    jobs = pairing.pairs
     done: dict[str, CaseScores] = {}
-    for number, (name, outcome) in enumerate(_run(jobs, settings, workers), start=1):
+    failed: dict[str, str] = {}
+    for number, (name, outcome) in enumerate(_run(pairing.pairs, settings, workers), start=1):
         if isinstance(outcome, Exception):
-            evaluation.failed[name] = _reason(outcome)
+            failed[name] = _reason(outcome)
         else:
             done[name] = outcome
         if progress is not None:
-            progress(number, len(jobs))
+            progress(number, len(pairing.pairs))
     if not done:
-        name, reason = next(iter(evaluation.failed.items()))
-        raise InputError(f"none of {len(jobs)} case(s) of {predictions} could be compared; {name}: {reason}")
-    evaluation.cases = [done[name] for name in jobs if name in done]
-    evaluation.classes = classes.classes if classes else _found(evaluation.cases)
+        name, reason = next(iter(failed.items()))
+        raise InputError(f"none of {len(failed)} case(s) of {predictions} could be compared; {name}: {reason}")
+    cases = [done[name] for name in pairing.pairs if name in done]
+    found = classes.classes if classes else _found(cases)
     if wanted is not None:
-        Classes(evaluation.classes).only(wanted)
-    return evaluation
-
-
-def available_cpus() -> int:
-    """Return how many CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        Classes(found).only(wanted)
+    return Evaluation(found, cases, failed, pairing.missing, pairing.extra, tolerance)
 
 
 def _run(pairs: dict[str, tuple[Path, Path]], settings: CompareSettings, workers: int | None) -> Iterator[Outcome]:
@@ -83,14 +76,19 @@ def _run(pairs: dict[str, tuple[Path, Path]], settings: CompareSettings, workers
         workers = available_cpus()
         first = next(iter(rest))
         started = time.perf_counter()
-        alone = replace(settings, threads=workers)
-        yield from run_jobs(compare_case, {first: (first, *rest.pop(first), alone)}, 1)
+        yield from _compare({first: rest.pop(first)}, settings, 1, workers)
         if (time.perf_counter() - started) * len(rest) < _START:
-            yield from run_jobs(compare_case, {name: (name, *pair, alone) for name, pair in rest.items()}, 1)
+            yield from _compare(rest, settings, 1, workers)
             return
     processes = max(1, min(workers, len(rest)))
-    shared = replace(settings, threads=max(1, workers // processes))
-    yield from run_jobs(compare_case, {name: (name, *pair, shared) for name, pair in rest.items()}, processes)
+    yield from _compare(rest, settings, processes, max(1, workers // processes))
+
+
+def _compare(
+    pairs: dict[str, tuple[Path, Path]], settings: CompareSettings, processes: int, threads: int
+) -> Iterator[Outcome]:
+    settings = replace(settings, threads=threads)
+    return run_jobs(compare_case, {name: (name, *pair, settings) for name, pair in pairs.items()}, processes)
 
 
 def _found(cases: list[CaseScores]) -> tuple[LabelClass, ...]:

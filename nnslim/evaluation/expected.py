@@ -1,10 +1,9 @@
-"""Overlap of two segmentations, and of a segmentation with labels that are known as probabilities only."""
+"""Dice of a segmentation with labels that are known as probabilities only."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,24 +46,6 @@ def expected_dice(
 def harden(probabilities: Tensor, background: bool) -> Tensor:
     """Return the segmentation as nnU-Net decides: (*spatial) map of the largest channel, or (C, *spatial) p > 0.5."""
     return probabilities.argmax(0) if background else probabilities > 0.5
-
-
-class LabelMaps(NamedTuple):
-    """Label maps of one case in the grid of its image, where labels are compared.
-
-    Attributes:
-        dense, slim, truth: (*grid) integers.
-        spacing: mm per voxel along each axis.
-        members: per class the labels that it consists of (a region may have several).
-        ignore: label of the voxels in `truth` that do not count, if there is one.
-    """
-
-    dense: np.ndarray
-    slim: np.ndarray
-    truth: np.ndarray
-    spacing: Sequence[float]
-    members: Sequence[Sequence[int]]
-    ignore: int | None = None
 
 
 def as_segmentation(segmentation: Tensor | np.ndarray) -> Tensor:
@@ -125,62 +106,6 @@ def _soften(probabilities: Tensor, background: bool, temperature: float) -> Tens
     if not background:
         return torch.sigmoid(torch.logit(probabilities, eps=1e-7) / temperature)
     return torch.softmax(probabilities.clamp_min(torch.finfo(torch.float32).tiny).log() / temperature, 0)
-
-
-def overlaps(first: Tensor, second: Tensor, channels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return voxels per channel, (C,): in both segmentations, in the first, in the second."""
-    if first.ndim != second.ndim:  # a map against booleans with the background first
-        second = second.long().argmax(0)
-    if first.dtype == torch.bool:
-        masks = [one.flatten(1) != 0 for one in (first, second)]
-        return tuple(one.sum(1).numpy() for one in (masks[0] & masks[1], *masks))
-    first, second = first.flatten(), _checked(second.flatten().long(), channels)
-    parts = (first[first == second], first, second)
-    return tuple(torch.bincount(one, minlength=channels).numpy() for one in parts)
-
-
-def against_labels(labels: LabelMaps, classes: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-    """Return Dice of both models against the labels, (K,) each by name, and the volumes of both in voxels, (K,) each.
-
-    Raises:
-        InputError: shapes or number of classes differ, or a label is negative.
-    """
-    if len(labels.members) != classes:
-        raise InputError(f"{len(labels.members)} groups of labels do not fit {classes} classes")
-    found, volumes = {}, []
-    for key, label_map in (("dice_dense", labels.dense), ("dice_slim", labels.slim)):
-        if label_map.shape != labels.truth.shape:
-            raise InputError(f"labels have shape {labels.truth.shape}, the segmentation {label_map.shape}")
-        joint = _joint(label_map, labels.truth)
-        volumes.append(np.array([joint[_inside(group, joint)].sum() for group in labels.members], dtype=float))
-        if labels.ignore is not None and 0 <= labels.ignore < len(joint):
-            joint[:, labels.ignore] = 0
-        rows = [_inside(group, joint) for group in labels.members]
-        both = np.array([joint[np.ix_(group, group)].sum() for group in rows])
-        sizes = [np.array([side[group].sum() for group in rows]) for side in (joint.sum(1), joint.sum(0))]
-        found[key] = dice_of(both, *sizes)
-    return found, volumes
-
-
-def _joint(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return (L, L) counts of voxels with label i in the first map and j in the second, plane by plane."""
-    if min(first.min(initial=0), second.min(initial=0)) < 0:
-        raise InputError("label maps must not have negative values")
-    size = int(max(first.max(initial=0), second.max(initial=0))) + 1
-    counts = np.zeros(size * size, dtype=np.int64)
-    for one, other in zip(first, second, strict=True):
-        counts += np.bincount(one.ravel().astype(np.int64) * size + other.ravel(), minlength=size * size)
-    return counts.reshape(size, size)
-
-
-def _inside(group: Sequence[int], joint: np.ndarray) -> list[int]:
-    return [label for label in group if label < len(joint)]
-
-
-def dice_of(both: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return 2 both / (first + second) of counts of any shape; NaN where neither has a voxel."""
-    total = (first + second).astype(float)
-    return np.divide(2.0 * both, total, out=np.full_like(total, _NAN), where=total > 0)
 
 
 def drop_of(dense: np.ndarray, slim: np.ndarray) -> np.ndarray:

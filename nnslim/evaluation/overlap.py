@@ -1,4 +1,4 @@
-"""Overlap of two label maps."""
+"""Overlap of two label maps: all voxels are counted once, and everything else follows from the counts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from nnslim.errors import InputError
 
-_SLAB = 1 << 22  # voxels that are counted at a time, so that no index as large as the maps is made
+_SLAB = 1 << 22  # voxels counted at a time, so that no index as large as the maps is made
 _DIRECT = 1 << 20  # entries of a histogram that is used as it is; with larger labels only those that occur get a row
 
 
@@ -50,14 +50,16 @@ def joint_counts(first: np.ndarray, second: np.ndarray) -> JointCounts:
     """Count all pairs of labels in one pass over the voxels.
 
     Args:
-        first, second: label maps of one shape; integers that are not negative.
+        first, second: label maps of one shape, integers; or masks, where True is label 1.
     Raises:
-        InputError: the shapes differ.
+        InputError: the shapes differ, or a label is negative.
     """
     if first.shape != second.shape:
         raise InputError(f"label maps of different shapes cannot be compared: {first.shape} and {second.shape}")
     order = "F" if first.flags.f_contiguous and second.flags.f_contiguous else "C"  # F would be copied otherwise
     maps = [labels.reshape(-1, order=order) for labels in (first, second)]
+    if any(labels.min(initial=0) < 0 for labels in maps):
+        raise InputError("label maps must not have negative values")
     values = [np.arange(int(labels.max(initial=0)) + 1) for labels in maps]
     if len(values[0]) * len(values[1]) > _DIRECT:
         values, maps = zip(*(np.unique(labels, return_inverse=True) for labels in maps), strict=True)
@@ -76,15 +78,13 @@ def dice_of_counts(first: int, second: int, both: int) -> float:
 
 
 def dice_per_label(first: np.ndarray, second: np.ndarray, labels: Sequence[int]) -> dict[int, float]:
-    """Return 2 |A and B| / (|A| + |B|) for each label, from one pass over the voxels.
+    """Return the Dice of each label: NaN where neither map has it, 0 where only one has it.
 
     Args:
         first, second: integer label maps of one shape.
         labels: labels to compare.
-    Returns:
-        Dice by label; NaN where neither map has the label, 0 where only one has it.
     Raises:
-        InputError: the shapes differ.
+        InputError: the shapes differ, or a label is negative.
     """
     counted = joint_counts(np.asarray(first), np.asarray(second))
     return {int(label): dice_of_counts(*counted.overlap([label])) for label in labels}

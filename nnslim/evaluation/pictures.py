@@ -15,10 +15,9 @@ from nnslim.evaluation.label_files import ending_of, read_volume
 from nnslim.evaluation.pairing import case_name
 from nnslim.evaluation.results import Evaluation
 from nnslim.evaluation.sources import LabelSource, Source, open_source, union_box
-from nnslim.figures import new_figure, overlay, own_style, save_figure, score_rows
+from nnslim.figures import overlay, own_style, row_panels, save_figure, score_rows
 
 _GROUP_COLOURS = ("#00b7eb", "#ff9f1c", "#7a5cff", "#2a9d8f", "#e5579e", "#8d99ae")
-_FEW = 12  # rows; with more, they are narrow
 _MARGIN = 25.0  # mm around a class in the picture of a worst case
 
 
@@ -30,15 +29,16 @@ def class_figure(evaluation: Evaluation, path: Path, groups: Mapping[str, Sequen
     Raises:
         InputError: unknown ending. OutputError: it cannot be written.
     """
-    names = [one.name for one in evaluation.classes]
     shown = {"": [one.name for one in evaluation.present]} if groups is None else groups
-    rows = [names.index(name) for members in shown.values() for name in members]
+    names = [name for members in shown.values() for name in members]
     colours = [
         _GROUP_COLOURS[place % len(_GROUP_COLOURS)] for place, members in enumerate(shown.values()) for _ in members
     ]
-    labels = [names[row] + _marks(evaluation, evaluation.classes[row]) for row in rows]
-    columns = {metric: [evaluation.values(metric)[:, row] for row in rows] for metric in ("dice", "nsd")}
-    _rows_figure(evaluation, path, labels, columns, colours)
+    counts = evaluation.class_table.set_index("name")
+    marks = [(counts.missed[name], counts.false_positive[name]) for name in names]
+    told = [", ".join(f"{n} {word}" for n, word in zip(one, ("missed", "false"), strict=True) if n) for one in marks]
+    labels = [f"{name}  [{mark}]" if mark else name for name, mark in zip(names, told, strict=True)]
+    _rows_figure(evaluation, path, labels, [[name] for name in names], colours)
 
 
 def group_figure(evaluation: Evaluation, path: Path, groups: Mapping[str, Sequence[str]]) -> None:
@@ -47,13 +47,8 @@ def group_figure(evaluation: Evaluation, path: Path, groups: Mapping[str, Sequen
     Raises:
         InputError: unknown ending. OutputError: it cannot be written.
     """
-    names = [one.name for one in evaluation.classes]
-    members = [[names.index(name) for name in group] for group in groups.values()]
-    columns = {
-        metric: [evaluation.values(metric)[:, places].ravel() for places in members] for metric in ("dice", "nsd")
-    }
-    labels = [f"{group} ({len(places)} classes)" for group, places in zip(groups, members, strict=True)]
-    _rows_figure(evaluation, path, labels, columns, list(_GROUP_COLOURS))
+    labels = [f"{group} ({len(members)} classes)" for group, members in groups.items()]
+    _rows_figure(evaluation, path, labels, list(groups.values()), _GROUP_COLOURS)
 
 
 def worst_figures(
@@ -83,32 +78,19 @@ def worst_figures(
 
 @own_style
 def _rows_figure(
-    evaluation: Evaluation, path: Path, names: list[str], columns: Mapping[str, list[np.ndarray]], colours: list[str]
+    evaluation: Evaluation, path: Path, labels: list[str], rows: list[Sequence[str]], colours: Sequence[str]
 ) -> None:
-    few = len(names) <= _FEW
-    figure = new_figure((11, 1.6 + len(names) * (0.45 if few else 0.2)))
-    labels = {"dice": "Dice", "nsd": f"NSD at {evaluation.tolerance:g} mm"}
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, (metric, values) in zip(panels, columns.items(), strict=True):
-        score_rows(axes, values, colours)
-        axes.set_xlabel(f"{labels[metric]}, mean {evaluation.mean(metric):.3f}")
-        axes.grid(axis="x", color="0.9")
-        axes.set_axisbelow(True)
-        if not few:  # the scale is out of sight at the other end of a high picture
-            axes.tick_params(top=True, labeltop=True)
-    panels[0].set_yticks(range(len(names)), names, fontsize=10 if few else 7)
-    panels[0].set_ylim(len(names) - 0.4, -0.6)  # the first on top
+    """Draw a row of dots for each of `rows`, which are the names of its classes."""
+    figure, panels = row_panels(labels, height=1.6)
+    titles = {"dice": "Dice", "nsd": f"NSD at {evaluation.tolerance:g} mm"}
+    by_class = dict(list(evaluation.table.groupby("name")))
+    for axes, (metric, title) in zip(panels, titles.items(), strict=True):
+        score_rows(axes, [np.concatenate([by_class[name][metric] for name in names]) for names in rows], colours)
+        axes.set_xlabel(f"{title}, mean {evaluation.mean(metric):.3f}")
     absent = len(evaluation.classes) - len(evaluation.present)
     title = f"{len(evaluation.cases)} case(s); mean over classes of the means over cases"
     figure.suptitle(title + (f"; {absent} classes that are in no case are left out" if absent else ""), fontsize=10)
     save_figure(figure, path)
-
-
-def _marks(evaluation: Evaluation, one: LabelClass) -> str:
-    """Return how often the class was missed or invented, for its row."""
-    counts = {word: evaluation.count(one, side) for word, side in (("missed", "prediction"), ("false", "reference"))}
-    told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-    return f"  [{told}]" if told else ""
 
 
 def _worst_figure(
@@ -116,7 +98,7 @@ def _worst_figure(
 ) -> None:
     sources = [open_source(place, classes) for place in (case.reference, case.prediction)]
     reference, prediction = (source.load(one) for source in sources)
-    grid = sources[0].any_map()
+    grid = sources[0].map
     box = _wider(union_box(reference.box, prediction.box), grid.labels.shape[::-1], grid.spacing[::-1])
     # Sources have their axes reversed (z, y, x); a picture has them as the file has.
     masks = [crop.mask(box).T for crop in (reference, prediction)]

@@ -1,21 +1,23 @@
-"""What an evaluation found: scores of all cases, their means, and the difference of two evaluations."""
+"""What an evaluation found: scores of all cases as tables, their means, and the difference of two evaluations."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
+import pandas
 
 from nnslim.evaluation.classes import LabelClass
-from nnslim.evaluation.compare import CaseScores, Scores
+from nnslim.evaluation.compare import CaseScores
 
 METRICS = ("dice", "nsd", "hd95")
+COLUMNS = ("case", "label", "name", *METRICS, "n_ref", "n_pred", "tp", "fp", "fn", "empty")
 
 
 @dataclass
 class Evaluation:
-    """Scores of all cases.
+    """Scores of all cases; its tables are made when they are first asked for.
 
     Means are over the cases of each class, NaN left out: a class that neither side has says nothing about the model,
     and counts in no mean. Where one side alone has it, Dice and NSD are 0 and count; HD95 has no value.
@@ -35,6 +37,34 @@ class Evaluation:
     extra: tuple[str, ...] = ()
     tolerance: float = 1.0
 
+    @cached_property
+    def table(self) -> pandas.DataFrame:
+        """A row per case and class, with the columns of COLUMNS; a class whose file was lacking in a case has none.
+
+        `label` is nnU-Net's key, `hd95` in mm, and `empty` that of `Scores`; the rest of the numbers are voxels.
+        """
+        rows = []
+        for case in self.cases:
+            for one in self.classes:
+                if (score := case.score(one.key)) is not None:
+                    wrong = (score.predicted - score.both, score.reference - score.both)
+                    counts = (score.reference, score.predicted, score.both, *wrong)
+                    rows.append((case.name, one.key, one.name, score.dice, score.nsd, score.hd95, *counts, score.empty))
+        return pandas.DataFrame(rows, columns=list(COLUMNS)).astype(dict.fromkeys(METRICS, float))
+
+    @cached_property
+    def class_table(self) -> pandas.DataFrame:
+        """A row per class, by key: name, cases that have it, missed, false_positive, mean dice, nsd, hd95; dice_sd."""
+        empty = self.table["empty"]
+        sides = {"cases": empty != "both", "missed": empty == "prediction", "false_positive": empty == "reference"}
+        grouped = self.table.assign(**sides).groupby("label")
+        counts = grouped[list(sides)].sum()
+        means = grouped[list(METRICS)].mean().assign(dice_sd=grouped["dice"].std())
+        keys = [one.key for one in self.classes]
+        table = counts.reindex(keys, fill_value=0).astype(int).join(means)
+        table.insert(0, "name", [one.name for one in self.classes])
+        return table
+
     @property
     def complete(self) -> bool:
         """True if each reference has been compared, in all of its classes."""
@@ -44,25 +74,25 @@ class Evaluation:
     @property
     def present(self) -> tuple[LabelClass, ...]:
         """The classes that some case has, on either side."""
-        return tuple(one for one in self.classes if self.count(one))
+        cases = self.class_table["cases"]
+        return tuple(one for one in self.classes if cases[one.key])
+
+    def scores(self, metric: str) -> pandas.DataFrame:
+        """Return one of METRICS, a row per case and a column per class, by key; NaN where a file was lacking."""
+        wide = self.table.pivot(index="case", columns="label", values=metric)
+        return wide.reindex(index=[case.name for case in self.cases], columns=[one.key for one in self.classes])
 
     def values(self, metric: str) -> np.ndarray:
-        """Return (cases, classes) of an attribute of `Scores`; NaN where a file was lacking."""
-        rows = [[_value(case.score(one.key), metric) for one in self.classes] for case in self.cases]
-        return np.array(rows, dtype=float).reshape(len(self.cases), len(self.classes))
+        """Return what `scores` does, as (cases, classes) numbers."""
+        return self.scores(metric).to_numpy(float)
 
     def class_means(self, metric: str) -> np.ndarray:
         """Return (classes,) means over cases."""
-        return np.array([mean(column) for column in self.values(metric).T])
+        return self.class_table[metric].to_numpy(float)
 
     def mean(self, metric: str) -> float:
         """Return the mean over classes of the means over cases."""
-        return mean(self.class_means(metric))
-
-    def count(self, one: LabelClass, empty: str | None = None) -> int:
-        """Return in how many cases the class is there; with `empty`, how many have that value of `Scores.empty`."""
-        scores = [score for case in self.cases if (score := case.score(one.key)) is not None]
-        return sum(score.empty != "both" if empty is None else score.empty == empty for score in scores)
+        return float(self.class_table[metric].mean())
 
     def worst(self, count: int) -> list[tuple[CaseScores, LabelClass]]:
         """Return the cases with the lowest Dice of any class, each with that class, the lowest first.
@@ -70,75 +100,28 @@ class Evaluation:
         Of equal ones that with more wrong voxels comes first, so that a missed liver is before a missed vessel. Where
         there are fewer cases than `count`, their next classes follow.
         """
-        found = [
-            (_badness(score), case.name, case, one)
-            for case in self.cases
-            for one in self.classes
-            if (score := case.score(one.key)) is not None and score.empty != "both"
-        ]
-        found.sort(key=lambda item: item[:2])
-        firsts: dict[str, int] = {}
-        for place, (_, name, _, _) in enumerate(found):
-            firsts.setdefault(name, place)
-        order = sorted(range(len(found)), key=lambda place: (firsts[found[place][1]] != place, place))
-        return [found[place][2:] for place in order[:count]]
+        found = self.table[self.table["empty"] != "both"]
+        found = found.assign(right=-found["fp"] - found["fn"]).sort_values(["dice", "right", "case"])
+        again = found["case"].duplicated()
+        cases, classes = {case.name: case for case in self.cases}, {one.key: one for one in self.classes}
+        chosen = pandas.concat([found[~again], found[again]]).head(count)
+        return [(cases[name], classes[key]) for name, key in zip(chosen["case"], chosen["label"], strict=True)]
 
 
-@dataclass(frozen=True)
-class Difference:
-    """One class, first minus second evaluation, over the cases where both have a value.
-
-    Attributes:
-        name: of the class. cases: how many. mean, sd: of the differences; the SD is NaN for a single case.
-        worst: case with the lowest difference. lowest: that difference.
-    """
-
-    name: str
-    cases: int
-    mean: float
-    sd: float
-    worst: str
-    lowest: float
-
-
-def paired_differences(first: Evaluation, second: Evaluation, metric: str) -> list[Difference]:
-    """Return how much higher the first evaluation is than the second, case by case.
+def paired_differences(first: Evaluation, second: Evaluation, metric: str) -> pandas.DataFrame:
+    """Return how much higher the first evaluation is than the second, over the cases where both have a value.
 
     Args:
-        metric: an attribute of `Scores`.
+        metric: one of METRICS.
     Returns:
-        One per class of the first evaluation that has a value in both for some case; then "mean over classes", from
-        the mean of each case over its classes.
+        A row per class of the first evaluation that has a value in both for some case; then "mean over classes", from
+        the mean of each case over its classes. Columns: name, cases, mean and sd of the differences (NaN for a single
+        case), the lowest one, and lowest_case.
     """
-    shared = [case.name for case in first.cases if any(case.name == other.name for other in second.cases)]
-    classes = [one for one in first.classes if any(one.key == other.key for other in second.classes)]
-    tables = []
-    for evaluation in (first, second):
-        by_name = {case.name: case for case in evaluation.cases}
-        rows = [[_value(by_name[name].score(one.key), metric) for one in classes] for name in shared]
-        tables.append(np.array(rows, dtype=float).reshape(len(shared), len(classes)))
-    table = tables[0] - tables[1]
-    rows = [(one.name, column) for one, column in zip(classes, table.T, strict=True)]
-    rows.append(("mean over classes", np.array([mean(row) for row in table])))
-    return [_difference(name, column, shared) for name, column in rows if not np.isnan(column).all()]
-
-
-def mean(values: np.ndarray) -> float:
-    """Return the mean without NaN; NaN if nothing is left."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else float("nan")
-
-
-def _difference(name: str, values: np.ndarray, cases: Sequence[str]) -> Difference:
-    known = values[~np.isnan(values)]
-    lowest = int(np.nanargmin(values))
-    sd = float(known.std(ddof=1)) if len(known) > 1 else float("nan")
-    return Difference(name, len(known), float(known.mean()), sd, cases[lowest], float(values[lowest]))
-
-
-def _badness(score: Scores) -> tuple[float, int]:
-    return score.dice, 2 * score.both - score.predicted - score.reference
-
-
-def _value(score: Scores | None, metric: str) -> float:
-    return float("nan") if score is None else float(getattr(score, metric))
+    scores = first.scores(metric)
+    table = scores - second.scores(metric).reindex_like(scores)
+    table = table.rename(columns={one.key: one.name for one in first.classes})
+    table["mean over classes"] = table.mean(axis=1)
+    table = table.dropna(axis=1, how="all")
+    found = {"cases": table.count(), "mean": table.mean(), "sd": table.std(), "lowest": table.min()}
+    return pandas.DataFrame({**found, "lowest_case": table.idxmin()}).rename_axis("name").reset_index()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from scipy import ndimage
 
 from nnslim.errors import InputError
 from nnslim.evaluation.classes import Classes, LabelClass
-from nnslim.evaluation.label_files import LabelMap, check_same_grid, read_label_map
+from nnslim.evaluation.label_files import check_same_grid, read_label_map
 from nnslim.evaluation.pairing import mask_files
 
 Box = tuple[slice, ...]
@@ -36,13 +37,16 @@ class Crop(NamedTuple):
             return values != 0
         if len(self.members) == 1:
             return values == self.members[0]
-        chosen = np.zeros(int(max(values.max(initial=0), *self.members)) + 1, bool)
-        chosen[list(self.members)] = True
-        return chosen[values]
+        return np.isin(values, self.members)
 
 
 class LabelSource:
-    """A label map. Its axes are reversed, so that numpy finds the fastest axis last and works along memory."""
+    """A label map.
+
+    Attributes:
+        map: as it was read. volume: its labels with the axes reversed, so that numpy finds the fastest axis last.
+        labels: those that occur.
+    """
 
     def __init__(self, place: Path, classes: Classes | None) -> None:
         """Read the map.
@@ -53,22 +57,12 @@ class LabelSource:
         self.place = place
         self.map = read_label_map(place)
         self.volume = self.map.labels.T
-        self.spacing = self.map.spacing[::-1]
-        self.size = self.volume.size
         self._boxes = ndimage.find_objects(self.volume)
         self.labels = {label for label, box in enumerate(self._boxes, start=1) if box is not None}
         if classes is not None and (unknown := self.labels - classes.known - {classes.ignore}):
             listed = ", ".join(str(label) for label in sorted(unknown)[:10])
-            named = ", ".join(f"{label}" for label in sorted(classes.known)[:20])
+            named = ", ".join(str(label) for label in sorted(classes.known)[:20])
             raise InputError(f"{place} has label(s) {listed}, which are none of the classes; known: {named}")
-
-    def check_grid(self, other: Source) -> None:
-        """Refuse another grid; see `check_same_grid`."""
-        check_same_grid(self.map, other.any_map())
-
-    def any_map(self) -> LabelMap:
-        """Return a map in the grid of this source."""
-        return self.map
 
     def has(self, one: LabelClass) -> bool:
         """Tell whether the class could be here; a label map has room for all."""
@@ -77,14 +71,15 @@ class LabelSource:
     def load(self, one: LabelClass) -> Crop:
         """Return the class."""
         boxes = [self._boxes[label - 1] for label in one.members if 0 < label <= len(self._boxes)]
-        box = None
-        for found in boxes:
-            box = union_box(box, found)
-        return Crop(box, self.volume, one.members)
+        return Crop(reduce(union_box, boxes, None), self.volume, one.members)
 
 
 class MaskSource:
-    """A folder with one mask per class, as TotalSegmentator writes it; masks are read when they are asked for."""
+    """A folder with one mask per class, as TotalSegmentator writes it; masks are read when they are asked for.
+
+    Attributes:
+        files: by class name. map: one of them, for the grid.
+    """
 
     def __init__(self, place: Path) -> None:
         """List the files and read one of them for the grid.
@@ -96,17 +91,7 @@ class MaskSource:
         self.files = mask_files(place)
         if not self.files:
             raise InputError(f"{place} holds no masks; expected <class>.nii.gz")
-        self._first = read_label_map(next(iter(self.files.values())))
-        self.spacing = self._first.spacing[::-1]
-        self.size = self._first.labels.size
-
-    def check_grid(self, other: Source) -> None:
-        """Refuse another grid; see `check_same_grid`."""
-        check_same_grid(self._first, other.any_map())
-
-    def any_map(self) -> LabelMap:
-        """Return a map in the grid of this source."""
-        return self._first
+        self.map = read_label_map(next(iter(self.files.values())))
 
     def has(self, one: LabelClass) -> bool:
         """Tell whether the class has a file."""
@@ -119,8 +104,8 @@ class MaskSource:
             InputError: the file cannot be read, or has another grid than the others.
         """
         file = self.files[one.name]
-        read = self._first if file == self._first.path else read_label_map(file)
-        check_same_grid(self._first, read)
+        read = self.map if file == self.map.path else read_label_map(file)
+        check_same_grid(self.map, read)
         volume = read.labels.T
         filled = volume if volume.max(initial=0) <= 1 else (volume != 0).view(np.uint8)
         boxes = ndimage.find_objects(filled, max_label=1)

@@ -1,4 +1,4 @@
-"""The configuration of the predecessor's evaluation script."""
+"""The configuration of tucker-cnn's evaluation script."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 import yaml
 
 from nnslim.errors import ConfigError
-from nnslim.evaluation.directories import available_cpus
+from nnslim.evaluation.workers import available_cpus
 
 _NEEDED = ("out_root", "out_id", "label_root", "metric_csv_path")
-_TOLERANCE = 3.0  # mm; the predecessor's
+_TOLERANCE = 3.0  # mm; tucker-cnn's
 
 
 def legacy_arguments(path: Path) -> list[str]:
-    """Return the arguments of `nnslim evaluate` that do what tucker-cnn's evaluation did with this configuration.
+    """Return the arguments of `nnslim evaluate` that do what tucker-cnn's script did with this configuration.
 
     Predictions are `<out_root>/<out_id>/<subject>/<class>.nii.gz`, references below `label_root`; tolerance: 3 mm.
     Spacing is now the files', not 1.5 mm for all, and empty classes follow nnslim's rules instead of a score of -1.

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 Outcome = tuple[str, Any]  # name of the job, and what the function returned; or the exception
+
+
+def available_cpus() -> int:
+    """Return how many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_jobs(function: Callable[..., Any], jobs: Mapping[str, tuple[Any, ...]], workers: int) -> Iterator[Outcome]:
@@ -23,51 +31,36 @@ def run_jobs(function: Callable[..., Any], jobs: Mapping[str, tuple[Any, ...]], 
     """
     if workers <= 1:
         for name, arguments in jobs.items():
-            yield name, _call(function, arguments)
+            try:
+                yield name, function(*arguments)
+            except Exception as error:
+                yield name, error
         return
-    waiting = dict(jobs)
-    suspects: dict[str, tuple[Any, ...]] = {}
-    while waiting:
-        yield from _run_pool(function, waiting, workers, suspects)
-    # When a process dies, all of its pool's jobs fail. Alone, each shows whether it was the cause.
-    for name, arguments in suspects.items():
-        alone = {name: arguments}
-        died: dict[str, tuple[Any, ...]] = {}
-        yield from _run_pool(function, alone, 1, died)
-        if died:
-            yield name, RuntimeError("its process died (killed, or out of memory?); fewer workers need less memory")
+    left, alone = dict(jobs), False
+    while left:
+        # A pool, loky's too, loses all its jobs when a process dies. Those that may have been running are then done by
+        # one process, in their order: where it dies, the first that is left was the cause.
+        chosen = dict(islice(left.items(), 2 * workers + 1)) if alone else left
+        for name, outcome in _in_pool(function, chosen, 1 if alone else workers):
+            del left[name]
+            yield name, outcome
+        if alone and (died := next((name for name in chosen if name in left), None)) is not None:
+            del left[died]
+            yield died, RuntimeError("its process died (killed, or out of memory?); fewer workers need less memory")
+        alone = not alone
 
 
-def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _in_pool(function: Callable[..., Any], jobs: Mapping[str, tuple[Any, ...]], processes: int) -> Iterator[Outcome]:
+    """Yield the outcomes of all jobs, or of those that ended before a process died."""
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
     try:
-        return function(*arguments)
-    except Exception as error:
-        return error
-
-
-def _run_pool(
-    function: Callable[..., Any],
-    waiting: dict[str, tuple[Any, ...]],
-    workers: int,
-    suspects: dict[str, tuple[Any, ...]],
-) -> Iterator[Outcome]:
-    """Take jobs out of `waiting` until all are done or the pool breaks; what was running then goes to `suspects`."""
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running: dict[Future, tuple[str, tuple[Any, ...]]] = {}
-        broken = False
-        while running or (waiting and not broken):
-            while waiting and len(running) < workers and not broken:
-                name = next(iter(waiting))
-                try:
-                    future = pool.submit(_call, function, waiting[name])
-                except BrokenProcessPool:
-                    broken = True
-                    break
-                running[future] = (name, waiting.pop(name))
-            for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
-                name, arguments = running.pop(future)
-                try:
-                    yield name, future.result()
-                except BrokenProcessPool:
-                    broken = True
-                    suspects[name] = arguments
+        futures = {}
+        with suppress(BrokenProcessPool):
+            for name, arguments in jobs.items():
+                futures[pool.submit(function, *arguments)] = name
+        for future in as_completed(futures):
+            error = future.exception()
+            if not isinstance(error, BrokenProcessPool):
+                yield futures[future], error or future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

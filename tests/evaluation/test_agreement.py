@@ -16,9 +16,9 @@ from nnslim.evaluation.agreement import (
     ClassAgreement,
     LabelMaps,
     compare_answers,
-    expected_dice,
 )
 from nnslim.evaluation.agreement_figure import agreement_figure
+from nnslim.evaluation.expected import expected_dice
 from nnslim.evaluation.overlap import dice_per_label
 
 NAN = math.nan
@@ -70,11 +70,13 @@ def test_expected_dice_class_that_nobody_expects_is_nan():
     assert expected_dice(probabilities, np.array([0, 0, 1])) == pytest.approx([0])
 
 
-def test_expected_dice_does_not_depend_on_slabs(monkeypatch):
-    probabilities = random_probabilities(4, (9, 5, 6))
-    whole = expected_dice(probabilities, probabilities.argmax(0), temperature=1.5)
-    monkeypatch.setattr("nnslim.evaluation.expected._SLAB", 61)  # slabs of 2, 2, 2, 2 and 1 planes
-    assert expected_dice(probabilities, probabilities.argmax(0), temperature=1.5) == pytest.approx(whole)
+def test_expected_dice_of_a_large_image_is_that_of_all_voxels_at_once():
+    probabilities = random_probabilities(3, (9, 400, 400))  # more voxels than are softened at a time
+    segmentation = probabilities.argmax(0)
+    soft = torch.softmax(probabilities.double().log() / 1.5, 0)
+    masks = torch.stack([segmentation == label for label in range(3)])
+    wanted = 2 * (soft * masks).sum((1, 2, 3)) / (soft.sum((1, 2, 3)) + masks.sum((1, 2, 3)))
+    assert expected_dice(probabilities, segmentation, temperature=1.5) == pytest.approx(wanted[1:].numpy(), abs=1e-6)
 
 
 def test_temperature_divides_the_logits():
@@ -203,7 +205,7 @@ def test_compare_case_bad_input_is_named():
     with pytest.raises(InputError, match=r"slim \(3, 4, 4\)"):
         compare_answers("a", dense, dense[..., 1:], (1, 1), ("x", "y"))
     maps = LabelMaps(*[np.zeros((4, 5), int)] * 2, np.zeros((5, 5), int), (1, 1), ((1,), (2,)))
-    with pytest.raises(InputError, match=r"labels have shape \(5, 5\)"):
+    with pytest.raises(InputError, match=r"different shapes .*\(4, 5\) and \(5, 5\)"):
         compare_answers("a", dense, dense, (1, 1), ("x", "y"), maps)
     with pytest.raises(InputError, match="negative"):
         compare_answers("a", dense, dense, (1, 1), ("x", "y"), maps._replace(truth=np.full((4, 5), -1)))

@@ -19,7 +19,7 @@ from helpers import ROOT
 from nnslim.errors import HostError, InputError
 from nnslim.evaluation.classes import read_dataset_json
 from nnslim.evaluation.directories import evaluate_directories
-from nnslim.evaluation.score_files import write_summary
+from nnslim.evaluation.scores import write_summary
 from nnslim.hosts.totalseg.organ_classes import organ_groups, task_classes
 
 SPACING = (0.8, 0.9, 2.5)
@@ -245,11 +245,11 @@ def run_script(*arguments: Path, expect: int = 0) -> str:
     return ran.stdout + ran.stderr
 
 
-def test_script_takes_the_predecessors_configuration(tmp_path):
-    """Fault of the predecessor: 1.5 mm for all files, -1 where the reference lacks a class, invented classes free."""
+def test_script_takes_tucker_cnns_configuration(tmp_path):
+    """Fault of tucker-cnn: 1.5 mm for all files, -1 where the reference lacks a class, invented classes free."""
     labels = np.zeros((12, 12, 12))
     labels[2:8, 2:8, 2:8] = 1
-    moved = np.roll(labels, 1, axis=2)  # by 2.5 mm, or 1.5 mm as the predecessor saw it
+    moved = np.roll(labels, 1, axis=2)  # by 2.5 mm, or 1.5 mm as tucker-cnn saw it
     save(tmp_path / "g" / "s1" / "segmentations" / "liver.nii.gz", labels)
     save(tmp_path / "g" / "s1" / "segmentations" / "spleen.nii.gz", labels * 0)
     save(tmp_path / "out" / "run" / "s1" / "liver.nii.gz", np.roll(moved, 1, axis=2))

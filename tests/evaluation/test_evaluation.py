@@ -12,14 +12,13 @@ import pytest
 from evaluation_jobs import square_or_die
 
 from nnslim.errors import InputError
-from nnslim.evaluation.classes import named_classes, read_dataset_json
+from nnslim.evaluation.classes import group_classes, named_classes, read_dataset_json, read_groups
 from nnslim.evaluation.compare import CompareSettings, compare_case
 from nnslim.evaluation.directories import evaluate_directories
-from nnslim.evaluation.groups import group_classes, read_groups
 from nnslim.evaluation.overlap import dice_per_label, joint_counts
 from nnslim.evaluation.pictures import class_figure, group_figure, worst_figures
 from nnslim.evaluation.results import paired_differences
-from nnslim.evaluation.score_files import class_means, write_csv, write_differences, write_summary
+from nnslim.evaluation.scores import score_lines, write_csv, write_differences, write_summary
 from nnslim.evaluation.surfaces import surface_distances
 from nnslim.evaluation.workers import run_jobs
 
@@ -73,7 +72,7 @@ def test_compare_boxes_hand_computed(pair):
 
 
 def test_compare_takes_the_spacing_of_the_file(pair, tmp_path):
-    """The predecessor used 1.5 mm whatever the header said."""
+    """tucker-cnn used 1.5 mm whatever the header said."""
     coarse = []
     for side, path in zip("pg", pair, strict=True):
         coarse.append(save(tmp_path / "coarse" / side / "a.nii.gz", np.asarray(nib.load(path).dataobj), (4, 0.9, 3)))
@@ -103,8 +102,13 @@ def test_compare_empty_classes_follow_the_rules(tmp_path):
     assert evaluation.mean("dice") == pytest.approx(1 / 3)
     assert evaluation.mean("nsd") == pytest.approx(1 / 3)
     assert evaluation.mean("hd95") == 0
-    counts = {c.name: [evaluation.count(c, e) for e in (None, "prediction", "reference")] for c in evaluation.classes}
-    assert counts == {"equal": [1, 0, 0], "invented": [1, 0, 1], "missed": [1, 1, 0], "nowhere": [0, 0, 0]}
+    counts = evaluation.class_table.set_index("name")[["cases", "missed", "false_positive"]]
+    assert counts.T.to_dict("list") == {
+        "equal": [1, 0, 0],
+        "invented": [1, 0, 1],
+        "missed": [1, 1, 0],
+        "nowhere": [0, 0, 0],
+    }
 
 
 def test_compare_class_means_leave_out_cases_without_the_class(tmp_path):
@@ -115,7 +119,7 @@ def test_compare_class_means_leave_out_cases_without_the_class(tmp_path):
         save(tmp_path / "g" / f"{name}.nii.gz", reference)
     evaluation = evaluate_directories(tmp_path / "p", tmp_path / "g")
     assert evaluation.class_means("dice") == pytest.approx([(1 + 2 / 3) / 2])
-    assert evaluation.count(evaluation.classes[0]) == 2
+    assert evaluation.class_table["cases"].tolist() == [2]
 
 
 def test_compare_regions_are_unions_of_labels(tmp_path):
@@ -352,21 +356,22 @@ def test_paired_differences_mean_and_spread(tmp_path):
     (predictions / "c.nii.gz").unlink()
     fewer = evaluate_directories(predictions, references)
     dices = worse.values("dice")
-    one, two, overall = paired_differences(worse, better, "dice")
+    differences = paired_differences(worse, better, "dice")
+    one, two, overall = differences.itertuples()
     assert (one.name, two.name, overall.name) == ("1", "2", "mean over classes")
     assert (one.cases, one.mean) == (3, pytest.approx((dices[:, 0] - 1).mean()))
     assert one.sd == pytest.approx(dices[:, 0].std(ddof=1))
-    assert one.worst == ["a", "b ü", "c"][dices[:, 0].argmin()]
+    assert one.lowest_case == ["a", "b ü", "c"][dices[:, 0].argmin()]
     assert overall.sd == pytest.approx(dices.mean(axis=1).std(ddof=1))
-    assert paired_differences(better, fewer, "dice")[0].cases == 2
-    write_differences(tmp_path / "d.csv", {"dice": [one, two, overall]})
+    assert paired_differences(better, fewer, "dice")["cases"][0] == 2
+    write_differences(tmp_path / "d.csv", {"dice": differences})
     rows = list(csv.DictReader((tmp_path / "d.csv").open()))
     assert float(rows[2]["mean"]) == pytest.approx(overall.mean, rel=1e-5)
 
 
 def test_class_lines_hide_what_is_in_no_case(tmp_path):
     found = evaluate_directories(*three_cases(tmp_path), named_classes({1: "one", 2: "two", 3: "three"}))
-    lines = class_means(found)
+    lines = score_lines(found)
     assert [line.split()[0] for line in lines] == ["class", "one", "two", "mean", "1"]
     assert f"{found.mean('dice'):.4f}" in lines[3]
 
@@ -477,5 +482,5 @@ def test_evaluate_totalsegmentator_sample_has_the_known_mean(data_root):
     found = evaluate_directories(folder / "example_seg_fast.nii.gz", folder / "example_seg.nii.gz", tolerance=3.0)
     assert len(found.classes) == 41
     assert found.mean("dice") == pytest.approx(0.902, abs=5e-4)
-    assert sum(found.count(one, "prediction") for one in found.classes) == 1
-    assert sum(found.count(one, "reference") for one in found.classes) == 0
+    assert found.class_table["missed"].sum() == 1
+    assert found.class_table["false_positive"].sum() == 0

@@ -24,8 +24,7 @@ from nnslim.evaluation.agreement import Agreement, CaseAgreement, ClassAgreement
 from nnslim.evaluation.classes import LabelClass
 from nnslim.evaluation.compare import CaseScores, Scores
 from nnslim.evaluation.results import Evaluation
-from nnslim.evaluation.score_files import write_csv, write_summary
-from nnslim.evaluation.scores import ClassScores, ScoreTable, read_scores
+from nnslim.evaluation.scores import ClassScores, ScoreTable, read_scores, write_csv, write_summary
 from nnslim.methods.base import Decision
 from nnslim.report.page import render_report, viewer_view
 from nnslim.report.page_data import FileFact, ReportData, Viewer

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from nnslim.errors import InputError, ModelError, NNSlimError
-from nnslim.evaluation.agreement import TEMPERATURE, Agreement, CaseAgreement, LabelMaps, compare_answers
+from nnslim.evaluation.agreement import Agreement, CaseAgreement, LabelMaps, compare_answers
 from nnslim.evaluation.agreement_figure import agreement_figure
-from nnslim.evaluation.expected import harden
+from nnslim.evaluation.expected import TEMPERATURE, harden
 from nnslim.files import write_json
 from nnslim.hosts.nnunet.cases.preprocess import check_stage, find_cases, preprocess_case, silent
 from nnslim.hosts.nnunet.model.class_names import classes_of
