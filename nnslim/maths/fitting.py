@@ -5,7 +5,7 @@ Minimised over chains W~ of the given ranks, with L the metric of the outputs an
     E || L (y - W~ x) ||^2  +  ridge * mean(diag S) * || L (W - W~) ||_F^2,      S = E[x x^T]
 
 Only the moments S and E[y x^T] enter. x may come from an already compressed network and y from the dense one, so each
-layer also makes good, as far as it can, what the layers before it lost (arXiv 2511.04494 for the metric; SVD-LLM,
+layer also corrects, as far as it can, what the layers before it lost (arXiv 2511.04494 for the metric; SVD-LLM,
 2403.07378, and AA-SVD, 2604.02119, for the sequential update).
 """
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nnslim.maths.lowrank import TuckerFactors, leading_eigenvectors, one_thread, partial_tucker
+from nnslim.maths.lowrank import TuckerFactors, leading_eigenvectors, mode_products, one_thread, partial_tucker
 from nnslim.maths.moments import LinearView
 
 
@@ -29,7 +29,7 @@ class Problem:
         view: how rows of x and y are laid out.
         xx: (columns, columns) S + ridge. yx: (rows, columns) E[y x^T] + ridge * W.
         metric: (O, O) diagonal, positive: L.
-        total: E || L y ||^2 + ridge * || L W ||^2, the error of a layer that puts out nothing but the mean.
+        total: E || L y ||^2 + ridge * || L W ||^2, the error of a layer whose output is always the mean.
     """
 
     kernel: Tensor
@@ -48,13 +48,11 @@ def as_rows(kernel: Tensor, view: LinearView) -> Tensor:
 def make_problem(
     kernel: Tensor, view: LinearView, xx: Tensor, yx: Tensor, variance_y: Tensor, metric: Tensor, ridge: float
 ) -> Problem:
-    """Put moments and weights together.
+    """Combine moments and weights into a problem.
 
     Args:
-        kernel: (O, I, *K) dense weights.
-        view: of the layer.
-        xx, yx, variance_y: centred moments, see `Moments`.
-        metric: (O, O).
+        kernel: (O, I, *K) dense weights. view: of that layer.
+        xx, yx, variance_y: centred moments, see `Moments`. metric: (O, O).
         ridge: share of the mean variance of x that is added to every direction, e.g. 1e-3.
     """
     weight = kernel.detach().to("cpu", torch.float64).flatten(2)
@@ -87,17 +85,18 @@ def separable_metric(problem: Problem) -> tuple[Tensor, Tensor]:
     return channels, taps
 
 
-def whitened_kernel(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return the best dense kernel in units in which its squared entries add up to output error.
+def whitened(kernel: Tensor, channels: Tensor, taps: Tensor, metric: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a kernel in units of output error, for patches of covariance channels x taps.
 
+    Args:
+        kernel: (O, I, *K). channels: (I, I). taps: (K, K). metric: (O, O), diagonal.
     Returns:
-        (O, I, taps) kernel, and (I, I) square root of the channel covariance that whitened its inputs.
+        (O, I, taps) kernel whose squared entries add up to output error, and the square roots of channels and taps.
     """
-    channels, taps = separable_metric(problem)
     with one_thread():
         root, tap_root = symmetric_power(channels, 0.5), symmetric_power(taps, 0.5)
-    best = solve_dense(problem)
-    return torch.einsum("po,oik,ij,kl->pjl", problem.metric, best, root, tap_root), root
+    weight = kernel.detach().to("cpu", torch.float64).flatten(2)
+    return mode_products(weight, [metric, root, tap_root]), root, tap_root
 
 
 def fit_tucker(problem: Problem, ranks: tuple[int | None, int | None], *, sweeps: int = 3) -> TuckerFactors:
@@ -106,11 +105,10 @@ def fit_tucker(problem: Problem, ranks: tuple[int | None, int | None], *, sweeps
     Start: HOOI in a metric that takes the patch covariance as a product of a channel and a tap part. Then, in turn, the
     best output factor and core for the input factor (reduced-rank regression, exact), and the best input factor for
     those (conjugate gradients on the exact quadratic). The core is solved last. For a transposed convolution the start
-    is exact already.
+    is already exact.
 
     Args:
-        problem: moments, metric and ridge.
-        ranks: (R_out, R_in); None leaves that side whole.
+        problem: moments, metric and ridge. ranks: (R_out, R_in); None leaves that side whole.
         sweeps: alternating sweeps at most.
     Returns:
         TuckerFactors with float64 tensors; the factors are not orthonormal, and a whole side has the identity. `error`
@@ -119,7 +117,7 @@ def fit_tucker(problem: Problem, ranks: tuple[int | None, int | None], *, sweeps
     view = problem.view
     inputs = torch.eye(view.inputs, dtype=torch.float64)
     if ranks[1] is not None and ranks[1] < view.inputs:
-        kernel, root = whitened_kernel(problem)
+        kernel, root, _ = whitened(solve_dense(problem), *separable_metric(problem), problem.metric)
         start = partial_tucker(kernel, (ranks[0] or view.outputs, ranks[1]))
         inputs = torch.linalg.solve(root, start.in_)
     elif ranks[1] is None:
@@ -144,17 +142,14 @@ def fit_by_channels(
         kernel: (O, I, taps), float64. channels: (I, I). taps: (K, K). metric: (O, O).
         ranks: (R_out, R_in), None leaves that side whole.
     """
-    with one_thread():
-        root, tap_root = symmetric_power(_damped(channels), 0.5), symmetric_power(_damped(taps), 0.5)
-    whitened = torch.einsum("po,oik,ij,kl->pjl", metric, kernel, root, tap_root)
-    found = partial_tucker(whitened, (ranks[0] or kernel.shape[0], ranks[1] or kernel.shape[1]))
+    scaled, root, tap_root = whitened(kernel, _damped(channels), _damped(taps), metric)
+    found = partial_tucker(scaled, (ranks[0] or kernel.shape[0], ranks[1] or kernel.shape[1]))
     core = torch.linalg.solve(tap_root, found.core.transpose(1, 2)).transpose(1, 2)
-    out, in_ = torch.linalg.solve(metric, found.out), torch.linalg.solve(root, found.in_)
-    if ranks[0] is None:
-        core, out = torch.einsum("oa,abk->obk", out, core), torch.eye(kernel.shape[0], dtype=torch.float64)
-    if ranks[1] is None:
-        core, in_ = torch.einsum("abk,ib->aik", core, in_), torch.eye(kernel.shape[1], dtype=torch.float64)
-    return TuckerFactors(out, core.contiguous(), in_.contiguous(), found.error)
+    sides = [torch.linalg.solve(metric, found.out), torch.linalg.solve(root, found.in_)]
+    for mode, rank in enumerate(ranks):
+        if rank is None:
+            core, sides[mode] = mode_products(core, [sides[mode]], [mode]), torch.eye(len(sides[mode])).double()
+    return TuckerFactors(sides[0], core.contiguous(), sides[1].contiguous(), found.error)
 
 
 def project_kernel(kernel: Tensor, channels: Tensor, factor: Tensor) -> Tensor:
@@ -191,7 +186,7 @@ def _output_and_core(problem: Problem, inputs: Tensor, rank: int | None) -> Tuck
     """Return the best output factor and core for a given input factor: reduced-rank regression in closed form."""
     view = problem.view
     yx = problem.metric @ _as_kernel(problem.yx, view).flatten(1)  # (O, I * taps)
-    cross = torch.einsum("oik,ib->obk", yx.unflatten(1, (view.inputs, view.taps)), inputs)
+    cross = mode_products(yx.unflatten(1, (view.inputs, view.taps)), [inputs], [1], transpose=True)
     if view.transposed:
         inner = inputs.T @ problem.xx @ inputs  # (b, b)
         cross = cross.transpose(1, 2)  # (o, taps, b): the last axis is the regressors'
@@ -214,7 +209,7 @@ def _output_and_core(problem: Problem, inputs: Tensor, rank: int | None) -> Tuck
     error = max(0.0, 1 - captured / problem.total) ** 0.5 if problem.total else 0.0
     out = torch.linalg.solve(problem.metric, out)
     if rank is None:  # the identity, not a rotation of it
-        core, out = torch.einsum("oa,abk->obk", out, core), torch.eye(view.outputs, dtype=torch.float64)
+        core, out = mode_products(core, [out], [0]), torch.eye(view.outputs, dtype=torch.float64)
     return TuckerFactors(out, core.contiguous(), inputs, error)
 
 

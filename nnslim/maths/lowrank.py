@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from nnslim.errors import RankError
+
+
+@contextmanager
+def tensorly_on_torch() -> Iterator[ModuleType]:
+    """Give tensorly with its torch backend, in this thread; the backend that the caller has set comes back."""
+    import tensorly  # takes 0.4 s, which a prediction need not wait for
+
+    before = tensorly.get_backend()
+    tensorly.set_backend("pytorch", local_threadsafe=True)
+    try:
+        yield tensorly
+    finally:  # tensorly's own backend_context would set it for all threads here
+        tensorly.set_backend(before, local_threadsafe=True)
+
+
+def mode_products(
+    tensor: Tensor, matrices: Sequence[Tensor], modes: Sequence[int] | None = None, *, transpose: bool = False
+) -> Tensor:
+    """Return the tensor times one matrix for each of the modes (default: the first axes), by tensorly."""
+    with tensorly_on_torch() as tensorly:
+        return tensorly.tenalg.multi_mode_dot(tensor, matrices, modes, transpose=transpose)
+
+
+def unfolded(tensor: Tensor, mode: int) -> Tensor:
+    """Return the unfolding of a tensor along one axis, by tensorly: (size of that axis, the rest)."""
+    with tensorly_on_torch() as tensorly:
+        return tensorly.unfold(tensor, mode)
 
 
 @dataclass(frozen=True)
@@ -29,7 +57,8 @@ class TuckerFactors:
 
     def reconstruct(self) -> Tensor:
         """Return the kernel that the factors stand for, (O, I, *K)."""
-        return torch.einsum("oa,ab...,ib->oi...", self.out, self.core, self.in_)
+        with tensorly_on_torch() as tensorly:
+            return tensorly.tucker_to_tensor((self.core, [self.out, self.in_]))
 
 
 _decomposing = threading.Lock()
@@ -50,14 +79,20 @@ def one_thread() -> Iterator[None]:
 
 
 def leading_eigenvectors(gram: Tensor, count: int) -> Tensor:
-    """Return the `count` leading eigenvectors of a symmetric matrix as columns, each with its largest entry positive.
-
-    The left singular vectors of a short, wide unfolding M are the eigenvectors of M M^T. In float64 the squared
-    condition number does no harm to a leading subspace.
-    """
+    """Return the leading eigenvectors of a symmetric matrix, as columns; the largest entry of each is positive."""
     vectors = torch.linalg.eigh(gram)[1].flip(1)[:, :count]
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return vectors * largest.sign()
+
+
+def leading_factor(tensor: Tensor, mode: int, count: int) -> Tensor:
+    """Return the `count` leading left singular vectors of an unfolding, one side of the truncated HOSVD, as columns.
+
+    They are the eigenvectors of the unfolding times its transpose. In float64 the squared condition number does no
+    harm to a leading subspace.
+    """
+    matrix = unfolded(tensor, mode)
+    return leading_eigenvectors(matrix @ matrix.T, count)
 
 
 def partial_tucker(
@@ -65,13 +100,12 @@ def partial_tucker(
 ) -> TuckerFactors:
     """Factor a convolution kernel over its two channel axes by HOOI, started from the truncated HOSVD.
 
-    The result is that of tensorly's `partial_tucker(..., modes=[0, 1], init="svd")`, which takes a full SVD of each
-    unfolding in each sweep: 125 s for one 320 x 320 x 3^3 kernel, against about one second here.
+    The result is that of tensorly's `partial_tucker(..., modes=[0, 1], init="svd")`.
 
     Args:
         kernel: (O, I, *K) with one to three spatial axes, any float type; not modified. Computed in float64.
         ranks: (R_out, R_in), 1 <= R_out <= O and 1 <= R_in <= I.
-        max_sweeps: most alternating sweeps.
+        max_sweeps: alternating sweeps at most.
         tolerance: stop when the relative error changes by less than this between sweeps.
     Returns:
         TuckerFactors, float64, on the CPU. Deterministic: the same kernel gives the same bytes.
@@ -82,21 +116,21 @@ def partial_tucker(
     for side, rank, size in zip(("output", "input"), ranks, kernel.shape, strict=False):
         if not 1 <= rank <= size:
             raise RankError(f"{side} rank {rank} is outside 1..{size} for a kernel of shape {tuple(kernel.shape)}")
-    weight = kernel.detach().to("cpu", torch.float64).flatten(2)
+    weight = kernel.detach().to("cpu", torch.float64)
+    # The sweeps are ours for speed: tensorly's take an SVD of each unfolding, not the eigenvectors of a small matrix.
+    # 320 x 320 x 3^3 to ranks 96, one thread, one run: 3.7 s by tensorly 0.10 on torch, 1.2 s here (ratio 3.2).
     with one_thread():
-        total = float(weight.square().sum())
-        out = leading_eigenvectors(torch.einsum("oik,pik->op", weight, weight), ranks[0])
-        in_ = leading_eigenvectors(torch.einsum("oik,ojk->ij", weight, weight), ranks[1])
+        norm = float(weight.norm())
+        factors = [leading_factor(weight, mode, ranks[mode]) for mode in (0, 1)]
         previous = float("inf")
         for sweep in range(max_sweeps):
-            by_input = torch.einsum("oik,ib->obk", weight, in_)
-            out = leading_eigenvectors(torch.einsum("obk,pbk->op", by_input, by_input), ranks[0])
-            by_output = torch.einsum("oik,oa->aik", weight, out)
-            in_ = leading_eigenvectors(torch.einsum("aik,ajk->ij", by_output, by_output), ranks[1])
-            core = torch.einsum("aik,ib->abk", by_output, in_)
+            factors[0] = leading_factor(mode_products(weight, factors[1:], [1], transpose=True), 0, ranks[0])
+            by_output = mode_products(weight, factors[:1], [0], transpose=True)
+            factors[1] = leading_factor(by_output, 1, ranks[1])
+            core = mode_products(by_output, factors[1:], [1], transpose=True)
             # Orthonormal factors: the error follows from the norm of the core alone.
-            error = (max(0.0, 1 - float(core.square().sum()) / total) if total else 0.0) ** 0.5
+            error = max(0.0, 1 - (float(core.norm()) / norm) ** 2) ** 0.5 if norm else 0.0
             if sweep > 1 and abs(previous - error) < tolerance:
                 break
             previous = error
-    return TuckerFactors(out, core.unflatten(2, kernel.shape[2:]), in_.contiguous(), error)
+    return TuckerFactors(factors[0], core.contiguous(), factors[1], error)

@@ -68,68 +68,57 @@ class LinearView:
         return 8 * self.columns * (self.columns + self.rows)
 
 
-@dataclass(frozen=True)
-class Places:
-    """Positions at which a layer is sampled: output voxels, or input voxels of a transposed convolution.
-
-    Attributes:
-        batch: (N,) sample of the batch. axes: one (N,) tensor for each spatial axis.
-    """
-
-    batch: Tensor
-    axes: tuple[Tensor, ...]
+Places = tuple[Tensor, ...]  # sample of the batch (N,), then one (N,) tensor for each spatial axis
 
 
 def choose_places(conv: nn.Module, inputs: Tensor, outputs: Tensor, count: int, generator: torch.Generator) -> Places:
-    """Choose positions without repetition; all of them, in order, where there are not more than `count`.
+    """Choose output voxels (input voxels of a transposed convolution), none twice; all of them if `count` allows.
 
     Args:
         conv: a convolution that has a `LinearView`; only its geometry is read.
-        inputs: (B, I, *spatial). outputs: (B, O, *spatial').
-        count: positions wanted.
-        generator: of the CPU, decides.
+        inputs: (B, I, *spatial). outputs: (B, O, *spatial'). count: positions wanted. generator: of the CPU.
     """
     base = inputs if isinstance(conv, _TRANSPOSED) else outputs
     grid = (base.shape[0], *base.shape[2:])
     total = math.prod(grid)
     chosen = torch.arange(total) if count >= total else torch.randperm(total, generator=generator)[:count]
-    batch, *axes = torch.unravel_index(chosen.to(base.device), grid)
-    return Places(batch, tuple(axes))
+    return torch.unravel_index(chosen.to(base.device), grid)
 
 
 def sample_inputs(conv: nn.Module, inputs: Tensor, places: Places) -> Tensor:
-    """Return what the layer sees at the places, (N, columns), float64 on the CPU."""
+    """Return what the layer reads at the places, (N, columns), float64 on the CPU."""
     if isinstance(conv, _TRANSPOSED):
-        return _rows(inputs.movedim(1, -1)[(places.batch, *places.axes)])
+        return _rows(inputs, places)
     sides = [side for size in reversed(conv.padding) for side in (size, size)]
     padded = functional.pad(inputs, sides, mode=_PADDING[conv.padding_mode])
-    offsets = _taps(conv.kernel_size, conv.dilation, inputs.device)
-    rows = [p[:, None] * s + offset for p, s, offset in zip(places.axes, conv.stride, offsets, strict=True)]
-    found = padded.movedim(1, -1)[(places.batch[:, None], *rows)]  # (N, taps, I)
-    return _rows(found.transpose(1, 2).flatten(1))
+    return _rows(padded, _blocks(conv, places, conv.dilation))
 
 
 def sample_outputs(conv: nn.Module, outputs: Tensor, places: Places) -> Tensor:
     """Return what the layer makes at the places, (N, rows), float64 on the CPU."""
-    if not isinstance(conv, _TRANSPOSED):
-        return _rows(outputs.movedim(1, -1)[(places.batch, *places.axes)])
-    offsets = _taps(conv.kernel_size, (1,) * len(places.axes), outputs.device)
-    rows = [p[:, None] * s + offset for p, s, offset in zip(places.axes, conv.stride, offsets, strict=True)]
-    found = outputs.movedim(1, -1)[(places.batch[:, None], *rows)]  # (N, taps, O)
-    return _rows(found.transpose(1, 2).flatten(1))
+    if isinstance(conv, _TRANSPOSED):
+        places = _blocks(conv, places, (1,) * len(conv.kernel_size))
+    return _rows(outputs, places)
 
 
-def _taps(kernel: tuple[int, ...], dilation: tuple[int, ...], device: torch.device) -> list[Tensor]:
-    axes = [torch.arange(size, device=device) * step for size, step in zip(kernel, dilation, strict=True)]
-    return [axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")]
+def _blocks(conv: nn.Module, places: Places, dilation: tuple[int, ...]) -> Places:
+    """Return the (N, taps) positions under the kernel at each place."""
+    batch, *axes = places
+    steps = [
+        torch.arange(size, device=batch.device) * step for size, step in zip(conv.kernel_size, dilation, strict=True)
+    ]
+    offsets = [axis.flatten() for axis in torch.meshgrid(*steps, indexing="ij")]
+    return (batch[:, None], *(p[:, None] * s + o for p, s, o in zip(axes, conv.stride, offsets, strict=True)))
 
 
-def _rows(values: Tensor) -> Tensor:
-    return values.detach().to("cpu", torch.float64)
+def _rows(values: Tensor, places: Places) -> Tensor:
+    """Return the channels at (N,) places, or (N, channels x taps) at (N, taps) places."""
+    found = values.detach().movedim(1, -1)[places]
+    return (found if found.dim() == 2 else found.transpose(1, 2).flatten(1)).to("cpu", torch.float64)
 
 
-class Moments:
-    """Centred second moments of one layer over many tiles.
+class _Streamed:
+    """Sums over many tiles.
 
     Instance normalisation takes each tile's mean away, so what varies *within* a tile is what counts; `per_tile`
     centres by each tile's own mean. A layer that no norm follows is centred by the mean over all tiles.
@@ -137,33 +126,48 @@ class Moments:
 
     def __init__(self, view: LinearView, *, per_tile: bool) -> None:
         self.view, self.per_tile, self.count = view, per_tile, 0
-        size, rows = view.columns, view.rows
-        self._xx = torch.zeros(size, size, dtype=torch.float64)
-        self._yx = torch.zeros(rows, size, dtype=torch.float64)
-        self._yy = torch.zeros(rows, dtype=torch.float64)
-        self._x = torch.zeros(size, dtype=torch.float64)
-        self._y = torch.zeros(rows, dtype=torch.float64)
+        self._y, self._yy = torch.zeros(2, view.rows, dtype=torch.float64)
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add the rows of one tile: x (N, columns), y (N, rows), float64."""
+    def _centred(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the sums of the outputs; return the rows, centred where `per_tile` says so."""
         self.count += len(x)
-        self._x += x.sum(0)
         self._y += y.sum(0)
         if self.per_tile:
             x, y = x - x.mean(0), y - y.mean(0)
-        self._xx.addmm_(x.T, x)
-        self._yx.addmm_(y.T, x)
         self._yy += y.square().sum(0)
-
-    @property
-    def mean_x(self) -> Tensor:
-        """Mean patch, (columns,)."""
-        return self._x / self.count
+        return x, y
 
     @property
     def mean_y(self) -> Tensor:
         """Mean output, (rows,)."""
         return self._y / self.count
+
+    @property
+    def variance_y(self) -> Tensor:
+        """Variance of the outputs, (rows,)."""
+        return self._yy / self.count - (0 if self.per_tile else self.mean_y.square())
+
+
+class Moments(_Streamed):
+    """Centred second moments of one layer over many tiles."""
+
+    def __init__(self, view: LinearView, *, per_tile: bool) -> None:
+        super().__init__(view, per_tile=per_tile)
+        self._xx = torch.zeros(view.columns, view.columns, dtype=torch.float64)
+        self._yx = torch.zeros(view.rows, view.columns, dtype=torch.float64)
+        self._x = torch.zeros(view.columns, dtype=torch.float64)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add the rows of one tile: x (N, columns), y (N, rows), float64."""
+        self._x += x.sum(0)
+        x, y = self._centred(x, y)
+        self._xx.addmm_(x.T, x)
+        self._yx.addmm_(y.T, x)
+
+    @property
+    def mean_x(self) -> Tensor:
+        """Mean patch, (columns,)."""
+        return self._x / self.count
 
     @property
     def xx(self) -> Tensor:
@@ -175,16 +179,11 @@ class Moments:
         """Covariance of outputs and patches, (rows, columns)."""
         return self._yx / self.count - self._between(self.mean_y, self.mean_x)
 
-    @property
-    def variance_y(self) -> Tensor:
-        """Variance of the outputs, (rows,)."""
-        return self._yy / self.count - (0 if self.per_tile else self.mean_y.square())
-
     def _between(self, left: Tensor, right: Tensor) -> Tensor | float:
         return 0.0 if self.per_tile else torch.outer(left, right)
 
 
-class ChannelMoments:
+class ChannelMoments(_Streamed):
     """The part of `Moments` that fits in memory for wide layers: channel and tap covariance, not their product.
 
     Attributes:
@@ -193,38 +192,25 @@ class ChannelMoments:
     """
 
     def __init__(self, view: LinearView, *, per_tile: bool) -> None:
-        self.view, self.per_tile, self.count = view, per_tile, 0
+        super().__init__(view, per_tile=per_tile)
         self._width = 1 if view.transposed else view.taps
         self._channels = torch.zeros(view.inputs, view.inputs, dtype=torch.float64)
         self._taps = torch.zeros(self._width, self._width, dtype=torch.float64)
-        self._yy = torch.zeros(view.rows, dtype=torch.float64)
-        self._y = torch.zeros(view.rows, dtype=torch.float64)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add the rows of one tile: x (N, I * taps), y (N, rows), float64."""
-        self.count += len(x)
-        self._y += y.sum(0)
-        if self.per_tile:
-            x, y = x - x.mean(0), y - y.mean(0)
+        x, _ = self._centred(x, y)
         blocks = x.unflatten(1, (self.view.inputs, self._width))
         by_channel, by_tap = blocks.transpose(1, 2).flatten(0, 1), blocks.flatten(0, 1)
         self._channels.addmm_(by_channel.T, by_channel)
         self._taps.addmm_(by_tap.T, by_tap)
-        self._yy += y.square().sum(0)
 
     @property
     def channels(self) -> Tensor:
-        """See the class."""
         return self._channels / (self.count * self._width)
 
     @property
     def taps(self) -> Tensor:
-        """See the class."""
         if self.view.transposed:
             return torch.eye(self.view.taps, dtype=torch.float64)
         return self._taps / (self.count * self.channels.trace())
-
-    @property
-    def variance_y(self) -> Tensor:
-        """Variance of the outputs, (rows,)."""
-        return self._yy / self.count - (0 if self.per_tile else (self._y / self.count).square())

@@ -1,4 +1,4 @@
-"""What each pair of ranks would cost in error, for all pairs at once, from one decomposition of a kernel."""
+"""The error of every pair of ranks, from one decomposition of a kernel."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nnslim.maths.fitting import symmetric_power
-from nnslim.maths.lowrank import leading_eigenvectors, one_thread
+from nnslim.maths.lowrank import leading_factor, mode_products, one_thread
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,12 @@ class Spectrum:
         """Decompose once: HOSVD factors are nested, so the core's energy below (a, b) is what ranks (a, b) keep.
 
         Args:
-            kernel: (O, I, taps), in units in which squared entries add up to error (see `whitened`).
+            kernel: (O, I, taps), in units in which squared entries add up to error (see `fitting.whitened`).
         """
         weight = kernel.detach().to("cpu", torch.float64)
         with one_thread():
-            out = leading_eigenvectors(torch.einsum("oik,pik->op", weight, weight), weight.shape[0])
-            in_ = leading_eigenvectors(torch.einsum("oik,ojk->ij", weight, weight), weight.shape[1])
-        core = torch.einsum("oik,oa,ib->abk", weight, out, in_)
+            factors = [leading_factor(weight, mode, weight.shape[mode]) for mode in (0, 1)]
+        core = mode_products(weight, factors, transpose=True)
         energy = core.square().sum(2)
         kept = torch.zeros(energy.shape[0] + 1, energy.shape[1] + 1, dtype=torch.float64)
         kept[1:, 1:] = energy.cumsum(0).cumsum(1)
@@ -110,15 +108,3 @@ def _smallest(function: Callable[[float], float], low: float, high: float, steps
         best = min(range(steps), key=lambda number: function(grid[number]))
         low, high = grid[max(best - 1, 0)], grid[min(best + 1, steps - 1)]
     return grid[best]
-
-
-def whitened(kernel: Tensor, channels: Tensor, taps: Tensor, metric: Tensor) -> Tensor:
-    """Return the kernel in units of output error, for patches of covariance channels x taps.
-
-    Args:
-        kernel: (O, I, K). channels: (I, I). taps: (K, K). metric: (O, O), see `nnslim.maths.fitting`.
-    """
-    with one_thread():
-        root, tap_root = symmetric_power(channels, 0.5), symmetric_power(taps, 0.5)
-    weight = kernel.detach().to("cpu", torch.float64).flatten(2)
-    return torch.einsum("po,oik,ij,kl->pjl", metric, weight, root, tap_root)

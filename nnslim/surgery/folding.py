@@ -1,7 +1,7 @@
-"""Fold channels that go into those that stay: what readers took from a removed map they take from the others.
+"""Fold channels that are removed into those that stay: readers take from the others what they took from them.
 
-A map that is redundant is nearly a linear function of the other maps of its layer. Ridge regression on second moments
-tells which, and since convolutions are linear the function moves into the kernels that read the maps:
+A redundant map is nearly a linear function of the other maps of its layer. Ridge regression on second moments finds
+that function, and since convolutions are linear it moves into the kernels that read the maps:
 h_r ~ c_r + sum_k A_kr h_k gives W_k += sum_r A_kr W_r, and c_r goes to the bias.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from nnslim.network.walk import LayerIndex
 from nnslim.surgery.channels import ChannelGroup, ChannelMap
 from nnslim.surgery.narrow import axes_of
-from nnslim.surgery.streaming import Tiles, hooked
+from nnslim.surgery.streaming import Tiles, run_hooked
 
 _SAMPLES = 8192  # voxels of a batch that count
 _RIDGE = 1e-3  # of the mean variance
@@ -25,10 +26,10 @@ _RIDGE = 1e-3  # of the mean variance
 
 @dataclass
 class MapMoments:
-    """Streamed first and second moments of the maps of one layer, float64.
+    """Streamed first and second moments of the C maps of one layer, float64.
 
     Attributes:
-        count: of voxels. total: (C,) sums. products: (C, C) sums of products.
+        count: number of voxels. total: (C,) sums. products: (C, C) sums of products.
     """
 
     count: int
@@ -40,28 +41,39 @@ class MapMoments:
         """Return the moments of (B, C, *spatial) maps, over some thousand voxels spread evenly."""
         rows = maps.detach().movedim(1, 0).flatten(1)
         step = max(1, rows.shape[1] // _SAMPLES) | 1  # odd: no multiple of an axis of the patch
-        rows = rows[:, ::step].double().cpu()
-        return cls(rows.shape[1], rows.sum(1), rows @ rows.T)
+        return cls.of_rows(rows[:, ::step].T.double().cpu())
+
+    @classmethod
+    def of_rows(cls, rows: Tensor) -> MapMoments:
+        """Return the moments of all rows (N, C), float64."""
+        return cls(len(rows), rows.sum(0), rows.T @ rows)
 
     def __add__(self, other: MapMoments) -> MapMoments:
         return MapMoments(self.count + other.count, self.total + other.total, self.products + other.products)
 
+    @property
+    def mean(self) -> Tensor:
+        """Mean of each map, (C,)."""
+        return self.total / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """Covariance of the maps, (C, C)."""
+        return self.products / self.count - torch.outer(self.mean, self.mean)
+
     def regression(self, kept: Sequence[int], gone: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return A (kept, gone) and c (gone,), with h_gone ~ c + A^T h_kept, by ridge regression."""
-        mean = self.total / self.count
-        covariance = self.products / self.count - torch.outer(mean, mean)
+        mean, covariance = self.mean, self.covariance
         inner = covariance[kept][:, kept]
         ridge = _RIDGE * inner.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-        weights = torch.linalg.solve(
-            inner + ridge * torch.eye(len(kept), dtype=torch.float64), covariance[kept][:, gone]
-        )
+        inner = inner + ridge * torch.eye(len(kept), dtype=torch.float64)
+        weights = torch.linalg.solve(inner, covariance[kept][:, gone])
         return weights, mean[gone] - weights.T @ mean[kept]
 
     def unexplained(self, kept: Sequence[int], gone: Sequence[int]) -> float:
-        """Return the root of the variance of the gone maps that the kept ones do not tell, over that of all maps."""
+        """Return the root of the variance of the removed maps that the kept ones do not explain, over that of all."""
         weights, _ = self.regression(kept, gone)
-        mean = self.total / self.count
-        covariance = self.products / self.count - torch.outer(mean, mean)
+        covariance = self.covariance
         left = covariance[gone][:, gone] - 2 * weights.T @ covariance[kept][:, gone]
         left = left + weights.T @ covariance[kept][:, kept] @ weights
         total = float(covariance.diagonal().sum())
@@ -80,16 +92,12 @@ def map_moments(network: nn.Module, groups: Iterable[ChannelGroup], tiles: Tiles
         for tap in group.taps:
             users.setdefault(tap, []).append(group.name)
 
-    def add(names: Sequence[str], output: Tensor) -> None:
+    def add(names: Sequence[str], _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        made = MapMoments.of(output)
         for name in names:
-            made = MapMoments.of(output)
             found[name] = found[name] + made if name in found else made
 
-    hooks = {tap: lambda _, __, output, names=names: add(names, output) for tap, names in users.items()}
-    device = next(network.parameters()).device
-    with hooked(network, {}, hooks), torch.no_grad():
-        for tile in tiles:
-            network(tile.to(device))
+    run_hooked(network, tiles, after={tap: partial(add, names) for tap, names in users.items()})
     return found
 
 

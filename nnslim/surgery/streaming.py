@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +44,20 @@ def hooked(network: nn.Module, before: Mapping[str, Callable], after: Mapping[st
     finally:
         for handle in handles:
             handle.remove()
+
+
+def run_hooked(
+    network: nn.Module,
+    tiles: Tiles,
+    *,
+    before: Mapping[str, Callable] = MappingProxyType({}),
+    after: Mapping[str, Callable] = MappingProxyType({}),
+) -> None:
+    """Run all tiles through a network in eval mode, without gradients; hooks as for `hooked`."""
+    device = next(network.parameters()).device
+    with hooked(network, before, after), torch.no_grad():
+        for tile in tiles:
+            network(tile.to(device))
 
 
 def following_norms(network: nn.Module, tile: Tensor) -> dict[str, str]:

@@ -110,7 +110,7 @@ def test_places_are_distinct_reproducible_and_all_of_them_where_few():
 
     def draw(count, seed):
         places = choose_places(conv, x, x, count, torch.Generator().manual_seed(seed))
-        return [tuple(int(v) for v in place) for place in zip(places.batch, *places.axes, strict=True)]
+        return [tuple(int(v) for v in place) for place in zip(*places, strict=True)]
 
     everything = list(itertools.product(range(2), range(5), range(4)))
     assert draw(40, 0) == everything and draw(100, 3) == everything

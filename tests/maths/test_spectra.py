@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nnslim.maths.fitting import whitened
 from nnslim.maths.lowrank import partial_tucker
-from nnslim.maths.spectra import Spectrum, evbmf_rank, whitened
+from nnslim.maths.spectra import Spectrum, evbmf_rank
 
 
 def random(*shape, seed=0):
@@ -107,13 +108,13 @@ def test_whitened_squared_entries_are_the_expected_output_energy():
     channels, taps = (side @ side.T for side in sides)
     weight = metric @ kernel.flatten(1)
     wanted = float(torch.einsum("op,pq,oq->", weight, torch.kron(channels, taps), weight))
-    assert float(whitened(kernel, channels, taps, metric).square().sum()) == pytest.approx(wanted, rel=1e-9)
+    assert float(whitened(kernel, channels, taps, metric)[0].square().sum()) == pytest.approx(wanted, rel=1e-9)
 
 
 def test_whitened_spectrum_predicts_the_error_of_the_outputs():
     kernel, metric = random(6, 5, 4), torch.eye(6, dtype=torch.float64)
     side = random(5, 2, seed=1)
     channels, taps = side @ side.T, torch.eye(4, dtype=torch.float64)  # inputs that live in two directions
-    spectrum = Spectrum.of(whitened(kernel, channels, taps, metric))
+    spectrum = Spectrum.of(whitened(kernel, channels, taps, metric)[0])
     assert spectrum.error(None, 2) < 1e-4 < 0.1 < spectrum.error(None, 1)
     assert Spectrum.of(kernel).error(None, 2) > 0.3  # the weights alone do not show it

@@ -1,19 +1,21 @@
-"""Main directions of what linear layers put out, from streamed second moments in float64."""
+"""Main directions of the outputs of linear layers, from streamed second moments in float64."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from nnslim.surgery.streaming import Tiles, hooked
+from nnslim.surgery.folding import MapMoments
+from nnslim.surgery.streaming import Tiles, run_hooked
 
 
 @dataclass(frozen=True)
 class OutputSpectrum:
-    """Of the outputs W x of one layer, the bias left out.
+    """Variance of the outputs W x of one layer, without the bias, by direction.
 
     Attributes:
         basis: (O, min(I, O)) orthonormal directions, the strongest first. energy: (min(I, O),) variance along each.
@@ -41,39 +43,6 @@ def weight_spectrum(linear: nn.Linear) -> OutputSpectrum:
     return OutputSpectrum(left, values.square(), left.new_zeros(len(left)))
 
 
-@dataclass
-class _Moments:
-    """Sums over rows, of the narrower of inputs and outputs: memory 8 * min(I, O)^2 bytes."""
-
-    linear: nn.Linear
-    count: int = 0
-    total: Tensor | float = 0.0
-    products: Tensor | float = 0.0
-    on_inputs: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.on_inputs = self.linear.in_features < self.linear.out_features
-
-    def add(self, x: Tensor) -> None:
-        """Take inputs (..., I)."""
-        rows = x.detach().flatten(0, -2).double()
-        if not self.on_inputs:
-            rows = rows @ self.linear.weight.detach().double().T
-        self.count += len(rows)
-        self.total = self.total + rows.sum(0)
-        self.products = self.products + rows.T @ rows
-
-    def spectrum(self) -> OutputSpectrum:
-        mean = self.total / self.count
-        values, vectors = torch.linalg.eigh(self.products / self.count - torch.outer(mean, mean))
-        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-        if not self.on_inputs:
-            return OutputSpectrum(vectors, values, mean)
-        weight = self.linear.weight.detach().double()
-        left, strengths, _ = torch.linalg.svd(weight @ (vectors * values.sqrt()), full_matrices=False)
-        return OutputSpectrum(left, strengths.square(), weight @ mean)
-
-
 def output_spectra(network: nn.Module, layers: Mapping[str, nn.Linear], tiles: Tiles) -> dict[str, OutputSpectrum]:
     """Return the spectrum of each layer over all rows of all tiles, from one pass; rows are not kept.
 
@@ -81,10 +50,30 @@ def output_spectra(network: nn.Module, layers: Mapping[str, nn.Linear], tiles: T
         network: in eval mode. layers: some of its linear layers, by name; those that no pass reaches get that of
             their weights. tiles: calibration tiles.
     """
-    moments = {name: _Moments(linear) for name, linear in layers.items()}
-    device = next(network.parameters()).device
-    hooks = {name: lambda _, inputs, one=one: one.add(inputs[0]) for name, one in moments.items()}
-    with hooked(network, hooks, {}), torch.no_grad():
-        for tile in tiles:
-            network(tile.to(device))
-    return {name: one.spectrum() if one.count else weight_spectrum(layers[name]) for name, one in moments.items()}
+    found: dict[str, MapMoments] = {}
+
+    def add(name: str, linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows = inputs[0].detach().flatten(0, -2).double()
+        made = MapMoments.of_rows(rows if _widens(linear) else rows @ linear.weight.detach().double().T)
+        found[name] = found[name] + made if name in found else made
+
+    run_hooked(network, tiles, before={name: partial(add, name) for name in layers})
+    return {
+        name: _spectrum(linear, found[name]) if name in found else weight_spectrum(linear)
+        for name, linear in layers.items()
+    }
+
+
+def _widens(linear: nn.Module) -> bool:
+    """Return whether the inputs, rather than the outputs, are summed: of the narrower, 8 * min(I, O)^2 bytes."""
+    return linear.in_features < linear.out_features
+
+
+def _spectrum(linear: nn.Linear, moments: MapMoments) -> OutputSpectrum:
+    values, vectors = torch.linalg.eigh(moments.covariance)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    if not _widens(linear):
+        return OutputSpectrum(vectors, values, moments.mean)
+    weight = linear.weight.detach().double()
+    left, strengths, _ = torch.linalg.svd(weight @ (vectors * values.sqrt()), full_matrices=False)
+    return OutputSpectrum(left, strengths.square(), weight @ moments.mean)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nnslim.maths.fitting import fit_by_channels
+from nnslim.maths.fitting import fit_by_channels, whitened
 from nnslim.maths.moments import ChannelMoments, LinearView
-from nnslim.maths.spectra import Spectrum, whitened
+from nnslim.maths.spectra import Spectrum
 from nnslim.methods.tucker.layers import kernel_of
 from nnslim.methods.tucker.metric import output_metric
 from nnslim.network.walk import LayerIndex
@@ -128,7 +128,7 @@ def _survey_layer(
     name: str,
 ) -> LayerSurvey:
     metric = output_metric(moments, norm, damping)
-    outputs = Spectrum.of(whitened(kernel, moments.channels, moments.taps, metric))
+    outputs = Spectrum.of(whitened(kernel, moments.channels, moments.taps, metric)[0])
 
     def approximate(ranks: Ranks) -> Tensor:
         return fit_by_channels(kernel, moments.channels, moments.taps, metric, ranks).reconstruct()
