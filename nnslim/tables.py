@@ -44,7 +44,7 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> DataFrame:
 
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        frame = pandas.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
+        frame = pandas.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, index_col=False)
     except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
         raise InputError(f"table {path} cannot be read: {error}") from error
     if lacking := [name for name in columns if name not in frame.columns]:

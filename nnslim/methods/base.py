@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
-from torch import nn
+from torch import Tensor, nn
 
 from nnslim.errors import ConfigError, nearest
 from nnslim.network.cost import Cost
 from nnslim.network.spec import Edit, extend_spec
-from nnslim.network.walk import Layer
+from nnslim.network.walk import Layer, LayerIndex, unwrap
 from nnslim.surgery.budget import CostTable
 from nnslim.surgery.streaming import Tiles
 
@@ -41,6 +42,39 @@ def check_patterns(method: str, kind: str, given: Mapping[str, Iterable[str]], l
                 names = {".".join(part[:depth]) for part in parts for depth in range(1, len(part) + 1)}
                 hint = nearest(pattern.strip("*."), names)
                 raise ConfigError(f"{method}: no {kind} matches {key} pattern '{pattern}'; {hint}")
+
+
+def kept_dense(layer: Layer, config: Any, cost: Cost) -> str:
+    """Return why a layer stays dense whatever a rule says, or an empty string.
+
+    Args:
+        config: with `include` and `exclude`. cost: of the network.
+    """
+    if not layer.matches(*config.include):
+        return "not included"
+    if layer.matches(*config.exclude):
+        return "excluded"
+    return "" if layer.name in cost.layers else "not reached by the forward pass"
+
+
+def replaced(
+    dense: nn.Module, slim: nn.Module, kinds: type | tuple[type, ...], made: type
+) -> dict[str, tuple[nn.Module, Any]]:
+    """Return, by layer, the dense layer and the module of class `made` that stands for it in the slim network.
+
+    Args:
+        kinds: classes of the dense layers; where another class stands, an earlier method replaced the layer.
+    """
+    originals, found = LayerIndex(unwrap(dense)), LayerIndex(unwrap(slim)).of_type(made)
+    pairs = {layer.name: (originals[layer.name].module, layer.module) for layer in found}
+    return {name: pair for name, pair in pairs.items() if isinstance(pair[0], kinds)}
+
+
+@torch.no_grad()
+def relative_error(wanted: Tensor, found: Tensor) -> float:
+    """Return ||wanted - found|| / ||wanted||, 0 where `wanted` is 0."""
+    norm = float(wanted.norm())
+    return float((wanted - found).norm()) / norm if norm else 0.0
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 
 import pytest
 import torch
@@ -50,6 +51,47 @@ def test_partial_tucker_equals_tensorly(shape, ranks):
         assert ours.error == pytest.approx(float(errors[-1]), abs=1e-9)
     else:  # an exact fit: the root of a difference of norms is known to about 1e-8 only, on both sides
         assert max(ours.error, errors[-1]) < 1e-7
+
+
+def test_start_is_the_hosvd_of_tensorly():
+    kernel = made((12, 10, 3, 3, 3))
+    with lowrank.tensorly_on_torch() as tensorly_torch:
+        (core, theirs), _ = tensorly_torch.decomposition.partial_tucker(kernel, [5, 4], modes=[0, 1], n_iter_max=0)
+    ours = [lowrank.leading_factor(kernel, mode, rank) for mode, rank in enumerate((5, 4))]
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+    torch.testing.assert_close(lowrank.mode_products(kernel, ours, transpose=True), core, rtol=0, atol=1e-9)
+
+
+def test_backend_that_the_caller_has_set_stays_in_every_thread():
+    """Also while a factorisation runs, and where threads have backends of their own."""
+    seen, inside, done = {}, threading.Event(), threading.Event()
+
+    def other():
+        seen["before"] = tensorly.get_backend()
+        with lowrank.tensorly_on_torch():
+            seen["inside"] = tensorly.get_backend()
+            inside.set()
+            done.wait(10)
+        partial_tucker(made((6, 5, 3, 3)), (2, 2))
+        seen["after"] = tensorly.get_backend()
+
+    tensorly.set_backend("numpy")
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(10)
+    assert tensorly.get_backend() == "numpy"
+    partial_tucker(made((6, 5, 3, 3)), (2, 2))
+    assert tensorly.get_backend() == "numpy"
+    done.set()
+    thread.join()
+    assert seen == {"before": "numpy", "inside": "pytorch", "after": "numpy"}
+    assert tensorly.get_backend() == "numpy"
+    third = []
+    thread = threading.Thread(target=lambda: third.append(tensorly.get_backend()))
+    thread.start()
+    thread.join()
+    assert third == ["numpy"]
 
 
 @pytest.mark.parametrize(("shape", "ranks"), SHAPES)

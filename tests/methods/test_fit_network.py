@@ -159,10 +159,8 @@ def test_fit_network_little_memory_is_nearly_as_good(tiny_net, monkeypatch, tran
     monkeypatch.setattr(fit, "stream_moments", watched)
     # In bytes, because a megabyte holds the moments of any tiny layer: room for rank space, not for whole layers; in
     # the second case only for that of transposed convolutions, so that theirs are wide, too.
-    order = [name for name, layer in setup.cost.layers.items() if layer.macs]
-    settings = fit.FitSettings(memory=10_000 if transposed else 290_000)
-    narrow = copy.deepcopy(setup.slim)
-    errors = fit.fit_network(setup.dense, narrow, order, tiles, settings)
+    memory = 10_000 if transposed else 290_000
+    narrow, errors = setup.fitted(tiles, setup.with_fit(memory_mb=memory / 2**20))
     assert ("ChannelMoments", False) in kinds and ("Moments", True) in kinds
     assert set(errors) == {edit.layer for edit in setup.spec.edits}
     lost = [setup.distance(network, unseen) for network in (exact, narrow, setup.slim)]
@@ -171,12 +169,8 @@ def test_fit_network_little_memory_is_nearly_as_good(tiny_net, monkeypatch, tran
 
 
 def test_fit_network_channel_statistics_alone_are_finite_and_not_worse_than_the_weights(tiny_net):
-    from nnslim.methods.tucker import fit_chains as fit
-
     setup, tiles = Setup(tiny_net), smooth_tiles("plain3d", 4)
-    order = [name for name, layer in setup.cost.layers.items() if layer.macs]
-    narrow = copy.deepcopy(setup.slim)
-    fit.fit_network(setup.dense, narrow, order, tiles, fit.FitSettings(memory=0))
+    narrow, _ = setup.fitted(tiles, setup.with_fit(memory_mb=0))
     unseen = smooth_tiles("plain3d", 3, seed=9)
     assert setup.distance(narrow, unseen) < 1.02 * setup.distance(setup.slim, unseen)
 

@@ -12,10 +12,9 @@ from torch import nn
 
 from nnslim.errors import ConfigError, RankError
 from nnslim.maths.spectra import evbmf_rank
-from nnslim.methods.tucker import TuckerConfig, plan_tucker
-from nnslim.methods.tucker.chain import chain_macs
-from nnslim.methods.tucker.latency import LatencyTable, _grid, _neighbours
-from nnslim.methods.tucker.layers import kernel_of
+from nnslim.methods.tucker import TuckerConfig, latency, plan_tucker
+from nnslim.methods.tucker.latency import LatencyTable, measured_neighbours, measured_ranks
+from nnslim.methods.tucker.layers import TuckerConv, kernel_of
 from nnslim.methods.tucker.plan_table import read_ranks, write_plan
 from nnslim.methods.tucker.survey import answer_distance, survey
 from nnslim.network.cost import measure_cost
@@ -240,9 +239,10 @@ HEAD = "layer,action,rank_out,rank_in\n"
     [
         (None, "cannot be read"),
         (b"layer,action\xff\n", "cannot be read"),
-        ("", "not a table with the columns layer, action, rank_out, rank_in"),
-        (HEAD, "not a table with the columns"),
-        ("layer,action,rank_out\na,tucker,3\n", "not a table with the columns"),
+        ("", "cannot be read"),
+        (HEAD, "lists no layer"),
+        ("layer,action,rank_out\na,tucker,3\n", "no column rank_in; found layer, action, rank_out"),
+        ("a;b\n1;2\n", "no column layer, action, rank_out, rank_in; found a;b"),
         (HEAD + "a,tucker,3,3\na,dense,,\n", r"line 3 \(a\): the layer is there twice"),
         (HEAD + "a,tuker,3,3\n", r"line 2 \(a\): action is 'tucker' or 'dense', found 'tuker'"),
         (HEAD + "a,tucker,3,\n", "ranks are positive numbers, found '3' and ''"),
@@ -331,18 +331,20 @@ def test_plan_max_drop_alone_is_refused(net, cost):
         planned(net, cost, max_drop=0.01)
 
 
-def fake_time(self, name, conv, ranks):
+def fake_time(conv, shape, ranks):
     """Time that grows with the MACs, and with the number of pieces."""
-    ran = self._cost.layers[name]
-    if ranks is None:
-        return ran.macs / 1e6
-    sides = [None if r is None else min(r, c) for r, c in zip(ranks, kernel_of(conv).shape, strict=False)]
-    return chain_macs(conv, *sides, ran.voxels_in, ran.voxels_out) / 1e6 + 0.001 * sum(r is not None for r in sides)
+    layer = conv if ranks is None else TuckerConv(conv, *map(at_most, ranks, kernel_of(conv).shape))
+    macs = measure_cost(layer, shape).macs()
+    return macs / 1e6 + 0.001 * sum(rank is not None for rank in ranks or ())
+
+
+def at_most(rank, channels):
+    return None if rank is None else min(rank, channels)
 
 
 @pytest.mark.parametrize("share", [0.8, 0.5])
 def test_plan_milliseconds_budget_is_kept(net, cost, monkeypatch, share):
-    monkeypatch.setattr(LatencyTable, "_measured", fake_time)
+    monkeypatch.setattr(latency, "chain_milliseconds", fake_time)
     plan, decisions = planned(net, cost, milliseconds=share)
     index, table = LayerIndex(net), LatencyTable(cost)
     open_layers = {
@@ -356,38 +358,43 @@ def test_plan_milliseconds_budget_is_kept(net, cost, monkeypatch, share):
         planned(net, cost, milliseconds=1e-6)
 
 
-def test_latency_between_measured_ranks_is_interpolated(net, cost, monkeypatch):
+def test_latency_between_measured_ranks_is_interpolated(net, cost):
     asked = []
 
-    def linear(self, name, conv, ranks):
+    def linear(conv, shape, ranks):
         asked.append(ranks)
         return 1.0 + (ranks[0] or 0) + 2.0 * (ranks[1] or 0)
 
-    monkeypatch.setattr(LatencyTable, "_measured", linear)
-    table, conv = LatencyTable(cost), nn.Conv3d(320, 256, 3)
+    table, conv = LatencyTable(cost, linear), nn.Conv3d(320, 256, 3)
     for out, in_ in itertools.product((8, 40, 96, 248, None), (8, 104, 312, None)):
         if (out, in_) != (None, None):
             wanted = 1.0 + (out or 0) + 2.0 * (in_ or 0)
             assert table.milliseconds(CONV, conv, (out, in_)) == pytest.approx(wanted)
     measured = {rank for pair in asked for rank in pair if rank is not None}
-    assert measured <= set(_grid(256)) | set(_grid(320)) and all(rank % 8 == 0 for rank in measured)
+    assert measured <= set(measured_ranks(256)) | set(measured_ranks(320)) and all(rank % 8 == 0 for rank in measured)
 
 
 @pytest.mark.parametrize("channels", [6, 8, 12, 16, 24, 32, 40, 320])
 def test_latency_neighbours_enclose_every_rank_that_is_offered(channels):
     for rank in range(8, channels, 8):
-        pairs = _neighbours(rank, channels)
+        pairs = measured_neighbours(rank, channels)
         assert sum(share for _, share in pairs) == pytest.approx(1)
         assert sum(share * point for point, share in pairs) == pytest.approx(rank)
 
 
 def test_latency_is_measured_once_per_geometry(net, cost):
-    table = LatencyTable(cost)
+    asked = []
+
+    def measure(conv, shape, ranks):
+        asked.append(ranks)
+        return latency.chain_milliseconds(conv, shape, ranks)
+
+    table = LatencyTable(cost, measure)
     conv = LayerIndex(net)[CONV].module
     first = table.milliseconds(CONV, conv, (8, 8))
     assert 0 < first < 10_000 and table.milliseconds(CONV, conv, None) > 0
     assert table.milliseconds(CONV, conv, (8, 8)) == first  # remembered: a second measurement would differ
-    assert len(table._known) == 2
+    assert asked == [(8, 8), None]
 
 
 def test_following_norms_are_those_right_behind_the_convolutions(net, tiny_net):

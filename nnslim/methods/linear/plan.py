@@ -8,12 +8,12 @@ from torch import nn
 
 from nnslim.errors import ConfigError
 from nnslim.maths.knapsack import Choice, choose
-from nnslim.methods.base import Decision, Plan, check_patterns
+from nnslim.methods.base import Decision, Plan, check_patterns, kept_dense, relative_error, replaced
 from nnslim.methods.linear.config import LinearConfig
 from nnslim.methods.linear.edit import LowRankEdit, LowRankLinear
 from nnslim.methods.linear.output_spectra import OutputSpectrum, output_spectra, weight_spectrum
 from nnslim.network.cost import Cost
-from nnslim.network.walk import Layer, LayerIndex, unwrap
+from nnslim.network.walk import LayerIndex, unwrap
 from nnslim.surgery.streaming import Tiles
 
 
@@ -29,14 +29,17 @@ def plan_linear(network: nn.Module, config: LinearConfig, cost: Cost, tiles: Til
     found = LayerIndex(unwrap(network)).of_type(nn.Linear)
     check_patterns("linear", "linear layer", {"include": config.include, "exclude": config.exclude}, found)
     layers = {layer.name: layer.module for layer in found}
-    kept = {layer.name: _kept_dense(layer, config, cost) for layer in found}
+    kept = {layer.name: kept_dense(layer, config, cost) for layer in found}
     free = {name: linear for name, linear in layers.items() if not kept[name]}
     if not free:
         raise ConfigError(
             f"linear: none of the network's {len(layers)} linear layers may be factored; convolutions are for tucker"
         )
-    spectra = _spectra(network, free, tiles)
-    ranks = _by_budget(free, spectra, config, cost) if config.macs is not None else _by_rule(free, spectra, config)
+    if tiles is None:
+        spectra = {name: weight_spectrum(linear) for name, linear in free.items()}
+    else:
+        spectra = output_spectra(network, free, tiles)
+    ranks = _within_macs(free, spectra, config, cost) if config.macs is not None else _by_share(free, spectra, config)
     edits, decisions = [], []
     for name, linear in layers.items():
         shape, size = (linear.out_features, linear.in_features), linear.weight.numel()
@@ -54,25 +57,11 @@ def plan_linear(network: nn.Module, config: LinearConfig, cost: Cost, tiles: Til
     return Plan(tuple(edits), tuple(decisions))
 
 
-def _spectra(network: nn.Module, layers: Mapping[str, nn.Linear], tiles: Tiles | None) -> dict[str, OutputSpectrum]:
-    if tiles is None:
-        return {name: weight_spectrum(linear) for name, linear in layers.items()}
-    return output_spectra(network, layers, tiles)
-
-
-def _kept_dense(layer: Layer, config: LinearConfig, cost: Cost) -> str:
-    if not layer.matches(*config.include):
-        return "not included"
-    if layer.matches(*config.exclude):
-        return "excluded"
-    return "" if layer.name in cost.layers else "not reached by the forward pass"
-
-
 def _cheaper(linear: nn.Linear, rank: int) -> bool:
     return rank * (linear.in_features + linear.out_features) < linear.weight.numel()
 
 
-def _by_rule(
+def _by_share(
     layers: Mapping[str, nn.Linear], spectra: Mapping[str, OutputSpectrum], config: LinearConfig
 ) -> dict[str, int]:
     ranks = {}
@@ -86,7 +75,7 @@ def _by_rule(
     return ranks
 
 
-def _by_budget(
+def _within_macs(
     layers: Mapping[str, nn.Linear], spectra: Mapping[str, OutputSpectrum], config: LinearConfig, cost: Cost
 ) -> dict[str, int]:
     """Spend the budget where the squared relative errors of the layers, added up, become smallest."""
@@ -123,7 +112,7 @@ def fit_linear(
     The best rank-R layer for centred outputs y = W x is U U^T W, with U the R main directions of y (reduced-rank
     regression with W as the regression); the mean of what is lost goes into the bias.
     """
-    pairs = _factored(dense, slim)
+    pairs = replaced(dense, slim, nn.Linear, LowRankLinear)
     spectra = output_spectra(dense, {name: linear for name, (linear, _) in pairs.items()}, tiles)
     errors = {}
     for number, (name, (linear, pair)) in enumerate(pairs.items()):
@@ -137,16 +126,7 @@ def fit_linear(
 
 def linear_weight_errors(dense: nn.Module, slim: nn.Module) -> dict[str, float]:
     """Return ||W - W~||_F / ||W||_F of each layer that was factored between the two, 0 for a matrix of zeros."""
-    errors = {}
-    for name, (linear, pair) in _factored(dense, slim).items():
-        weight = linear.weight.detach()
-        norm = float(weight.norm())
-        errors[name] = float((weight - pair.matrix()).norm()) / norm if norm else 0.0
-    return errors
-
-
-def _factored(dense: nn.Module, slim: nn.Module) -> dict[str, tuple[nn.Linear, LowRankLinear]]:
-    originals = LayerIndex(unwrap(dense))
-    found = {layer.name: layer.module for layer in LayerIndex(unwrap(slim)).of_type(LowRankLinear)}
-    pairs = {name: (originals[name].module, module) for name, module in found.items()}
-    return {name: pair for name, pair in pairs.items() if isinstance(pair[0], nn.Linear)}  # else an earlier method's
+    return {
+        name: relative_error(linear.weight, pair.matrix())
+        for name, (linear, pair) in replaced(dense, slim, nn.Linear, LowRankLinear).items()
+    }

@@ -1,9 +1,7 @@
-"""What each pair of ranks would cost every convolution of a network in error, and save in parameters and MACs."""
+"""The error of every convolution at each pair of ranks, and the parameters and MACs that are left."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +11,6 @@ import numpy as np
 from torch import nn
 
 from nnslim.errors import ConfigError, SpecError
-from nnslim.files import write_bytes
 from nnslim.maths.spectra import Spectrum
 from nnslim.methods.tucker.chain import chain_macs, chain_parameters
 from nnslim.methods.tucker.layers import CONVOLUTIONS, kernel_of
@@ -21,21 +18,9 @@ from nnslim.methods.tucker.survey import LayerSurvey, survey
 from nnslim.network.cost import Cost, LayerCost
 from nnslim.network.walk import LayerIndex, unwrap
 from nnslim.surgery.streaming import Tiles
+from nnslim.tables import write_table
 
-COLUMNS = (
-    "layer",
-    "rank_out",
-    "rank_in",
-    "outputs",
-    "inputs",
-    "weights_error",
-    "outputs_error",
-    "energy_error",
-    "macs",
-    "parameters",
-    "macs_share",
-)
-_STEPS = 16  # ranks per side where no step is given, as in the predecessor
+_STEPS = 16  # ranks per side where no step is given, as in tucker-cnn
 
 
 @dataclass(frozen=True)
@@ -180,14 +165,9 @@ def error_grid(
 
 
 def write_grid(grids: Sequence[LayerGrid], path: Path) -> None:
-    """Write the table, one line per layer and pair of ranks, with `COLUMNS`.
+    """Write the table, one line per layer and pair of ranks.
 
     Raises:
         OutputError: it cannot be written; nothing half-written is left.
     """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for grid in grids:
-        writer.writerows(grid.rows())
-    write_bytes(path, text.getvalue().encode())
+    write_table((row for grid in grids for row in grid.rows()), path)

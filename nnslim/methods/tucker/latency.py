@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-import torch
 from torch import nn
 
 from nnslim.methods.tucker.layers import TuckerConv
 from nnslim.network.cost import Cost
 from nnslim.network.walk import Layer
+from nnslim.running.timing import pass_seconds
 
 _VOXELS = 1 << 16  # larger grids are timed on a part of about this size and scaled: time grows with the voxels
 _POINTS = 4  # ranks per side that are measured; between them times are interpolated
-_REPEATS = 3
 
 
 class LatencyTable:
-    """Milliseconds per forward pass of one patch, measured on first use and remembered by the layer's geometry."""
+    """Milliseconds per forward pass of one patch, measured at first use and kept by the layer's geometry."""
 
-    def __init__(self, cost: Cost) -> None:
+    def __init__(self, cost: Cost, measure: Callable[..., float] | None = None) -> None:
         """Prepare; nothing is measured yet.
 
         Args:
             cost: of the dense network, for the input shape of each layer.
+            measure: called as `chain_milliseconds`, which it replaces.
         """
-        self._cost = cost
+        self._cost, self._measure = cost, measure or chain_milliseconds
         self._known: dict[tuple, float] = {}
 
     def total(self, layers: Mapping[str, Layer]) -> float:
@@ -40,7 +38,7 @@ class LatencyTable:
         if ranks is None:
             return self._measured(name, conv, None)
         sides = [
-            [(None, 1.0)] if rank is None else _neighbours(rank, channels)
+            [(None, 1.0)] if rank is None else measured_neighbours(rank, channels)
             for rank, channels in zip(ranks, (conv.out_channels, conv.in_channels), strict=True)
         ]
         return sum(
@@ -54,18 +52,19 @@ class LatencyTable:
         grid, scale = _part(shape[1:], conv)
         key = (str(conv), grid, scale, ranks)
         if key not in self._known:
-            self._known[key] = scale * _time(conv, (1, shape[0], *grid), ranks)
+            self._known[key] = scale * self._measure(conv, (1, shape[0], *grid), ranks)
         return self._known[key]
 
 
-def _grid(channels: int) -> list[int]:
+def measured_ranks(channels: int) -> list[int]:
     """Return ranks that are measured: multiples of 8 in about equal ratios, from 8 up to the channels."""
     top = max(channels, 9)
     return sorted({max(8, 8 * round(8 ** (1 - s) * top**s / 8)) for s in (i / (_POINTS - 1) for i in range(_POINTS))})
 
 
-def _neighbours(rank: int, channels: int) -> list[tuple[int, float]]:
-    known = _grid(channels)
+def measured_neighbours(rank: int, channels: int) -> list[tuple[int, float]]:
+    """Return the measured ranks around a rank, each with its share in the interpolation."""
+    known = measured_ranks(channels)
     above = next((point for point in known if point >= rank), known[-1])
     below = max((point for point in known if point <= rank), default=known[0])
     if above == below:
@@ -86,21 +85,13 @@ def _part(grid: tuple[int, ...], conv: nn.Module) -> tuple[tuple[int, ...], floa
     return part, total / math.prod(part)
 
 
-@torch.inference_mode()
-def _time(conv: nn.Module, shape: tuple[int, ...], ranks: tuple[int | None, int | None] | None) -> float:
+def chain_milliseconds(conv: nn.Module, shape: tuple[int, ...], ranks: tuple[int | None, int | None] | None) -> float:
+    """Return the measured time of one pass of a convolution (ranks None) or of its chain, on inputs (B, I, *spatial).
+
+    Ranks beyond the channels count as the channels.
+    """
     layer = conv
     if ranks is not None:
-        sides = [
-            None if rank is None else min(rank, channels)
-            for rank, channels in zip(ranks, (conv.out_channels, conv.in_channels), strict=True)
-        ]
-        layer = TuckerConv(conv, *sides)
-    inputs = torch.randn(shape, device=conv.weight.device, dtype=conv.weight.dtype)
-    times = []
-    for _ in range(_REPEATS + 1):
-        started = time.perf_counter()
-        layer(inputs)
-        if inputs.is_cuda:
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times[1:])  # the first pass warms up
+        channels = conv.out_channels, conv.in_channels
+        layer = TuckerConv(conv, *(None if r is None else min(r, c) for r, c in zip(ranks, channels, strict=True)))
+    return 1000 * pass_seconds([layer], shape)[0]

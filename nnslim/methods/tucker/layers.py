@@ -6,16 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from nnslim.errors import SpecError
-from nnslim.maths.lowrank import TuckerFactors
-from nnslim.network.walk import LayerIndex
+from nnslim.maths.lowrank import TuckerFactors, mode_products
+from nnslim.methods.base import relative_error, replaced
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_POINTWISE = {
-    nn.Conv2d: nn.Conv2d,
-    nn.Conv3d: nn.Conv3d,
-    nn.ConvTranspose2d: nn.Conv2d,
-    nn.ConvTranspose3d: nn.Conv3d,
-}
 
 
 def is_transposed(conv: nn.Module) -> bool:
@@ -49,24 +43,16 @@ class TuckerConv(nn.Module):
         super().__init__()
         _check(conv, rank_out, rank_in)
         like = {"device": conv.weight.device, "dtype": conv.weight.dtype}
-        pointwise = next(made for kind, made in _POINTWISE.items() if isinstance(conv, kind))
+        kind = next(kind for kind in CONVOLUTIONS if isinstance(conv, kind))
+        pointwise = (nn.Conv2d, nn.Conv3d)[len(conv.kernel_size) - 2]
         bias = conv.bias is not None
         core_in = rank_in or conv.in_channels
         core_out = rank_out or conv.out_channels
         # Registration order is the order of execution, so that tables and exports read front to back.
         self.first = pointwise(conv.in_channels, rank_in, 1, bias=False, **like) if rank_in else None
-        settings = {
-            "kernel_size": conv.kernel_size,
-            "stride": conv.stride,
-            "padding": conv.padding,
-            "dilation": conv.dilation,
-            "padding_mode": conv.padding_mode,
-            "bias": bias and not rank_out,
-        }
-        if is_transposed(conv):
-            settings["output_padding"] = conv.output_padding
-        kind = next(kind for kind in _POINTWISE if isinstance(conv, kind))
-        self.core = kind(core_in, core_out, **settings, **like)
+        kept = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+        settings = {name: getattr(conv, name) for name in (*kept, *(["output_padding"] if is_transposed(conv) else []))}
+        self.core = kind(core_in, core_out, bias=bias and not rank_out, **settings, **like)
         self.last = pointwise(rank_out, conv.out_channels, 1, bias=bias, **like) if rank_out else None
         # Some readers of nnU-Net networks ask a convolution for these.
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
@@ -83,14 +69,11 @@ class TuckerConv(nn.Module):
     def fill(self, factors: TuckerFactors, bias: Tensor | None) -> None:
         """Set the weights: factors of a side that is whole are multiplied into the core."""
         core = factors.core
-        if self.first is None:
-            core = torch.einsum("ab...,ib->ai...", core, factors.in_)
-        else:
-            self.first.weight.copy_(factors.in_.T.reshape(self.first.weight.shape))
-        if self.last is None:
-            core = torch.einsum("oa,ab...->ob...", factors.out, core)
-        else:
-            self.last.weight.copy_(factors.out.reshape(self.last.weight.shape))
+        for mode, (piece, factor) in enumerate(((self.last, factors.out), (self.first, factors.in_))):
+            if piece is None:
+                core = mode_products(core, [factor], [mode])
+            else:
+                piece.weight.copy_((factor.T if mode else factor).reshape(piece.weight.shape))
         self.core.weight.copy_(core.transpose(0, 1) if is_transposed(self.core) else core)
         if bias is not None:
             (self.core if self.last is None else self.last).bias.copy_(bias)
@@ -100,23 +83,16 @@ class TuckerConv(nn.Module):
         """Return the kernel (O, I, *K) that the chain stands for."""
         kernel = kernel_of(self.core)
         if self.first is not None:
-            kernel = torch.einsum("ab...,bi->ai...", kernel, self.first.weight.flatten(1))
-        if self.last is not None:
-            kernel = torch.einsum("oa,ai...->oi...", self.last.weight.flatten(1), kernel)
-        return kernel
+            kernel = mode_products(kernel, [self.first.weight.flatten(1)], [1], transpose=True)
+        return kernel if self.last is None else mode_products(kernel, [self.last.weight.flatten(1)], [0])
 
 
 def weight_errors(dense: nn.Module, slim: nn.Module) -> dict[str, float]:
     """Return ||W - W~||_F / ||W||_F of each layer that was factored between the two, 0 for a kernel of zeros."""
-    originals = LayerIndex(dense)
-    errors = {}
-    for layer in LayerIndex(slim).of_type(TuckerConv):
-        if not isinstance(originals[layer.name].module, CONVOLUTIONS):
-            continue  # an earlier method's
-        kernel = kernel_of(originals[layer.name].module).detach()
-        norm = float(kernel.norm())
-        errors[layer.name] = float((kernel - layer.module.kernel()).norm()) / norm if norm else 0.0
-    return errors
+    return {
+        name: relative_error(kernel_of(conv), chain.kernel())
+        for name, (conv, chain) in replaced(dense, slim, CONVOLUTIONS, TuckerConv).items()
+    }
 
 
 def _check(conv: nn.Module, rank_out: int | None, rank_in: int | None) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from nnslim.methods.base import Decision, Plan, check_patterns
+from nnslim.methods.base import Decision, Plan, check_patterns, kept_dense
 from nnslim.methods.tucker.chain import chain_macs, chain_parameters
 from nnslim.methods.tucker.config import TuckerConfig
 from nnslim.methods.tucker.edit import TuckerEdit
@@ -39,7 +39,7 @@ def plan_tucker(network: nn.Module, config: TuckerConfig, cost: Cost, tiles: Til
     check_patterns("tucker", "convolution", patterns, layers)
     ran = [name for name in cost.layers if any(name == layer.name for layer in layers)]
     first = ran[0] if ran else None
-    open_layers = {layer.name: layer for layer in layers if not _kept_dense(layer, config, cost, layer.name == first)}
+    open_layers = {layer.name: layer for layer in layers if not _why_dense(layer, config, cost, layer.name == first)}
     plans = [
         _plan(layers, config, cost, chosen, first) for chosen in choose_ranks(network, open_layers, config, cost, tiles)
     ]
@@ -60,17 +60,13 @@ def _plan(
     return Plan(tuple(edits), tuple(decisions))
 
 
-def _kept_dense(layer: Layer, config: TuckerConfig, cost: Cost, is_first: bool) -> str:
+def _why_dense(layer: Layer, config: TuckerConfig, cost: Cost, is_first: bool) -> str:
     """Return why the layer stays dense whatever its ranks, or an empty string."""
     conv = layer.module
-    if not layer.matches(*config.include):
-        return "not included"
-    if layer.matches(*config.exclude):
-        return "excluded"
+    if reason := kept_dense(layer, config, cost):
+        return reason
     if conv.groups != 1:
         return f"grouped convolution (groups={conv.groups})"
-    if layer.name not in cost.layers:
-        return "not reached by the forward pass"
     if is_first and not config.first_layer:
         return "first layer"
     if layer.name in cost.heads and not config.heads:
@@ -94,7 +90,7 @@ def _decide(
     def dense(reason: str) -> tuple[Decision, None]:
         return Decision(layer.name, "dense", shape, None, macs, macs, parameters, parameters, reason), None
 
-    if reason := _kept_dense(layer, config, cost, is_first):
+    if reason := _why_dense(layer, config, cost, is_first):
         return dense(reason)
     choice = chosen[layer.name]
     if choice.reason:

@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnslim.errors import ConfigError
-from nnslim.files import write_bytes
+from nnslim.errors import ConfigError, InputError
 from nnslim.methods.base import Decision
+from nnslim.tables import read_table, write_table
 
-COLUMNS = (
-    "layer",
-    "action",
-    "rank_out",
-    "rank_in",
-    "outputs",
-    "inputs",
-    "kernel",
-    "macs_before",
-    "macs_after",
-    "parameters_before",
-    "parameters_after",
-    "error",
-    "reason",
-)
+_READ = ("layer", "action", "rank_out", "rank_in")
 
 
 def write_plan(decisions: Sequence[Decision], path: Path) -> None:
@@ -34,29 +18,16 @@ def write_plan(decisions: Sequence[Decision], path: Path) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
+    counts = ("macs_before", "macs_after", "parameters_before", "parameters_after")
+    rows = []
     for decision in decisions:
-        ranks = decision.ranks or ("", "")
-        writer.writerow(
-            {
-                "layer": decision.layer,
-                "action": decision.action,
-                "rank_out": ranks[0],
-                "rank_in": ranks[1],
-                "outputs": decision.shape[0],
-                "inputs": decision.shape[1],
-                "kernel": "x".join(str(size) for size in decision.shape[2:]),
-                "macs_before": decision.macs_before,
-                "macs_after": decision.macs_after,
-                "parameters_before": decision.parameters_before,
-                "parameters_after": decision.parameters_after,
-                "error": "" if decision.error is None else f"{decision.error:.4f}",
-                "reason": decision.reason,
-            }
-        )
-    write_bytes(path, text.getvalue().encode())
+        outputs, inputs, *kernel = decision.shape
+        row = dict(zip(_READ, (decision.layer, decision.action, *(decision.ranks or (None, None))), strict=True))
+        row |= {"outputs": outputs, "inputs": inputs, "kernel": "x".join(map(str, kernel))}
+        row |= {name: getattr(decision, name) for name in counts}
+        error = None if decision.error is None else f"{decision.error:.4f}"
+        rows.append(row | {"error": error, "reason": decision.reason})
+    write_table(rows, path)
 
 
 def read_ranks(path: Path | None) -> dict[str, tuple[int, int] | None]:
@@ -66,24 +37,19 @@ def read_ranks(path: Path | None) -> dict[str, tuple[int, int] | None]:
         ConfigError: missing, not a table of ours, or a rank that is no positive number; names the line.
     """
     try:
-        lines = list(csv.DictReader(io.StringIO(Path(path or "").read_text(encoding="utf-8-sig"))))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"plan {path} cannot be read: {error}") from error
-    needed = set(COLUMNS[:4])
-    if not lines or needed - set(lines[0]):
-        raise ConfigError(f"plan {path} is not a table with the columns {', '.join(COLUMNS[:4])}")
+        table = read_table(Path(path or ""), _READ)
+    except InputError as error:
+        raise ConfigError(f"plan: {error}") from error
+    if table.empty:
+        raise ConfigError(f"plan {path} lists no layer")
     found: dict[str, tuple[int, int] | None] = {}
-    for number, line in enumerate(lines, start=2):
-        where = f"plan {path}, line {number} ({line['layer']})"
-        if line["layer"] in found:
+    for number, (layer, action, *ranks) in enumerate(table[list(_READ)].to_numpy().tolist(), start=2):
+        where = f"plan {path}, line {number} ({layer})"
+        if layer in found:
             raise ConfigError(f"{where}: the layer is there twice")
-        if line["action"] not in ("tucker", "dense"):
-            raise ConfigError(f"{where}: action is 'tucker' or 'dense', found {line['action']!r}")
-        if line["action"] == "dense":
-            found[line["layer"]] = None
-            continue
-        ranks = [line["rank_out"] or "", line["rank_in"] or ""]
-        if not all(rank.isdecimal() and int(rank) > 0 for rank in ranks):
+        if action not in ("tucker", "dense"):
+            raise ConfigError(f"{where}: action is 'tucker' or 'dense', found {action!r}")
+        if action == "tucker" and not all(rank.isdecimal() and int(rank) > 0 for rank in ranks):
             raise ConfigError(f"{where}: ranks are positive numbers, found {ranks[0]!r} and {ranks[1]!r}")
-        found[line["layer"]] = (int(ranks[0]), int(ranks[1]))
+        found[layer] = (int(ranks[0]), int(ranks[1])) if action == "tucker" else None
     return found
