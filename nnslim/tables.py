@@ -15,13 +15,17 @@ if TYPE_CHECKING:  # pandas takes half a second, which --help need not wait for
 
 
 def write_table(
-    rows: DataFrame | Iterable[Mapping[str, Any] | Sequence[Any]], path: Path, columns: Sequence[str] | None = None
+    rows: DataFrame | Iterable[Mapping[str, Any] | Sequence[Any]],
+    path: Path,
+    columns: Sequence[str] | None = None,
+    *,
+    separator: str = ",",
 ) -> None:
     """Write a CSV file, whole or not at all; None is an empty cell, and numbers are written as they are.
 
     Args:
         rows: a table, or one mapping or sequence per row.
-        path: the file. columns: names, in order; None: those of the rows.
+        path: the file. columns: names, in order; None: those of the rows. separator: between two cells.
     Raises:
         OutputError: it cannot be written.
     """
@@ -29,7 +33,7 @@ def write_table(
 
     # As objects: a column of whole numbers with an empty cell would become one of floats.
     frame = rows if isinstance(rows, pandas.DataFrame) else pandas.DataFrame(list(rows), columns=columns, dtype=object)
-    write_bytes(Path(path), frame.to_csv(index=False, lineterminator="\n").encode("utf-8"))
+    write_bytes(Path(path), frame.to_csv(index=False, sep=separator, lineterminator="\n").encode("utf-8"))
 
 
 def read_table(path: Path, columns: Sequence[str] = ()) -> DataFrame:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
-from nnslim.network.cost import measure_cost
+from nnslim.network.cost import Counts, measure_cost
 from nnslim.network.walk import LayerIndex, deep_supervision
 from nnslim.surgery.channels import ChannelMap, Kept
 
@@ -43,6 +43,11 @@ class CostTable:
             for name, layer in self._layers.items()
             if isinstance(layer, nn.modules.conv._ConvNd)
         }
+
+    @property
+    def counts(self) -> Counts:
+        """The totals, as reports have them."""
+        return Counts(self.parameters, self.macs, self.macs_fvcore)
 
     def after(self, kept: Mapping[str, Kept]) -> tuple[int, int]:
         """Return MACs and parameters once only the channels of `kept` are left, see `ChannelMap.narrowing`."""

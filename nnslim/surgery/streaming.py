@@ -29,8 +29,8 @@ class Tiles(Protocol):
         """Yield (1, C, *patch) float32 tensors on the CPU."""
 
 
-class _Enough(Exception):  # noqa: N818  not an error: ends a forward pass early
-    pass
+class EndOfPass(Exception):  # noqa: N818  not an error
+    """Raised by a hook that has seen enough: ends the pass of one tile."""
 
 
 @contextmanager
@@ -57,7 +57,8 @@ def run_hooked(
     device = next(network.parameters()).device
     with hooked(network, before, after), torch.no_grad():
         for tile in tiles:
-            network(tile.to(device))
+            with suppress(EndOfPass):
+                network(tile.to(device))
 
 
 def following_norms(network: nn.Module, tile: Tensor) -> dict[str, str]:
@@ -141,9 +142,9 @@ def stream_moments(
         pair = _TilePair(requests, each, {name: (seed * 1_000_003 + number) * 10_007 + n for name, n in order.items()})
         tile = tile.to(device)
         with torch.inference_mode():
-            with hooked(dense, {}, {r.layer: partial(pair.take_output, r) for r in requests}), suppress(_Enough):
+            with hooked(dense, {}, {r.layer: partial(pair.take_output, r) for r in requests}), suppress(EndOfPass):
                 dense(tile)
-            with hooked(slim, {r.layer: partial(pair.take_input, r) for r in requests}, {}), suppress(_Enough):
+            with hooked(slim, {r.layer: partial(pair.take_input, r) for r in requests}, {}), suppress(EndOfPass):
                 slim(tile)
         if on_tile is not None:
             on_tile()
@@ -164,11 +165,11 @@ class _TilePair:
         self._places[request.layer] = places
         self._outputs[request.layer] = sample_outputs(request.conv, output, places)
         if len(self._outputs) == self._wanted:
-            raise _Enough
+            raise EndOfPass
 
     def take_input(self, request: Request, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         rows = sample_inputs(request.conv, inputs[0], self._places[request.layer])
         request.add(rows, self._outputs[request.layer])
         self._taken += 1
         if self._taken == self._wanted:
-            raise _Enough
+            raise EndOfPass

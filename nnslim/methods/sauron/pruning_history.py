@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,25 +10,13 @@ from typing import Any
 import numpy as np
 
 from nnslim.figures import new_figure, own_style, save_figure
-from nnslim.files import write_bytes
 from nnslim.methods.base import narrowed
-from nnslim.network.cost import Counts
-from nnslim.surgery.budget import CostTable
+from nnslim.tables import write_table
 
 TABLE, PROGRESS, WIDTHS = "pruning.csv", "pruning.png", "pruning_widths.png"
 IN_FILTERS, OUT_FILTERS = "in_filters", "out_filters"
-_EPOCH = (
-    "epoch",
-    "seconds",
-    "macs",
-    "parameters",
-    "filters_left",
-    "train_loss",
-    "distance_loss",
-    "validation_loss",
-    "dice",
-)
-_LAYER = ("layer", "filters", "removed", "threshold", "patience", "layer_macs", "nearest", "median")
+_COUNTS = ("macs", "parameters", "filters_left")
+_EPOCH = ("epoch", "seconds", *_COUNTS, "train_loss", "distance_loss", "validation_loss", "dice")
 
 
 class PruningHistory:
@@ -47,7 +34,7 @@ class PruningHistory:
         """Note an epoch.
 
         Args:
-            pruner: after the removal, see `nnslim.methods.sauron.Pruner`. scores: that decided, by group.
+            pruner: after the removal, see `nnslim.methods.sauron.Pruner`. scores: those that decided, by group.
             epoch: epoch, seconds, train_loss, distance_loss, validation_loss, dice.
         """
         layers = {}
@@ -87,14 +74,14 @@ class PruningHistory:
             OutputError: they cannot be written.
         """
         table = [
-            {key: row[key] for key in _EPOCH} | {"layer": name} | values
+            {key: "nan" if math.isnan(row[key]) else row[key] for key in _EPOCH} | {"layer": name} | values
             for row in self.rows
             for name, values in row["layers"].items()
         ]
-        write_bytes(folder / TABLE, _csv(table, (*_EPOCH, *_LAYER), ","))
+        write_table(table, folder / TABLE)
         for name, side in ((OUT_FILTERS, 0), (IN_FILTERS, 1)):
             widths = [{layer: pair[side] for layer, pair in row["widths"].items()} for row in self.rows]
-            write_bytes(folder / name, _csv(widths, sorted(widths[-1]), "\t"))
+            write_table(widths, folder / name, sorted(widths[-1]), separator="\t")
 
     def draw(self, folder: Path) -> None:
         """Draw the epochs, and the widths at the first and the last."""
@@ -107,8 +94,8 @@ class PruningHistory:
         before, after = pruner.before, pruner.cost
         return {
             "input_shape": list(pruner.shape),
-            "dense": vars(_counts(before)),
-            "slim": vars(_counts(after)),
+            "dense": vars(before.counts),
+            "slim": vars(after.counts),
             "layers": [vars(decision) for decision in narrowed(before, after)],
             "epochs": len(self.rows),
             "seconds": round(sum(row["seconds"] for row in self.rows), 1),
@@ -121,18 +108,6 @@ class PruningHistory:
     def load_state_dict(self, rows: list[dict[str, Any]]) -> None:
         """Take over what `state_dict` gave."""
         self.rows = list(rows)
-
-
-def _counts(table: CostTable) -> Counts:
-    return Counts(table.parameters, table.macs, table.macs_fvcore)
-
-
-def _csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], separator: str) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, delimiter=separator, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
 
 
 @own_style

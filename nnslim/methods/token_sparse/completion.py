@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nnslim.methods.token_sparse.selection import unshuffle
+from nnslim.methods.token_sparse.sequence import Sequence3d
 
 Completion = Literal["fusion", "fusion_v2", "mask", "last"]
 RunBlock = Callable[..., Tensor]  # (block, full sequence, whatever else the host's blocks need)
@@ -33,7 +34,29 @@ def sincos_3d(grid: Sequence[int], dim: int, *, prefix: int = 0) -> Tensor:
     return full
 
 
-class FusionNet(nn.Module):
+class _PublishedNet(nn.Module):
+    """The second half of both published completion nets: dense blocks on the full sequence, class token first."""
+
+    def _add_blocks(
+        self, dim: int, width: int, grid: Sequence[int], blocks: Sequence[nn.Module], *, linear: bool
+    ) -> None:
+        self.grid = tuple(grid)
+        self.pos_embed = nn.Parameter(sincos_3d(grid, width, prefix=1), requires_grad=False)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.output = nn.Linear(width, dim) if linear else nn.Identity()
+
+    def _complete(self, rows: Tensor, positions: Tensor, grid: Sequence[int]) -> Tensor:
+        """Put rows back to their positions (B, 1 + L), and return (B, L, D) without the class token."""
+        full = unshuffle(rows, positions)
+        known = tuple(grid) == self.grid
+        full = full + (self.pos_embed if known else sincos_3d(grid, full.shape[-1], prefix=1).to(full))
+        for block in self.blocks:
+            full = block(full)
+        return self.output(self.norm(full))[:, 1:]
+
+
+class FusionNet(_PublishedNet):
     """Multi-layer token assembly, as published: each group through a linear of its own, then a few dense blocks.
 
     `version` 2 leaves out the linears on both sides (its width must be that of the tokens).
@@ -49,11 +72,7 @@ class FusionNet(nn.Module):
         linears = [nn.Linear(dim, width) if version == 1 else nn.Identity() for _ in range(groups)]
         self.inputs = nn.ModuleList(linears)
         self.layer_tokens = nn.ParameterList(nn.Parameter(torch.zeros(1, 1, width)) for _ in range(groups))
-        self.grid = tuple(grid)
-        self.pos_embed = nn.Parameter(sincos_3d(grid, width, prefix=1), requires_grad=False)
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.output = nn.Linear(width, dim) if version == 1 else nn.Identity()
+        self._add_blocks(dim, width, grid, blocks, linear=version == 1)
 
     def forward(self, parts: Sequence[Part], positions: Tensor, grid: Sequence[int]) -> Tensor:
         """Return (B, L, D) for every patch position.
@@ -63,14 +82,10 @@ class FusionNet(nn.Module):
             positions: (B, 1 + L) of the concatenated groups. grid: tokens along each axis.
         """
         mapped = [self.inputs[stage](group) + self.layer_tokens[stage] for stage, group in parts]
-        full = unshuffle(torch.cat(mapped, dim=1), positions)
-        full = full + _embedding(self, grid, full)
-        for block in self.blocks:
-            full = block(full)
-        return self.output(self.norm(full))[:, 1:]
+        return self._complete(torch.cat(mapped, dim=1), positions, grid)
 
 
-class MaskCompletion(nn.Module):
+class MaskCompletion(_PublishedNet):
     """The masked baseline, as published: a mask token at every dropped position, only the last tokens are used."""
 
     def __init__(self, dim: int, width: int, grid: Sequence[int], blocks: Sequence[nn.Module]) -> None:
@@ -79,27 +94,13 @@ class MaskCompletion(nn.Module):
         self.input_norm = nn.LayerNorm(dim, eps=1e-6)
         self.input = nn.Linear(dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.grid = tuple(grid)
-        self.pos_embed = nn.Parameter(sincos_3d(grid, width, prefix=1), requires_grad=False)
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.output = nn.Linear(width, dim)
+        self._add_blocks(dim, width, grid, blocks, linear=True)
 
     def forward(self, parts: Sequence[Part], positions: Tensor, grid: Sequence[int]) -> Tensor:
         """See `FusionNet.forward`."""
         kept = self.input(self.input_norm(parts[-1][1]))
         missing = self.mask_token.expand(kept.shape[0], positions.shape[1] - kept.shape[1], -1)
-        full = unshuffle(torch.cat((missing, kept), dim=1), positions)
-        full = full + _embedding(self, grid, full)
-        for block in self.blocks:
-            full = block(full)
-        return self.output(self.norm(full))[:, 1:]
-
-
-def _embedding(net: FusionNet | MaskCompletion, grid: Sequence[int], like: Tensor) -> Tensor:
-    if tuple(grid) == net.grid:
-        return net.pos_embed
-    return sincos_3d(grid, like.shape[-1], prefix=1).to(like)
+        return self._complete(torch.cat((missing, kept), dim=1), positions, grid)
 
 
 class GentleCompletion(nn.Module):
@@ -134,8 +135,9 @@ class GentleCompletion(nn.Module):
         linear = [self.linears[stage](group) if self.kind == "fusion" else group for stage, group in parts]
         return [group + self.layer_tokens[stage] for (stage, _), group in zip(parts, linear, strict=True)]
 
-    def forward(self, full: Tensor, *arguments: Tensor | None) -> Tensor:
-        """Run the blocks on the full sequence (B, N, D), already assembled from `map`."""
+    def forward(self, now: Sequence3d, *arguments: Tensor | None) -> Tensor:
+        """Return the full sequence (B, N, D): every group mapped and put back, then the blocks."""
+        full = now.last_values(self.map(now.parts()))
         for block in self.blocks:
             full = self._run(block, full, *arguments)
         return full

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,13 @@ from nnslim.errors import ConfigError
 from nnslim.methods.base import Decision, Plan
 from nnslim.methods.token_sparse.config import TokenSparseConfig
 from nnslim.methods.token_sparse.edit import TokenSparseEdit, encoders_of, token_count
-from nnslim.methods.token_sparse.sparse_encoders import _SparseEncoder
+from nnslim.methods.token_sparse.selection import take
+from nnslim.methods.token_sparse.sparse_encoders import SparseEncoder
 from nnslim.network.cost import Cost
 from nnslim.network.operations import count_operations
 from nnslim.network.spec import extend_spec
 from nnslim.network.walk import unwrap
-from nnslim.surgery.streaming import Tiles
+from nnslim.surgery.streaming import EndOfPass, Tiles, run_hooked
 
 
 def token_sparse_edits(network: nn.Module, config: TokenSparseConfig) -> tuple[TokenSparseEdit, ...]:
@@ -39,21 +41,11 @@ def token_sparse_edits(network: nn.Module, config: TokenSparseConfig) -> tuple[T
             raise ConfigError(
                 f"token_sparse: {len(places)} locations, {len(ratios)} ratios and {len(scorers)} scorers do not match"
             )
-        edits.append(
-            TokenSparseEdit(
-                layer.name,
-                places,
-                ratios,
-                scorers,
-                config.mode,
-                config.shared,
-                config.tau,
-                config.perturbation == "gumbel",
-                config.completion,
-                config.completion_depth,
-                config.skips,
-            )
-        )
+        same = {
+            key: getattr(config, key) for key in ("mode", "shared", "tau", "completion", "completion_depth", "skips")
+        }
+        noise = config.perturbation == "gumbel"
+        edits.append(TokenSparseEdit(layer.name, places, ratios, scorers, noise=noise, **same))
     return tuple(edits)
 
 
@@ -108,78 +100,44 @@ def fit_completion(
     """
     errors: dict[str, float] = {}
     for name, module in slim.named_modules():
-        if not isinstance(module, _SparseEncoder):
+        if not isinstance(module, SparseEncoder):
             continue
         if compensate and module.completion is not None and len(module.completion.linears):
-            _fit_linears(dense, slim, name, module, tiles)
+            _fit_linears(dense, slim, name, module.completion.linears, tiles)
         errors[name] = _error(dense, slim, name, tiles)
     return errors
-
-
-class _Caught(Exception):  # noqa: N818  ends a pass early; never seen by users
-    pass
 
 
 def _outputs(network: nn.Module, layer: str, tiles: Tiles) -> list[Tensor]:
     """Return what the encoder puts out for each batch of tiles, before its last norm."""
     seen: list[Tensor] = []
-    device = next(network.parameters()).device
 
     def catch(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.append(inputs[0].detach().double())
-        raise _Caught
+        raise EndOfPass
 
-    hook = network.get_submodule(layer).norm.register_forward_pre_hook(catch)
-    try:
-        with torch.no_grad():
-            for batch in tiles:
-                try:
-                    network(batch.to(device))
-                except _Caught:
-                    continue
-    finally:
-        hook.remove()
+    run_hooked(network, tiles, before={f"{layer}.norm": catch})
     return seen
 
 
-def _fit_linears(dense: nn.Module, slim: nn.Module, layer: str, encoder: _SparseEncoder, tiles: Tiles) -> None:
-    wanted = _outputs(dense, layer, tiles)
-    completion = encoder.completion
-    count, width = len(completion.linears), completion.linears[0].in_features
-    empty = torch.zeros(2, width + 1, width + 1, dtype=torch.float64, device=wanted[0].device)
-    moments = [empty.clone() for _ in range(count)]
-    done = 0
+def _fit_linears(dense: nn.Module, slim: nn.Module, layer: str, linears: nn.ModuleList, tiles: Tiles) -> None:
+    wanted = iter(outputs := _outputs(dense, layer, tiles))
+    width = linears[0].in_features
+    moments = torch.zeros(len(linears), 2, width + 1, width + 1, dtype=torch.float64, device=outputs[0].device)
 
-    def gather(parts: list[tuple[int, Tensor]]) -> list[Tensor]:
-        nonlocal done
-        now = current[0]
-        places = [*now.group_positions, now.positions]
-        target = wanted[done]
-        for (stage, tokens), where in zip(parts, places, strict=True):
+    def gather(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        now, target = inputs[0], next(wanted)
+        for (stage, tokens), where in zip(now.parts(), [*now.group_positions, now.positions], strict=True):
             source = tokens.double().flatten(0, 1)
             source = torch.cat((source, source.new_ones(len(source), 1)), dim=1)
-            index = where.unsqueeze(-1).expand(-1, -1, width)
-            missing = (target.gather(1, index) - tokens.double()).flatten(0, 1)
-            moments[stage][0] += source.T @ source
-            moments[stage][1, :, :width] += source.T @ missing
-        done += 1
-        raise _Caught
+            missing = (take(target, where) - tokens.double()).flatten(0, 1)
+            moments[stage, 0] += source.T @ source
+            moments[stage, 1, :, :width] += source.T @ missing
+        raise EndOfPass
 
-    current: list = []
-    hook = encoder.reduction.register_forward_hook(lambda _, __, now: current.__setitem__(slice(None), [now]))
-    completion.map = gather  # the instance's own, in front of the class's
-    try:
-        with torch.no_grad():
-            for batch in tiles:
-                try:
-                    slim(batch.to(wanted[0].device))
-                except _Caught:
-                    continue
-    finally:
-        hook.remove()
-        del completion.map
+    run_hooked(slim, tiles, before={f"{layer}.completion": gather})
     with torch.no_grad():
-        for linear, (gram, cross) in zip(completion.linears, moments, strict=True):
+        for linear, (gram, cross) in zip(linears, moments, strict=True):
             if not gram.any():  # a stage whose ratio is 0
                 continue
             ridge = 1e-2 * gram.diagonal()[:-1].mean() * gram.new_ones(width + 1)

@@ -45,10 +45,7 @@ class TokenReduction(nn.Module):
         ratios: share of the patch tokens that goes at each stage. They are no weights: `set_ratio` changes them at any
             time, and a stage whose ratio is 0 does nothing at all.
         learned: for each stage, whether its scorer has weights.
-        heard: None, or a list to which training appends what learned scorers say, see `supervision`.
     """
-
-    heard: list[Scored] | None = None
 
     def __init__(
         self,
@@ -85,6 +82,11 @@ class TokenReduction(nn.Module):
         self.scorers = make_scorers(kinds, dim, shared=shared) if mode == "drop" else None
         self.topk = TopK(tau, noise)
         self.set_ratio(ratios)
+        self.heard: list[Scored] | None = None
+
+    def listen(self, heard: list[Scored]) -> None:
+        """Append to a list, in training, what learned scorers make of the tokens; see `supervision`."""
+        self.heard = heard
 
     def set_ratio(self, ratio: float | Sequence[float]) -> None:
         """Set the share of tokens that goes, for all stages or for each.

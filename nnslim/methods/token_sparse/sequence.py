@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -51,14 +52,13 @@ class Sequence3d:
         """Return (B, N), the positions of all dropped groups, then of the current rows."""
         return torch.cat((*self.group_positions, self.positions), dim=1)
 
-    def last_values(self, x: Tensor | None = None) -> Tensor:
+    def last_values(self, parts: Sequence[Tensor] | None = None) -> Tensor:
         """Return the full sequence (B, P + L_full, D), each token as it was last computed.
 
         Args:
-            x: current rows in place of `self.x`.
+            parts: the dropped groups, then the current rows, in place of this sequence's own.
         """
-        x = self.x if x is None else x
+        *groups, x = (*self.groups, self.x) if parts is None else parts
         if self.assigned is not None:
-            patches = take(x[:, self.prefix :], self.assigned)
-            return torch.cat((x[:, : self.prefix], patches), dim=1)
-        return x if self.positions is None else unshuffle(torch.cat((*self.groups, x), dim=1), self.all_positions())
+            return torch.cat((x[:, : self.prefix], take(x[:, self.prefix :], self.assigned)), dim=1)
+        return x if self.positions is None else unshuffle(torch.cat((*groups, x), dim=1), self.all_positions())

@@ -21,8 +21,8 @@ from nnslim.methods.token_sparse.sequence import Sequence3d
 _QUERIES = 256  # tokens whose attention is looked at by the attention scorer, at most
 
 
-class _SparseEncoder(nn.Module):
-    """What both have in common: stages between blocks, and completion at the end."""
+class SparseEncoder(nn.Module):
+    """What both stand-ins share: stages between blocks, and completion at the end."""
 
     def __init__(
         self, dense: nn.Module, reduction: TokenReduction, completion: Completion, completion_depth: int
@@ -68,13 +68,12 @@ class _SparseEncoder(nn.Module):
             hidden.append(now.last_values() if self.keeps_hidden else now.x)
         if now.positions is None or self.completion is None:
             return now.last_values(), hidden
-        now.groups = self.completion.map(now.parts())
-        return self.completion(now.last_values(now.groups.pop()), rope), hidden
+        return self.completion(now, rope), hidden
 
     keeps_hidden = False
 
 
-class SparseEva(_SparseEncoder):
+class SparseEva(SparseEncoder):
     """In place of `Primus.eva`; returns (all tokens, None), as Eva without patch dropout."""
 
     def __init__(
@@ -117,7 +116,7 @@ class SparseEva(_SparseEncoder):
         return self.norm(full), None
 
 
-class SparseViT(_SparseEncoder):
+class SparseViT(SparseEncoder):
     """In place of MONAI's `UNETR.vit`; returns (tokens, outputs of the blocks)."""
 
     def __init__(

@@ -51,7 +51,7 @@ class SupervisedLoss(nn.Module):
         self._foreground = foreground
         self._heard: list[Scored] = []
         for reduction in reductions:
-            reduction.heard = self._heard
+            reduction.listen(self._heard)
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the loss; nothing is added in evaluation, in which scorers are not listened to."""

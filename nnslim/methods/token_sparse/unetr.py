@@ -71,7 +71,6 @@ class TokenSparseUNETR(nn.Module):
         self.decoder = UNETRDecoder(decoder, channels, classes, dim=dim, features=features, as_published=as_published)
         if max(self.decoder.hidden) >= depth:
             raise ConfigError(f"token_sparse: decoder {decoder} needs more than {max(self.decoder.hidden)} blocks")
-        ratios = [ratios] * len(locations) if isinstance(ratios, (int, float)) else list(ratios)
         reduction = None
         if locations:
             reduction = TokenReduction(
@@ -107,18 +106,12 @@ class TokenSparseUNETR(nn.Module):
         encoded = self.encoder(image, self.decoder.hidden if from_blocks else ())
         now = encoded.sequence
         if now.complete or self.completion is None:
-            full = encoded.parts[-1][1] if now.complete else self._last(encoded.parts, now)
-            full = full[:, 1:]
+            full = now.last_values([tokens for _, tokens in encoded.parts])[:, 1:]
         else:
             full = self.completion(encoded.parts, now.all_positions(), encoded.grid)
         last = to_volume(full, encoded.grid)
         hidden = [to_volume(each, encoded.grid) for each in encoded.hidden] or [last] * len(self.decoder.hidden)
         return self.decoder(image, last, hidden)
-
-    @staticmethod
-    def _last(parts: list[tuple[int, Tensor]], now: Any) -> Tensor:
-        now.groups = [group for stage, group in parts if stage >= 0]
-        return now.last_values(parts[-1][1])
 
 
 def published_unetr(name: str, **changes: Any) -> TokenSparseUNETR:
