@@ -222,7 +222,7 @@ def test_context_cache_that_cannot_be_written_is_a_warning(make_model, tmp_path,
     assert "compressed weights are not kept" in caplog.text and slim.report.models[0].from_cache is False
 
 
-def test_context_predecessors_dictionary_works_and_apply_tucker_false_leaves_dense(make_model, tmp_path):
+def test_context_tucker_cnn_dictionary_works_and_apply_tucker_false_leaves_dense(make_model, tmp_path):
     source = make_model()
     legacy = {
         "tucker_args": {"rank_mode": "relative", "rank_factor": 0.5, "rank_min": 2, "decompose": True, "verbose": True},
@@ -297,8 +297,8 @@ def test_context_compiled_network_is_unwrapped_slimmed_and_compiled_again(make_m
 
 @pytest.mark.parametrize("kind", ["plain", "2d", "regions"])
 @pytest.mark.parametrize("batch", [2, 3, 64])
-def test_T5_tile_batch_not_dividing_the_tiles_drops_none(make_model, kind, batch):
-    """The predecessor dropped the last incomplete group of tiles, which left 0/0 = NaN."""
+def test_tile_batch_not_dividing_the_tiles_drops_none(make_model, kind, batch):
+    """tucker-cnn dropped the last incomplete group of tiles, which left 0/0 = NaN."""
     source = make_model(kind)
     one = {"methods": HALF["methods"], "run": {"tile_batch": 1}}
     with NNSlimContext(one):
@@ -314,7 +314,7 @@ def test_T5_tile_batch_not_dividing_the_tiles_drops_none(make_model, kind, batch
     torch.testing.assert_close(batched, stock, rtol=0, atol=4e-3 * float(stock.abs().max()))
 
 
-def test_T5_tile_batch_with_mirroring_equals_one_by_one(make_model):
+def test_tile_batch_with_mirroring_equals_one_by_one(make_model):
     source = make_model()
     with NNSlimContext({"apply": False, "run": {"tile_batch": 3}}):
         predictor = _load(source, use_mirroring=True, use_gaussian=False)
@@ -323,7 +323,7 @@ def test_T5_tile_batch_with_mirroring_equals_one_by_one(make_model):
     torch.testing.assert_close(batched, stock, rtol=0, atol=4e-3 * float(stock.abs().max()))
 
 
-def test_T5_tile_batch_gaussian_weights_do_not_depend_on_the_batch(make_model):
+def test_tile_batch_gaussian_weights_do_not_depend_on_the_batch(make_model):
     predictor = _load(make_model())
     data = random_data(predictor)
     slicers = predictor._internal_get_sliding_window_slicers(tuple(data.shape[1:]))
@@ -347,8 +347,8 @@ def test_context_bad_config_fails_before_anything_is_patched():
     assert dict(vars(nnUNetPredictor)) == before
 
 
-def test_T3_context_class_in_place_of_instance_is_a_clear_type_error():
-    """The predecessor's README handed the class itself to `with`."""
+def test_context_class_in_place_of_instance_is_a_clear_type_error():
+    """tucker-cnn's README handed the class itself to `with`."""
     with pytest.raises((TypeError, AttributeError), match=r"context manager|__enter__"), NNSlimContext:
         pass
 

@@ -22,8 +22,8 @@ def wheel(tmp_path_factory) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def test_T2_wheel_holds_every_module_preset_and_the_model(wheel):
-    """The predecessor's wheel lacked a sub-package that its main module imports."""
+def test_wheel_holds_every_module_preset_and_the_model(wheel):
+    """tucker-cnn's wheel lacked a sub-package that its main module imports."""
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "nnslim").rglob("*.py")}
     assert sources <= names
@@ -33,7 +33,7 @@ def test_T2_wheel_holds_every_module_preset_and_the_model(wheel):
     assert wheel.stat().st_size < 15e6
 
 
-def test_T2_unpacked_wheel_imports_and_finds_presets_and_model_without_the_source_tree(wheel, tmp_path):
+def test_unpacked_wheel_imports_and_finds_presets_and_model_without_the_source_tree(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     code = (
@@ -81,8 +81,8 @@ def _python_blocks(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
 
 
-def test_T3_readme_python_blocks_run(tmp_path, monkeypatch):
-    """The predecessor's README raised. Every block of ours runs, with a stand-in for the one download it needs."""
+def test_readme_python_blocks_run(tmp_path, monkeypatch):
+    """tucker-cnn's README raised. Every block of ours runs, with a stand-in for the one download it needs."""
     blocks = _python_blocks("README.md")
     assert len(blocks) >= 2
     prelude = (

@@ -1,4 +1,4 @@
-"""Faults of the predecessor package, each shown not to be ours. The numbers are those of the list of faults."""
+"""What tucker-cnn did wrong, by docstring, and a test that nnslim does not."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_T4_cpu_forward_runs_the_chains_and_fewer_macs(tiny_net, tiny_shape):
+def test_cpu_forward_runs_the_chains_and_fewer_macs(tiny_net, tiny_shape):
     """CPU inference was silently not compressed."""
     network, shape = tiny_net("plain3d"), tiny_shape("plain3d")
     made = compress(network, [network.state_dict()], tucker(rank_factor=0.5, rank_min=2), shape)
@@ -48,7 +48,7 @@ def test_T4_cpu_forward_runs_the_chains_and_fewer_macs(tiny_net, tiny_shape):
     assert executed == made.slim.macs < made.dense.macs
 
 
-def test_T6_each_convolution_is_factored_once_and_every_parameter_gets_a_gradient(tiny_net, tiny_shape, monkeypatch):
+def test_each_convolution_is_factored_once_and_every_parameter_gets_a_gradient(tiny_net, tiny_shape, monkeypatch):
     """Each convolution was factored twice, once per alias, and half of the new parameters were never used."""
     from nnslim.methods.tucker import edit
 
@@ -72,7 +72,7 @@ def test_T6_each_convolution_is_factored_once_and_every_parameter_gets_a_gradien
         assert all(slim.get_submodule(alias) is layer.module for alias in layer.aliases)
 
 
-def test_T7_residual_encoder_with_biasless_projections_is_factored(tiny_net, tiny_shape):
+def test_residual_encoder_with_biasless_projections_is_factored(tiny_net, tiny_shape):
     """A convolution without bias crashed, and with it every residual encoder network."""
     network, shape = tiny_net("residual3d"), tiny_shape("residual3d")
     biasless = [n for n, m in network.named_modules() if isinstance(m, nn.Conv3d) and m.bias is None]
@@ -97,7 +97,7 @@ def test_T7_residual_encoder_with_biasless_projections_is_factored(tiny_net, tin
     ],
     ids=repr,
 )
-def test_T8_convolution_attributes_are_carried_over(conv):
+def test_convolution_attributes_are_carried_over(conv):
     """Padding mode and output padding were dropped, and 2D convolutions ignored."""
     network = nn.Sequential(copy.deepcopy(conv))
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_T8_convolution_attributes_are_carried_over(conv):
     torch.testing.assert_close(slim.double()(x.double()), network.double()(x.double()), rtol=0, atol=1e-4)
 
 
-def test_T8_grouped_convolution_is_kept_dense_and_named():
+def test_grouped_convolution_is_kept_dense_and_named():
     """Grouped convolutions were factored wrongly, or raised."""
     network = nn.Sequential(nn.Conv3d(4, 8, 3, padding=1, groups=2))
     slim, plan = slim_of(network, FULL, (1, 4, 6, 6, 6))
@@ -118,7 +118,7 @@ def test_T8_grouped_convolution_is_kept_dense_and_named():
     assert torch.equal(slim(x), network(x))
 
 
-def test_T9_no_layer_gets_more_expensive_and_sensitive_ones_stay_dense(tiny_net, tiny_shape):
+def test_no_layer_gets_more_expensive_and_sensitive_ones_stay_dense(tiny_net, tiny_shape):
     """Everything was factored: first layer, heads, 1x1x1 layers, and layers that cost more afterwards."""
     network, shape = tiny_net("residual3d"), tiny_shape("residual3d")
     for factor in (0.9, 0.5, 0.1):
@@ -132,7 +132,7 @@ def test_T9_no_layer_gets_more_expensive_and_sensitive_ones_stay_dense(tiny_net,
     assert upsampling.reason == "would not get cheaper (53,504 MACs against 49,152)"
 
 
-def test_T11_cache_keeps_models_folds_and_settings_apart_for_any_shape(tiny_net, tiny_shape, tmp_path, monkeypatch):
+def test_cache_keeps_models_folds_and_settings_apart_for_any_shape(tiny_net, tiny_shape, tmp_path, monkeypatch):
     """Factors were recomputed for every case; one TorchScript file for one channel, 128^3 and all folds."""
     shape = tiny_shape("plain2d", channels=3)
     network = tiny_net("plain2d", channels=3)
@@ -159,7 +159,7 @@ def test_T11_cache_keeps_models_folds_and_settings_apart_for_any_shape(tiny_net,
 
 
 @pytest.mark.parametrize("ranks", [(12, 10), (12, 4), (5, 10), (6, 5), (1, 1)])
-def test_T14_core_norm_error_equals_the_true_one_at_every_rank(ranks):
+def test_core_norm_error_equals_the_true_one_at_every_rank(ranks):
     """The error grid never reached full rank, and took a slow norm of the difference."""
     kernel = random(12, 10, 3, 3, 3).double()
     factors = partial_tucker(kernel, ranks)
@@ -170,7 +170,7 @@ def test_T14_core_norm_error_equals_the_true_one_at_every_rank(ranks):
     assert (true < 1e-12) == (ranks == (12, 10))
 
 
-def test_T15_configurations_are_independent_objects():
+def test_configurations_are_independent_objects():
     """The configuration lived in class attributes and a shared default dictionary, and was changed while used."""
     given = {"tucker_args": {"rank_factor": 0.3}, "ckpt_path": "models/total.pt", "save_model": True}
     kept = copy.deepcopy(given)
@@ -187,7 +187,7 @@ def test_T15_configurations_are_independent_objects():
 
 
 @pytest.mark.parametrize("kind", ["plain3d", "residual3d"])
-def test_T18_state_dict_keys_follow_a_stated_rule(tiny_net, tiny_shape, kind):
+def test_state_dict_keys_follow_a_stated_rule(tiny_net, tiny_shape, kind):
     """Alias attributes were deleted, so the keys no longer fitted stock networks."""
     network, shape = tiny_net(kind), tiny_shape(kind)
     slim, plan = slim_of(network, TuckerConfig(rank_factor=0.5, rank_min=2, one_sided=False), shape)

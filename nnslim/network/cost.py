@@ -5,7 +5,7 @@ each other (attention). Padding counts as data, biases and norms count nothing. 
 C_in * C_out * prod(K) * voxels of its *input*.
 
 Convention "fvcore": the above plus what fvcore adds for normalisation, 5 per element (4 without affine weights) of each
-instance, group or layer norm. The predecessor's published "GFLOPs" are in this convention.
+instance, group or layer norm. tucker-cnn's published "GFLOPs" are in this convention.
 """
 
 from __future__ import annotations

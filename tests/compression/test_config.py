@@ -14,7 +14,7 @@ from nnslim.errors import ConfigError
 from nnslim.methods.base import Method, MethodConfig, method_named, methods, register_method
 from nnslim.methods.tucker import TuckerConfig
 
-PREDECESSOR = {
+TUCKER_CNN = {
     "tucker_args": {
         "rank_mode": "relative",
         "rank_factor": 0.3,
@@ -106,10 +106,10 @@ def test_config_is_immutable():
         config.methods[0].settings.rank_factor = 0.1
 
 
-def test_predecessor_dictionary_all_keys_are_translated():
-    given = copy.deepcopy(PREDECESSOR)
+def test_tucker_cnn_dictionary_all_keys_are_translated():
+    given = copy.deepcopy(TUCKER_CNN)
     config = load_config(given)
-    assert given == PREDECESSOR
+    assert given == TUCKER_CNN
     settings = config.methods[0].settings
     assert (settings.rank_mode, settings.rank_factor, settings.rank_min) == ("relative", 0.3, 8)
     assert settings.decompose
@@ -121,7 +121,7 @@ def test_predecessor_dictionary_all_keys_are_translated():
     assert cache_folder(config) == Path("models/nnslim")
 
 
-def test_predecessor_dictionary_defaults_equal_its_own():
+def test_tucker_cnn_dictionary_defaults_equal_its_own():
     config = load_config({"tucker_args": {}})
     settings = config.methods[0].settings
     assert (settings.rank_mode, settings.rank_factor, settings.rank_min) == ("relative", 1 / 3, 16)
@@ -129,17 +129,17 @@ def test_predecessor_dictionary_defaults_equal_its_own():
     assert (config.cache.folder, config.cache.read, config.cache.write) == (None, True, True)
 
 
-def test_predecessor_dictionary_apply_tucker_false_is_inactive():
-    assert not load_config({**PREDECESSOR, "apply_tucker": False}).active
+def test_tucker_cnn_dictionary_apply_tucker_false_is_inactive():
+    assert not load_config({**TUCKER_CNN, "apply_tucker": False}).active
     assert load_config({"apply_tucker": True}).active
 
 
-def test_predecessor_dictionary_decompose_false_reaches_the_settings():
+def test_tucker_cnn_dictionary_decompose_false_reaches_the_settings():
     assert not load_config({"tucker_args": {"decompose": False}}).methods[0].settings.decompose
 
 
 @pytest.mark.parametrize(("load", "save"), [(True, False), (False, True), (True, True), (False, False)])
-def test_predecessor_dictionary_save_and_load_become_the_cache(load, save):
+def test_tucker_cnn_dictionary_save_and_load_become_the_cache(load, save):
     config = load_config({"ckpt_path": "a/b.pt", "load_model": load, "save_model": save})
     assert config.cache.folder == Path("a/nnslim")
     assert (config.cache.read, config.cache.write) == (load, save)
@@ -155,7 +155,7 @@ def test_predecessor_dictionary_save_and_load_become_the_cache(load, save):
         ({"tucker_args": "rank_factor=0.5"}, r"tucker_args"),
     ],
 )
-def test_predecessor_dictionary_unusable_raises(raw, message):
+def test_tucker_cnn_dictionary_unusable_raises(raw, message):
     with pytest.raises(ConfigError, match=message):
         load_config(raw)
 

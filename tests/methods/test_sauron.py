@@ -1,4 +1,4 @@
-"""Sauron's distances, thresholds and removal; S1, S2 ... are faults of the original, each a test here."""
+"""Sauron: distances, thresholds and removal; many docstrings name what the original got wrong."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def by_formula(h: torch.Tensor, reference: int, normalise: bool) -> torch.Tensor
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 8, 6), (2, 4, 4, 6, 8)])
-def test_distances_follow_the_formula_in_2d_and_S4_over_all_axes_in_3d(shape):
+def test_distances_follow_the_formula_in_2d_and_over_all_axes_in_3d(shape):
     """The original reduced 3D maps slice by slice along the last axis."""
     h = maps(*shape)
     torch.testing.assert_close(distances(h, 0, "euc_norm"), by_formula(h, 0, True))
@@ -61,8 +61,8 @@ def test_distances_follow_the_formula_in_2d_and_S4_over_all_axes_in_3d(shape):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ["equal", "scaled equal", "constant", "zero", "one voxel", "thin"])
-def test_S2_value_and_gradient_are_finite_at_every_corner(kind, case):
-    """Two equal normalised maps gave NaN gradients, a constant map a NaN loss; S4: small maps crashed in the pool."""
+def test_value_and_gradient_are_finite_at_every_corner(kind, case):
+    """Two equal normalised maps gave NaN gradients, a constant map a NaN loss; small maps crashed in the pool."""
     h = maps(2, 3, 4, 4, 4)
     if case == "equal":
         h[:, 1] = h[:, 0]
@@ -107,7 +107,7 @@ def test_grid_of_thresholds_has_16_values_from_0001_to_03():
     np.testing.assert_allclose(grid, np.linspace(0.001, 0.3, 16))
 
 
-def test_S9_every_number_of_the_method_is_an_option_and_checked():
+def test_every_number_of_the_method_is_an_option_and_checked():
     config = SauronConfig(strength=0.1, threshold_max=0.5, steps=4, patience=2, few=0.1)
     assert config.grid[-1] == 0.5 and len(config.grid) == 5
     for wrong, message in (
@@ -153,7 +153,7 @@ def test_convergence_conditions_one_by_one(training, validation, removed, conver
     assert has_converged(SauronConfig(), 64, removed, training, validation) is converged
 
 
-def test_S6_a_new_minimum_of_the_validation_loss_delays_the_raise():
+def test_a_new_minimum_of_the_validation_loss_delays_the_raise():
     """The original's minimum included the value itself, so that this condition never said no."""
     falling = [1 - 0.01 * epoch for epoch in range(20)]
     state = LayerState()
@@ -162,7 +162,7 @@ def test_S6_a_new_minimum_of_the_validation_loss_delays_the_raise():
     assert state.step == 0
 
 
-def test_S1_without_validation_the_training_losses_decide():
+def test_without_validation_the_training_losses_decide():
     """The original never pruned then, by its own README's command."""
     state = LayerState()
     for epoch in range(7):
@@ -198,7 +198,7 @@ def run_once(network, shape, seed=0):
 
 
 def test_loss_is_the_mean_over_groups_without_heads(tiny_net, tiny_shape):
-    """S9: in the original the heads' constant 1 diluted lambda."""
+    """In the original the heads' constant 1 diluted lambda."""
     network, pruner, shape = watched(tiny_net, tiny_shape)
     pruner.begin_epoch(0)
     seen = {}
@@ -217,7 +217,7 @@ def test_loss_is_the_mean_over_groups_without_heads(tiny_net, tiny_shape):
     assert all(g is not None and torch.isfinite(g).all() for g in grads)
 
 
-def test_S3_layers_with_one_channel_are_skipped(tiny_net, tiny_shape):
+def test_layers_with_one_channel_are_skipped(tiny_net, tiny_shape):
     """The original crashed, or gave a NaN mean."""
     network, pruner, shape = watched(tiny_net, tiny_shape)
     first = next(iter(pruner.channels.groups))
@@ -233,7 +233,7 @@ def test_S3_layers_with_one_channel_are_skipped(tiny_net, tiny_shape):
     assert first not in pruner.decide(0, scores, {}, FLAT, FLAT).keep
 
 
-def test_S7_criterion_is_the_mean_over_batches(tiny_net, tiny_shape):
+def test_criterion_is_the_mean_over_batches(tiny_net, tiny_shape):
     """The original judged by the very last forward: one batch, often an empty border of a validation case."""
     network, pruner, shape = watched(tiny_net, tiny_shape)
     single = []
@@ -254,7 +254,7 @@ def test_S7_criterion_is_the_mean_over_batches(tiny_net, tiny_shape):
 
 
 @pytest.mark.parametrize("policy", ["published", "first", "random", "medoid"])
-def test_S8_one_reference_for_loss_and_criterion(policy, tiny_net, tiny_shape):
+def test_one_reference_for_loss_and_criterion(policy, tiny_net, tiny_shape):
     """The original pulled towards channel 0, judged by the distance from a random one, and could remove channel 0."""
     network, pruner, shape = watched(tiny_net, tiny_shape, reference=policy, threshold_max=2.0, threshold_first=1.5)
     drawn = set()
@@ -288,7 +288,7 @@ def test_medoid_is_the_map_nearest_to_all_others():
 
 
 @pytest.mark.parametrize("kind", ["plain3d", "plain2d", "residual3d", "anisotropic"])
-def test_S13_pruned_network_of_any_kind_trains_on(kind, tiny_net, tiny_shape):
+def test_pruned_network_of_any_kind_trains_on(kind, tiny_net, tiny_shape):
     network, pruner, shape = watched(tiny_net, tiny_shape, kind)
     optimizer = torch.optim.SGD(network.parameters(), 1e-2, momentum=0.9)
     before = widths_of(network)

@@ -174,7 +174,7 @@ def test_unusable_choice_is_refused_and_changes_nothing(tiny_net, tiny_shape):
         lambda p: torch.optim.AdamW(p, 1e-3),
     ],
 )
-def test_S5_optimiser_state_is_cut_as_the_weights_were(make, tiny_net, tiny_shape):
+def test_optimiser_state_is_cut_as_the_weights_were(make, tiny_net, tiny_shape):
     """The original's SGD preset raised KeyError: 'step'."""
     network, shape = tiny_net("plain3d"), tiny_shape("plain3d")
     optimizer = make([{"params": [p]} for p in network.parameters()])

@@ -149,8 +149,8 @@ def stop_after_first(done, total):
         raise StoppedError
 
 
-def test_T12_resumed_training_equals_an_uninterrupted_one(ball, tmp_path):
-    """The predecessor wrote no .pth, could not resume, and let latest, best and final overwrite one file."""
+def test_resumed_training_equals_an_uninterrupted_one(ball, tmp_path):
+    """tucker-cnn wrote no .pth, could not resume, and let latest, best and final overwrite one file."""
     whole = final_of(finetune_model(ball.slim, tmp_path / "whole", 998, TINY))
     part = tmp_path / "part"
     with pytest.raises(StoppedError):
@@ -229,8 +229,8 @@ def test_finetune_with_a_teacher_runs_through(ball, tmp_path):
     assert set(with_it["network_weights"]) == set(without["network_weights"])
 
 
-def test_T12_command_takes_any_trainer_and_fold(ball, tmp_path, monkeypatch, capfd, caplog):
-    """The predecessor's script knew fold 0, 3d_fullres and one trainer."""
+def test_command_takes_any_trainer_and_fold(ball, tmp_path, monkeypatch, capfd, caplog):
+    """tucker-cnn's script knew fold 0, 3d_fullres and one trainer."""
     options = "-f 1 -f all --epochs 1 --iterations 1 --validation-iterations 1 --batch-size 2 --processes 1 -q"
     named = "--trainer nnUNetTrainerNoMirroring"
     output = tmp_path / "nnUNetTrainerNoMirroring__SlimTuned__3d_fullres"

@@ -145,7 +145,7 @@ class StoppedError(Exception):
 
 
 @pytest.mark.parametrize("moment", [1, 2, 3])
-def test_S10_killed_and_resumed_training_is_the_same_curve(moment, world, results):
+def test_killed_and_resumed_training_is_the_same_curve(moment, world, results):
     """The original restarted Adam's moments and kept no threshold in its models."""
 
     def stop(done, total):
@@ -199,7 +199,7 @@ def test_adam_and_start_from_a_pruned_model_go_on_narrower(world, results):
     assert torch.isfinite(stock_prediction(folder)[1]).all()
 
 
-def test_S14_loss_is_nnunets_own_plus_lambda_times_the_distance(world, results):
+def test_loss_is_nnunets_own_plus_lambda_times_the_distance(world, results):
     plans = json.loads((world.preprocessed / "nnUNetPlans.json").read_text())
     dataset = json.loads((world.preprocessed / "dataset.json").read_text())
     found = {}
@@ -258,7 +258,7 @@ def test_context_makes_sauron_of_any_training_in_it_and_takes_it_back(world, res
     assert torch.isfinite(stock_prediction(folder)[1]).all()
 
 
-def test_train_command_runs_and_S11_its_options_reach_the_training(world, results, command, tmp_path):
+def test_train_command_runs_and_its_options_reach_the_training(world, results, command, tmp_path):
     """The original's --batch_size took the value of --epochs, and other options did nothing."""
     options = "--epochs 1 --iterations 2 --validation-iterations 1 --batch-size 3 --learning-rate 0.002 --strength 0"
     code, out, err = command("train", "-d", 998, "--method", "sauron", "-f", 1, *options.split(), "-q")

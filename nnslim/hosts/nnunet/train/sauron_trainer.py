@@ -274,7 +274,7 @@ class SauronTraining(SteadyTraining):
 
 
 class SauronLoss(nn.Module):
-    """nnU-Net's loss plus, in training, `strength` times the mean distance of the maps from their references (S14)."""
+    """nnU-Net's loss plus, in training, `strength` times the mean distance of the maps from their references."""
 
     def __init__(self, loss: nn.Module, config: SauronConfig) -> None:
         super().__init__()
