@@ -55,3 +55,15 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> DataFrame:
         found = ", ".join(map(str, frame.columns[:8]))
         raise InputError(f"{path} is not the expected table: no column {', '.join(lacking)}; found {found}")
     return frame
+
+
+def markdown(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """Return a table in Markdown, one line per row and a newline at the end of each; None is an empty cell.
+
+    Args:
+        columns: names, in order; a row may lack some. None: those of the first row.
+    """
+    rows = list(rows)
+    names = list(columns or (rows[0] if rows else ()))
+    cells = [["" if row.get(name) is None else str(row[name]).replace("|", "/") for name in names] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (names, ["---"] * len(names), *cells))

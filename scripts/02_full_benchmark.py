@@ -48,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--rounds", type=int, default=3, help="counted passes of a row (default: 3)")
     parser.add_argument("--retry", action="store_true", help="measure failed rows again")
-    parser.add_argument("--dice", type=Path, help="CSV file: Dice by name, or by setting as in 09_fidelity_table.py")
+    parser.add_argument("--dice", type=Path, help="CSV file: Dice by name, or by setting as studies.fidelity writes it")
     parser.add_argument("--ray", action="store_true", help="spread the rows by Ray, one task each")
     parser.add_argument("--ray-address", help="of a running cluster; default: one on this machine")
     parser.add_argument("--cpus-per-row", type=int, help="that a Ray task keeps for itself (default: all of a node)")

@@ -1,4 +1,9 @@
-"""What a model costs on a board: one core, perhaps little memory; measured in a process of its own."""
+"""What a model costs on a board: one core, perhaps little memory; for docs/embedded.md.
+
+./run.sh -m studies.board_profile -m MODEL -i IMAGES -o profile.json --memory-mb 1500
+Prints milliseconds per pass, seconds per volume and peak memory of a process of its own. The limit is on private memory
+of that process; where it does not suffice, the answer is "fits": false and the exit code 1.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +15,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from nnslim.errors import ConfigError, InputError, NNSlimError
-from nnslim.files import make_folder
+from nnslim.files import make_folder, write_json
 from nnslim.running.memory import peak_bytes
+from studies.command import new_parser, run_command
 
 _MARK = "nnslim-profile: "
 _MB = 1 << 20
@@ -29,17 +35,17 @@ class ProfileJob:
     """What to measure.
 
     Attributes:
-        model: folder. images: as for prediction. output: folder for the segmentations; None keeps none.
-        backends: of the forward pass, in order; the volumes are predicted with the first.
+        model, images: folders, as for prediction. output: folder for the segmentations; None keeps none.
+        backends: for the forward pass, in order; the volumes are predicted with the first.
         precision: f32, or int8 (openvino).
         cases: images, at most. repeats: timed forward passes per backend.
-        memory_mb: resident memory that the process may have, in MiB; None: what there is.
+        memory_mb: resident memory that the process may have, in MiB; None: no limit.
     """
 
     model: str
     images: str
     output: str | None = None
-    backends: tuple[str, ...] = ("stock",)
+    backends: Sequence[str] = ("stock",)
     precision: str = "f32"
     cases: int = 5
     repeats: int = 9
@@ -47,22 +53,23 @@ class ProfileJob:
 
 
 def profile(job: ProfileJob) -> dict[str, Any]:
-    """Measure in a new process with one thread, in time of the processor, so that other programs do not count.
+    """Measure in a new process with one thread, in CPU time, so that other programs do not count.
 
     Returns:
         threads, patch (voxels), forward_ms by backend (median of one patch, batch 1), volume_s (median: preprocess,
         predict without mirroring, export), slice_ms (median: predict only, per slice along the first axis), cases,
         peak_mb and start_mb (resident memory at most, and before the model was read), memory_mb, fits. Where the
-        memory did not suffice, `fits` is False and `error` says at what.
+        memory did not suffice, `fits` is False and `error` says where it ran out.
     Raises:
-        ConfigError: settings that cannot be. InputError: what the process could not use, as it said it.
+        ConfigError: impossible settings. InputError: the process could not use its input; with its message.
     """
     if job.repeats < 1 or job.cases < 1 or not job.backends:
         raise ConfigError(f"repeats {job.repeats}, cases {job.cases}, backends {job.backends}: expected 1 or more")
     if job.memory_mb is not None and sys.platform != "linux":
         raise ConfigError("a memory limit needs Linux")
     one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "nnUNet_def_n_proc"), "1")
-    command = [sys.executable, "-W", "ignore", "-m", __name__, json.dumps(asdict(job))]
+    code = "from studies.board_profile import measure_here; measure_here()"
+    command = [sys.executable, "-W", "ignore", "-c", code, json.dumps(asdict(job))]
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **one}, check=False)
     lines = [line for line in ran.stdout.splitlines() if line.startswith(_MARK)]
     if lines:
@@ -130,14 +137,10 @@ def _measured(job: ProfileJob) -> dict[str, Any]:
 def _median_ms(network: Callable[[Any], Any], tile: Any, repeats: int) -> float:
     import torch
 
-    times = []
-    with torch.inference_mode():
-        for _ in range(2):  # the first passes prepare
-            network(tile)
-        for _ in range(repeats):
-            started = time.process_time()
-            network(tile)
-            times.append(time.process_time() - started)
+    from nnslim.running.timing import alternated
+
+    with torch.inference_mode():  # the first passes prepare
+        (times,) = alternated([lambda: network(tile)], repeats, warmups=2, clock=time.process_time)
     return statistics.median(times) * 1e3
 
 
@@ -164,9 +167,9 @@ def _limit(memory_mb: int, resident: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
-def _main() -> None:
-    raw = json.loads(sys.argv[1])
-    job = ProfileJob(**{**raw, "backends": tuple(raw["backends"])})
+def measure_here() -> None:
+    """Measure the job in sys.argv, in this process, and print the result for `profile`."""
+    job = ProfileJob(**json.loads(sys.argv[1]))
     try:
         found = _measured(job)
     except NNSlimError as error:
@@ -179,5 +182,27 @@ def _main() -> None:
     print(_MARK + json.dumps(found), flush=True)
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = new_parser(__doc__)
+    parser.add_argument("-m", "--model", required=True, help="model folder, dense or slim")
+    parser.add_argument("-i", "--images", required=True, help="folder of images, as for prediction")
+    parser.add_argument("-o", "--output", dest="json", type=Path, help="JSON file; default: print only")
+    parser.add_argument("-s", "--segmentations", dest="output", help="folder for them; default: none are kept")
+    parser.add_argument(
+        "--backend", dest="backends", nargs="+", default=["stock"], help="stock, eager, openvino; the first predicts"
+    )
+    parser.add_argument("--precision", default="f32", help="f32, or int8 with openvino (f32)")
+    parser.add_argument("--cases", type=int, default=5, help="images, at most (5)")
+    parser.add_argument("--repeats", type=int, default=9, help="timed forward passes; the median counts (9)")
+    parser.add_argument("--memory-mb", type=int, help="memory of the board, MiB; default: no limit")
+    chosen = vars(parser.parse_args(arguments))
+    target = chosen.pop("json")
+    found = profile(ProfileJob(**chosen))
+    if target is not None:
+        write_json(target, found)
+    print(json.dumps(found, indent=2))
+    return 0 if found["fits"] else 1
+
+
 if __name__ == "__main__":
-    _main()
+    run_command(main)

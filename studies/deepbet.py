@@ -1,17 +1,20 @@
-"""deepbet's brain-mask network as a plain module tree: real trained 3D weights that are not nnU-Net's.
+"""How far compression moves the brain mask of deepbet's network, which is not nnU-Net's, on a T1; for docs/results.md.
 
-The wheel ships TorchScript, which cannot be edited. Its two networks (one finds the head's bounding box, one segments
-inside) are the same LinkNet with instance norms that have no parameters. Nothing of deepbet needs to be installed:
-`pip download deepbet==1.0.2 --no-deps` gives the wheel (MIT licence).
+./run.sh -m studies.deepbet --wheel deepbet-1.0.2-py3-none-any.whl
+The wheel (MIT licence) comes from `pip download deepbet==1.0.2 --no-deps`; deepbet itself is not needed. It ships
+TorchScript, which cannot be edited, so the network is rebuilt here as a module tree. Its two networks (one finds the
+head's bounding box, one segments inside) are the same LinkNet with instance norms that have no parameters.
 """
 
 from __future__ import annotations
 
+import copy
 import io
 import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -20,6 +23,14 @@ import torch
 from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
+
+from nnslim.compression.calibration import Calibration
+from nnslim.compression.config import RecoveryConfig
+from nnslim.compression.recover import recover
+from nnslim.methods.tucker import TuckerConfig, fit_tucker_network, plan_tucker
+from nnslim.network.cost import measure_cost
+from nnslim.network.spec import SlimSpec, apply_spec
+from studies.command import new_parser, run_command
 
 NETWORKS = ("bbox_model", "model")
 BOX_SHAPE, MASK_SHAPE = (128, 128, 128), (256, 256, 256)  # what deepbet resamples to before each network
@@ -104,7 +115,7 @@ def load_deepbet(wheel_or_state: Path, name: str = "bbox_model") -> LinkNet:
 
     Args:
         wheel_or_state: deepbet's wheel, or a file that torch.save wrote of the state dict.
-        name: of NETWORKS; for a wheel.
+        name: one of NETWORKS; for a wheel.
     """
     if Path(wheel_or_state).suffix == ".whl":
         state = load_torchscript(wheel_or_state, name).state_dict()
@@ -148,3 +159,84 @@ def brain_box(probability: Tensor, shape: Sequence[int], margin: float = 0.1) ->
         half = round((1 + 2 * margin) * scale * (inside[-1] + 1 - inside[0])) / 2
         box.append(slice(max(0, int(centre - half)), min(size, int(centre + half))))
     return tuple(box)
+
+
+def deformed(volume: Tensor, seed: int) -> Tensor:
+    """Return network input made of the volume turned, scaled, shifted and with another contrast."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.eye(3, 4) + 0.12 * (torch.rand(3, 4, generator=generator) - 0.5)
+    grid = functional.affine_grid(matrix[None], (1, 1, *volume.shape), align_corners=False)
+    moved = functional.grid_sample(volume[None, None], grid, align_corners=False)[0, 0]
+    gamma = 0.7 + 0.6 * float(torch.rand(1, generator=generator))
+    return prepare((moved / moved.max()).clamp(min=0) ** gamma)
+
+
+class Copies(torch.utils.data.Dataset):
+    """Deformed copies (1, X, Y, Z) of a volume that are neither fitted to nor scored."""
+
+    def __init__(self, volume: Tensor, count: int) -> None:
+        self._volume, self._count = volume, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Tensor:
+        return deformed(self._volume, 10_001 + index)[0]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = new_parser(__doc__)
+    parser.add_argument("--wheel", type=Path, required=True, help="deepbet's wheel, version 1.0.2")
+    parser.add_argument("--t1", type=Path, help="T1 image (default: the MNI152 template inside nilearn)")
+    parser.add_argument("--rank-factors", type=float, nargs="*", default=[0.5, 0.3, 0.1])
+    parser.add_argument("--tiles", type=int, default=4, help="deformed copies to calibrate on (default: 4)")
+    parser.add_argument("--tests", type=int, default=3, help="other deformed copies to score on (default: 3)")
+    parser.add_argument("--steps", type=int, default=0, help="steps of recovery, on further copies (default: 0)")
+    parser.add_argument("--threads", type=int, help="torch threads (default: all)")
+    args = parser.parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.t1 is None:
+        import nilearn
+
+        folder = Path(nilearn.__file__).parent / "datasets" / "data"
+        args.t1 = folder / "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
+    volume = read_t1(args.t1)
+    tiles = [deformed(volume, 1 + number) for number in range(args.tiles)]
+    tests = [prepare(volume), *(deformed(volume, 1001 + number) for number in range(args.tests))]
+    dense = load_deepbet(args.wheel)
+    cost = measure_cost(dense, tuple(tiles[0].shape))
+
+    def masks(network: nn.Module) -> list[Tensor]:
+        with torch.inference_mode():
+            return [network(test).argmax(1) for test in tests]
+
+    def dice(network: nn.Module) -> str:
+        pairs = zip(masks(network), wanted, strict=True)
+        values = [float(2 * (found & want).sum() / (found.sum() + want.sum())) for found, want in pairs]
+        return f"{sum(values) / len(values):.4f} ({min(values):.4f})"
+
+    wanted = masks(dense)
+    print(f"dense: {cost.parameters:,} parameters, {cost.macs() / 1e9:.2f} GMAC", flush=True)
+    for factor in args.rank_factors:
+        config = TuckerConfig(rank_factor=factor, rank_min=8)
+        slim = apply_spec(SlimSpec(plan_tucker(dense, config, cost).edits), copy.deepcopy(dense), fill=True).eval()
+        after, before = measure_cost(slim, tuple(tiles[0].shape)), dice(slim)
+        fit_tucker_network(dense, slim, config, cost, tiles)
+        line = (
+            f"rank factor {factor:g}: {after.parameters:,} parameters, {after.macs() / 1e9:.2f} GMAC; Dice against the "
+            f"dense mask, mean (worst): weights only {before}, data-aware {dice(slim)}"
+        )
+        if args.steps:
+            held_out = [deformed(volume, 20_001 + number) for number in range(2)]
+            data = Calibration(tiles, held_out, partial(Copies, volume))
+            recovery = recover(dense, slim, data, RecoveryConfig(steps=args.steps, mirrored_teacher=False))
+            line += (
+                f", recovered {dice(slim)}, {recovery.seconds:.0f} s, estimated "
+                f"drop {recovery.before:.4f} -> {recovery.after:.4f}"
+            )
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

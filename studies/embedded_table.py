@@ -1,21 +1,21 @@
-"""The levers one by one and composed on one model: what each costs and saves, a row each."""
+"""The levers for embedded boards on a trained model, one by one and composed: a row each; for docs/embedded.md.
+
+./run.sh -m studies.embedded_table -m MODEL -i imagesTs -g labelsTs -d 4 -o table.csv --iterations 250
+Rows that the file has are kept, so an interrupted run goes on. Models are written to NAME.work beside the file.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
-import logging
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nnslim.compression.config import SlimConfig, from_dict
-from nnslim.errors import ConfigError, InputError
 from nnslim.evaluation.classes import read_dataset_json
 from nnslim.evaluation.directories import evaluate_directories
-from nnslim.files import write_bytes
 from nnslim.hosts.nnunet.compress.compress_model import compress_model
 from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_trained_model
 from nnslim.hosts.nnunet.train.finetune_model import finetune_model
@@ -24,18 +24,20 @@ from nnslim.network.operations import count_operations
 from nnslim.network.reached import reached_parameters
 from nnslim.network.walk import deep_supervision
 from nnslim.running.int8 import INT8_NAME
+from nnslim.tables import markdown
 from studies.board_profile import ProfileJob, profile
+from studies.command import new_parser, run_command
+from studies.table import GrowingTable
 
-_log = logging.getLogger("nnslim")
-_STEPS = 50  # of an epoch
+_STEPS = 50  # per epoch
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row.
+class Variant:
+    """What a row is made of.
 
     Attributes:
-        name: of the row, and of its folder. methods: of the configuration. store: half or as-is.
+        name: of the row, and of its folder. methods: the configuration's. store: half or as-is.
         precision: f32 or int8. tuned: whether the model is fine-tuned afterwards.
     """
 
@@ -50,26 +52,20 @@ def _levers(**settings: Any) -> dict[str, Any]:
     return {"method": "embedded", **settings}
 
 
-ROWS = (
-    Row("dense", tuned=False),
-    Row("half", store="half", tuned=False),
-    Row("int8", precision="int8", tuned=False),
-    Row("dense_tuned"),
-    Row("drop_stage", (_levers(drop_stages=1),)),
-    Row("depthwise", (_levers(depthwise="separable"),)),
-    Row("coarser_1.5", (_levers(coarser=1.5),)),
-    Row("pruned_50", (_levers(sparsity=0.5, start_sparsity=0.05),)),
-    Row("structured_50", ({"method": "filters", "macs": 0.5, "multiple": 8, "min_filters": 8},)),
-    Row(
-        "composed",
-        (_levers(drop_stages=1, coarser=1.5), {"method": "filters", "macs": 0.5, "multiple": 8, "min_filters": 8}),
-        store="half",
-    ),
-    Row(
-        "composed_int8",
-        (_levers(drop_stages=1, coarser=1.5), {"method": "filters", "macs": 0.5, "multiple": 8, "min_filters": 8}),
-        precision="int8",
-    ),
+_FEWER_FILTERS = {"method": "filters", "macs": 0.5, "multiple": 8, "min_filters": 8}
+_COMPOSED = (_levers(drop_stages=1, coarser=1.5), _FEWER_FILTERS)
+VARIANTS = (
+    Variant("dense", tuned=False),
+    Variant("half", store="half", tuned=False),
+    Variant("int8", precision="int8", tuned=False),
+    Variant("dense_tuned"),
+    Variant("drop_stage", (_levers(drop_stages=1),)),
+    Variant("depthwise", (_levers(depthwise="separable"),)),
+    Variant("coarser_1.5", (_levers(coarser=1.5),)),
+    Variant("pruned_50", (_levers(sparsity=0.5, start_sparsity=0.05),)),
+    Variant("structured_50", (_FEWER_FILTERS,)),
+    Variant("composed", _COMPOSED, store="half"),
+    Variant("composed_int8", _COMPOSED, precision="int8"),
 )
 
 
@@ -78,12 +74,11 @@ class TableSettings:
     """What all rows have in common.
 
     Attributes:
-        model: dense model folder. images, labels: of test cases. dataset: number or name to fine-tune on; None: no
-            row is fine-tuned.
-        work: folder of the models that are made. iterations: of fine-tuning. batch_size: None: the plans'.
-        learning_rate: of SGD, poly decay. cases: test images, at most. repeats: timed passes.
-        calibration: images for int8, and to fold filters that go into others; None: those of the test.
-        rows: to make.
+        model: dense model folder. images, labels: test cases. work: folder of the models that are made.
+        dataset: number or name to fine-tune on; None: no row is fine-tuned.
+        iterations, batch_size, rate: of fine-tuning by SGD with poly decay; batch_size None: the plans'.
+        calibration: images for int8, and to fold filters that go into others; None: the test images.
+        cases: test images, at most. repeats: timed passes. rows: what to make.
     """
 
     model: Path
@@ -93,30 +88,23 @@ class TableSettings:
     dataset: int | str | None = None
     iterations: int = 250
     batch_size: int | None = None
-    learning_rate: float = 1e-3
+    rate: float = 1e-3
+    calibration: Path | None = None
     cases: int = 1000
     repeats: int = 9
-    calibration: Path | None = None
-    rows: Sequence[Row] = field(default=ROWS)
+    rows: Sequence[Variant] = field(default=VARIANTS)
 
 
-def measure_rows(settings: TableSettings, output: Path) -> None:
-    """Make one row after the other and add each to a CSV as it is done; rows that are there are left alone.
+def measure_rows(settings: TableSettings, output: Path) -> list[dict[str, Any]]:
+    """Make the rows that the CSV file lacks, and return all of them.
 
     Raises:
-        ConfigError: the CSV has other columns than these rows.
+        ConfigError: the file has other columns than these rows.
         NNSlimError: what a row ran into; the rows before it are kept.
     """
-    done = _read(output)
-    for row in settings.rows:
-        if row.name in {each["row"] for each in done}:
-            continue
-        made = {"row": row.name, **_row(row, settings)}
-        if done and list(done[0]) != list(made):
-            raise ConfigError(f"{output} has the columns {list(done[0])}, expected {list(made)}; choose another file")
-        done.append(made)
-        _write(output, done)
-        _log.info("%s", made)
+    table = GrowingTable(output, "row")
+    table.fill({variant.name: partial(_row, variant, settings) for variant in settings.rows})
+    return table.rows
 
 
 def compressed_bytes(path: Path) -> int:
@@ -128,7 +116,7 @@ def compressed_bytes(path: Path) -> int:
     return size + len(packer.flush())
 
 
-def _row(row: Row, settings: TableSettings) -> dict[str, Any]:
+def _row(row: Variant, settings: TableSettings) -> dict[str, Any]:
     folder, steps = _made(row, settings)
     model = read_trained_model(folder)
     network, shape = build_network(model), input_shape(model)
@@ -140,21 +128,14 @@ def _row(row: Row, settings: TableSettings) -> dict[str, Any]:
         files = [folder / f"fold_{fold}" / name for fold in model.checkpoints for name in names]
     predictions = settings.work / "predictions" / row.name
     backends = ("openvino",) if row.precision == "int8" else ("stock", "openvino")
-    found = profile(
-        ProfileJob(
-            str(folder),
-            str(settings.images),
-            str(predictions),
-            backends,
-            row.precision,
-            settings.cases,
-            settings.repeats,
-        )
-    )
+    counts = {"cases": settings.cases, "repeats": settings.repeats}
+    where = (str(folder), str(settings.images), str(predictions))
+    found = profile(ProfileJob(*where, backends, row.precision, **counts))
     classes = read_dataset_json(folder / "dataset.json")
     scores = evaluate_directories(predictions, settings.labels, classes, surfaces=False, workers=1)
     dice = dict(zip((one.name for one in scores.classes), scores.class_means("dice"), strict=True))
     return {
+        "row": row.name,
         "parameters": reached.built,
         "reached": reached.reached,
         "non_zero": reached.non_zero,
@@ -175,7 +156,7 @@ def _row(row: Row, settings: TableSettings) -> dict[str, Any]:
     }
 
 
-def _made(row: Row, settings: TableSettings) -> tuple[Path, int]:
+def _made(row: Variant, settings: TableSettings) -> tuple[Path, int]:
     """Return the folder of a row's model, made where it is not there yet, and the steps of its fine-tuning."""
     final = settings.work / row.name
     steps = settings.iterations if row.tuned and settings.dataset is not None else 0
@@ -201,7 +182,7 @@ def _made(row: Row, settings: TableSettings) -> tuple[Path, int]:
             validation_iterations=1,
             batch_size=settings.batch_size,
             optimizer="sgd",
-            learning_rate=settings.learning_rate,
+            learning_rate=settings.rate,
             schedule="poly",
             processes=1,
             resume=tuned.is_dir(),
@@ -211,22 +192,25 @@ def _made(row: Row, settings: TableSettings) -> tuple[Path, int]:
     return final, steps
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as a table: {error}") from error
-    if rows and "row" not in rows[0]:
-        raise InputError(f"{path} is not a table of this script: it has no column 'row'")
-    return rows
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = new_parser(__doc__)
+    parser.add_argument("-m", "--model", type=Path, required=True, help="dense model folder")
+    parser.add_argument("-i", "--images", type=Path, required=True, help="test images")
+    parser.add_argument("-g", "--labels", type=Path, required=True, help="their labels")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="CSV file")
+    parser.add_argument("-d", "--dataset", help="number or name to fine-tune on; default: nothing is fine-tuned")
+    parser.add_argument("--iterations", type=int, default=250, help="steps of fine-tuning (250)")
+    parser.add_argument("--batch-size", type=int, help="patches per step of fine-tuning; default: the plans'")
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of fine-tuning (1e-3)")
+    parser.add_argument("--calibration", type=Path, help="images for int8 and folding; default: the test images")
+    parser.add_argument("--cases", type=int, default=1000, help="test images, at most (1000)")
+    parser.add_argument("--repeats", type=int, default=9, help="timed forward passes; the median counts (9)")
+    parser.add_argument("--only", nargs="+", choices=[row.name for row in VARIANTS], help="rows; default: all")
+    chosen = vars(parser.parse_args(arguments))
+    output, only = chosen.pop("output"), chosen.pop("only")
+    rows = [row for row in VARIANTS if only is None or row.name in only]
+    print(markdown(measure_rows(TableSettings(**chosen, work=output.with_suffix(".work"), rows=rows), output)))
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(path, text.getvalue().encode())
+if __name__ == "__main__":
+    run_command(main)

@@ -1,13 +1,17 @@
-"""Benchmark of what compression costs in accuracy: budgets x {weights only, data-aware, recovered, fine-tuned}."""
+"""What compression costs in accuracy: weights only, data-aware, recovered, fine-tuned; for docs/results.md.
+
+./run.sh -m studies.fidelity -m MODEL -i imagesTr --test-images imagesTs --test-labels labelsTs -o table.csv
+Rows that the file has are kept, so an interrupted run goes on. The stage "finetuned" (--stages ... finetuned, with
+--dataset) needs nnU-Net's variables nnUNet_raw and nnUNet_preprocessed.
+"""
 
 from __future__ import annotations
 
+import argparse
 import copy
-import csv
-import io
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +21,10 @@ import torch
 from torch import nn
 
 from nnslim.compression.calibration import Calibration
-from nnslim.compression.config import SlimConfig
+from nnslim.compression.config import SlimConfig, from_dict
 from nnslim.compression.plan_and_fit import fit_and_recover, plan_methods, settle
-from nnslim.compression.recover import Recovery, recover
+from nnslim.compression.recover import recover
 from nnslim.evaluation.overlap import dice_per_label
-from nnslim.files import write_bytes
 from nnslim.hosts.nnunet.cases.calibration_tiles import Source, calibration_of
 from nnslim.hosts.nnunet.cases.preprocess import find_cases, preprocess_case, silent
 from nnslim.hosts.nnunet.compress.compress_model import write_network
@@ -30,44 +33,13 @@ from nnslim.hosts.nnunet.model.compatibility import predictor_class
 from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network, input_shape, read_trained_model
 from nnslim.hosts.nnunet.train.finetune_model import finetune_model
 from nnslim.hosts.nnunet.train.finetune_settings import FinetuneSettings
-from nnslim.methods.base import Plan
 from nnslim.network.cost import measure_cost
 from nnslim.network.spec import SlimSpec, apply_spec
+from nnslim.tables import markdown
+from studies.command import new_parser, run_command
+from studies.table import GrowingTable, shown
 
 STAGES = ("weights", "data", "recovered", "finetuned")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table; times in seconds, Dice 0..1 per class and as mean over classes and cases."""
-
-    setting: str
-    stage: str
-    parameters: int
-    macs: int
-    dice: tuple[float, ...]
-    dice_dense: float
-    seconds: float
-    estimated_drop: float
-    steps: int = 0
-
-    def to_dict(self, classes: Sequence[str]) -> dict[str, Any]:
-        """Return the row with one column per class where there are few."""
-        values = {
-            "setting": self.setting,
-            "stage": self.stage,
-            "parameters": self.parameters,
-            "gmacs": round(self.macs / 1e9, 3),
-            "dice": round(float(np.nanmean(self.dice)), 4),
-            "dice_against_dense": round(self.dice_dense, 4),
-            "worst_class": round(float(np.nanmin(self.dice)), 4),
-            "estimated_drop": round(self.estimated_drop, 4),
-            "steps": self.steps,
-            "seconds": round(self.seconds, 1),
-        }
-        if len(classes) <= 4:
-            values |= {f"dice_{name}": round(value, 4) for name, value in zip(classes, self.dice, strict=True)}
-        return values
 
 
 @dataclass(frozen=True)
@@ -145,86 +117,104 @@ def fidelity_table(
     *,
     stages: Sequence[str] = STAGES,
     labelled: Labelled | None = None,
-    report: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Fill the table and write it after each row, so that an interrupted run goes on where it stopped.
+    """Fill the table and write it after each row.
 
     Args:
-        model_folder: dense model; its first fold counts.
+        model_folder: dense model; only its first fold is used.
         configs: setting -> configuration (its recovery section says how the stage "recovered" learns).
         images: unlabelled images for calibration and recovery.
         test_images, test_labels: cases to score on, `<case>_0000<ending>` and `<case><ending>`.
-        output: CSV file; rows that are there already are not computed again.
+        output: CSV file; rows that it has are kept.
         stages: which of `STAGES`; each goes on from the one before it.
         labelled: what the stage "finetuned" trains on.
-        report: called with each finished row as text.
     """
     model = read_trained_model(model_folder)
     model.checkpoints = dict(list(model.checkpoints.items())[:1])
     dense, shape = build_network(model), input_shape(model)
     judge = _Judge(model, find_cases(test_images, model.dataset["file_ending"]), test_labels)
-    rows = _read_rows(output)
-    classes = list(judge.classes)
-    cost = measure_cost(dense, shape)
+    table = GrowingTable(output, "setting", "stage")
+
+    def add(setting: str, stage: str, *facts: Any) -> None:
+        table.add({"setting": setting, "stage": stage, **_row(*facts, list(judge.classes))})
+        print(shown(table.rows[-1]), flush=True)
+
     started = time.perf_counter()
     scores = judge.score(dense)  # also fills the dense maps that the others are compared with
-    if not any(row["setting"] == "dense" for row in rows):
-        row = Row("dense", "dense", cost.parameters, cost.macs(), *scores, time.perf_counter() - started, 0.0)
-        _add(rows, row, classes, output, report)
+    if ("dense", "dense") not in table:
+        add("dense", "dense", dense, shape, scores, time.perf_counter() - started, 0.0, 0)
     for setting, config in configs.items():
-        missing = [s for s in stages if not any(r["setting"] == setting and r["stage"] == s for r in rows)]
-        if missing:
-            with calibration_of(model, config.with_images(images)) as data:
-                asked = _Asked(setting, config.with_images(images), tuple(missing), labelled)
-                for row in _rows_of(asked, dense, shape, data, judge):
-                    _add(rows, row, classes, output, report)
-    return rows
+        if missing := [stage for stage in stages if (setting, stage) not in table]:
+            config = config.with_images(images)
+            with calibration_of(model, config) as data:
+                for stage, slim, *facts in _stages_of(config, missing, labelled, dense, shape, data, model):
+                    add(setting, stage, slim, shape, judge.score(slim), *facts)
+    return table.rows
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """The rows of one setting that are missing."""
+def _row(
+    network: nn.Module,
+    shape: tuple[int, ...],
+    scores: tuple[tuple[float, ...], float],
+    seconds: float,
+    estimated_drop: float,
+    steps: int,
+    classes: Sequence[str],
+) -> dict[str, Any]:
+    """Return the figures of a row: Dice 0..1 as mean over classes and cases, and per class where there are few."""
+    cost, (dice, dice_dense) = measure_cost(network, shape), scores
+    values = {
+        "parameters": cost.parameters,
+        "gmacs": round(cost.macs() / 1e9, 3),
+        "dice": round(float(np.nanmean(dice)), 4),
+        "dice_against_dense": round(dice_dense, 4),
+        "worst_class": round(float(np.nanmin(dice)), 4),
+        "estimated_drop": round(estimated_drop, 4),
+        "steps": steps,
+        "seconds": round(seconds, 1),
+    }
+    if len(classes) <= 4:
+        values |= {f"dice_{name}": round(value, 4) for name, value in zip(classes, dice, strict=True)}
+    return values
 
-    setting: str
-    config: SlimConfig
-    stages: tuple[str, ...]
-    labelled: Labelled | None
 
-
-def _rows_of(
-    asked: _Asked, dense: nn.Module, shape: tuple[int, ...], data: Calibration, judge: _Judge
-) -> Iterator[Row]:
-    config, stages = asked.config, asked.stages
+def _stages_of(
+    config: SlimConfig,
+    stages: Sequence[str],
+    labelled: Labelled | None,
+    dense: nn.Module,
+    shape: tuple[int, ...],
+    data: Calibration,
+    model: TrainedModel,
+) -> Iterator[tuple[str, nn.Module, float, float, int]]:
+    """Yield each stage with its network, the seconds from the start, the estimated drop and the steps of recovery."""
+    unlearned = _no_learning(config)
     started = time.perf_counter()
     plans = plan_methods(dense, config, measure_cost(dense, shape), shape, data)
     plans, _ = settle(dense, config, plans, shape, data)
     planning = time.perf_counter() - started
-
-    def row(stage: str, slim: nn.Module, recovery: Recovery, seconds: float) -> Row:
-        cost = measure_cost(slim, shape)
-        scores = judge.score(slim)
-        return Row(asked.setting, stage, cost.parameters, cost.macs(), *scores, seconds, recovery.after, recovery.steps)
-
     if "weights" in stages:
         started = time.perf_counter()
-        slim = _weights_only(dense, plans)
+        spec = SlimSpec(tuple(edit for plan in plans for edit in plan.edits))
+        slim = apply_spec(spec, copy.deepcopy(dense), fill=True).eval()
         seconds = planning + time.perf_counter() - started
-        yield row("weights", slim, recover(dense, slim, data, _no_learning(config).recovery), seconds)
+        recovery = recover(dense, slim, data, unlearned.recovery)  # only estimates the drop
+        yield "weights", slim, seconds, recovery.after, recovery.steps
     started = time.perf_counter()
-    slim, recovery = fit_and_recover(dense, _no_learning(config), plans, shape, data)
-    fitting = planning + time.perf_counter() - started
+    slim, recovery = fit_and_recover(dense, unlearned, plans, shape, data)
+    seconds = planning + time.perf_counter() - started
     if "data" in stages:
-        yield row("data", slim, recovery, fitting)
+        yield "data", slim, seconds, recovery.after, recovery.steps
     if not config.recovery.learns or not {"recovered", "finetuned"} & set(stages):
         return
     recovery = recover(dense, slim, data, config.recovery)
-    seconds = fitting + recovery.seconds
+    seconds += recovery.seconds
     if "recovered" in stages:
-        yield row("recovered", slim, recovery, seconds)
-    if "finetuned" in stages and asked.labelled is not None:
+        yield "recovered", slim, seconds, recovery.after, recovery.steps
+    if "finetuned" in stages and labelled is not None:
         started = time.perf_counter()
-        tuned = _finetuned(judge.model, slim, asked.labelled)
-        yield row("finetuned", tuned, recovery, seconds + time.perf_counter() - started)
+        tuned = _finetuned(model, slim, labelled)
+        yield "finetuned", tuned, seconds + time.perf_counter() - started, recovery.after, recovery.steps
 
 
 def _finetuned(model: TrainedModel, slim: nn.Module, labelled: Labelled) -> nn.Module:
@@ -234,30 +224,91 @@ def _finetuned(model: TrainedModel, slim: nn.Module, labelled: Labelled) -> nn.M
         return build_network(read_trained_model(Path(work) / "tuned")).eval()
 
 
-def _weights_only(dense: nn.Module, plans: Sequence[Plan]) -> nn.Module:
-    edits = tuple(edit for plan in plans for edit in plan.edits)
-    return apply_spec(SlimSpec(edits), copy.deepcopy(dense), fill=True).eval()
-
-
 def _no_learning(config: SlimConfig) -> SlimConfig:
     recovery = config.recovery.model_copy(update={"steps": 0, "block_steps": 0})
     return config.model_copy(update={"recovery": recovery})
 
 
-def _read_rows(output: Path) -> list[dict[str, Any]]:
-    if not output.is_file():
-        return []
-    with output.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
+def make_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__)
+    parser.add_argument("-m", "--model", type=Path, required=True, help="dense nnU-Net model folder")
+    parser.add_argument(
+        "-i", "--images", type=Path, required=True, help="unlabelled images for calibration and recovery"
+    )
+    parser.add_argument("--test-images", type=Path, required=True, help="images to score on")
+    parser.add_argument("--test-labels", type=Path, required=True, help="their label maps")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="CSV file")
+    parser.add_argument("--rank-factors", type=float, nargs="*", default=[0.7, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05])
+    parser.add_argument("--macs", type=float, nargs="*", default=[], help="budgets as shares of the dense MACs")
+    parser.add_argument("--rank-min", type=int, default=8, help="smallest rank (default: 8)")
+    parser.add_argument("--stages", nargs="*", default=["weights", "data", "recovered"])
+    parser.add_argument("--calibration-images", type=int, default=8)
+    parser.add_argument("--tiles-per-image", type=int, default=1)
+    parser.add_argument("--recovery-images", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=400, help="steps of logit distillation (default: 400)")
+    parser.add_argument("--block-steps", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--no-mirrored-teacher", action="store_true", help="learn the dense answers as they are")
+    parser.add_argument("--dataset", help="number or name of the labelled dataset to fine-tune on")
+    parser.add_argument("--epochs", type=int, default=4, help="epochs of fine-tuning (default: 4)")
+    parser.add_argument("--iterations", type=int, default=60, help="iterations per epoch of fine-tuning (default: 60)")
+    parser.add_argument("--finetune-rate", type=float, default=3e-4, help="learning rate of fine-tuning, poly decay")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="torch threads (default: all)")
+    return parser
 
 
-def _add(
-    rows: list[dict[str, Any]], row: Row, classes: Sequence[str], output: Path, report: Callable[[str], None]
-) -> None:
-    rows.append(row.to_dict(classes))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[-1]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(output, text.getvalue().encode())
-    report("  ".join(f"{key} {value}" for key, value in rows[-1].items()))
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = make_parser().parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    common = {
+        "calibration": {
+            "count": args.calibration_images,
+            "tiles_per_image": args.tiles_per_image,
+            "seed": args.seed,
+            "device": "cpu",
+        },
+        "recovery": {
+            "steps": args.steps,
+            "block_steps": args.block_steps,
+            "batch_size": args.batch_size,
+            "learning_rate": args.learning_rate,
+            "images": args.recovery_images,
+            "mirrored_teacher": not args.no_mirrored_teacher,
+        },
+    }
+    settings = {f"rank_factor={factor:g}": {"rank_factor": factor} for factor in args.rank_factors}
+    settings |= {f"macs={share:g}": {"macs": share} for share in args.macs}
+    configs = {
+        name: from_dict({"methods": [{"method": "tucker", "rank_min": args.rank_min, **chosen}], **common})
+        for name, chosen in settings.items()
+    }
+    labelled = None
+    if args.dataset is not None:
+        tuning = FinetuneSettings(
+            epochs=args.epochs,
+            iterations=args.iterations,
+            validation_iterations=5,
+            batch_size=args.batch_size,
+            learning_rate=args.finetune_rate,
+            schedule="poly",
+            seed=args.seed,
+        )
+        labelled = Labelled(args.dataset, tuning)
+    rows = fidelity_table(
+        args.model,
+        configs,
+        args.images,
+        args.test_images,
+        args.test_labels,
+        args.output,
+        stages=args.stages,
+        labelled=labelled,
+    )
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    run_command(main)

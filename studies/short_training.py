@@ -5,18 +5,33 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nnslim.running.bfloat16 import bfloat16_is_safe, in_bfloat16
 
 _CPU = torch.device("cpu")
 DEFAULT_PLANS = "nnUNetPlans"
+
+
+def use_folders(raw: Path, work: Path) -> None:
+    """Set nnU-Net's variables; some of its versions read them when they are imported."""
+    for name, path in (("raw", raw), ("preprocessed", work / "preprocessed"), ("results", work / "results")):
+        os.environ[f"nnUNet_{name}"] = str(path.resolve())
+
+
+def seed_training(seed: int) -> None:
+    """Fix first weights, patches and augmentation, which then runs in this process."""
+    os.environ["nnUNet_n_proc_DA"] = "0"
+    for seeded in (random.seed, np.random.seed, torch.manual_seed):
+        seeded(seed)
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,30 @@
-"""Pictures of token sparsity: how deep each token got, over a slice; and how sparse the classes of a dataset are."""
+"""How deep each token of an image gets in a token-sparse model, and how sparse classes are; for docs/token_sparse.md.
+
+./run.sh -m studies.token_pictures depth -m MODEL -i IMAGE_0000.nii.gz -o depth.png
+./run.sh -m studies.token_pictures classes -d nnUNet_raw/DatasetXXX_NAME -o classes.csv
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nnslim.errors import ConfigError
+from nnslim.figures import new_figure, own_style, save_figure
+from nnslim.files import make_folder
+from nnslim.hosts.nnunet.model.trained_model import build_network, read_trained_model
 from nnslim.methods.token_sparse.reduction import TokenReduction
 from nnslim.methods.token_sparse.sequence import Sequence3d
+from nnslim.tables import write_table
+from studies.command import new_parser, run_command
+from studies.table import shown
 
 
 def depth_map(network: nn.Module, image: Tensor) -> np.ndarray:
@@ -47,16 +59,13 @@ def grid_of(size: Sequence[int], tokens: int) -> tuple[int, ...]:
     return tuple(int(each) // edge for each in size)
 
 
+@own_style
 def draw_depth(image: np.ndarray, depth: np.ndarray, path: Path, *, axis: int = 2) -> None:
     """Draw three slices of an image (X, Y, Z), with and without the depth of its tokens (*grid) over them, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     edges = [size // count for size, count in zip(image.shape, depth.shape, strict=True)]
     full = depth.repeat(edges[0], 0).repeat(edges[1], 1).repeat(edges[2], 2)
-    figure, axes = pyplot.subplots(2, 3, figsize=(9, 6), layout="constrained")
+    figure = new_figure((9, 6))
+    axes = figure.subplots(2, 3)
     for column, share in enumerate((0.3, 0.5, 0.7)):
         where = int(image.shape[axis] * share)
         for row, over in enumerate((False, True)):
@@ -69,9 +78,8 @@ def draw_depth(image: np.ndarray, depth: np.ndarray, path: Path, *, axis: int = 
             panel.set_axis_off()
             panel.set_title(f"slice {where}")
     figure.colorbar(drawn, ax=axes, label="stages that a token lived through")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    make_folder(path.parent)
+    save_figure(figure, path)
 
 
 def class_sparsity(labels: Iterable[np.ndarray], names: Mapping[int, str], *, edge: int = 8) -> list[dict[str, Any]]:
@@ -100,3 +108,53 @@ def class_sparsity(labels: Iterable[np.ndarray], names: Mapping[int, str], *, ed
         }
         for value in [*names, 0]
     ]
+
+
+def _depth(model: Path, image: Path, output: Path) -> None:
+    """Cut the middle patch out of an image, z-scored, and draw the depth of its tokens."""
+    folder = read_trained_model(model)
+    network = build_network(folder)
+    patch = [int(size) for size in folder.configuration_manager.patch_size]
+    values = np.asarray(nib.load(image).dataobj, dtype=np.float32).transpose(2, 1, 0)  # nnU-Net's order of axes
+    values = (values - values.mean()) / max(1e-6, values.std())
+    space = [max(0, want - have) for want, have in zip(patch, values.shape, strict=True)]
+    values = np.pad(values, [(each // 2, each - each // 2) for each in space])
+    starts = [(have - want) // 2 for want, have in zip(patch, values.shape, strict=True)]
+    cut = values[tuple(slice(start, start + want) for start, want in zip(starts, patch, strict=True))]
+    found = depth_map(network, torch.from_numpy(cut.copy())[None, None])[0]
+    draw_depth(cut, found, output, axis=0)
+
+
+def _classes(dataset: Path, output: Path, edge: int) -> None:
+    """Count the voxels and the tokens of every class."""
+    described = json.loads((dataset / "dataset.json").read_text())["labels"]
+    names = {value: name for name, value in described.items() if isinstance(value, int) and value > 0}
+    files = sorted((dataset / "labelsTr").glob("*.nii.gz"))
+    rows = class_sparsity((np.asarray(nib.load(file).dataobj) for file in files), names, edge=edge)
+    make_folder(output.parent)
+    write_table(rows, output)
+    for row in rows:
+        print(shown(row))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = new_parser(__doc__)
+    parser.add_argument("what", choices=["depth", "classes"])
+    parser.add_argument("-m", "--model", type=Path, help="depth: token-sparse model folder")
+    parser.add_argument("-i", "--image", type=Path, help="depth: image file with one channel")
+    parser.add_argument("-d", "--dataset", type=Path, help="classes: raw nnU-Net dataset")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="PNG or CSV file")
+    parser.add_argument("--edge", type=int, default=8, help="classes: edge of a token's cube, voxels (8)")
+    chosen = parser.parse_args(arguments)
+    if chosen.what == "depth":
+        if chosen.model is None or chosen.image is None:
+            parser.error("depth needs --model and --image")
+        _depth(chosen.model, chosen.image, chosen.output)
+    else:
+        if chosen.dataset is None:
+            parser.error("classes needs --dataset")
+        _classes(chosen.dataset, chosen.output, chosen.edge)
+
+
+if __name__ == "__main__":
+    run_command(main)

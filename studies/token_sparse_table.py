@@ -1,34 +1,40 @@
-"""Dense against token-sparse on one dataset: the same short training, then Dice, MACs and seconds; one row per run."""
+"""Dense against token-sparse networks, trained alike: Dice, MACs and seconds; for docs/token_sparse.md.
+
+./run.sh -m studies.token_sparse_table -d 4 -o table.csv --epochs 8 --iterations 40
+One row per run; rows that the file has are kept, so an interrupted run goes on.
+"""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from nnslim.compression.config import SlimConfig, from_dict
 from nnslim.errors import ConfigError
 from nnslim.hosts.nnunet.compress.compress_model import compress_model
+from nnslim.hosts.nnunet.model.slim_network import BASE_KEY, SPEC_KEY
 from nnslim.hosts.nnunet.model.trained_model import input_shape, read_trained_model
 from nnslim.hosts.nnunet.train.token_sparse_trainer import token_sparse_trainer_class, unetr_trainer_class
 from nnslim.methods.token_sparse.config import RecipeConfig, TokenSparseConfig, UNETRConfig
 from nnslim.network.operations import count_operations
-from studies.quick_dice import append_row, read_rows, validation_dice
+from nnslim.tables import markdown
+from studies.command import new_parser, run_command
+from studies.quick_dice import dice_columns, raw_dataset, validation_dice
 from studies.short_training import ShortTraining, train_short
-
-_log = logging.getLogger("nnslim")
+from studies.table import GrowingTable
 
 
 @dataclass(frozen=True)
-class Run:
+class SparseRun:
     """One row: what is trained, or made of what was trained.
 
     Attributes:
@@ -54,26 +60,28 @@ _ONE = {"locations": (0.25,)}  # one stage, after a quarter of the blocks
 _DENSE = {"ratio": 0.0, "scorer": "energy", "completion": "last"}
 
 
-def default_runs() -> list[Run]:
+def default_runs() -> list[SparseRun]:
     """Return the rows of the table, in an order in which the most telling come first."""
-    runs = [Run("primus_dense", "primus", _DENSE)]
-    runs += [Run(f"primus_{r}_scratch", "primus", {**_LEARNED, "ratio": r}) for r in (0.5, 0.75)]
-    runs += [Run(f"primus_{r}_taught", "primus", {**_TAUGHT, "ratio": r}) for r in (0.5, 0.75)]
-    runs += [Run(f"primus_{r}_one_taught", "primus", {**_TAUGHT, **_ONE, "ratio": r}) for r in (0.5, 0.75)]
+    runs = [SparseRun("primus_dense", "primus", _DENSE)]
+    runs += [SparseRun(f"primus_{r}_scratch", "primus", {**_LEARNED, "ratio": r}) for r in (0.5, 0.75)]
+    runs += [SparseRun(f"primus_{r}_taught", "primus", {**_TAUGHT, "ratio": r}) for r in (0.5, 0.75)]
+    runs += [SparseRun(f"primus_{r}_one_taught", "primus", {**_TAUGHT, **_ONE, "ratio": r}) for r in (0.5, 0.75)]
     for scorer in ("attention", "energy", "distance", "random"):
         free = {"scorer": scorer, "completion": "last", "ratio": 0.5}
-        runs.append(Run(f"primus_0.5_free_{scorer}", "primus", {}, "primus_dense", free))
-    runs.append(Run("primus_0.5_free_tome", "primus", {}, "primus_dense", {"mode": "merge", "ratio": 0.5}))
+        runs.append(SparseRun(f"primus_0.5_free_{scorer}", "primus", {}, "primus_dense", free))
+    runs.append(SparseRun("primus_0.5_free_tome", "primus", {}, "primus_dense", {"mode": "merge", "ratio": 0.5}))
     fitted = {"scorer": "attention", "completion": "fusion", "ratio": 0.5}
-    runs.append(Run("primus_0.5_free_fitted", "primus", {}, "primus_dense", fitted, images=True))
-    runs += [Run("unetr_dense", "unetr", _DENSE)]
-    runs += [Run(f"unetr_{r}_scratch", "unetr", {**_LEARNED, "ratio": r, "skips": "completed"}) for r in (0.5, 0.75)]
-    runs += [Run(f"unetr_{r}_taught", "unetr", {**_TAUGHT, "ratio": r}) for r in (0.5, 0.75)]
-    runs.append(Run("primus_dense_on", "primus", _DENSE, "primus_dense"))
+    runs.append(SparseRun("primus_0.5_free_fitted", "primus", {}, "primus_dense", fitted, images=True))
+    runs += [SparseRun("unetr_dense", "unetr", _DENSE)]
+    runs += [
+        SparseRun(f"unetr_{r}_scratch", "unetr", {**_LEARNED, "ratio": r, "skips": "completed"}) for r in (0.5, 0.75)
+    ]
+    runs += [SparseRun(f"unetr_{r}_taught", "unetr", {**_TAUGHT, "ratio": r}) for r in (0.5, 0.75)]
+    runs.append(SparseRun("primus_dense_on", "primus", _DENSE, "primus_dense"))
     for name, settings in (("warm", _LEARNED), ("taught_warm", _TAUGHT)):
         for shape, stages in (("", {}), ("one_", _ONE)):
             runs += [
-                Run(f"primus_{r}_{shape}{name}", "primus", {**settings, **stages, "ratio": r}, "primus_dense")
+                SparseRun(f"primus_{r}_{shape}{name}", "primus", {**settings, **stages, "ratio": r}, "primus_dense")
                 for r in (0.5, 0.75)
             ]
     return runs
@@ -100,7 +108,7 @@ def small_primus_trainer() -> type:
     return SmallPrimus
 
 
-def trainer_of(run: Run, length: ShortTraining, start: Path | None) -> type:
+def trainer_of(run: SparseRun, length: ShortTraining, start: Path | None) -> type:
     """Return the trainer of a run; its name, and so its results folder, is that of the run."""
     recipe = RecipeConfig(warmup_epochs=1)
     unetr = UNETRConfig(decoder="x8", dim=192, depth=9, heads=4)
@@ -111,29 +119,39 @@ def trainer_of(run: Run, length: ShortTraining, start: Path | None) -> type:
 
 
 def measure_table(
-    dataset: int, fold: int, length: ShortTraining, runs: Sequence[Run], output: Path, *, cases: int = 20
-) -> None:
-    """Make one row after the other and write each to `output` as it is done; rows that are there are left alone.
+    dataset: int, fold: int, length: ShortTraining, runs: Sequence[SparseRun], output: Path, *, cases: int = 20
+) -> list[dict[str, Any]]:
+    """Make the rows that the CSV file lacks, and return all of them.
 
     Args:
-        dataset, fold: in nnUNet_raw. length: of every training. output: CSV. cases: of the validation part, at most.
+        dataset: in nnUNet_raw. fold: of its splits_final.json. length: of every training.
+        output: CSV file; models are written beside it. cases: validation cases, at most.
     """
-    done = {row["run"] for row in read_rows(output)}
-    for run in runs:
-        if run.name in done:
-            continue
-        folder = _made(run, dataset, fold, length, output.parent)
-        row = {"run": run.name, **_measured(folder, fold, dataset, cases)}
-        log = torch.load(folder / f"fold_{fold}" / "checkpoint_final.pth", weights_only=False).get("logging") or {}
-        starts, ends = log.get("epoch_start_timestamps", []), log.get("epoch_end_timestamps", [])
-        times = sorted(end - start for start, end in zip(starts, ends, strict=False))
-        row["seconds_per_epoch"] = round(times[len(times) // 2], 2) if times and run.compress is None else ""
-        row["steps"] = length.epochs * length.iterations if run.compress is None else 0
-        append_row(output, row)
-        _log.info("%s", row)
+    table = GrowingTable(output, "run")
+    table.fill({run.name: partial(_row, run, dataset, fold, length, output.parent, cases) for run in runs})
+    return table.rows
 
 
-def _made(run: Run, dataset: int, fold: int, length: ShortTraining, work: Path) -> Path:
+def _row(run: SparseRun, dataset: int, fold: int, length: ShortTraining, work: Path, cases: int) -> dict[str, Any]:
+    folder = _made(run, dataset, fold, length, work)
+    scores, seconds, predictor = validation_dice(folder, fold, dataset, cases)
+    cost = count_operations(predictor.network, input_shape(read_trained_model(folder, [fold])))
+    log = torch.load(folder / f"fold_{fold}" / "checkpoint_final.pth", weights_only=False).get("logging") or {}
+    starts, ends = log.get("epoch_start_timestamps", []), log.get("epoch_end_timestamps", [])
+    times = sorted(end - start for start, end in zip(starts, ends, strict=False))
+    trained = run.compress is None
+    return {
+        "run": run.name,
+        **dice_columns(scores, seconds),
+        "mmacs": round(cost.macs() / 1e6, 2),
+        "encoder_mmacs": round(sum(cost.macs("torch", name) for name in ("eva", "encoder", "completion")) / 1e6, 2),
+        "parameters": cost.parameters,
+        "seconds_per_epoch": round(times[len(times) // 2], 2) if times and trained else "",
+        "steps": length.epochs * length.iterations if trained else 0,
+    }
+
+
+def _made(run: SparseRun, dataset: int, fold: int, length: ShortTraining, work: Path) -> Path:
     def trained(name: str) -> Path:
         found = sorted(Path(os.environ["nnUNet_results"]).glob(f"Dataset{dataset:03d}_*/{name}__*"))
         if not found:
@@ -147,7 +165,7 @@ def _made(run: Run, dataset: int, fold: int, length: ShortTraining, work: Path) 
     if not target.is_dir():
         images = None
         if run.images:
-            images = next(Path(os.environ["nnUNet_raw"]).glob(f"Dataset{dataset:03d}_*")) / "imagesTr"
+            images = raw_dataset(dataset) / "imagesTr"
         config: SlimConfig = from_dict(
             {"methods": [{"method": "token_sparse", **run.compress}], "run": {"guard": False}}
         )
@@ -158,12 +176,8 @@ def _made(run: Run, dataset: int, fold: int, length: ShortTraining, work: Path) 
 
 def _dense_twin(folder: Path, work: Path) -> Path:
     """Return a copy of a folder that was trained with ratio 0, with the dense network in its plans."""
-    from nnslim.hosts.nnunet.model.slim_network import BASE_KEY, SPEC_KEY
-
     twin = work / "dense" / folder.name
     if not twin.is_dir():
-        import shutil
-
         shutil.copytree(folder, twin)
         plans = json.loads((twin / "plans.json").read_text())
         architecture = plans["configurations"]["3d_fullres"]["architecture"]
@@ -173,16 +187,22 @@ def _dense_twin(folder: Path, work: Path) -> Path:
     return twin
 
 
-def _measured(folder: Path, fold: int, dataset: int, cases: int) -> dict[str, Any]:
-    scores, seconds, predictor = validation_dice(folder, fold, dataset, cases)
-    model = read_trained_model(folder, [fold])
-    cost = count_operations(predictor.network, input_shape(model))
-    return {
-        "dice": round(float(np.mean(scores)), 4),
-        "dice_by_class": " ".join(f"{value:.4f}" for value in np.mean(scores, axis=0)),
-        "cases": len(scores),
-        "cpu_seconds_per_case": round(sorted(seconds)[len(seconds) // 2], 3),
-        "mmacs": round(cost.macs() / 1e6, 2),
-        "encoder_mmacs": round(sum(cost.macs("torch", name) for name in ("eva", "encoder", "completion")) / 1e6, 2),
-        "parameters": cost.parameters,
-    }
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = new_parser(__doc__)
+    parser.add_argument("-d", "--dataset", type=int, required=True, help="number of a dataset in nnUNet_raw")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="CSV file; models lie beside it")
+    parser.add_argument("-f", "--fold", type=int, default=0, help="fold of splits_final.json (0)")
+    parser.add_argument("--epochs", type=int, default=8, help="of every training (8)")
+    parser.add_argument("--iterations", type=int, default=40, help="steps per epoch (40)")
+    parser.add_argument("--batch-size", type=int, default=4, help="patches per step (4)")
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate (1e-3)")
+    parser.add_argument("--cases", type=int, default=20, help="validation cases to predict (20)")
+    parser.add_argument("--only", nargs="+", help="names of rows; default: all")
+    chosen = parser.parse_args(arguments)
+    length = ShortTraining(chosen.epochs, chosen.iterations, 4, chosen.batch_size, chosen.rate)
+    runs = [run for run in default_runs() if chosen.only is None or run.name in chosen.only]
+    print(markdown(measure_table(chosen.dataset, chosen.fold, length, runs, chosen.output, cases=chosen.cases)))
+
+
+if __name__ == "__main__":
+    run_command(main)

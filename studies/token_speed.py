@@ -1,7 +1,11 @@
-"""Speed of token-sparse networks: alternated passes of several ratios, and the time of each stage of one."""
+"""Speed of the published token-sparse UNETR, dense against sparse, per stage, with MACs; for docs/token_sparse.md.
+
+./run.sh -m studies.token_speed -o speed.csv --ratios 0 0.75 0.9 --backends unfused stock openvino
+"""
 
 from __future__ import annotations
 
+import argparse
 import re
 import statistics
 import time
@@ -9,12 +13,22 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nnslim.files import make_folder
+from nnslim.methods.token_sparse.unetr import PUBLISHED, published_unetr
 from nnslim.network.operations import count_operations
+from nnslim.running.engine import Settings, make_engine
+from nnslim.running.timing import alternated
+from nnslim.tables import write_table
+from studies.command import new_parser, run_command
+from studies.table import shown
 
 # What each module name belongs to; the first pattern that matches a module counts, and what is inside it does not.
 STAGES = (
@@ -33,7 +47,7 @@ class Measured:
 
     Attributes:
         name: of the network. macs: of one sample, conventions "torch" and "torchprofile".
-        wall, cpu: seconds of a pass over the batch, medians; cpu, over all threads, also tells on a busy machine.
+        wall, cpu: median seconds of a pass over the batch; cpu, over all threads, is also of use on a busy machine.
         samples_per_second: batch size / wall.
         stages: CPU seconds of each stage, median; empty where the backend has none.
     """
@@ -91,36 +105,32 @@ def alternate(
         engines: what runs in their place, by the same names; stages are then not told apart.
         around: makes a context for all passes, such as one that chooses the kernel of attention.
     """
-    run = engines or networks
-    wall, cpu = ({name: [] for name in networks} for _ in range(2))
-    stages: dict[str, list[dict[str, float]]] = {name: [] for name in networks}
+    passes: dict[str, list[tuple[float, dict[str, float]]]] = {name: [] for name in networks}
+
+    def one_pass(name: str, network: nn.Module) -> None:
+        with staged(network) as seconds:
+            begun = time.process_time()
+            network(image)
+            if image.is_cuda:
+                torch.cuda.synchronize(image.device)
+            passes[name].append((time.process_time() - begun, dict(seconds)))
+
     with torch.inference_mode(), around():
-        for turn in range(rounds + 1):
-            for name, network in run.items():
-                with staged(network) as seconds:
-                    before = time.perf_counter(), time.process_time()
-                    network(image)
-                    if image.device.type == "cuda":
-                        torch.cuda.synchronize()
-                    after = time.perf_counter(), time.process_time()
-                if turn:
-                    wall[name].append(after[0] - before[0])
-                    cpu[name].append(after[1] - before[1])
-                    stages[name].append(dict(seconds))
+        works = [partial(one_pass, *item) for item in (engines or networks).items()]
+        walls = alternated(works, rounds, device=image.device)
     made = []
-    for name, network in networks.items():
-        cost = count_operations(network, (1, *image.shape[1:]))
-        seconds = statistics.median(wall[name])
-        kinds = stages[name][0] if engines is None else {}
+    for (name, network), wall in zip(networks.items(), walls, strict=True):
+        cost, counted = count_operations(network, (1, *image.shape[1:])), passes[name][1:]  # the first warmed up
+        kinds = counted[0][1] if engines is None else {}
         made.append(
             Measured(
                 name,
                 cost.macs(),
                 cost.macs("torchprofile"),
-                seconds,
-                statistics.median(cpu[name]),
-                image.shape[0] / seconds,
-                {kind: statistics.median(each.get(kind, 0.0) for each in stages[name]) for kind in kinds},
+                statistics.median(wall),
+                statistics.median(cpu for cpu, _ in counted),
+                image.shape[0] / statistics.median(wall),
+                {kind: statistics.median(each.get(kind, 0.0) for _, each in counted) for kind in kinds},
             )
         )
     return made
@@ -143,3 +153,57 @@ def rows(measured: Sequence[Measured], backend: str) -> list[dict[str, Any]]:
         }
         for each in measured
     ]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="CSV file")
+    parser.add_argument("--network", choices=list(PUBLISHED), default="btcv", help="published configuration (btcv)")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0, 0.75, 0.9], help="0 is the dense network")
+    parser.add_argument("--decoder", choices=["x8", "x8v2"], default="x8v2")
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        default=["stock"],
+        choices=["unfused", "stock", "eager", "openvino", "compile"],
+        help="stock (torch as it is), unfused (the same, attention as products and a softmax, as the paper's code and "
+        "MONAI's UNETR have it), eager (nnslim's), openvino, compile",
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="passes of each network after the warm-up (3)")
+    parser.add_argument("--batch", type=int, default=1, help="samples per pass (1)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (2)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    chosen = make_parser().parse_args(arguments)
+    torch.set_num_threads(chosen.threads)
+    torch.manual_seed(0)
+    networks = {
+        f"ratio {ratio:g}": published_unetr(chosen.network, ratios=ratio, decoder=chosen.decoder).eval()
+        for ratio in chosen.ratios
+    }
+    for network in networks.values():
+        network.to(chosen.device)
+    settings = PUBLISHED[chosen.network]
+    shape = (chosen.batch, settings["channels"], *settings["image_size"])
+    make_folder(chosen.output.parent)
+    table = []
+    for backend in chosen.backends:
+        engines, around = None, nullcontext
+        if backend == "unfused":
+            around = partial(sdpa_kernel, SDPBackend.MATH)
+        elif backend != "stock":
+            how = Settings(backend, threads=chosen.threads)
+            engines = {name: make_engine(network, shape, how) for name, network in networks.items()}
+        image = torch.randn(shape, device=chosen.device)
+        made = rows(alternate(networks, image, chosen.rounds, engines=engines, around=around), backend)
+        table += made
+        write_table(table, chosen.output)
+        for row in made:
+            print(shown(row), flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -18,19 +18,22 @@ _PATIENCE = 20.0  # seconds
 Result = TypeVar("Result")
 
 
-def timed(work: Callable[[], Result], device: torch.device | None = None) -> tuple[float, Result]:
+def timed(
+    work: Callable[[], Result], device: torch.device | None = None, clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, Result]:
     """Return the seconds that a call takes, and its result.
 
     Args:
         device: where it runs; a CUDA device is waited for.
+        clock: time.process_time counts the processor's seconds instead.
     """
-    started = time.perf_counter()
+    started = clock()
     result = work()
     if device is not None and device.type == "cuda":
         import torch
 
         torch.cuda.synchronize(device)
-    return time.perf_counter() - started, result
+    return clock() - started, result
 
 
 def alternated(
@@ -40,6 +43,7 @@ def alternated(
     warmups: int = 1,
     patience: float = math.inf,
     device: torch.device | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
     """Call the works in turn, A B C A B C ..., and return the seconds of the counted calls of each.
 
@@ -49,7 +53,7 @@ def alternated(
         rounds: counted calls of each, at most.
         warmups: calls of each before that.
         patience: seconds after which no further round begins; one is always done.
-        device: see `timed`.
+        device, clock: see `timed`.
     """
     seconds: list[list[float]] = [[] for _ in works]
     for _ in range(warmups):
@@ -60,7 +64,7 @@ def alternated(
         if number and time.perf_counter() - begun > patience:
             break
         for mine, work in zip(seconds, works, strict=True):
-            mine.append(timed(work, device)[0])
+            mine.append(timed(work, device, clock)[0])
     return seconds
 
 

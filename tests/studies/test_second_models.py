@@ -1,4 +1,4 @@
-"""What script 08 needs: short training with other plans, trainer and precision; the deformed dataset."""
+"""What studies train: short training with other plans, trainer and precision; the deformed dataset."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from nnslim.methods.embedded import DAEFormer, SparseEdit
 from nnslim.methods.embedded.daeformer import FORMS, DAEFormerForm
 from nnslim.network.spec import spec_of
 from studies.board_profile import ProfileJob, profile
-from studies.embedded_table import ROWS, Row, TableSettings, compressed_bytes, measure_rows
+from studies.embedded_table import VARIANTS, TableSettings, Variant, compressed_bytes, measure_rows
 from studies.short_training import ShortTraining, preprocess_once, train_short
 
 TINY = ShortTraining(epochs=1, iterations=2, validation_iterations=1, batch_size=2, learning_rate=1e-3)
@@ -198,7 +198,7 @@ def test_pruned_coarser_model_is_fine_tuned_with_zeros_that_stay_and_grow(datase
     assert compressed_bytes(files[1]) < 0.75 * compressed_bytes(files[0])
 
     # the profile and the table, on this model
-    rows = [Row("dense", tuned=False), Row("pruned", ({"method": "embedded", "sparsity": 0.5},)), ROWS[1]]
+    rows = [Variant("dense", tuned=False), Variant("pruned", ({"method": "embedded", "sparsity": 0.5},)), VARIANTS[1]]
     assert rows[2].name == "half"
     raw = os.environ["nnUNet_raw"]
     images, labels = (Path(raw) / "Dataset998_Ball" / name for name in ("imagesTr", "labelsTr"))

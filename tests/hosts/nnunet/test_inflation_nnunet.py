@@ -25,8 +25,8 @@ from nnslim.hosts.nnunet.model.shipped import shipped_model
 from nnslim.hosts.nnunet.model.trained_model import build_network, build_untrained, read_trained_model, trainer_class
 from nnslim.hosts.nnunet.train.window_trainer import DiceFocal, PlannedWindowNet, window_settings, window_trainer_class
 from nnslim.inflation import WindowConfig
-from studies.inflation_table import Row, Study, draw_curves, measure_inflation, rows_of
-from studies.quick_dice import read_rows
+from nnslim.tables import read_table
+from studies.inflation_table import InflationRun, Study, draw_curves, measure_inflation, rows_of
 from studies.short_training import ShortTraining, preprocess_once, train_short
 
 TINY = ShortTraining(epochs=2, iterations=2, validation_iterations=1, batch_size=2, learning_rate=1e-3)
@@ -324,18 +324,20 @@ def test_table_rows_are_made_once_and_drawn(prepared, balls):
     ]
     output = balls / "table.csv"
     measure_inflation(study, [row for row in rows if row.part == "unet"], output)
-    before = read_rows(output)
+    before = read_table(output).to_dict("records")
     measure_inflation(study, rows, output)
-    after = read_rows(output)
+    after = read_table(output).to_dict("records")
     assert after[:3] == before and [row["run"] for row in after] == [row.name for row in rows]
     assert [row["steps"] for row in after] == ["0", "2", "2", "2", "2"]
     assert all(0 <= float(row["dice"]) <= 1 for row in after)
-    assert len(read_rows(balls / "table_curve.csv")) == 4
+    assert len(read_table(balls / "table_curve.csv")) == 4
     draw_curves(output, balls / "table.png")
     assert (balls / "table.png").stat().st_size > 1000
     with pytest.raises(ConfigError, match="name its folder"):
         measure_inflation(
-            Study(998, 0, None, length, length, WINDOW, 1, balls / "w"), [Row("unet", "average", 5)], output
+            Study(998, 0, None, length, length, WINDOW, 1, balls / "w"), [InflationRun("unet", "average", 5)], output
         )
     with pytest.raises(ConfigError, match="name them"):
-        measure_inflation(Study(998, 0, None, length, length, WINDOW, 1, balls), [Row("window", "average", 5)], output)
+        measure_inflation(
+            Study(998, 0, None, length, length, WINDOW, 1, balls), [InflationRun("window", "average", 5)], output
+        )

@@ -1,5 +1,6 @@
-"""Train one of the two networks that benchmarks use beside the shipped one.
+"""Train one of the two networks that are measured beside the shipped one; for docs/results.md.
 
+./run.sh -m studies.second_models --model resenc --raw RAW --work WORK
 resenc: a ResidualEncoderUNet on Dataset004_Hippocampus.
 manyclass: a small PlainConvUNet for the 41 classes of Dataset941_DeformedCT, which is written on first use from a
 labelled CT (--image, --labels).
@@ -7,11 +8,17 @@ labelled CT (--image, --labels).
 
 from __future__ import annotations
 
-import argparse
 import os
-import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from nnslim.hosts.nnunet.model.trained_model import trainer_class
+from studies.command import new_parser, run_command
+from studies.deformed_dataset import write_deformed_dataset
+from studies.short_training import ShortTraining, copy_weights, preprocess_once, seed_training, train_short, use_folders
 
 
 def use_residual_encoder(settings: dict[str, Any]) -> None:
@@ -20,13 +27,13 @@ def use_residual_encoder(settings: dict[str, Any]) -> None:
     arguments = architecture["arch_kwargs"]
     architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
     del arguments["n_conv_per_stage"]
-    # nnU-Net's planner has 1, 3, 4, 6; these are what a processor can train.
+    # nnU-Net's planner has 1, 3, 4, 6; a CPU can train these.
     arguments["n_blocks_per_stage"] = [1, 2, 2, 2]
     arguments["n_conv_per_stage_decoder"] = [1, 1, 1]
 
 
 def use_small_patch(settings: dict[str, Any]) -> None:
-    """Give a configuration a patch and widths that a processor can train with 42 output channels."""
+    """Give a configuration a patch and widths that a CPU can train with 42 output channels."""
     settings["patch_size"] = [32, 64, 80]
     settings["architecture"]["arch_kwargs"] |= {
         "n_stages": 4,
@@ -39,13 +46,11 @@ def use_small_patch(settings: dict[str, Any]) -> None:
 
 
 def trainer_of(model: str) -> type:
-    """Return the trainer class; the name that it stores is of one that stock nnU-Net has."""
-    from nnslim.hosts.nnunet.model.trained_model import trainer_class
-
+    """Return the trainer class; stock nnU-Net has one of the name that it stores."""
     if model == "resenc":
         return trainer_class("nnUNetTrainer")
     # Left and right classes differ, so that mirrored images would be wrong. nnU-Net's SGD leaves all small classes at
-    # Dice 0 for the few hundred iterations that a processor affords; its Adam variant does not.
+    # Dice 0 for the few hundred iterations that a CPU affords; its Adam variant does not.
     base, adam = trainer_class("nnUNetTrainerNoMirroring"), trainer_class("nnUNetTrainerAdam")
     return type(base.__name__, (base,), {"configure_optimizers": adam.configure_optimizers})
 
@@ -57,8 +62,8 @@ MODELS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = new_parser(__doc__)
     parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--raw", type=Path, required=True, help="folder of nnU-Net raw datasets")
     parser.add_argument("--work", type=Path, required=True, help="folder for preprocessed data and results")
@@ -76,22 +81,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="torch threads (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, augmentation and deformation (default: 0)")
     parser.add_argument("--copy-to", type=Path, help="also write a copy without optimiser state to this new folder")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     dataset, plans_name, edit_plans, learning_rate = MODELS[args.model]
 
-    for name, path in (
-        ("nnUNet_raw", args.raw),
-        ("nnUNet_preprocessed", args.work / "preprocessed"),
-        ("nnUNet_results", args.work / "results"),
-    ):
-        os.environ[name] = str(path.resolve())
+    use_folders(args.raw, args.work)
     os.environ["nnUNet_n_proc_DA"] = "1"  # nnU-Net's planner does not take 0
-
-    import numpy as np
-    import torch
-
-    from studies.deformed_dataset import write_deformed_dataset
-    from studies.short_training import ShortTraining, copy_weights, preprocess_once, train_short
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -101,10 +95,7 @@ def main() -> None:
             parser.error(f"{deformed} is not there: --image and --labels are needed to write it")
         write_deformed_dataset(args.image, args.labels, deformed, *args.cases, seed=args.seed)
     preprocess_once(dataset, "3d_fullres", processes=1)
-    os.environ["nnUNet_n_proc_DA"] = "0"  # augmentation in this process follows the seed, and needs no second core
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+    seed_training(args.seed)
     length = ShortTraining(
         epochs=args.epochs,
         iterations=args.iterations,
@@ -131,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,0 +1,79 @@
+"""Each study is a command whose help names its page of docs; tables grow row by row."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+from nnslim.errors import ConfigError, InputError
+from nnslim.tables import markdown
+from studies.command import run_command
+from studies.table import GrowingTable
+
+LIBRARY = {"__init__", "command", "deformed_dataset", "quick_dice", "short_training", "table"}  # no commands
+STUDIES = sorted(path.stem for path in (ROOT / "studies").glob("*.py") if path.stem not in LIBRARY)
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_help_names_the_command_and_a_page_that_has_it(study, capsys):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"studies.{study}").main(["--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and f"./run.sh -m studies.{study} " in shown
+    page = ROOT / re.search(r"docs/\w+\.md", shown).group()
+    assert f"studies.{study} " in page.read_text() or f"studies/{study}.py" in page.read_text()
+
+
+def test_readme_has_a_line_for_every_study():
+    text = (ROOT / "studies" / "README.md").read_text()
+    for study in STUDIES:
+        assert f"`{study}`" in text, study
+
+
+def test_study_runs_as_a_module_and_ends_with_2_for_input_that_is_not_there(tmp_path):
+    command = [sys.executable, "-m", "studies.map_study", "-m", tmp_path / "no", "-i", tmp_path, "-o", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("nnslim: "), done.stderr
+
+
+@pytest.mark.parametrize(("result", "code"), [(None, None), (1, 1)])
+def test_exit_code_is_what_main_returns(result, code):
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: result)
+    assert ended.value.code == code
+
+
+def test_table_goes_on_where_it_was_cut_off(tmp_path):
+    made = []
+
+    def row(name):
+        made.append(name)
+        if name == "bad":
+            raise InputError("nothing there")
+        return {"row": name, "dice": 0.5, "by_class": "0.4 0.6", "note": None}
+
+    path = tmp_path / "new" / "table.csv"
+    makers = {name: (lambda name=name: row(name)) for name in ("one", "bad", "two")}
+    with pytest.raises(InputError, match="nothing there"):
+        GrowingTable(path, "row").fill(makers)
+    assert path.read_text() == "row,dice,by_class,note\none,0.5,0.4 0.6,\n"
+    table = GrowingTable(path, "row")
+    assert ("one",) in table and ("two",) not in table
+    table.fill({name: makers[name] for name in ("one", "two")})
+    assert made == ["one", "bad", "two"]
+    assert path.read_text() == "row,dice,by_class,note\none,0.5,0.4 0.6,\ntwo,0.5,0.4 0.6,\n"
+    with pytest.raises(ConfigError, match="has the columns"):
+        table.add({"row": "three", "other": 1})
+    assert len(GrowingTable(path, "row").rows) == 2
+    with pytest.raises(InputError, match="no column run"):
+        GrowingTable(path, "run")
+
+
+def test_markdown_has_a_line_for_every_row():
+    assert markdown([{"a": 1, "b": None}, {"a": "x|y"}]) == "| a | b |\n| --- | --- |\n| 1 |  |\n| x/y |  |\n"
+    assert markdown([{"a": 1}], ["c", "a"]) == "| c | a |\n| --- | --- |\n|  | 1 |\n"
