@@ -10,12 +10,9 @@ Example: ./run.sh benchmarks/evaluation.py --data ../shared/data/totalsegmentato
 
 from __future__ import annotations
 
-import argparse
-import csv
-import sys
-import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -23,9 +20,13 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from benchmarks.shared import clocked
 from nnslim.evaluation.compare import CompareSettings, compare_case
 from nnslim.evaluation.sources import union_box
 from nnslim.evaluation.surfaces import surface_distances
+from nnslim.files import make_folder
+from nnslim.tables import write_table
+from studies.command import new_parser, run_command
 
 SPACING = (0.75, 0.75, 1.5)
 TOLERANCE = 3.0
@@ -106,25 +107,14 @@ def with_deepmind(prediction: np.ndarray, reference: np.ndarray, label: int) -> 
     return surface_distance.compute_surface_dice_at_tolerance(found, TOLERANCE)
 
 
-class Clock:
-    """CPU seconds and seconds by the clock since it was made."""
-
-    def __init__(self) -> None:
-        self._cpu, self._wall = time.process_time(), time.perf_counter()
-
-    def read(self) -> tuple[float, float]:
-        return time.process_time() - self._cpu, time.perf_counter() - self._wall
-
-
 def whole_case(prediction: np.ndarray, reference: np.ndarray, folder: Path) -> tuple[float, float]:
     """Read two files and compare all classes: Dice, NSD and HD95. Return CPU seconds and seconds by the clock."""
     files = []
     for name, labels in (("prediction", prediction), ("reference", reference)):
         files.append(folder / f"{name}.nii.gz")
         nib.save(nib.Nifti1Image(labels, np.diag((*SPACING, 1))), files[-1])
-    clock = Clock()
-    compare_case("case", *files, CompareSettings(tolerance=TOLERANCE))
-    return clock.read()
+    _, took = clocked(lambda: compare_case("case", *files, CompareSettings(tolerance=TOLERANCE)))
+    return took["cpu_seconds"], took["seconds"]
 
 
 def time_classes(
@@ -133,8 +123,8 @@ def time_classes(
     """Return a row per class: NSD, CPU seconds and seconds by the clock of each method."""
     methods: dict[str, Method] = {
         "nnslim": with_nnslim,
-        "monai uncropped": lambda p, r, label: with_monai(p, r, label, crop=False),
-        "monai": lambda p, r, label: with_monai(p, r, label, crop=True),
+        "monai uncropped": partial(with_monai, crop=False),
+        "monai": partial(with_monai, crop=True),
         "deepmind": with_deepmind,
     }
     small = np.zeros((2, 8, 8, 8), np.uint8)
@@ -145,16 +135,15 @@ def time_classes(
     for label in chosen:
         row: dict[str, float] = {"label": int(label), "voxels": int(sizes[label])}
         for name, method in methods.items():
-            clock = Clock()
-            row[f"{name}: NSD"] = float(method(prediction, reference, label))
-            row[f"{name}: cpu s"], row[f"{name}: s"] = clock.read()
+            found, took = clocked(partial(method, prediction, reference, label))
+            row |= {f"{name}: NSD": float(found), f"{name}: cpu s": took["cpu_seconds"], f"{name}: s": took["seconds"]}
         rows.append(row)
         print({key: round(value, 8) for key, value in row.items()}, flush=True)
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = new_parser(__doc__)
     parser.add_argument(
         "--data", type=Path, required=True, help="folder of example_seg.nii.gz and example_seg_fast.nii.gz"
     )
@@ -164,16 +153,13 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning, module="monai")
-    args.output.mkdir(parents=True, exist_ok=True)
+    make_folder(args.output)
     prediction, reference = make_maps(args.data, tuple(args.shape), 61)
     sizes = np.bincount(reference.reshape(-1))
     labels = [label for label in np.argsort(-sizes) if label and sizes[label] and (prediction == label).any()]
     chosen = [labels[round(place)] for place in np.linspace(0, len(labels) - 1, args.classes)]
     rows = time_classes(prediction, reference, chosen, sizes)
-    with (args.output / "evaluation.csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(rows, args.output / "evaluation.csv")
     count = int((sizes[1:] > 0).sum())
     cpu, wall = whole_case(prediction, reference, args.output)
     print(f"nnslim, {count} classes, reading, Dice, NSD and HD95: {cpu:.1f} CPU s, {wall:.1f} s")
@@ -185,8 +171,7 @@ def main() -> int:
         print(f"{name}, {len(rows)} classes: {times['cpu s']:.1f} CPU s, {ratios} nnslim's; NSD up to {apart:.1e} off")
     each = float(np.mean([row["monai uncropped: cpu s"] for row in rows]))
     print(f"monai uncropped, that mean for all {count}: {each * count:.0f} CPU s, {each * count / cpu:.0f}x nnslim's")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -10,10 +10,8 @@ Example: ./run.sh benchmarks/export.py --classes 118 25 --size 125 --new-size 25
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,11 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from benchmarks.shared import clocked
 from nnslim.benchmark.alternated import Candidate, TimedJob, Timing, measure_rounds
 from nnslim.benchmark.passes import device_name
-from nnslim.errors import NNSlimError
 from nnslim.files import make_folder, write_json
 from nnslim.running.memory import peak_bytes, reset_peak
+from nnslim.tables import markdown, write_table
+from studies.command import new_parser, run_command
 
 SHAPE = "shape_after_cropping_and_before_resampling"
 FINE = 1.5  # mm, of the image
@@ -124,14 +124,20 @@ def prepare_labels(row: str, scores: Path, new_size: int, threads: int, folder: 
     small["bbox_used_for_cropping"] = [[0, 9]] * 3
     convert(logits[:, :7, :7, :7].copy(), plans, configuration, labels, small, **more)  # what is imported once
 
-    def run() -> dict[str, Any]:
-        started, spent = time.perf_counter(), time.process_time()
-        made = convert(logits, plans, configuration, labels, properties, **more)
-        done = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - spent}
-        np.save(folder / f"{row}.npy", made)
-        return done
+    work = partial(convert, logits, plans, configuration, labels, properties, **more)
+    return candidate_of(work, logits, folder / f"{row}.npy")
 
-    return Candidate(run, {"shape": list(logits.shape), "libraries": held() - logits.nbytes})
+
+def candidate_of(work: Callable[[], np.ndarray], given: np.ndarray, target: Path) -> Candidate:
+    """Return the candidate that times the work on an array and keeps what it makes."""
+
+    def run() -> dict[str, float]:
+        made, took = clocked(work)
+        np.save(target, made)
+        return took
+
+    reset_peak()
+    return Candidate(run, {"shape": list(given.shape), "libraries": peak_bytes() - given.nbytes})
 
 
 def prepare_image(row: str, size: int, new_size: int, threads: int, folder: Path) -> Candidate:
@@ -149,20 +155,8 @@ def prepare_image(row: str, size: int, new_size: int, threads: int, folder: Path
     new_spacing = [FINE * size / new_size] * 3
     resample(image[:, :7, :7, :7].copy(), (9,) * 3, [FINE] * 3, new_spacing)  # what is imported once
 
-    def run() -> dict[str, Any]:
-        started, spent = time.perf_counter(), time.process_time()
-        made = resample(image, (new_size,) * 3, [FINE] * 3, new_spacing)
-        done = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - spent}
-        np.save(folder / f"{row}.npy", made)
-        return done
-
-    return Candidate(run, {"shape": list(image.shape), "libraries": held() - image.nbytes})
-
-
-def held() -> int:
-    """Return the bytes that this process holds now."""
-    reset_peak()
-    return peak_bytes()
+    work = partial(resample, image, (new_size,) * 3, [FINE] * 3, new_spacing)
+    return candidate_of(work, image, folder / f"{row}.npy")
 
 
 def table_rows(what: str, scores: str, classes: int, timings: Sequence[Timing], folder: Path) -> list[dict[str, Any]]:
@@ -190,15 +184,8 @@ def table_rows(what: str, scores: str, classes: int, timings: Sequence[Timing], 
     return rows
 
 
-def as_text(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the rows as a Markdown table."""
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
-    lines += [f"| {' | '.join(str(row.get(column, '')) for column in COLUMNS)} |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument(
         "--classes", type=int, nargs="*", default=[118, 25], help="class counts, 118 (3 mm) and 25 known"
     )
@@ -215,7 +202,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> int:
+def main() -> None:
     args = make_parser().parse_args()
     rows: list[dict[str, Any]] = []
     say = partial(print, file=sys.stderr, flush=True)
@@ -229,12 +216,10 @@ def main() -> int:
         rows.extend(table_rows(what, scores, classes, timings, folder))
         facts = {"processor": device_name(), "threads": args.threads, "rounds": args.rounds, "rows": rows}
         write_json(args.output / "export.json", facts | {"size": args.size, "new_size": args.new_size})
-        (args.output / "export.md").write_text(as_text(rows), encoding="utf-8")
-        with (args.output / "export.csv").open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        print(as_text(rows))
+        write_table(rows, args.output / "export.csv", COLUMNS)
+        text = markdown(rows, COLUMNS)
+        (args.output / "export.md").write_text(text, encoding="utf-8")
+        print(text)
 
     for scores in args.scores:
         for classes in args.classes:
@@ -249,12 +234,7 @@ def main() -> int:
             given = (args.image, args.size, args.threads, Path(name))
             jobs = [TimedJob(row, partial(prepare_image, row, *given)) for row in IMAGE_ROWS]
             run("image", "", 1, jobs, Path(name))
-    return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except NNSlimError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ from nnslim.files import write_json
 from nnslim.prediction.case import Record
 from nnslim.prediction.images import check_complete
 from nnslim.prediction.manifest import NAME, Manifest
+from nnslim.running.timing import alternated, timed
+from nnslim.tables import markdown
+from studies.command import new_parser, run_command
 
 _DATASET = "Dataset004_Hippocampus"
 
@@ -68,21 +72,20 @@ class Setting:
             options.append("--disable_tta")
         return [sys.executable, "-W", "ignore", "-c", code, *_io(self.images, output), *options]
 
-    def run(self, command: Sequence[str]) -> float:
-        """Run a command to its end and return the seconds that it took."""
-        started = time.perf_counter()
+    def run(self, command: Sequence[str], output: Path | None = None) -> None:
+        """Run a command to its end; what lies in `output` is removed first."""
+        if output is not None:
+            shutil.rmtree(output, ignore_errors=True)
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(
                 f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
             )
-        return time.perf_counter() - started
 
     def reference(self) -> tuple[float, dict[str, str]]:
         """Predict everything in a run that is left alone; return its seconds and the digests of its files."""
         output = self.work / "whole"
-        shutil.rmtree(output, ignore_errors=True)
-        seconds = self.run(self.ours(output, "--backend", self.args.backend[0]))
+        seconds, _ = timed(partial(self.run, self.ours(output, "--backend", self.args.backend[0]), output))
         found = digests(output)
         print(f"left alone: {seconds:.1f} s, {len(found)} files", flush=True)
         return seconds, found
@@ -93,7 +96,7 @@ def _io(images: Path, output: Path) -> list[str]:
 
 
 def choose_cases(data: Path, folder: Path, count: int) -> int:
-    """Link the test images and so many of the training images that there are `count`; return how many there are."""
+    """Link the test images, then training images, `count` in all; return how many there are."""
     files = [file for kind in ("imagesTs", "imagesTr") for file in sorted((data / _DATASET / kind).glob("*.nii.gz"))]
     folder.mkdir()
     for file in files[:count]:
@@ -131,27 +134,21 @@ def measure_speed(setting: Setting) -> dict[str, Any]:
     for backend in args.backend:
         options = ["--backend", backend, *(["--mirroring"] if args.mirroring else [])]
         rows[f"nnslim predict --backend {backend}"] = (work / backend, setting.ours(work / backend, *options))
-    seconds: dict[str, list[float]] = {name: [] for name in rows}
-    for number in range(args.rounds):
-        for name in list(rows)[:: -1 if number % 2 else 1]:
-            output, command = rows[name]
-            shutil.rmtree(output, ignore_errors=True)
-            seconds[name].append(round(setting.run(command), 2))
-            print(f"{name}: {seconds[name][-1]:.1f} s", flush=True)
-    result = []
-    first = seconds["nnUNetv2_predict"]
-    print("| row | seconds | cases per minute | times stock | voxels that differ |\n| --- | --- | --- | --- | --- |")
-    for name, (output, _) in rows.items():
+    works = [partial(setting.run, command, output) for output, command in rows.values()]
+    seconds = alternated(works, args.rounds, warmups=0)
+    result, table = [], []
+    for (name, (output, _)), mine in zip(rows.items(), seconds, strict=True):
         differ, total = voxels_that_differ(work / "stock", output)
-        ratios = [round(theirs / mine, 3) for theirs, mine in zip(first, seconds[name], strict=True)]
-        middle = statistics.median(seconds[name])
-        row = {"row": name, "seconds": seconds[name], "cases_per_minute": round(60 * setting.count / middle, 1)}
-        row |= {"times_stock": ratios, "voxels_that_differ": differ, "voxels": total, "stages": stages(output)}
+        ratios = [round(theirs / one, 3) for theirs, one in zip(seconds[0], mine, strict=True)]
+        middle = statistics.median(mine)
+        row = {"row": name, "seconds": [round(one, 2) for one in mine]}
+        row |= {"cases_per_minute": round(60 * setting.count / middle, 1), "times_stock": ratios}
+        row |= {"voxels_that_differ": differ, "voxels": total, "stages": stages(output)}
         result.append(row)
-        times = statistics.median(ratios)
-        print(
-            f"| `{name}` | {middle:.1f} | {row['cases_per_minute']} | {times:.2f} | {differ} of {total} |", flush=True
-        )
+        shown = (f"`{name}`", f"{middle:.1f}", row["cases_per_minute"], f"{statistics.median(ratios):.2f}")
+        heads = ("row", "seconds", "cases per minute", "times stock", "voxels that differ")
+        table.append(dict(zip(heads, (*shown, f"{differ} of {total}"), strict=True)))
+    print(markdown(table), flush=True)
     return {"mirroring": args.mirroring, "rows": result}
 
 
@@ -204,7 +201,7 @@ def _one_kill(setting: Setting, output: Path, moment: tuple[int, float], referen
     there = digests(output) if output.is_dir() else {}
     unfinished = len(list(output.glob(".nnslim-*.nii.gz")))
     finished = {name: r for name, r in Manifest(output).read().items() if r.status == "done"}
-    seconds = setting.run(command)
+    seconds, _ = timed(partial(setting.run, command))
     found = _compared(output, reference, setting.count)
     after = Manifest(output).read()
     wrong = sum(reference.get(name) != digest for name, digest in there.items())
@@ -282,18 +279,18 @@ _PARTS = {"kills": kill_and_resume, "speed": measure_speed, "ray": lose_a_node}
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("what", nargs="+", choices=list(_PARTS))
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file for the figures")
     parser.add_argument("-m", "--model", type=Path, help="model folder (default: the hippocampus model of NNSLIM_DATA)")
     parser.add_argument("--cases", type=int, default=40, help="test cases first, then training cases (default: 40)")
-    parser.add_argument("--workers", type=int, default=2, help="of ours, and of nnU-Net's -npp and -nps (default: 2)")
+    parser.add_argument("--workers", type=int, default=2, help="for ours, and for nnU-Net's -npp and -nps (default: 2)")
     parser.add_argument(
         "--backend", nargs="+", default=["stock", "auto"], help="speed: rows of ours; kills and ray take the first"
     )
     parser.add_argument("--kills", type=int, default=10, help="kills: runs to kill (default: 10)")
     parser.add_argument("--kill", choices=["group", "main"], default="group", help="kills: all processes, or the first")
-    parser.add_argument("--seed", type=int, default=0, help="kills: of the moments (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="kills: chooses the moments (default: 0)")
     parser.add_argument("--rounds", type=int, default=3, help="speed: passes of each row, in turn (default: 3)")
     parser.add_argument("--mirroring", action="store_true", help="speed: with test-time mirroring, all rows")
     return parser
@@ -325,4 +322,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

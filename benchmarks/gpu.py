@@ -11,26 +11,30 @@ from __future__ import annotations
 
 import argparse
 import copy
-import logging
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.shared import add_network_options, point_of
 from nnslim.benchmark.alternated import reason
 from nnslim.benchmark.passes import device_name, network_facts
-from nnslim.errors import BackendError, NNSlimError
+from nnslim.benchmark.timings import quartiles
+from nnslim.errors import BackendError
+from nnslim.files import write_bytes
+from nnslim.hosts.totalseg.grid_points import grid_network
 from nnslim.running.engine import Backend, Settings, make_engine
-from nnslim.running.timing import run_pass
+from nnslim.running.timing import alternated, run_pass
+from nnslim.tables import markdown, write_table
+from studies.command import new_parser, run_command
 
-_NETWORKS = {"ts15": False, "ts3": True}
-_WAYS: dict[str, Backend] = {"stock": "stock", "nnslim-eager": "eager", "nnslim-compile": "compile"}
+WAYS: dict[str, Backend] = {"stock": "stock", "nnslim-eager": "eager", "nnslim-compile": "compile"}
 _COLUMNS = (
     "name", "way", "gmac", "ms", "ms_q1", "ms_q3", "x_stock_dense", "x_same_dense", "error", "reason",
 )  # fmt: skip
@@ -41,7 +45,7 @@ class Entry:
     """A row: a network and a way of running it.
 
     Attributes:
-        name: of the network. way: key of `_WAYS`. macs: of a pass.
+        name: of the network. way: key of `WAYS`. macs: of a pass.
         engine: None where it could not be made, see `problem`.
         error: norm of the difference to the same network in float32, relative. seconds: of each counted pass.
     """
@@ -57,26 +61,10 @@ class Entry:
 
 def networks(args: argparse.Namespace) -> tuple[dict[str, nn.Module], tuple[int, ...]]:
     """Return the dense network and one for each rank factor, on the CPU, and (B, C, *patch)."""
-    from nnslim.benchmark.grid_point import Point
-    from nnslim.hosts.totalseg.grid_points import grid_network
-
-    def made(factor: float | None) -> tuple[nn.Module, tuple[int, ...]]:
-        point = Point(
-            batch_size=args.batch_size,
-            apply_tucker=factor is not None,
-            rank_factor=factor or 0.5,
-            rank_min=args.rank_min,
-            low_resolution=_NETWORKS.get(args.network, False),
-            decompose=args.network not in _NETWORKS,
-            patch=None if args.patch is None else tuple(args.patch),
-            model="" if args.network in _NETWORKS else args.network,
-        )
-        return grid_network(point)
-
-    found, shape = {}, ()
-    for factor in (None, *args.rank_factors):
-        name = "dense" if factor is None else f"tucker {factor:g}"
-        found[name], shape = made(factor)
+    dense, shape = grid_network(point_of(args, batch_size=args.batch_size, apply_tucker=False))
+    found = {"dense": dense}
+    for factor in args.rank_factors:
+        found[f"tucker {factor:g}"], _ = grid_network(point_of(args, batch_size=args.batch_size, rank_factor=factor))
     return found, shape
 
 
@@ -91,7 +79,7 @@ def entries(found: dict[str, nn.Module], shape: Sequence[int], ways: Sequence[st
         for way in ways:
             entry = Entry(name, way, macs)
             try:
-                entry.engine = make_engine(network, shape, Settings(_WAYS[way]))
+                entry.engine = make_engine(network, shape, Settings(WAYS[way]))
                 entry.error = float((run_pass(entry.engine, x).float() - wanted).norm() / wanted.norm())
             except Exception as error:  # whatever a compiler raises: the other rows go on
                 entry.engine, entry.problem = None, reason(error)
@@ -101,15 +89,12 @@ def entries(found: dict[str, nn.Module], shape: Sequence[int], ways: Sequence[st
 
 
 def time_entries(made: Sequence[Entry], shape: Sequence[int], device: str, rounds: int) -> None:
-    """Add the seconds of that many passes to each entry: A B C A B C ..."""
+    """Add the seconds of that many passes to each entry."""
     x = sample(shape, device)
-    running = [(entry, entry.engine) for entry in made if entry.engine is not None]
-    for number in range(rounds + 1):
-        for entry, engine in running:
-            begun = time.perf_counter()
-            run_pass(engine, x)  # waits for the GPU
-            if number:  # the first round is not counted
-                entry.seconds.append(time.perf_counter() - begun)
+    running = [entry for entry in made if entry.engine is not None]
+    works = [partial(run_pass, entry.engine, x) for entry in running]  # waits for the GPU
+    for entry, seconds in zip(running, alternated(works, rounds), strict=True):
+        entry.seconds += seconds
 
 
 def sample(shape: Sequence[int], device: str) -> Tensor:
@@ -127,12 +112,8 @@ def rows_of(made: Sequence[Entry]) -> list[dict[str, Any]]:
         if one.error is not None:
             row["error"] = f"{one.error:.1e}"
         if (mine := medians.get((one.name, one.way))) is not None:
-            quartiles = statistics.quantiles(one.seconds, n=4) if len(one.seconds) > 1 else [mine] * 3
-            row |= {
-                "ms": f"{mine * 1e3:.3f}",
-                "ms_q1": f"{quartiles[0] * 1e3:.3f}",
-                "ms_q3": f"{quartiles[2] * 1e3:.3f}",
-            }
+            low, _, high = quartiles(one.seconds)
+            row |= {"ms": f"{mine * 1e3:.3f}", "ms_q1": f"{low * 1e3:.3f}", "ms_q3": f"{high * 1e3:.3f}"}
             for column, way in (("x_stock_dense", "stock"), ("x_same_dense", one.way)):
                 if ("dense", way) in medians:
                     row[column] = f"{medians['dense', way] / mine:.2f}"
@@ -147,17 +128,12 @@ def slower_than_dense(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="exit code: 0 done, 1 a row failed (the reason is in the table), 2 no CUDA device, or bad arguments",
-    )
-    parser.add_argument("--network", default="ts15", help="ts15, ts3 (untrained TotalSegmentator) or a model folder")
+    ends = "exit code: 0 done, 1 a row failed (the reason is in the table), 2 no CUDA device, or bad arguments"
+    parser = new_parser(__doc__, ends)
+    add_network_options(parser, rank_min=16)
     parser.add_argument("--rank-factors", type=float, nargs="+", default=[0.5, 0.3, 0.2])
-    parser.add_argument("--rank-min", type=int, default=16)
-    parser.add_argument("--ways", nargs="+", choices=list(_WAYS), default=list(_WAYS))
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--patch", type=int, nargs="+", help="voxels (default: the network's own, 128^3)")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("-o", "--output", type=Path, default=Path("gpu"), help="files, without their ending")
     return parser
@@ -165,39 +141,22 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
-    from nnslim.benchmark.timings import write_timings
-    from nnslim.files import write_bytes
-
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("nnslim").setLevel(logging.INFO)  # which form of a graph was the fastest
-    try:
-        if not torch.cuda.is_available():
-            raise BackendError("benchmarks/gpu.py needs a GPU, and torch finds no CUDA device here")
-        found, shape = networks(args)
-        made = entries(found, shape, args.ways, "cuda")
-        time_entries(made, shape, "cuda", args.rounds)
-        rows = rows_of(made)
-        write_timings(args.output.with_suffix(".csv"), rows, _COLUMNS)
-        size = "x".join(map(str, shape))
-        text = (
-            f"{args.network}, {size}, autocast, {device_name('cuda')}, torch {torch.__version__}, {args.rounds} rounds"
-        )
-        text += f"\n\n{markdown(rows)}"
-        if lost := slower_than_dense(rows):
-            text += f"\n\nslower than dense: {'; '.join(lost)}"
-        write_bytes(args.output.with_suffix(".md"), text.encode())
-    except NNSlimError as error:
-        print(f"nnslim: {error}", file=sys.stderr)
-        return 2
+    if not torch.cuda.is_available():
+        raise BackendError("benchmarks/gpu.py needs a GPU, and torch finds no CUDA device here")
+    found, shape = networks(args)
+    made = entries(found, shape, args.ways, "cuda")
+    time_entries(made, shape, "cuda", args.rounds)
+    rows = rows_of(made)
+    write_table(rows, args.output.with_suffix(".csv"))
+    size = "x".join(map(str, shape))
+    text = f"{args.network}, {size}, autocast, {device_name('cuda')}, torch {torch.__version__}, {args.rounds} rounds"
+    text += f"\n\n{markdown(rows)}"
+    if lost := slower_than_dense(rows):
+        text += f"\nslower than dense: {'; '.join(lost)}"
+    write_bytes(args.output.with_suffix(".md"), text.encode())
     print(text)
     return int(any(row["reason"] for row in rows))
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the rows as a Markdown table."""
-    lines = [_COLUMNS, ("---",) * len(_COLUMNS), *(tuple(str(row[name]) for name in _COLUMNS) for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -23,11 +23,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnslim.benchmark.alternated import Candidate, TimedJob
-from nnslim.benchmark.passes import PlainOpenVINO, Way, convert_plain, network_facts, prepare
-from nnslim.errors import BackendError, NNSlimError
+from benchmarks.shared import add_network_options, point_of
+from nnslim.benchmark.alternated import Candidate, TimedJob, measure_rounds, reason
+from nnslim.benchmark.passes import (
+    PlainOpenVINO,
+    Way,
+    convert_plain,
+    device_name,
+    keep_network,
+    network_facts,
+    prepare,
+)
+from nnslim.benchmark.timing_screen import markdown_table
+from nnslim.benchmark.timings import compare, find, timed_row, write_timings
+from nnslim.errors import BackendError, ConfigError, nearest
+from nnslim.files import write_bytes
+from nnslim.hosts.totalseg.grid_points import grid_network
+from nnslim.network.cost import measure_cost
+from nnslim.optional import needed
+from studies.command import new_parser, run_command
 
-_NETWORKS = {"ts15": False, "ts3": True}
 Convert = Callable[[nn.Module, Sequence[int], int], Callable[[Tensor], Any]]
 
 
@@ -50,10 +65,7 @@ class Peer:
 
 def nncf_int8(network: nn.Module, shape: Sequence[int], threads: int) -> Callable[[Tensor], Any]:
     """Quantise after training with NNCF's defaults, on a few patches of noise: good for time, not for accuracy."""
-    try:
-        import nncf
-    except ImportError as error:
-        raise BackendError(f"nncf is not installed ({error})") from error
+    nncf = needed("nncf", "nnslim[openvino]")
     nncf.set_log_level(logging.ERROR)
     generator = torch.Generator().manual_seed(1)
     patches = [torch.randn(tuple(shape), generator=generator).numpy() for _ in range(2)]
@@ -65,10 +77,7 @@ def nncf_int8(network: nn.Module, shape: Sequence[int], threads: int) -> Callabl
 
 def onnx_runtime(network: nn.Module, shape: Sequence[int], threads: int) -> Callable[[Tensor], Any]:
     """Export to ONNX and run by ONNX Runtime's CPU kernels."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise BackendError(f"onnxruntime is not installed ({error})") from error
+    onnxruntime = needed("onnxruntime", "nnslim[onnx]")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -88,11 +97,8 @@ def prune(network: nn.Module, shape: Sequence[int], macs: int) -> nn.Module:
     Raises:
         BackendError: Torch-Pruning is not installed.
     """
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise BackendError(f"torch_pruning is not installed ({error})") from error
-    heads = network_heads(network, shape)
+    torch_pruning = needed("torch_pruning", "torch-pruning")
+    heads = measure_cost(network, shape).heads
     low, high, best = 0.0, 0.95, network
     # A halved patch has the same channel groups; tracing the whole one would take minutes.
     small = (1, shape[1], *(max(size // 2, 1) if size % 64 == 0 and size > 64 else size for size in shape[2:]))
@@ -127,13 +133,6 @@ def swap_norms(network: nn.Module, old: type[nn.Module], new: type[nn.Module]) -
                     made[id(child)].weight, made[id(child)].bias = child.weight, child.bias
                 module._modules[name] = made[id(child)]
     return network.eval()
-
-
-def network_heads(network: nn.Module, shape: Sequence[int]) -> tuple[str, ...]:
-    """Return the names of the layers whose outputs are the network's."""
-    from nnslim.network.cost import measure_cost
-
-    return measure_cost(network, shape).heads
 
 
 _EAGER, _OPENVINO = Way("eager"), Way("openvino")
@@ -181,22 +180,8 @@ def prepare_peer(path: Path, shape: tuple[int, ...], peer: Peer, threads: int) -
 
 def keep_networks(args: argparse.Namespace, peers: Sequence[Peer], folder: Path) -> tuple[int, ...]:
     """Write the networks that the peers need, or why one cannot be made; returns (1, C, *patch)."""
-    from nnslim.benchmark.alternated import reason
-    from nnslim.benchmark.grid_point import Point
-    from nnslim.benchmark.passes import keep_network
-    from nnslim.hosts.totalseg.grid_points import grid_network
-
-    point = Point(
-        apply_tucker=False,
-        rank_factor=args.rank_factor,
-        rank_min=args.rank_min,
-        low_resolution=_NETWORKS.get(args.network, False),
-        decompose=args.network not in _NETWORKS,
-        patch=None if args.patch is None else tuple(args.patch),
-        model="" if args.network in _NETWORKS else args.network,
-    )
-    dense, shape = grid_network(point)
-    tucker, _ = grid_network(replace(point, apply_tucker=True))
+    dense, shape = grid_network(point_of(args, apply_tucker=False))
+    tucker, _ = grid_network(point_of(args, rank_factor=args.rank_factor))
     makers: dict[str, Callable[[], nn.Module]] = {
         "dense": lambda: dense,
         "tucker": lambda: tucker,
@@ -212,9 +197,6 @@ def keep_networks(args: argparse.Namespace, peers: Sequence[Peer], folder: Path)
 
 def run_peers(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the chosen peers and return their rows."""
-    from nnslim.benchmark.alternated import measure_rounds
-    from nnslim.benchmark.timings import compare, find, timed_row
-
     peers = [peer for peer in PEERS if not args.rows or peer.name in args.rows]
     threads = args.threads or torch.get_num_threads()
     with tempfile.TemporaryDirectory(prefix="nnslim-") as name:
@@ -229,12 +211,8 @@ def run_peers(args: argparse.Namespace) -> list[dict[str, Any]]:
     for peer, timing in zip(peers, timings, strict=True):
         way = peer.way or Way()
         columns = {"name": peer.name, "backend": peer.tool or way.backend, "threads": threads, "batch_size": shape[0]}
-        columns |= {
-            "patch_size": shape[1:],
-            "device": "cpu",
-            "autocast": False,
-            "apply_tucker": peer.network == "tucker",
-        }
+        columns |= {"patch_size": shape[1:], "device": "cpu", "autocast": False}
+        columns["apply_tucker"] = peer.network == "tucker"
         columns["precision"] = peer.precision if peer.way is None else way.precision
         rows.append(timed_row(timing, columns))
     compare(rows, find(rows, "stock", "stock"), find(rows, "openvino", "openvino-plain"))
@@ -247,15 +225,11 @@ def _report(name: str, done: int, total: int) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     names = ", ".join(peer.name for peer in PEERS)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=f"rows: {names}"
-    )
-    parser.add_argument("--network", default="ts15", help="ts15, ts3 (untrained TotalSegmentator) or a model folder")
+    parser = new_parser(__doc__, f"rows: {names}")
+    add_network_options(parser, rank_min=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", nargs="+", help="names; default: all")
     parser.add_argument("--rank-factor", type=float, default=0.3)
-    parser.add_argument("--rank-min", type=int, default=8)
-    parser.add_argument("--patch", type=int, nargs="+", help="voxels (default: the network's own)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("-o", "--output", type=Path, default=Path("peers"), help="files, without their ending")
     return parser
@@ -263,28 +237,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
-    from nnslim.benchmark.passes import device_name
-    from nnslim.benchmark.timing_screen import markdown_table
-    from nnslim.benchmark.timings import write_timings
-    from nnslim.errors import ConfigError, nearest
-    from nnslim.files import write_bytes
-
-    logging.basicConfig(format="%(message)s")
-    try:
-        for row in args.rows or ():
-            if row not in {peer.name for peer in PEERS}:
-                raise ConfigError(f"no row '{row}'; {nearest(row, [peer.name for peer in PEERS])}")
-        rows = run_peers(args)
-        write_timings(args.output.with_suffix(".csv"), rows)
-        where = f"{args.network}, {device_name()}, {len(os.sched_getaffinity(0))} processor(s), {args.rounds} rounds"
-        text = f"{where}, torch {torch.__version__}\n\n{markdown_table(rows)}"
-        write_bytes(args.output.with_suffix(".md"), text.encode())
-    except NNSlimError as error:
-        print(f"nnslim: {error}", file=sys.stderr)
-        return 2
+    for row in args.rows or ():
+        if row not in {peer.name for peer in PEERS}:
+            raise ConfigError(f"no row '{row}'; {nearest(row, [peer.name for peer in PEERS])}")
+    rows = run_peers(args)
+    write_timings(args.output.with_suffix(".csv"), rows)
+    where = f"{args.network}, {device_name()}, {len(os.sched_getaffinity(0))} processor(s), {args.rounds} rounds"
+    text = f"{where}, torch {torch.__version__}\n\n{markdown_table(rows)}"
+    write_bytes(args.output.with_suffix(".md"), text.encode())
     print(text)
     return int(any(row["status"] == "failed" for row in rows))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

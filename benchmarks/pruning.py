@@ -16,7 +16,6 @@ Example: ./run.sh benchmarks/pruning.py -d 4 -m MODEL --test-images imagesTs --t
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import subprocess
@@ -29,6 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from nnslim.tables import markdown, read_table, write_table
+from studies.command import new_parser, run_command
 
 _PLANS = "nnUNetSmallPlans"
 _NNSLIM = (sys.executable, "-m", "nnslim.cli")
@@ -147,8 +149,7 @@ def pruned_start(row: Row, args: argparse.Namespace, folder: Path, log: Path) ->
 
 def torch_pruned(args: argparse.Namespace, target: Path) -> Path:
     """Let Torch-Pruning prune the trained model; its widths become a SlimSpec, so that all else is the same."""
-    from peers import prune
-
+    from benchmarks.peers import prune
     from nnslim.benchmark.passes import network_facts
     from nnslim.hosts.nnunet.compress.compress_model import write_network
     from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_trained_model
@@ -220,10 +221,9 @@ def history(model: Path) -> dict[str, float]:
     path = model / "fold_0" / "pruning.csv"
     if not path.is_file():
         return {}
-    with path.open(newline="") as file:
-        seconds = list({row["epoch"]: float(row["seconds"]) for row in csv.DictReader(file)}.values())
-    first, last = statistics.median(seconds[:3]), statistics.median(seconds[-3:])
-    return {"training_seconds": sum(seconds), "epoch_seconds_first": first, "epoch_seconds_last": last}
+    seconds = read_table(path).drop_duplicates("epoch", keep="last")["seconds"].astype(float)
+    first, last = seconds.head(3).median(), seconds.tail(3).median()
+    return {"training_seconds": seconds.sum(), "epoch_seconds_first": first, "epoch_seconds_last": last}
 
 
 def facts_of(model: Path, kept: Path) -> dict[str, int]:
@@ -262,13 +262,8 @@ def write_tables(rows: Sequence[dict[str, Any]], output: Path) -> str:
     """Write pruning.csv and pruning.md, and return the latter."""
     classes = [key for key in rows[0] if key.startswith("dice_")]
     columns = [*_COLUMNS[:5], *classes, *_COLUMNS[5:]]
-    with (output / "pruning.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(_shown(row.get(key, "")) for key in columns) + " |" for row in rows]
-    text = "\n".join(lines) + "\n"
+    write_table(rows, output / "pruning.csv", columns)
+    text = markdown([{key: _shown(value) for key, value in row.items()} for row in rows], columns)
     (output / "pruning.md").write_text(text)
     return text
 
@@ -280,7 +275,7 @@ def _shown(value: Any) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("-d", "--dataset", required=True, help="number or name")
     parser.add_argument("-m", "--model", type=Path, required=True, help="trained model folder, fold 0")
     parser.add_argument("-i", "--images", type=Path, help="unlabelled images for the composed rows")
@@ -298,12 +293,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--macs", type=float, default=0.19, help="share of the MACs that is left, from scratch (0.19)")
     parser.add_argument("--start-macs", type=float, default=0.25, help="from the trained model (0.25)")
     parser.add_argument("--reach", type=float, default=0.6, help="share of the epochs by which it is reached (0.6)")
-    parser.add_argument("--rank-factors", type=float, nargs="+", default=[0.5, 0.3], help="of the composed rows")
-    parser.add_argument("--steps", type=int, default=200, help="of recovery, composed rows (200)")
-    parser.add_argument("--precision", choices=["f32", "bf16", "auto"], default="auto", help="of the trainings (auto)")
+    parser.add_argument("--rank-factors", type=float, nargs="+", default=[0.5, 0.3], help="those of the composed rows")
+    parser.add_argument("--steps", type=int, default=200, help="steps of recovery, composed rows (200)")
+    parser.add_argument(
+        "--precision", choices=["f32", "bf16", "auto"], default="auto", help="precision of the trainings (auto)"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="of the timed passes (2)")
-    parser.add_argument("--rounds", type=int, default=5, help="of the timing; 0: none")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of the timed passes (2)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the timing; 0: none")
     return parser
 
 
@@ -335,4 +332,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

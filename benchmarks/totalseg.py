@@ -10,7 +10,6 @@ Example: ./run.sh scripts/00_setup_ts.py --stand-in --tasks all --offline-config
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import statistics
 import sys
@@ -27,9 +26,12 @@ import numpy as np
 from nnslim import NNSlimContext
 from nnslim.benchmark.passes import device_name
 from nnslim.compression.config import SlimConfig, from_dict
-from nnslim.errors import NNSlimError
+from nnslim.evaluation.overlap import dice_per_label
 from nnslim.files import write_json
 from nnslim.patching import AttributePatch
+from nnslim.running.timing import alternated, timed
+from nnslim.tables import markdown, write_table
+from studies.command import new_parser, run_command
 
 STAGES = ("load", "preprocess", "forward", "export", "rest")
 COLUMNS = ("mode", "row", "first", "seconds", *STAGES, "speedup", "equal", "dice")
@@ -111,10 +113,9 @@ def segment(image: Path, config: SlimConfig | None, options: dict[str, Any]) -> 
 
     with tempfile.TemporaryDirectory(prefix="nnslim-") as folder:
         out = Path(folder) / "labels.nii.gz"
+        call = functools.partial(totalsegmentator, image, out, ml=True, device="cpu", quiet=True, **options)
         with nullcontext() if config is None else NNSlimContext(config), clocked() as clock:
-            started = time.perf_counter()
-            totalsegmentator(image, out, ml=True, device="cpu", quiet=True, **options)
-            seconds = time.perf_counter() - started
+            seconds, _ = timed(call)
         stages = {**clock.seconds, "seconds": seconds}
         stages["rest"] = seconds - sum(clock.seconds.values())
         return stages, np.asarray(nib.load(out).dataobj)
@@ -122,27 +123,26 @@ def segment(image: Path, config: SlimConfig | None, options: dict[str, Any]) -> 
 
 def dice(one: np.ndarray, other: np.ndarray) -> float:
     """Return the mean Dice over the labels that are in either map."""
-    found = [label for label in np.union1d(np.unique(one), np.unique(other)) if label]
-    values = [2 * ((one == n) & (other == n)).sum() / ((one == n).sum() + (other == n).sum()) for n in found]
-    return float(np.mean(values)) if values else 1.0
+    found = [int(label) for label in np.union1d(one, other) if label]
+    return float(np.mean(list(dice_per_label(one, other, found).values()))) if found else 1.0
 
 
 def measure_mode(mode: str, image: Path, rows: dict[str, SlimConfig | None], rounds: int) -> list[dict[str, Any]]:
     """Return one table row per configuration; the first is outside."""
     options = {"fast": {"fast": True}, "full": {"fast": False}}[mode]
-    first: dict[str, float] = {}
     times: dict[str, list[dict[str, float]]] = {name: [] for name in rows}
     labels: dict[str, np.ndarray] = {}
-    for number in range(rounds + 1):
-        for name, config in list(rows.items())[:: -1 if number % 2 else 1]:
-            if not number and (config is None or not config.methods):
-                continue  # nothing to compress
-            seconds, labels[name] = segment(image, config, options)
-            print(f"{mode}, {name}: {seconds['seconds']:.1f} s", file=sys.stderr, flush=True)
-            if number:
-                times[name].append(seconds)
-            else:
-                first[name] = round(seconds["seconds"], 2)
+
+    def call(name: str) -> None:
+        seconds, labels[name] = segment(image, rows[name], options)
+        print(f"{mode}, {name}: {seconds['seconds']:.1f} s", file=sys.stderr, flush=True)
+        times[name].append(seconds)
+
+    slim = [name for name, config in rows.items() if config is not None and config.methods]
+    for name in slim:  # the others have nothing to compress
+        call(name)
+    first = {name: round(times[name].pop()["seconds"], 2) for name in slim}
+    alternated([functools.partial(call, name) for name in rows], rounds, warmups=0)
     outside = next(iter(rows))
     base = statistics.median(one["seconds"] for one in times[outside])
     table = []
@@ -158,7 +158,7 @@ def measure_mode(mode: str, image: Path, rows: dict[str, SlimConfig | None], rou
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("-i", "--image", type=Path, required=True, help="a CT")
     parser.add_argument("-o", "--output", type=Path, default=Path("totalseg-times"), help="files, without ending")
     parser.add_argument("--modes", nargs="+", choices=("fast", "full"), default=["fast"], help="full: five models")
@@ -183,20 +183,12 @@ def main() -> None:
     import totalsegmentator.nnunet  # noqa: F401  patches nnU-Net's predictor: the clock goes around that
 
     table: list[dict[str, Any]] = []
-    try:
-        for mode in args.modes:
-            table += measure_mode(mode, args.image, rows, args.rounds)
-    except NNSlimError as error:
-        raise SystemExit(str(error)) from error
-    with args.output.with_suffix(".csv").open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
-        writer.writeheader()
-        writer.writerows(table)
+    for mode in args.modes:
+        table += measure_mode(mode, args.image, rows, args.rounds)
+    write_table(table, args.output.with_suffix(".csv"), COLUMNS)
     write_json(args.output.with_suffix(".json"), {"device": device_name("cpu"), "rounds": args.rounds, "rows": table})
-    print("| " + " | ".join(COLUMNS) + " |\n" + "| --- " * len(COLUMNS) + "|")
-    for row in table:
-        print("| " + " | ".join(str(row[column]) for column in COLUMNS) + " |")
+    print(markdown(table, COLUMNS))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

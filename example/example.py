@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
-import time
 from pathlib import Path
 
 import nibabel as nib
@@ -25,10 +23,11 @@ from nnslim.evaluation.overlap import dice_per_label
 from nnslim.figures import overlay
 from nnslim.hosts.nnunet.compress.compress_model import compress_model
 from nnslim.hosts.nnunet.model.shipped import shipped_model
-from nnslim.hosts.nnunet.model.trained_model import read_trained_model
+from nnslim.hosts.nnunet.model.trained_model import input_shape, read_trained_model
 from nnslim.hosts.nnunet.predict.directory import predict_folder
 from nnslim.hosts.nnunet.predict.load import load_predictor
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
+from nnslim.running.timing import pass_seconds
 
 PRESET = "tucker-balanced"
 OUTPUT = Path(__file__).resolve().parent / "output"
@@ -46,20 +45,6 @@ def write_crops(folder: Path) -> None:
         nib.save(template.slicer[box], folder / f"{side}_0000.nii.gz")
 
 
-def forward_seconds(predictors: dict[str, object], repeats: int = 9) -> dict[str, float]:
-    """Time one patch in turn on each network, so that a change of the machine's speed hits all of them alike."""
-    times: dict[str, list[float]] = {name: [] for name in predictors}
-    with torch.inference_mode():
-        for repeat in range(repeats + 1):
-            for name, predictor in predictors.items():
-                patch = torch.zeros(1, 1, *predictor.configuration_manager.patch_size)
-                started = time.perf_counter()
-                predictor.network(patch)
-                if repeat:  # the first round warms up
-                    times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def main() -> None:
     """Run the comparison."""
     shutil.rmtree(OUTPUT, ignore_errors=True)
@@ -67,7 +52,8 @@ def main() -> None:
     slim_model = OUTPUT / "nnUNetTrainer__nnUNetPlansSlim__3d_fullres"
     write_crops(images)
 
-    slimmed = compress_model(read_trained_model(dense_model), slim_model, load_config(PRESET))
+    source = read_trained_model(dense_model)
+    slimmed = compress_model(source, slim_model, load_config(PRESET))
     models = {"dense": dense_model, "slim": slim_model}
     for name, model in models.items():
         predict_folder(images, OUTPUT / name, model)
@@ -77,7 +63,8 @@ def main() -> None:
         predict_folder(images, OUTPUT / "context", dense_model)
     print(slim.report)
 
-    seconds = forward_seconds({name: load_predictor(model, None, PredictSettings()) for name, model in models.items()})
+    networks = [load_predictor(model, None, PredictSettings()).network for model in models.values()]
+    seconds = dict(zip(models, pass_seconds(networks, input_shape(source), rounds=9), strict=True))
     counts = {"dense": slimmed.dense, "slim": slimmed.slim}
     sizes = {name: (model / "fold_0" / "checkpoint_final.pth").stat().st_size for name, model in models.items()}
     agreement: dict[str, dict[str, float]] = {}
