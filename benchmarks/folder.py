@@ -81,6 +81,7 @@ class Setting:
             raise SystemExit(
                 f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
             )
+        print(f"done: {' '.join(command[4:])}"[:100], file=sys.stderr, flush=True)
 
     def reference(self) -> tuple[float, dict[str, str]]:
         """Predict everything in a run that is left alone; return its seconds and the digests of its files."""

@@ -13,12 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nnslim.hosts.nnunet.model.trained_model import trainer_class
 from studies.command import new_parser, run_command
 from studies.deformed_dataset import write_deformed_dataset
-from studies.short_training import ShortTraining, copy_weights, preprocess_once, seed_training, train_short, use_folders
+from studies.short_training import (
+    ShortTraining,
+    add_training_options,
+    copy_weights,
+    preprocess_once,
+    seed_training,
+    train_short,
+    use_folders,
+)
 
 
 def use_residual_encoder(settings: dict[str, Any]) -> None:
@@ -65,30 +71,19 @@ MODELS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--model", choices=MODELS, required=True)
-    parser.add_argument("--raw", type=Path, required=True, help="folder of nnU-Net raw datasets")
-    parser.add_argument("--work", type=Path, required=True, help="folder for preprocessed data and results")
+    add_training_options(parser, None, "0.01; manyclass, by Adam: 0.001")
     parser.add_argument("--image", type=Path, help="manyclass, first use: the CT, e.g. example_ct_sm.nii.gz")
     parser.add_argument("--labels", type=Path, help="manyclass, first use: its labels, e.g. example_seg.nii.gz")
     parser.add_argument("--cases", type=int, nargs=2, default=(60, 12), help="manyclass: training and test (60 12)")
-    parser.add_argument("--fold", type=int, default=0, help="fold of splits_final.json (default: 0)")
-    parser.add_argument("--epochs", type=int, default=20, help="epochs (default: 20)")
-    parser.add_argument("--iterations", type=int, default=50, help="iterations per epoch (default: 50)")
-    parser.add_argument("--batch-size", type=int, default=2, help="patches per iteration (default: 2)")
-    parser.add_argument("--learning-rate", type=float, help="initial, poly decay (0.01; manyclass, by Adam: 0.001)")
     parser.add_argument("--float32", action="store_true", help="full precision (default: bfloat16 autocast)")
-    parser.add_argument("--resume", action="store_true", help="go on from checkpoint_latest.pth")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--threads", type=int, help="torch threads (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, augmentation and deformation (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="fixes weights, augmentation and deformation (default: 0)")
     parser.add_argument("--copy-to", type=Path, help="also write a copy without optimiser state to this new folder")
     args = parser.parse_args(arguments)
     dataset, plans_name, edit_plans, learning_rate = MODELS[args.model]
 
-    use_folders(args.raw, args.work)
+    use_folders(args)
     os.environ["nnUNet_n_proc_DA"] = "1"  # nnU-Net's planner does not take 0
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
     deformed = args.raw / "Dataset941_DeformedCT"
     if args.model == "manyclass" and not (deformed / "dataset.json").is_file():
         if not (args.image and args.labels):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import os
@@ -21,10 +22,27 @@ _CPU = torch.device("cpu")
 DEFAULT_PLANS = "nnUNetPlans"
 
 
-def use_folders(raw: Path, work: Path) -> None:
-    """Set nnU-Net's variables; some of its versions read them when they are imported."""
-    for name, path in (("raw", raw), ("preprocessed", work / "preprocessed"), ("results", work / "results")):
+def add_training_options(parser: argparse.ArgumentParser, rate: float | None, rate_help: str) -> None:
+    """Add the options of a training that has folders of its own; `use_folders` reads the folders and threads."""
+    parser.add_argument("--raw", type=Path, required=True, help="folder of nnU-Net raw datasets")
+    parser.add_argument("--work", type=Path, required=True, help="folder for preprocessed data and results")
+    parser.add_argument("--fold", type=int, default=0, help="fold of splits_final.json (default: 0)")
+    parser.add_argument("--epochs", type=int, default=20, help="epochs (default: 20)")
+    parser.add_argument("--iterations", type=int, default=50, help="iterations per epoch (default: 50)")
+    parser.add_argument("--batch-size", type=int, default=2, help="patches per iteration (default: 2)")
+    parser.add_argument("--learning-rate", type=float, default=rate, help=f"initial rate, poly decay ({rate_help})")
+    parser.add_argument("--resume", action="store_true", help="go on from checkpoint_latest.pth")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--threads", type=int, help="torch threads (default: all)")
+
+
+def use_folders(args: argparse.Namespace) -> None:
+    """Set nnU-Net's variables, some of which it reads when it is imported, and torch's threads."""
+    work = args.work
+    for name, path in (("raw", args.raw), ("preprocessed", work / "preprocessed"), ("results", work / "results")):
         os.environ[f"nnUNet_{name}"] = str(path.resolve())
+    if args.threads:
+        torch.set_num_threads(args.threads)
 
 
 def seed_training(seed: int) -> None:
