@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -13,13 +14,27 @@ from helpers import ROOT
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel, built by the project's own back end without a network."""
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+def built(tmp_path_factory) -> Path:
+    """The folder of the wheel and the source distribution, built by the project's own back end without a network."""
+    folder = tmp_path_factory.mktemp("built")
+    command = [sys.executable, "-m", "hatchling", "build", "-d", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return next(folder.glob("*.whl"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built) -> Path:
+    return next(built.glob("*.whl"))
+
+
+def test_studies_are_in_the_source_distribution_and_not_in_the_wheel(built, wheel):
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "studies").glob("*.*")}
+    assert {"studies/README.md", "studies/table.py"} <= sources <= names
+    assert {"scripts/07_train_example_model.py", "run.sh"} <= names
+    assert not any(name.startswith(("studies", "scripts", "tests")) for name in zipfile.ZipFile(wheel).namelist())
 
 
 def test_wheel_holds_every_module_preset_and_the_model(wheel):
@@ -27,7 +42,7 @@ def test_wheel_holds_every_module_preset_and_the_model(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "nnslim").rglob("*.py")}
     assert sources <= names
-    assert {f"nnslim/work/html/{p.name}" for p in (ROOT / "nnslim" / "work" / "html").iterdir()} <= names
+    assert {f"nnslim/report/html/{p.name}" for p in (ROOT / "nnslim" / "report" / "html").iterdir()} <= names
     assert {f"nnslim/configs/{p.name}" for p in (ROOT / "configs").glob("*.yml")} <= names
     assert any(name.endswith("fold_0/checkpoint_final.pth") for name in names)
     assert wheel.stat().st_size < 15e6
