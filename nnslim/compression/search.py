@@ -43,7 +43,7 @@ class Found:
 
 def searched(config: SlimConfig) -> int | None:
     """Return the position of the method whose budget is `max_drop`, or None."""
-    found = [n for n, entry in enumerate(config.methods) if getattr(entry.settings, "max_drop", None) is not None]
+    found = [n for n, entry in enumerate(config.methods) if entry.settings.drop_limit is not None]
     if len(found) > 1:
         raise ConfigError("only one method may have the budget max_drop")
     return found[0] if found else None
@@ -73,7 +73,7 @@ def find_budget(
         ConfigError: without images. RankError: not even the weakest share keeps the limit.
     """
     entry = config.methods[position]
-    limit = entry.settings.max_drop
+    limit = entry.settings.drop_limit
     if data is None:
         raise ConfigError(
             f"max_drop={limit:g} is measured on images: name a folder of them (-i, or calibration.images)"
@@ -138,7 +138,6 @@ def find_budget(
 
 def _with_share(config: SlimConfig, position: int, share: float) -> SlimConfig:
     entry = config.methods[position]
-    settings = entry.settings.model_copy(update={"max_drop": None, "macs": share})
     methods = list(config.methods)
-    methods[position] = MethodEntry(method=entry.method, settings=settings)
+    methods[position] = MethodEntry(method=entry.method, settings=entry.settings.with_macs(share))
     return config.model_copy(update={"methods": tuple(methods)})

@@ -24,6 +24,15 @@ class MethodConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @property
+    def drop_limit(self) -> float | None:
+        """The estimated drop in Dice within which the smallest share of the MACs is searched; None: no search."""
+        return None
+
+    def with_macs(self, share: float) -> MethodConfig:
+        """Return the settings with a share of the dense MACs as the budget, in place of `drop_limit`."""
+        raise ConfigError(f"{type(self).__name__} has no budget to search")
+
 
 def check_patterns(method: str, kind: str, given: Mapping[str, Iterable[str]], layers: Sequence[Layer]) -> None:
     """Refuse a layer pattern that fits nothing.
@@ -145,6 +154,8 @@ class Method:
         plans: (settings, config) -> settings; what a configuration in nnU-Net's plans.json becomes (its spacing, for
             example), None where nothing changes; a pure function. Where it changes something, the method is refused
             for models in memory, whose images are preprocessed by plans that were read before.
+        survey: (network, cost, tiles, folder, *, step, title, progress) -> one entry per layer; writes tables and
+            pictures of what each setting would cost each layer.
         trains: it works while a network is trained (`nnslim train`); it has no plan for one that is.
     """
 
@@ -155,6 +166,7 @@ class Method:
     weight_errors: Callable[[nn.Module, nn.Module], dict[str, float]] | None = None
     fill: Callable[[nn.Module, nn.Module, Any, Sequence[int]], None] | None = None
     plans: Callable[[Mapping[str, Any], Any], dict[str, Any] | None] | None = None
+    survey: Callable[..., Sequence[Any]] | None = None
     trains: bool = False
 
 

@@ -12,10 +12,11 @@ from torch import nn
 
 from nnslim.errors import ConfigError, RankError
 from nnslim.maths.spectra import evbmf_rank
+from nnslim.methods.decision_table import write_decisions
 from nnslim.methods.tucker import TuckerConfig, latency, plan_tucker
 from nnslim.methods.tucker.latency import LatencyTable, measured_neighbours, measured_ranks
 from nnslim.methods.tucker.layers import TuckerConv, kernel_of
-from nnslim.methods.tucker.plan_table import read_ranks, write_plan
+from nnslim.methods.tucker.plan_table import read_ranks
 from nnslim.methods.tucker.survey import answer_distance, survey
 from nnslim.network.cost import measure_cost
 from nnslim.network.spec import SlimSpec, apply_spec
@@ -200,7 +201,7 @@ def test_plan_evbmf_finds_planted_ranks_and_respects_the_floor(net, cost):
 def test_plan_table_round_trip_with_a_rank_edited_by_hand(net, cost, tmp_path):
     plan, decisions = planned(net, cost, macs=0.5)
     path = tmp_path / "plan.csv"
-    write_plan(plan.decisions, path)
+    write_decisions(plan.decisions, path)
     again, same = planned(net, cost, plan=path)
     assert again.edits == plan.edits
     assert {n: d.ranks for n, d in same.items()} == {n: d.ranks for n, d in decisions.items()}
@@ -450,5 +451,5 @@ def test_plan_table_with_transposed_layers_is_read_back_without_the_switch(tiny_
     cost = measure_cost(network, tiny_shape("plain3d"))
     first = plan_tucker(network, TuckerConfig(rank_factor=0.25, rank_min=4, transposed=True), cost)
     assert any("transpconvs" in edit.layer for edit in first.edits)
-    write_plan(first.decisions, tmp_path / "plan.csv")
+    write_decisions(first.decisions, tmp_path / "plan.csv")
     assert plan_tucker(network, TuckerConfig(plan=tmp_path / "plan.csv"), cost).edits == first.edits

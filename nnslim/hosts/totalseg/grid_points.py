@@ -15,7 +15,7 @@ from nnslim.errors import ConfigError, NNSlimError
 from nnslim.hosts.nnunet.judge.benchmark_models import predict_settings
 from nnslim.hosts.nnunet.judge.stages import TimedPipeline, stage_medians
 from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_trained_model
-from nnslim.methods.tucker.config import TuckerConfig
+from nnslim.methods.base import method_named
 from nnslim.running.engine import BACKENDS
 
 _TASKS = {False: (291, 25), True: (297, 118)}  # 3 mm? -> TotalSegmentator's task, heads with background
@@ -47,11 +47,12 @@ def grid_network(point: Point) -> tuple[nn.Module, tuple[int, ...]]:
 def tucker_config(point: Point) -> SlimConfig:
     """Return the configuration of a grid's point."""
     chosen = {"rank_min": point.rank_min, "decompose": point.decompose}
+    rule = method_named("tucker").config_class
     if point.rule == "published":
-        return load_config(TuckerConfig.published(point.rank_factor, **chosen))
+        return load_config(rule.published(point.rank_factor, **chosen))
     if point.rule != "nnslim":
         raise ConfigError(f"unknown rule '{point.rule}'; known: nnslim, published")
-    return load_config(TuckerConfig(rank_factor=point.rank_factor, rank_multiple=_ALIGNED, **chosen))
+    return load_config(rule(rank_factor=point.rank_factor, rank_multiple=_ALIGNED, **chosen))
 
 
 def end_to_end(point: Point, images: Path, cases: int = 1) -> float | None:

@@ -80,6 +80,15 @@ class TuckerConfig(MethodConfig):
         return {**raw, "rank_mode": modes[0]} if modes else raw
 
     @property
+    def drop_limit(self) -> float | None:
+        """See MethodConfig."""
+        return self.max_drop
+
+    def with_macs(self, share: float) -> TuckerConfig:
+        """See MethodConfig."""
+        return self.model_copy(update={"max_drop": None, "macs": share})
+
+    @property
     def budget(self) -> tuple[str, float] | None:
         """The budget that is set, by name, or None."""
         return next(((key, getattr(self, key)) for key in BUDGETS if getattr(self, key) is not None), None)

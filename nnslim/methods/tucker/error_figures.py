@@ -4,20 +4,53 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from nnslim.figures import new_figure, own_style
 from nnslim.files import write_bytes
-from nnslim.methods.tucker.error_grid import LayerGrid
+from nnslim.methods.tucker.error_grid import LayerGrid, error_grid, write_grid
+from nnslim.network.cost import Cost
+from nnslim.surgery.streaming import Tiles
 
 _COLUMNS, _ROWS = 4, 5  # panels of one page
 _FACTORS = tuple(number / 32 for number in range(1, 33))
 _LEVELS = (0.1, 0.3, 0.5)
 _STYLES = ("solid", "dashed", "dotted", "dashdot")
+
+
+def survey_ranks(
+    network: nn.Module,
+    cost: Cost,
+    tiles: Tiles | None,
+    folder: Path,
+    *,
+    step: int | None = None,
+    title: str = "",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[LayerGrid]:
+    """Write the error of each pair of ranks of every layer; see `Method.survey`.
+
+    The folder gets errors.csv, `weights` (heat maps) and `equal_factor` (lines) as PNG and PDF, and `outputs` (heat
+    maps) where there are tiles.
+
+    Args:
+        step: channels between the ranks of a side; a sixteenth of the channels if None.
+    Raises:
+        ConfigError: a step below 1. OutputError: a file cannot be written.
+    """
+    progress = progress or (lambda what, done, total: None)
+    grids = error_grid(network, cost, tiles, step=step, progress=lambda done, total: progress("layers", done, total))
+    write_grid(grids, folder / "errors.csv")
+    progress("pictures", 0, 1)
+    heat_maps(grids, folder, title=title)
+    heat_maps(grids, folder, outputs=True, title=title)
+    equal_factor_lines(grids, folder, title=title)
+    return grids
 
 
 @own_style

@@ -1,33 +1,13 @@
-"""The plan as a table: written for people, edited by them, read back."""
+"""Ranks read from a table that nnslim wrote (plan.csv) and a person may have edited."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from nnslim.errors import ConfigError, InputError
-from nnslim.methods.base import Decision
-from nnslim.tables import read_table, write_table
+from nnslim.tables import read_table
 
 _READ = ("layer", "action", "rank_out", "rank_in")
-
-
-def write_plan(decisions: Sequence[Decision], path: Path) -> None:
-    """Write one line per layer. Only `layer`, `action`, `rank_out` and `rank_in` are read back.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    counts = ("macs_before", "macs_after", "parameters_before", "parameters_after")
-    rows = []
-    for decision in decisions:
-        outputs, inputs, *kernel = decision.shape
-        row = dict(zip(_READ, (decision.layer, decision.action, *(decision.ranks or (None, None))), strict=True))
-        row |= {"outputs": outputs, "inputs": inputs, "kernel": "x".join(map(str, kernel))}
-        row |= {name: getattr(decision, name) for name in counts}
-        error = None if decision.error is None else f"{decision.error:.4f}"
-        rows.append(row | {"error": error, "reason": decision.reason})
-    write_table(rows, path)
 
 
 def read_ranks(path: Path | None) -> dict[str, tuple[int, int] | None]:

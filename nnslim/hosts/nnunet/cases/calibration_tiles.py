@@ -93,7 +93,7 @@ class PreparedImages:
         return PreparedImages(self.source, self.paths[start:stop], self.folder)
 
     @property
-    def images_fingerprint(self) -> str:
+    def fingerprint(self) -> str:
         """Hash of the preprocessed images, which is what the weights depend on."""
         digest = hashlib.sha256()
         for path in self.paths:
@@ -353,7 +353,7 @@ def calibration_of(
 
 
 def _searches(config: SlimConfig) -> bool:
-    return any(getattr(entry.settings, "max_drop", None) is not None for entry in config.methods)
+    return any(entry.settings.drop_limit is not None for entry in config.methods)
 
 
 def images_fingerprint(config: SlimConfig) -> str:

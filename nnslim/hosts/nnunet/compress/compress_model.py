@@ -31,7 +31,7 @@ from nnslim.hosts.nnunet.model.trained_model import (
     read_trained_model,
     trainer_class,
 )
-from nnslim.methods.tucker.plan_table import write_plan
+from nnslim.methods.decision_table import write_decisions
 from nnslim.network.cost import Counts, measure_cost
 from nnslim.network.spec import SlimSpec, spec_of
 
@@ -116,7 +116,7 @@ def compress_model(
         made = record(model, slimmed, config)
         write_json(side / "nnslim.json", made if given is model else {**made, "resolution": resolutions(given, model)})
         if config.active:
-            write_plan(slimmed.decisions, side / "plan.csv")
+            write_decisions(slimmed.decisions, side / "plan.csv")
         if config.run.precision == "int8":
             _calibrate_int8(side, list(model.checkpoints), config, progress)
     for leftover in target.parent.glob(f"{state.name}.fold*"):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,10 +18,8 @@ from nnslim.errors import ConfigError, ModelError, OutputError
 from nnslim.files import make_folder, whole_folder
 from nnslim.hosts.nnunet.cases.calibration_tiles import ImageTiles, Source, calibration_of, prepare_images
 from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network, input_shape
-from nnslim.methods.base import Decision
-from nnslim.methods.tucker.error_figures import equal_factor_lines, heat_maps
-from nnslim.methods.tucker.error_grid import LayerGrid, error_grid, write_grid
-from nnslim.methods.tucker.plan_table import write_plan
+from nnslim.methods.base import Decision, method_named
+from nnslim.methods.decision_table import write_decisions
 from nnslim.network.cost import measure_cost
 from nnslim.surgery.streaming import Tiles
 
@@ -33,34 +32,34 @@ def error_grid_folder(
     *,
     images: Path | None = None,
     count: int = 8,
+    method: str = "tucker",
     step: int | None = None,
     progress: Progress | None = None,
-) -> list[LayerGrid]:
-    """Write errors.csv and pictures for the first fold that was read.
+) -> Sequence[Any]:
+    """Write what each setting of a method would cost the layers of the first fold: errors.csv and pictures.
 
-    The folder holds errors.csv, `weights` (heat maps) and `equal_factor` (lines) as PNG and PDF, and `outputs` (heat
-    maps) where there are images. It is written whole or not at all.
+    The method fills the folder, see `Method.survey`; it is written whole or not at all.
 
     Args:
         model: dense, from `read_model_folder`.
         target: folder to write; must not exist, or be empty.
         images: folder of unlabelled images; with them the error of the outputs is told as well.
         count: images at most.
-        step: channels between the ranks of a side; a sixteenth of the channels if None.
+        method: one with a survey. step: between two settings; see the method.
         progress: called with (what is done, units done, units in all).
     Raises:
         ModelError: a slim model, or one that cannot be built. InputError: no images, or one that cannot be read.
-        ConfigError: step or count below 1. OutputError: the target exists or cannot be written.
+        ConfigError: step or count below 1, or a method without a survey.
+        OutputError: the target exists or cannot be written.
     """
     _check_dense(model)
+    survey = method_named(method).survey
+    if survey is None:
+        raise ConfigError(f"{method} has no survey of errors")
     if count < 1:
         raise ConfigError(f"the number of images is at least 1, found {count}")
     fold = next(iter(model.checkpoints))
     title = f"{model.plans.get('dataset_name', model.path.name)}, {model.configuration}, fold {fold}"
-
-    def report(done: int, total: int) -> None:
-        if progress is not None:
-            progress("layers", done, total)
 
     with whole_folder(Path(target)) as side:
         network = build_network(model)
@@ -68,14 +67,7 @@ def error_grid_folder(
         with _tiles(model, images, count, progress) as tiles:
             if tiles is not None and torch.cuda.is_available():
                 network = network.to("cuda")
-            grids = error_grid(network, cost, tiles, step=step, progress=report)
-        write_grid(grids, side / "errors.csv")
-        if progress is not None:
-            progress("pictures", 0, 1)
-        heat_maps(grids, side, title=title)
-        heat_maps(grids, side, outputs=True, title=title)
-        equal_factor_lines(grids, side, title=title)
-    return grids
+            return survey(network, cost, tiles, side, step=step, title=title, progress=progress)
 
 
 @contextmanager
@@ -143,7 +135,7 @@ def plan_model(model: TrainedModel, target: Path, config: SlimConfig, *, progres
             network = network.to("cuda")
         plans = plan_methods(network, config, cost, shape, data)
     decisions = tuple(decision for plan in plans for decision in plan.decisions)
-    write_plan(decisions, target)
+    write_decisions(decisions, target)
     saved = sum(d.parameters_before - d.parameters_after for d in decisions)
     saved_macs = sum(d.macs_before - d.macs_after for d in decisions)
     return Planned(

@@ -35,7 +35,6 @@ from nnslim.hosts.nnunet.cases.calibration_tiles import calibration_of
 from nnslim.hosts.nnunet.judge.stages import TimedPipeline, stage_medians, start_times
 from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network, input_shape, read_trained_model
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
-from nnslim.methods.tucker.config import TuckerConfig
 from nnslim.running.engine import BACKENDS
 
 
@@ -202,7 +201,7 @@ def _rows_to_measure(networks: dict[str, Path], ways: Sequence[Way]) -> list[tup
 def _tucker_columns(variant: SlimConfig | Path | None) -> Row:
     """Return the predecessor's columns about ranks, where one Tucker step is all there is."""
     entries = variant.methods if isinstance(variant, SlimConfig) and variant.apply else ()
-    chosen = [entry.settings for entry in entries if isinstance(entry.settings, TuckerConfig)]
+    chosen = [entry.settings for entry in entries if entry.method == "tucker"]
     columns: Row = {"apply_tucker": bool(chosen)}
     if len(chosen) == 1:
         columns |= {key: getattr(chosen[0], key) for key in ("rank_mode", "rank_min", "decompose", "verbose")}
