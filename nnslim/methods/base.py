@@ -53,7 +53,7 @@ def check_patterns(method: str, kind: str, given: Mapping[str, Iterable[str]], l
                 raise ConfigError(f"{method}: no {kind} matches {key} pattern '{pattern}'; {hint}")
 
 
-def kept_dense(layer: Layer, config: Any, cost: Cost) -> str:
+def left_dense(layer: Layer, config: Any, cost: Cost) -> str:
     """Return why a layer stays dense whatever a rule says, or an empty string.
 
     Args:

@@ -7,7 +7,7 @@ the published Embedded-ViT networks these are 74 to 77 % of the parameters.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from nnslim.errors import SpecError
-from nnslim.network.replace import replace_layer
-from nnslim.network.spec import Edit, register_edit
+from nnslim.network.replace import ReplacingEdit
+from nnslim.network.spec import register_edit
 from nnslim.network.walk import LayerIndex, deep_supervision, unwrap
 
 
@@ -136,7 +136,7 @@ def _prefixes(name: str) -> list[str]:
 
 @register_edit
 @dataclass(frozen=True)
-class StripEdit(Edit):
+class StripEdit(ReplacingEdit):
     """Take out one module that the forward pass never calls, with all that it holds.
 
     In a list of modules an empty one stays in its place, so that the others keep their names.
@@ -147,10 +147,11 @@ class StripEdit(Edit):
 
     layer: str
     kind: ClassVar[str] = "strip"
+    separable: ClassVar[bool] = False
 
-    def apply(self, layers: LayerIndex, *, fill: bool) -> Callable[[], None]:
-        """See Edit.apply."""
-        return replace_layer(layers[self.layer], nn.Identity())
+    def made(self, dense: nn.Module, fill: bool) -> nn.Module:
+        """Return an empty module."""
+        return nn.Identity()
 
 
 def strip_edits(network: nn.Module, input_shape: Sequence[int]) -> tuple[StripEdit, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nnslim.errors import SpecError
-from nnslim.network.replace import replace_layer
-from nnslim.network.spec import Edit, register_edit
-from nnslim.network.walk import LayerIndex
+from nnslim.network.replace import ReplacingEdit
+from nnslim.network.spec import register_edit
 
 
 class LowRankLinear(nn.Module):
@@ -61,8 +59,8 @@ class LowRankLinear(nn.Module):
 
 @register_edit
 @dataclass(frozen=True)
-class LowRankEdit(Edit):
-    """Replace one linear layer by two.
+class LowRankEdit(ReplacingEdit):
+    """Replace one linear layer by two, `<name>.first` and `.last`.
 
     Attributes:
         layer: any of its names. rank: features between the two.
@@ -71,17 +69,11 @@ class LowRankEdit(Edit):
     layer: str
     rank: int
     kind: ClassVar[str] = "low_rank"
-    separable: ClassVar[bool] = True
 
-    def apply(self, layers: LayerIndex, *, fill: bool) -> Callable[[], None]:
-        """See Edit.apply. The two sit under the old layer's names, as `<name>.first` and `.last`."""
-        layer = layers[self.layer]
-        try:
-            made = LowRankLinear(layer.module, self.rank)
-        except SpecError as error:
-            raise SpecError(f"layer '{self.layer}': {error}") from None
-        made.train(layer.module.training)
+    def made(self, dense: nn.Module, fill: bool) -> nn.Module:
+        """Return the pair."""
+        pair = LowRankLinear(dense, self.rank)
         if fill:
-            left, _, _ = torch.linalg.svd(layer.module.weight.detach().double(), full_matrices=False)
-            made.fill(layer.module, left[:, : self.rank], left.new_zeros(len(left)))
-        return replace_layer(layer, made)
+            left, _, _ = torch.linalg.svd(dense.weight.detach().double(), full_matrices=False)
+            pair.fill(dense, left[:, : self.rank], left.new_zeros(len(left)))
+        return pair

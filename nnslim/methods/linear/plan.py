@@ -8,7 +8,7 @@ from torch import nn
 
 from nnslim.errors import ConfigError
 from nnslim.maths.knapsack import Choice, choose
-from nnslim.methods.base import Decision, Plan, check_patterns, kept_dense, relative_error, replaced
+from nnslim.methods.base import Decision, Plan, check_patterns, left_dense, relative_error, replaced
 from nnslim.methods.linear.config import LinearConfig
 from nnslim.methods.linear.edit import LowRankEdit, LowRankLinear
 from nnslim.methods.linear.output_spectra import OutputSpectrum, output_spectra, weight_spectrum
@@ -29,7 +29,7 @@ def plan_linear(network: nn.Module, config: LinearConfig, cost: Cost, tiles: Til
     found = LayerIndex(unwrap(network)).of_type(nn.Linear)
     check_patterns("linear", "linear layer", {"include": config.include, "exclude": config.exclude}, found)
     layers = {layer.name: layer.module for layer in found}
-    kept = {layer.name: kept_dense(layer, config, cost) for layer in found}
+    kept = {layer.name: left_dense(layer, config, cost) for layer in found}
     free = {name: linear for name, linear in layers.items() if not kept[name]}
     if not free:
         raise ConfigError(

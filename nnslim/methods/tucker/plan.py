@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
 
-from nnslim.methods.base import Decision, Plan, check_patterns, kept_dense
+from nnslim.methods.base import Decision, Plan, check_patterns, left_dense
 from nnslim.methods.tucker.chain import chain_macs, chain_parameters
 from nnslim.methods.tucker.config import TuckerConfig
 from nnslim.methods.tucker.edit import TuckerEdit
@@ -38,32 +37,23 @@ def plan_tucker(network: nn.Module, config: TuckerConfig, cost: Cost, tiles: Til
     patterns = {"include": config.include, "exclude": config.exclude, "overrides": tuple(config.overrides)}
     check_patterns("tucker", "convolution", patterns, layers)
     ran = [name for name in cost.layers if any(name == layer.name for layer in layers)]
-    first = ran[0] if ran else None
-    open_layers = {layer.name: layer for layer in layers if not _why_dense(layer, config, cost, layer.name == first)}
-    plans = [
-        _plan(layers, config, cost, chosen, first) for chosen in choose_ranks(network, open_layers, config, cost, tiles)
-    ]
-    return replace(plans[0], rivals=tuple(plans[1:]))
-
-
-def _plan(
-    layers: Sequence[Layer], config: TuckerConfig, cost: Cost, chosen: Mapping[str, Chosen], first: str | None
-) -> Plan:
-    edits, decisions = [], []
-    for layer in layers:
-        decision, edit = _decide(layer, config, cost, chosen, is_first=layer.name == first)
-        decisions.append(decision)
-        if edit is not None:
-            edits.append(edit)
+    kept = {layer.name: _why_dense(layer, config, cost, layer.name in ran[:1]) for layer in layers}
+    open_layers = {layer.name: layer for layer in layers if not kept[layer.name]}
+    plans = []
+    for chosen in choose_ranks(network, open_layers, config, cost, tiles):
+        choices = {name: Chosen(reason=reason) for name, reason in kept.items() if reason} | chosen
+        made = [_decide(layer, config, cost, choices[layer.name]) for layer in layers]
+        plans.append(Plan(tuple(edit for _, edit in made if edit is not None), tuple(each for each, _ in made)))
         if config.verbose:
-            _log.info("%s %s -> %s %s", layer.name, decision.shape, decision.ranks or "dense", decision.reason)
-    return Plan(tuple(edits), tuple(decisions))
+            for d, _ in made:
+                _log.info("%s %s -> %s %s", d.layer, d.shape, d.ranks or "dense", d.reason)
+    return replace(plans[0], rivals=tuple(plans[1:]))
 
 
 def _why_dense(layer: Layer, config: TuckerConfig, cost: Cost, is_first: bool) -> str:
     """Return why the layer stays dense whatever its ranks, or an empty string."""
     conv = layer.module
-    if reason := kept_dense(layer, config, cost):
+    if reason := left_dense(layer, config, cost):
         return reason
     if conv.groups != 1:
         return f"grouped convolution (groups={conv.groups})"
@@ -78,9 +68,7 @@ def _why_dense(layer: Layer, config: TuckerConfig, cost: Cost, is_first: bool) -
     return ""
 
 
-def _decide(
-    layer: Layer, config: TuckerConfig, cost: Cost, chosen: Mapping[str, Chosen], *, is_first: bool
-) -> tuple[Decision, TuckerEdit | None]:
+def _decide(layer: Layer, config: TuckerConfig, cost: Cost, choice: Chosen) -> tuple[Decision, TuckerEdit | None]:
     conv = layer.module
     shape = tuple(kernel_of(conv).shape)
     parameters = sum(p.numel() for p in conv.parameters())
@@ -90,9 +78,6 @@ def _decide(
     def dense(reason: str) -> tuple[Decision, None]:
         return Decision(layer.name, "dense", shape, None, macs, macs, parameters, parameters, reason), None
 
-    if reason := _why_dense(layer, config, cost, is_first):
-        return dense(reason)
-    choice = chosen[layer.name]
     if choice.reason:
         return dense(choice.reason)
     ranks = tuple(rank or channels for rank, channels in zip(choice.ranks, shape[:2], strict=True))
@@ -102,11 +87,8 @@ def _decide(
     if sides == (None, None):
         return dense("full rank")
     macs_after = chain_macs(conv, *sides, ran.voxels_in, ran.voxels_out)
-    parameters_after = chain_parameters(conv, *sides)
     if config.only_if_cheaper and macs_after >= macs and config.rank_mode not in ("budget", "plan"):
         return dense(f"would not get cheaper ({macs_after:,} MACs against {macs:,})")
-    edit = TuckerEdit(layer.name, *sides, decompose=config.decompose)
-    decision = Decision(
-        layer.name, "tucker", shape, ranks, macs, macs_after, parameters, parameters_after, error=choice.error
-    )
-    return decision, edit
+    counts = (macs, macs_after, parameters, chain_parameters(conv, *sides))
+    decision = Decision(layer.name, "tucker", shape, ranks, *counts, error=choice.error)
+    return decision, TuckerEdit(layer.name, *sides, decompose=config.decompose)

@@ -1,4 +1,4 @@
-"""Find out, once, what each pair of ranks would cost in error at each layer, and what such an error is worth."""
+"""Survey, once, the error of each pair of ranks at each layer, and what such an error costs the network's answer."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from nnslim.methods.tucker.metric import output_metric
 from nnslim.network.walk import LayerIndex
 from nnslim.surgery.streaming import Request, Tiles, following_norms, stream_moments
 
-_PROBE_ERROR = (
-    0.1  # squared relative error at which a layer is probed: large enough to be seen, small enough to be local
-)
+_PROBE_ERROR = 0.1  # squared relative error of a probe: large enough to be seen, small enough to be local
 _PROBE_TILES = 4
 _KEPT = 1 << 24  # values of one tile's logits that are kept rather than computed again
 
@@ -108,37 +106,25 @@ def survey(
     found = {}
     prober = _Prober(network, tiles) if probe else None
     for number, name in enumerate(names, start=1):
+        found[name] = LayerSurvey(plain[name], plain[name])  # stays for overlapping transposed convolutions
         if name in moments:
             norm = layers[norms[name]].module if name in norms else None
-            found[name] = _survey_layer(kernels[name], plain[name], moments[name], norm, damping, prober, name)
-        else:  # overlapping transposed convolutions
-            found[name] = LayerSurvey(plain[name], plain[name])
+            outputs, approximate = _on_data(kernels[name], moments[name], output_metric(moments[name], norm, damping))
+            worth = 1.0 if prober is None else prober.sensitivity(name, outputs, approximate)
+            found[name] = LayerSurvey(plain[name], outputs, worth, approximate)
         if on_step is not None:
             on_step(number, len(names))
     return Survey(found, prober)
 
 
-def _survey_layer(
-    kernel: Tensor,
-    plain: Spectrum,
-    moments: ChannelMoments,
-    norm: nn.Module | None,
-    damping: float,
-    prober: _Prober | None,
-    name: str,
-) -> LayerSurvey:
-    metric = output_metric(moments, norm, damping)
-    outputs = Spectrum.of(whitened(kernel, moments.channels, moments.taps, metric)[0])
+def _on_data(kernel: Tensor, moments: ChannelMoments, metric: Tensor) -> tuple[Spectrum, Callable[[Ranks], Tensor]]:
+    """Return the errors of the outputs, and what gives the kernel of a chain."""
+    channels, taps = moments.channels, moments.taps
 
     def approximate(ranks: Ranks) -> Tensor:
-        return fit_by_channels(kernel, moments.channels, moments.taps, metric, ranks).reconstruct()
+        return fit_by_channels(kernel, channels, taps, metric, ranks).reconstruct()
 
-    if prober is None:
-        return LayerSurvey(plain, outputs, approximate=approximate)
-    ranks = _probe_ranks(outputs)
-    squared = max(float(outputs.squared_error[ranks]), 1e-6)
-    distance = prober.divergence({name: approximate(ranks)})
-    return LayerSurvey(plain, outputs, max(distance, 1e-9) / squared, approximate)
+    return Spectrum.of(whitened(kernel, channels, taps, metric)[0]), approximate
 
 
 def _probe_ranks(spectrum: Spectrum) -> tuple[int, int]:
@@ -160,6 +146,12 @@ class _Prober:
         self._pick = (tiles, step)
         self._count = len(range(0, len(tiles), step)[:_PROBE_TILES])
         self._wanted: dict[int, Tensor] = {}  # the dense answers, half precision, as far as they are small
+
+    def sensitivity(self, name: str, outputs: Spectrum, approximate: Callable[[Ranks], Tensor]) -> float:
+        """Return what one unit of squared relative output error of a layer costs in the network's answer."""
+        ranks = _probe_ranks(outputs)
+        squared = max(float(outputs.squared_error[ranks]), 1e-6)
+        return max(self.divergence({name: approximate(ranks)}), 1e-9) / squared
 
     @torch.inference_mode()
     def divergence(self, kernels: Mapping[str, Tensor]) -> float:
