@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from nnslim.methods.embedded.daeformer import FORMS, CrossBlock, DAEFormer, DualBlock, MixFFN, Stage
+from nnslim.network.daeformer import FORMS, CrossBlock, DAEFormer, DualBlock, MixFFN, Stage
 
 
 def add_what_is_never_run(network: DAEFormer, name: str) -> DAEFormer:

@@ -264,7 +264,7 @@ def test_presets_are_read_and_name_the_method(name):
 
 def test_levers_fit_a_network_that_changes_its_input_first():
     """DAEFormer repeats one channel to three: its first layer does not see what the network is given."""
-    from nnslim.methods.embedded import DAEFormer
+    from nnslim.network.daeformer import DAEFormer
 
     network, shape = DAEFormer(1, 2, (16, 32), (1, 1), grouped=False).eval(), (1, 1, 16, 16)
     made = slimmed(network, shape, depthwise="grouped", sparsity=0.3)

@@ -10,7 +10,7 @@ from published_daeformer import add_what_is_never_run
 from torch import nn
 
 from nnslim.errors import ConfigError, SpecError
-from nnslim.methods.embedded.daeformer import FORMS, DAEFormer, form_named
+from nnslim.network.daeformer import FORMS, DAEFormer, form_named
 from nnslim.network.operations import count_operations
 from nnslim.network.reached import StripEdit, reached_parameters, strip_edits
 from nnslim.network.spec import SlimSpec, apply_spec

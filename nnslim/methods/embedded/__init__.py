@@ -1,8 +1,7 @@
-"""Levers for embedded boards (Embedded-ViT, Ostrowski and Shafique, ISVC 2024), alone and composed; and its network."""
+"""Levers for embedded boards (Embedded-ViT, Ostrowski and Shafique, ISVC 2024): one file each, composed in `plan`."""
 
 from nnslim.methods.base import Method, register_method
 from nnslim.methods.embedded.config import EmbeddedConfig
-from nnslim.methods.embedded.daeformer import DAEFormer, form_named
 from nnslim.methods.embedded.depthwise import DepthwiseEdit
 from nnslim.methods.embedded.drop_stage import DropStageEdit
 from nnslim.methods.embedded.plan import plan_embedded
@@ -12,13 +11,11 @@ from nnslim.methods.embedded.unstructured import HeldZeros, SparseEdit, cubic_sp
 register_method(Method("embedded", EmbeddedConfig, plan_embedded, plans=coarser_settings))
 
 __all__ = [
-    "DAEFormer",
     "DepthwiseEdit",
     "DropStageEdit",
     "EmbeddedConfig",
     "HeldZeros",
     "SparseEdit",
     "cubic_sparsity",
-    "form_named",
     "plan_embedded",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from nnslim.errors import SpecError
+from nnslim.network.cost import Cost
 from nnslim.network.replace import replace_layer
 from nnslim.network.spec import Edit, register_edit
-from nnslim.network.walk import LayerIndex
+from nnslim.network.walk import Layer, LayerIndex
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 FORMS = ("separable", "grouped", "dense")
@@ -47,25 +48,16 @@ class SeparableConv(nn.Module):
 
 
 def _like(conv: nn.Module, outputs: int, *, groups: int, bias: bool) -> nn.Module:
-    return type(conv)(
-        conv.in_channels,
-        outputs,
-        conv.kernel_size,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        groups,
-        bias,
-        conv.padding_mode,
-    )
+    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    return type(conv)(conv.in_channels, outputs, *geometry, groups, bias, conv.padding_mode)
 
 
 @torch.no_grad()
 def regrouped(conv: nn.Module, groups: int, *, fill: bool = True) -> nn.Module:
-    """Return a convolution with other groups, either one group before or after.
+    """Return a convolution with other groups; there is one group before or after.
 
-    To more groups, the weights between channels of one group stay and the others are left out; to one group, the rest
-    is zero and the output the same.
+    More groups keep the weights between channels of one group and lose the others. One group gets zeros elsewhere, so
+    the output stays the same.
     """
     made = _like(conv, conv.out_channels, groups=groups, bias=conv.bias is not None)
     if not fill:
@@ -92,8 +84,8 @@ class DepthwiseEdit(Edit):
 
     Attributes:
         layer: any of the layer's names.
-        form: separable, grouped (as many groups as divide inputs and outputs: depth-wise where these are as many) of a
-            dense convolution; dense of a grouped one.
+        form: a dense convolution becomes separable or grouped (as many groups as divide inputs and outputs, which is
+            depth-wise where these are equal), a grouped one dense.
     """
 
     layer: str
@@ -102,7 +94,7 @@ class DepthwiseEdit(Edit):
     separable: ClassVar[bool] = True
 
     def apply(self, layers: LayerIndex, *, fill: bool) -> Callable[[], None]:
-        """See Edit.apply. A separable one sits under the old names, as `<name>.depth` and `<name>.point`."""
+        """See Edit.apply. A separable convolution has the layers `<name>.depth` and `<name>.point`."""
         layer = layers[self.layer]
         conv = layer.module
         if self.form not in FORMS or not isinstance(conv, CONVOLUTIONS) or (conv.groups == 1) == (self.form == "dense"):
@@ -115,6 +107,36 @@ class DepthwiseEdit(Edit):
         else:
             made = regrouped(conv, 1 if self.form == "dense" else most_groups(conv), fill=fill)
         return replace_layer(layer, made.to(conv.weight.device, conv.weight.dtype).train(conv.training))
+
+
+def depthwise_hindrances(layers: Sequence[Layer], form: str, cost: Cost) -> dict[str, str]:
+    """Return for each convolution why it cannot get another form, or would not gain from it; "" where it can.
+
+    Args:
+        layers: convolutions. form: see `DepthwiseEdit`. cost: of their network.
+    """
+    first = next(iter(cost.layers), None)
+    found = {}
+    for layer in layers:
+        conv, size = layer.module, math.prod(layer.module.kernel_size)
+        inputs, outputs = conv.in_channels, conv.out_channels
+        reason = ""
+        if layer.name not in cost.layers:
+            reason = "not reached by the forward pass"
+        elif form == "dense":
+            reason = "dense already" if conv.groups == 1 else ""
+        elif conv.groups != 1:
+            reason = f"grouped convolution (groups={conv.groups})"
+        elif layer.name == first:
+            reason = "first layer"
+        elif size == 1:
+            reason = "1x1 kernel"
+        elif form == "separable" and inputs * size + inputs * outputs >= inputs * outputs * size:
+            reason = "would not get cheaper"
+        elif form == "grouped" and most_groups(conv) == 1:
+            reason = "inputs and outputs have no common divisor"
+        found[layer.name] = reason
+    return found
 
 
 def most_groups(conv: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""Drop the deepest stages of an encoder-decoder network of nnU-Net's, with their decoder levels."""
+"""Drop the deepest stages of nnU-Net's encoder-decoder networks, with their decoder levels."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from nnslim.network.spec import Edit, register_edit
 from nnslim.network.walk import LayerIndex
 
 _LISTS = ("features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage", "n_blocks_per_stage")
+_LEVELS = ("stages", "transpconvs", "seg_layers")  # of the decoder, deepest first
 _ATTRIBUTES = ("output_channels", "strides", "kernel_sizes")
 
 
@@ -38,11 +39,11 @@ class DropStageEdit(Edit):
         left = len(encoder.stages) - self.stages
         if self.stages < 1 or left < 2:
             raise SpecError(
-                f"{self.stages} stage(s) are to be dropped of {len(encoder.stages)}; at least one goes and two stay"
+                f"{self.stages} of {len(encoder.stages)} stages cannot be dropped: at least one goes and two stay"
             )
         before = [(module, dict(module._modules), dict(vars(module))) for module in (encoder, decoder)]
         encoder.stages = nn.Sequential(*list(encoder.stages)[:left])
-        for name in ("stages", "transpconvs", "seg_layers"):
+        for name in _LEVELS:
             setattr(decoder, name, nn.ModuleList(list(getattr(decoder, name))[self.stages :]))
         for name in _ATTRIBUTES:
             value = getattr(encoder, name, None)
@@ -58,6 +59,16 @@ class DropStageEdit(Edit):
                         setattr(module, name, attributes[name])
 
         return undo
+
+    def renamed(self, name: str, dense: nn.Module) -> str | None:
+        """Return what a layer of the dense network is called afterwards, None for one that went with the stages."""
+        parts = name.split(".")
+        if parts[:2] == ["encoder", "stages"] and int(parts[2]) >= len(dense.encoder.stages) - self.stages:
+            return None
+        if parts[0] == "decoder" and parts[1] in _LEVELS:
+            place = int(parts[2]) - self.stages
+            return None if place < 0 else ".".join((*parts[:2], str(place), *parts[3:]))
+        return name
 
     def arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments of nnU-Net's U-Nets (plans: arch_kwargs) with the deepest stages left out.
@@ -89,10 +100,10 @@ def stages_of(network: nn.Module) -> tuple[nn.Module, nn.Module]:
     """
     encoder, decoder = getattr(network, "encoder", None), getattr(network, "decoder", None)
     count = len(getattr(encoder, "stages", ()))
-    parts = [getattr(decoder, name, None) for name in ("stages", "transpconvs", "seg_layers")]
+    parts = [getattr(decoder, name, None) for name in _LEVELS]
     if not count or not all(isinstance(part, nn.ModuleList) and len(part) == count - 1 for part in parts):
         raise SpecError(
-            f"{type(network).__name__} has no encoder.stages with a decoder of as many levels less one: stages can be "
-            "dropped of nnU-Net's PlainConvUNet and ResidualEncoderUNet"
+            f"{type(network).__name__} has no encoder.stages and a decoder with one level fewer: stages can be dropped "
+            "from nnU-Net's PlainConvUNet and ResidualEncoderUNet"
         )
     return encoder, decoder

@@ -1,7 +1,7 @@
 """Unstructured pruning by magnitude: zeros in the weights, which make a compressed file smaller and save no time.
 
-PyTorch, OpenVINO and ONNX Runtime compute with dense kernels: a product with a zero takes as long as any other. Filters
-that go as a whole (method `filters`, `sauron`) do save time.
+PyTorch, OpenVINO and ONNX Runtime compute with dense kernels: a product with a zero takes as long as any other. Whole
+filters that are removed (methods `filters` and `sauron`) do save time.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from nnslim.errors import SpecError
+from nnslim.errors import ConfigError, SpecError
+from nnslim.network.reached import reached_parameters
 from nnslim.network.spec import Edit, register_edit
-from nnslim.network.walk import LayerIndex
+from nnslim.network.walk import Layer, LayerIndex
 
 _log = logging.getLogger("nnslim")
 PRUNABLE = (
@@ -38,7 +39,7 @@ def prune_globally(modules: Sequence[nn.Module], sparsity: float) -> None:
     """Set the smallest weights of all modules together to zero, in place; the parameters stay the same objects.
 
     Args:
-        modules: each once, with a `weight`. sparsity: share of all their weights, 0..1; zeros that are there count.
+        modules: each once, with a `weight`. sparsity: share of all their weights, 0..1; zeros already there count.
     """
     if not modules or sparsity <= 0:
         return
@@ -58,10 +59,10 @@ def zero_share(modules: Iterable[nn.Module]) -> float:
 @register_edit
 @dataclass(frozen=True)
 class SparseEdit(Edit):
-    """Zeros among the weights of some layers. The structure stays; fine-tuning keeps zeros, see `HeldZeros`.
+    """Zeros among the weights of some layers. The structure stays, and so do zeros in fine-tuning (`HeldZeros`).
 
     Attributes:
-        layers: names. sparsity: share of their weights together that is zero in the end.
+        layers: names. sparsity: share of all their weights that is zero in the end.
         start: share that is zero before any fine-tuning.
         begin, end: shares of the fine-tuning between which it rises, on the cubic curve.
     """
@@ -114,11 +115,31 @@ class SparseEdit(Edit):
         return cubic_sparsity((share - self.begin) / max(self.end - self.begin, 1e-9), self.start, self.sparsity)
 
 
+def reached_layers(layers: Sequence[Layer], network: nn.Module, shape: Sequence[int]) -> list[str]:
+    """Return the names of those layers whose weights the output of a network depends on; others are logged.
+
+    Heads of deep supervision are left out, too: they are not used, so their zeros would count and help nobody.
+
+    Args:
+        shape: (1, C, *patch) of the network's input.
+    Raises:
+        ConfigError: there is none.
+    """
+    alive = set(reached_parameters(network, shape).names)
+    live = [layer.name for layer in layers if any(f"{alias}.weight" in alive for alias in layer.aliases)]
+    never = set(reached_parameters(network, shape, training=True).dead)
+    if dead := [layer.name for layer in layers if f"{layer.name}.weight" in never]:
+        _log.warning("sparsity leaves out %d layer(s) that the output does not depend on: %s", len(dead), dead[:3])
+    if not live:
+        raise ConfigError("embedded: sparsity is asked for, but no layer with weights is reached")
+    return live
+
+
 class HeldZeros:
-    """Keeps the zeros of a network that learns, and adds to them where its spec asks for more.
+    """See `Held`: keeps the zeros of a network that learns, and adds those that its spec asks for.
 
     Attributes:
-        edit: what the spec says. modules: the layers. masks: False at zeros.
+        edit: what the spec says. modules: the layers. masks: False at zeros. share: of zeros.
     """
 
     def __init__(self, edit: SparseEdit, modules: Sequence[nn.Module]) -> None:
@@ -131,7 +152,7 @@ class HeldZeros:
 
     @torch.no_grad()
     def hold(self) -> None:
-        """Put the zeros back after a step of an optimiser, whatever its momentum has made of them."""
+        """Set the zeros back after an optimiser's step, since its momentum moves them."""
         for module, mask in zip(self.modules, self.masks, strict=True):
             module.weight.masked_fill_(~mask, 0)
 

@@ -25,8 +25,8 @@ from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, 
 from nnslim.hosts.nnunet.train.daeformer_trainer import CEAndSquaredDice, daeformer_trainer_class
 from nnslim.hosts.nnunet.train.finetune_model import finetune_model
 from nnslim.hosts.nnunet.train.finetune_settings import FinetuneSettings
-from nnslim.methods.embedded import DAEFormer, SparseEdit
-from nnslim.methods.embedded.daeformer import FORMS, DAEFormerForm
+from nnslim.methods.embedded import SparseEdit
+from nnslim.network.daeformer import FORMS, DAEFormer, DAEFormerForm
 from nnslim.network.spec import spec_of
 from studies.board_profile import ProfileJob, profile
 from studies.embedded_table import VARIANTS, TableSettings, Variant, compressed_bytes, measure_rows

@@ -24,8 +24,8 @@ from nnslim.hosts.nnunet.model.trained_model import (
     trainer_class,
 )
 from nnslim.inflation.window_net import WindowNet
-from nnslim.methods.embedded.daeformer import DAEFormer, form_named
 from nnslim.methods.token_sparse.unetr import TokenSparseUNETR
+from nnslim.network.daeformer import DAEFormer, form_named
 
 PLAIN_TRAINER = "nnUNetTrainer"  # builds from plans; what a checkpoint names so that stock nnU-Net predicts with it
 

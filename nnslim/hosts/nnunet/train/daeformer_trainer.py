@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nnslim.errors import ConfigError
 from nnslim.hosts.nnunet.model.planned import daeformer_architecture, plans_with_architecture
 from nnslim.hosts.nnunet.train.described import DescribedTraining
-from nnslim.methods.embedded import form_named
+from nnslim.network.daeformer import form_named
 
 VARIABLE = "NNSLIM_DAEFORMER"  # environment: the form that `nnUNetv2_train` trains
 _CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def daeformer_trainer_class(form: str | None = None, name: str = "nnUNetTrainerD
     are no regions. Augmentation and patches are nnU-Net's.
 
     Args:
-        form: see `nnslim.methods.embedded.daeformer.FORMS`; None: the variable NNSLIM_DAEFORMER, else "224".
+        form: see `nnslim.network.daeformer.FORMS`; None: the variable NNSLIM_DAEFORMER, else "224".
         name: of the class, and so of the results folder.
     Raises:
         ConfigError: when a trainer is made: no such form; a configuration that is not 2D; a patch it cannot halve.
