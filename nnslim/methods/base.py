@@ -1,4 +1,4 @@
-"""What a method is: a name, a configuration class, and a plan made from a network."""
+"""What a method is: a name, a configuration class, a plan made from a network, and hooks for what else it needs."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ class MethodConfig(BaseModel):
 
 
 def check_patterns(method: str, kind: str, given: Mapping[str, Iterable[str]], layers: Sequence[Layer]) -> None:
-    """Refuse a layer pattern that fits nothing.
+    """Refuse a layer pattern that matches nothing.
 
     Args:
-        method: of the settings. kind: what its layers are. given: patterns by the name of their key.
-        layers: those that could be meant; where there are none, nothing is checked.
+        method, kind: named in the message, kind as in "no convolution matches". given: patterns by configuration key.
+        layers: the candidates; without any, nothing is checked.
     Raises:
-        ConfigError: a pattern fits none of them; the message names the nearest layer.
+        ConfigError: a pattern matches none of them; the message names the nearest layer.
     """
     for key, patterns in given.items():
         for pattern in patterns:
             if layers and not any(layer.matches(pattern) for layer in layers):
-                # Compared with whole names and with their beginnings: "encodr.*" is nearest to "encoder".
+                # Beginnings of names are compared, too: "encodr.*" is nearest to "encoder".
                 parts = [layer.name.split(".") for layer in layers]
                 names = {".".join(part[:depth]) for part in parts for depth in range(1, len(part) + 1)}
                 hint = nearest(pattern.strip("*."), names)
@@ -98,8 +98,8 @@ class Decision:
         macs_before, macs_after: for one patch, convention "macs".
         parameters_before, parameters_after: with bias.
         reason: why the layer stays dense; empty if it does not.
-        error: relative error of the outputs (of the weights, without calibration images) before any recovery, where it
-            is known; of the first fold.
+        error: relative error of the first fold's outputs (of its weights, without calibration images) before any
+            recovery, where it is known.
     """
 
     layer: str
@@ -115,10 +115,10 @@ class Decision:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Decision:
-        """Read what `vars` of a decision gives, also after it was JSON.
+        """Read the `vars` of a decision, also from JSON.
 
         Raises:
-            TypeError: it is something else.
+            TypeError: the values are not those of a decision.
         """
         ranks = values.get("ranks")
         tuples = {"shape": tuple(values.get("shape", ())), "ranks": None if ranks is None else tuple(ranks)}
@@ -130,8 +130,7 @@ class Plan:
     """Edits to make, and a decision for every layer that was looked at.
 
     Attributes:
-        rivals: other plans of the same cost, the simplest first, that may turn out to be better once they are fitted to
-            images.
+        rivals: other plans of the same cost, the simplest first, that may be better once they are fitted to images.
     """
 
     edits: tuple[Edit, ...]
@@ -141,22 +140,22 @@ class Plan:
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method.
+    """A registered method, and all that the rest of nnslim knows about it; `Edit` has the hooks of a finished model.
 
     Attributes:
         plan: (network, config, cost, tiles) -> Plan; reads only. `cost` is of the network at its patch shape; `tiles`
             are calibration tiles or None.
-        fit: (dense, slim, config, cost, tiles, compensate, on_layer) -> relative output error by layer; sets the
-            weights of the slim network, in place, from data. None for a method that has no use for data.
+        fit: (dense, slim, config, cost, tiles, *, compensate, seed, on_layer) -> relative output error by layer; sets
+            the weights of the slim network, in place, from data. None for a method that does not use data.
         weight_errors: (dense, slim) -> relative error of the weights by layer, where no data decide them.
         fill: (dense, slim, config, input_shape); sets the weights of the slim network, in place, from those of the
-            dense one, where the edits alone cannot: which channels stay is each fold's own.
+            dense one, where the edits alone cannot, since each fold keeps channels of its own.
         plans: (settings, config) -> settings; what a configuration in nnU-Net's plans.json becomes (its spacing, for
             example), None where nothing changes; a pure function. Where it changes something, the method is refused
             for models in memory, whose images are preprocessed by plans that were read before.
         survey: (network, cost, tiles, folder, *, step, title, progress) -> one entry per layer; writes tables and
             pictures of what each setting would cost each layer.
-        trains: it works while a network is trained (`nnslim train`); it has no plan for one that is.
+        trains: it works while a network trains (`nnslim train`) and has no plan for a trained one.
     """
 
     name: str
@@ -171,7 +170,7 @@ class Method:
 
 
 def narrowed(before: CostTable, after: CostTable) -> tuple[Decision, ...]:
-    """Return what became of each convolution; its widths stand where a factored layer has its ranks."""
+    """Return what became of each convolution; the ranks of a decision are its widths (outputs, inputs)."""
     made = []
     for name, (shape, parameters) in before.shapes.items():
         now, left = after.shapes[name]
@@ -210,7 +209,7 @@ def methods() -> dict[str, Method]:
 
 
 def filled(name: str, settings: Any, dense: nn.Module, plan: Plan, input_shape: Sequence[int]) -> nn.Module:
-    """Return a copy of a network after one plan of the method of that name, with weights that follow from its own."""
+    """Return a copy of a network after one plan of the named method, with weights that follow from its own."""
     slim = extend_spec(plan.edits, copy.deepcopy(dense), fill=True)
     if (fill := method_named(name).fill) is not None and plan.edits:
         fill(dense, slim, settings, input_shape)
