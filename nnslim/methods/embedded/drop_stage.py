@@ -52,11 +52,8 @@ class DropStageEdit(Edit):
 
         def undo() -> None:
             for module, children, attributes in before:
-                module._modules.clear()
+                vars(module).update(attributes)
                 module._modules.update(children)
-                for name in _ATTRIBUTES:
-                    if name in attributes:
-                        setattr(module, name, attributes[name])
 
         return undo
 
