@@ -13,8 +13,10 @@ import sys
 from pathlib import Path
 
 from nnslim.errors import NNSlimError
-from nnslim.hosts.nnunet.datasets.public_datasets import convert_brats, convert_btcv
-from nnslim.hosts.nnunet.datasets.synapse import convert_synapse
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # studies/ is no installed package
+from studies.public_datasets import convert_brats, convert_btcv
+from studies.synapse_dataset import convert_synapse
 
 
 def main() -> int:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from nnslim.errors import ConfigError, InputError
-from nnslim.hosts.nnunet.datasets.public_datasets import convert_brats, convert_btcv
 from nnslim.methods.token_sparse.unetr import TokenSparseUNETR
+from studies.public_datasets import convert_brats, convert_btcv
 from studies.token_pictures import class_sparsity, depth_map, draw_depth
 from studies.token_speed import alternate, rows
 

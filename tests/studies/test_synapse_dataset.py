@@ -15,9 +15,9 @@ from helpers import ROOT
 
 from nnslim.errors import BackendError, InputError
 from nnslim.evaluation.directories import evaluate_directories
-from nnslim.evaluation.transunet import hd95_voxels, means, transunet_scores, transunet_table
-from nnslim.hosts.nnunet.datasets.synapse import ORGANS, convert_synapse
 from nnslim.running import int8
+from studies.synapse_dataset import ORGANS, convert_synapse
+from studies.transunet import hd95_voxels, means, transunet_scores, transunet_table
 
 
 @pytest.fixture
@@ -159,9 +159,8 @@ def test_quantisation_that_changes_nothing_raises(monkeypatch):
 
 
 def test_every_source_compiles_and_nothing_imports_what_is_not_declared_or_names_a_device():
-    """E2 to E6: IndentationErrors, a module that was not there, undeclared packages, sparseml, a fixed CUDA device."""
-    folders = [ROOT / "nnslim" / "methods" / "embedded", ROOT / "nnslim" / "hosts" / "nnunet" / "embedded"]
-    assert all(compileall.compile_dir(str(folder), quiet=2, force=True) for folder in folders)
-    for file in [*folders[0].glob("*.py"), *folders[1].glob("*.py"), *(ROOT / "studies").glob("*.py")]:
-        text = file.read_text()
-        assert not re.search(r"sparseml|imgaug|medpy|\.cuda\(|CUDA_VISIBLE_DEVICES", text), file
+    """The published programs had IndentationErrors, missing modules, undeclared packages and a fixed CUDA device."""
+    for folder in (ROOT / "nnslim" / "methods" / "embedded", ROOT / "nnslim" / "hosts" / "nnunet" / "train"):
+        assert compileall.compile_dir(str(folder), quiet=2, force=True) and list(folder.glob("*.py"))
+        for file in folder.glob("*.py"):
+            assert not re.search(r"sparseml|imgaug|medpy|\.cuda\(|CUDA_VISIBLE_DEVICES", file.read_text()), file

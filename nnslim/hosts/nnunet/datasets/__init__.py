@@ -1,1 +1,0 @@
-"""Public datasets as raw nnU-Net datasets."""
