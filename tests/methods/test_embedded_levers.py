@@ -155,7 +155,7 @@ def test_half_of_the_reached_weights_are_zero_within_one_element(kind, tiny_net,
 
 
 def test_pruning_leaves_out_dead_layers_and_says_so(tiny_net, tiny_shape, caplog):
-    """E9: the published list of 98 weights was hand-written, and 76 % of what it covered never ran."""
+    """The published list of 98 weights was hand-written, and 76 % of what it covered never ran."""
     network, shape = tiny_net("plain2d"), tiny_shape("plain2d")
     network.spare = nn.Conv2d(64, 64, 3)
     made = slimmed(network, shape, sparsity=0.5, strip=False)

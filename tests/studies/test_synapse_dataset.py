@@ -104,7 +104,7 @@ def test_spacing_of_two_numbers_is_refused(synapse, tmp_path):
 
 
 def test_transunet_rule_of_empty_classes():
-    """E11: it rewards a false positive and punishes a correct nothing; ours says so in the column `empty`."""
+    """It rewards a false positive and punishes a correct nothing; ours says so in the column `empty`."""
     full, empty = np.ones((3, 3), bool), np.zeros((3, 3), bool)
     assert transunet_scores(full, empty) == (1.0, 0.0)
     assert transunet_scores(empty, full) == (0.0, 0.0)
@@ -144,7 +144,7 @@ def test_folders_are_scored_in_millimetres_and_by_the_rule_beside_it(tmp_path):
 
 
 def test_quantisation_that_changes_nothing_raises(monkeypatch):
-    """E8: a convert without preparation left every weight as it was, and nobody noticed."""
+    """A convert without preparation left every weight as it was, and nobody noticed."""
     pytest.importorskip("openvino")
     nncf = pytest.importorskip("nncf")
     import torch
