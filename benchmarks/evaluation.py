@@ -2,8 +2,8 @@
 
 The maps are TotalSegmentator's two sample segmentations (full and fast), enlarged smoothly to 512 x 512 x 280 voxels,
 the largest classes cut in two until there are 61. MONAI and DeepMind are timed on some of the classes, from the largest
-to the smallest, each class right after nnslim; nnslim is timed on all of them as well, as `nnslim evaluate` works. All
-on one thread, in CPU seconds (which other work on the machine disturbs less) and in seconds by the clock.
+to the smallest, each right after nnslim. nnslim is also timed on all classes, as `nnslim evaluate` works. Everything
+runs on one thread; times are CPU seconds (less sensitive to other load on the machine) and wall seconds.
 
 Example: ./run.sh benchmarks/evaluation.py --data ../shared/data/totalsegmentator_samples --classes 8 -o evaluation
 """
@@ -148,7 +148,7 @@ def main() -> None:
         "--data", type=Path, required=True, help="folder of example_seg.nii.gz and example_seg_fast.nii.gz"
     )
     parser.add_argument("--shape", type=int, nargs=3, default=(512, 512, 280), help="voxels")
-    parser.add_argument("--classes", type=int, default=8, help="how many classes the others are timed on")
+    parser.add_argument("--classes", type=int, default=8, help="number of classes that the others are timed on (8)")
     parser.add_argument("-o", "--output", type=Path, default=Path("evaluation"), help="folder to write")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,8 +1,8 @@
 """Time the export alone: from class scores at the network's resolution to labels on the image's grid.
 
-Each row runs in a process of its own; processor seconds are counted beside the seconds of the clock, which grow with
-what else the machine does. Peak memory counts all that the process holds; `own` is without the libraries, which all
-rows load alike, but with the scores that they are given.
+Each row runs in a process of its own. CPU seconds are reported beside wall seconds, which grow with other load on the
+machine. Peak memory counts everything in the process; `own` leaves out the libraries, which all rows load, but counts
+the scores that they are given.
 
 Example: ./run.sh benchmarks/export.py --classes 118 25 --size 125 --new-size 250 -o export-times
 """
@@ -39,7 +39,7 @@ COLUMNS += ("own_memory", "equal")
 
 
 def organ_scores(classes: int, size: int, seed: int = 0) -> Tensor:
-    """(classes, size, size, size) float16: each class is a warped ball somewhere, the first is what is around them."""
+    """(classes, size, size, size) float16: each class is a warped ball somewhere; the first is the background."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.empty((classes, size, size, size), dtype=torch.float16)
     line = torch.arange(size, dtype=torch.float32)
@@ -71,7 +71,7 @@ SCORES: dict[str, Callable[[int, int], Tensor]] = {"organs": organ_scores, "nois
 
 
 def managers(classes: int, row: str, coarse: float) -> tuple[Any, Any, Any]:
-    """Return nnU-Net's plans, configuration and labels of a model like TotalSegmentator's, with so many classes."""
+    """Return plans, configuration and labels of a model like TotalSegmentator's with that number of classes."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     from nnslim.hosts.totalseg.stand_in import LAYOUTS, stand_in_plans
@@ -122,7 +122,7 @@ def prepare_labels(row: str, scores: Path, new_size: int, threads: int, folder: 
     convert = module.convert_predicted_logits_to_segmentation_with_correct_shape
     small = {**properties, **dict.fromkeys(("shape_before_cropping", SHAPE), (9,) * 3)}
     small["bbox_used_for_cropping"] = [[0, 9]] * 3
-    convert(logits[:, :7, :7, :7].copy(), plans, configuration, labels, small, **more)  # what is imported once
+    convert(logits[:, :7, :7, :7].copy(), plans, configuration, labels, small, **more)  # imports
 
     work = partial(convert, logits, plans, configuration, labels, properties, **more)
     return candidate_of(work, logits, folder / f"{row}.npy")
@@ -153,7 +153,7 @@ def prepare_image(row: str, size: int, new_size: int, threads: int, folder: Path
     field = interpolate(torch.randn(1, 1, 40, 40, 40, generator=generator), (size,) * 3, mode="trilinear")[0]
     image = (field + 0.1 * torch.randn(field.shape, generator=generator)).numpy()
     new_spacing = [FINE * size / new_size] * 3
-    resample(image[:, :7, :7, :7].copy(), (9,) * 3, [FINE] * 3, new_spacing)  # what is imported once
+    resample(image[:, :7, :7, :7].copy(), (9,) * 3, [FINE] * 3, new_spacing)  # imports
 
     work = partial(resample, image, (new_size,) * 3, [FINE] * 3, new_spacing)
     return candidate_of(work, image, folder / f"{row}.npy")

@@ -5,9 +5,9 @@ Examples: ./run.sh benchmarks/folder.py kills speed -o folder.json
           ./run.sh benchmarks/folder.py ray -o ray.json --cases 12
 
 Needs the hippocampus images and the trained model of NNSLIM_DATA. `kills` sends SIGKILL to all processes of a run at
-a random moment (after a random number of cases, somewhere before the next one would be done), looks at what is there,
-resumes, and compares every file with that of a run that was left alone. `speed` alternates all rows in each round,
-since other programs on the machine change its speed. `ray` (needs Ray) starts two nodes on this machine and kills one
+a random moment (after a random number of cases, before the next one would be done), inspects the files, resumes, and
+compares every file with that of an undisturbed run. `speed` alternates all rows in each round,
+since other load on the machine changes its speed. `ray` (needs Ray) starts two nodes on this machine and kills one
 midway. The JSON file is written again after each of them.
 """
 
@@ -50,7 +50,7 @@ _DATASET = "Dataset004_Hippocampus"
 
 @dataclass(frozen=True)
 class Setting:
-    """What all measurements share: arguments, images and how many, a folder for results, variables of the commands."""
+    """What all measurements share: arguments, images and their count, a work folder, the commands' environment."""
 
     args: argparse.Namespace
     images: Path
@@ -84,11 +84,11 @@ class Setting:
         print(f"done: {' '.join(command[4:])}"[:100], file=sys.stderr, flush=True)
 
     def reference(self) -> tuple[float, dict[str, str]]:
-        """Predict everything in a run that is left alone; return its seconds and the digests of its files."""
+        """Predict everything in an undisturbed run; return its seconds and the digests of its files."""
         output = self.work / "whole"
         seconds, _ = timed(partial(self.run, self.ours(output, "--backend", self.args.backend[0]), output))
         found = digests(output)
-        print(f"left alone: {seconds:.1f} s, {len(found)} files", flush=True)
+        print(f"undisturbed: {seconds:.1f} s, {len(found)} files", flush=True)
         return seconds, found
 
 
@@ -182,7 +182,7 @@ def kill_and_resume(setting: Setting) -> dict[str, Any]:
 
 
 def _one_kill(setting: Setting, output: Path, moment: tuple[int, float], reference: dict[str, str]) -> dict[str, Any]:
-    """Kill a run so many seconds after so many cases were done, and resume it."""
+    """Kill a run at a moment, (cases done, seconds after that), and resume it."""
     command = setting.ours(output, "--backend", setting.args.backend[0])
     process = subprocess.Popen(
         command,

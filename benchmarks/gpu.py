@@ -69,7 +69,7 @@ def networks(args: argparse.Namespace) -> tuple[dict[str, nn.Module], tuple[int,
 
 
 def entries(found: dict[str, nn.Module], shape: Sequence[int], ways: Sequence[str], device: str) -> list[Entry]:
-    """Prepare every way of running every network on the device, and compare what it puts out with float32."""
+    """Prepare every way of running every network on the device, and compare its output with float32."""
     x, made = sample(shape, device), []
     for name, network in found.items():
         macs = network_facts(network, shape)["macs"]
@@ -103,7 +103,7 @@ def sample(shape: Sequence[int], device: str) -> Tensor:
 
 
 def rows_of(made: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Return the table: milliseconds, and times faster than stock dense and than dense run alike."""
+    """Return the table: milliseconds, and speed-up over stock dense and over dense run in the same way."""
     medians = {(one.name, one.way): statistics.median(one.seconds) for one in made if one.seconds}
     rows = []
     for one in made:
@@ -122,7 +122,7 @@ def rows_of(made: Sequence[Entry]) -> list[dict[str, Any]]:
 
 
 def slower_than_dense(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the rows of nnslim whose slim network loses against the dense one run alike."""
+    """Return the rows of nnslim whose slim network is slower than the dense one run in the same way."""
     mine = [row for row in rows if row["name"] != "dense" and row["way"].startswith("nnslim") and row["x_same_dense"]]
     return [f"{row['name']}, {row['way']}" for row in mine if float(row["x_same_dense"]) < 1]
 

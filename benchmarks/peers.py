@@ -1,6 +1,6 @@
 """Time nnslim and its peers side by side, in one run and in alternated rounds: peers.md and peers.csv.
 
-A peer that is not installed, or that fails, is a row that says why.
+A peer that is not installed or fails gets a row that gives the reason.
 
 Example: ./run.sh benchmarks/peers.py --network ts15 --rounds 5 -o peers
 """
@@ -51,8 +51,8 @@ class Peer:
     """A row: which of the prepared networks, and how it is run.
 
     Attributes:
-        name: for --rows. network: dense, tucker or pruned. way: a backend of nnslim's benchmark; or
-        convert: makes what runs, from (network, shape, threads), and `tool` is its name in the table.
+        name: for --rows. network: dense, tucker or pruned. way: a backend of nnslim's benchmark; or else
+        convert: makes the engine from (network, shape, threads), and `tool` is its name in the table.
     """
 
     name: str
@@ -155,10 +155,10 @@ PEERS = (
 
 
 def prepare_peer(path: Path, shape: tuple[int, ...], peer: Peer, threads: int) -> Candidate:
-    """Load the network that was kept for this run and make what the peer runs.
+    """Load the network that was kept for this run and make the peer's engine.
 
     Raises:
-        BackendError: what was found wrong when its network was made, or its tool is missing.
+        BackendError: its network could not be made, or its tool is missing.
     """
     problem = path.with_suffix(".txt")
     if problem.exists():

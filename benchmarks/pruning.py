@@ -1,14 +1,14 @@
-"""Train, prune and score networks side by side, each by the commands that a user has: pruning.csv, pruning.md.
+"""Train, prune and score networks side by side, with nnslim's own commands: pruning.csv, pruning.md.
 
-scratch   nnU-Net (Sauron's trainer, nothing removed), Sauron, with folding, and without its loss (lambda 0), from
-          random weights: same trainer, epochs and seed.
-start     from a trained model: Sauron with folding and without, and L1, FPGM, random and Torch-Pruning, which prune at
-          once; then the same number of iterations of the same trainer for all of them.
-composed  Tucker, and Tucker with eight bits, on the model that Sauron with folding pruned from the trained one.
+scratch   from random weights, with the same trainer, epochs and seed: nnU-Net (Sauron's trainer, nothing removed),
+          Sauron, Sauron with folding, and Sauron without its loss (lambda 0).
+start     from a trained model: Sauron with and without folding; and L1, FPGM, random and Torch-Pruning, which prune
+          before training. The same trainer then runs the same number of iterations for all.
+composed  Tucker, int8, and both, on the model that Sauron with folding pruned from the trained one.
 
-All are predicted by stock nnU-Net (those in eight bits by nnslim) without mirroring and scored on test images; then one
-forward pass of each is timed in alternated rounds. Rows whose folder is finished are kept: an interrupted run goes on.
-nnUNet_raw and nnUNet_preprocessed must be set, and the dataset preprocessed.
+Stock nnU-Net (nnslim for int8) predicts the test images without mirroring; then one forward pass of each network is
+timed in alternated rounds. Rows whose folder is finished are kept, so an interrupted run goes on. nnUNet_raw and
+nnUNet_preprocessed must be set, and the dataset preprocessed.
 
 Example: ./run.sh benchmarks/pruning.py -d 4 -m MODEL --test-images imagesTs --test-labels labelsTs -o pruning
 """
@@ -41,11 +41,11 @@ class Row:
     """One row of the table.
 
     Attributes:
-        name: of the row and of its folder. part: scratch, start or composed.
-        settings: of Sauron, for the training.
-        pruned: how the start of the training was pruned at once: settings of the method `filters`, or torch-pruning.
+        name: names the row and its folder. part: scratch, start or composed.
+        settings: Sauron's, for the training.
+        pruned: how the starting model was pruned: settings of the method `filters`, or torch-pruning.
         source: row that is compressed further, with `methods`, in place of a training.
-        precision: that the row runs in.
+        precision: in which the row runs.
     """
 
     name: str
@@ -135,7 +135,7 @@ def trained(folder: Path) -> Path | None:
 
 
 def pruned_start(row: Row, args: argparse.Namespace, folder: Path, log: Path) -> Path:
-    """Prune the trained model at once, without training, and return the folder."""
+    """Prune the trained model without training, and return the folder."""
     target = folder / "pruned"
     if target.is_dir():
         return target
@@ -172,7 +172,7 @@ def compressed(row: Row, args: argparse.Namespace, folder: Path, log: Path) -> P
     """Compress the model of another row further, by the user's command."""
     source, target = trained(args.output / row.source), folder / "slim"
     if source is None:
-        raise SystemExit(f"{row.name} compresses row {row.source}, which is not there")
+        raise SystemExit(f"{row.name} compresses row {row.source}, which does not exist yet")
     if not target.is_dir():
         config = folder / "config.yml"
         recovery = {"steps": args.steps if row.methods else 0}
@@ -293,7 +293,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--macs", type=float, default=0.19, help="share of the MACs that is left, from scratch (0.19)")
     parser.add_argument("--start-macs", type=float, default=0.25, help="from the trained model (0.25)")
     parser.add_argument("--reach", type=float, default=0.6, help="share of the epochs by which it is reached (0.6)")
-    parser.add_argument("--rank-factors", type=float, nargs="+", default=[0.5, 0.3], help="those of the composed rows")
+    parser.add_argument("--rank-factors", type=float, nargs="+", default=[0.5, 0.3], help="for the composed rows")
     parser.add_argument("--steps", type=int, default=200, help="steps of recovery, composed rows (200)")
     parser.add_argument(
         "--precision", choices=["f32", "bf16", "auto"], default="auto", help="precision of the trainings (auto)"

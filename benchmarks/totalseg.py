@@ -1,7 +1,7 @@
 """Where the time of `totalsegmentator()` goes, in and out of the context: one stage table per task.
 
-Everything runs in one process, the rows alternated; the slim row gets one call before the counted ones (column
-`first`), in which it is compressed; then it is read from the cache. Labels are compared with those outside.
+Everything runs in one process, the rows alternated. The slim row gets one call before the counted ones (column
+`first`), in which the model is compressed; later calls read it from the cache. Labels are compared with those outside.
 
 Example: ./run.sh scripts/00_setup_ts.py --stand-in --tasks all --offline-config
          ./run.sh benchmarks/totalseg.py -i ct.nii.gz -o totalseg-times --modes fast full --rounds 3
@@ -90,7 +90,7 @@ class Clock:
 
 @contextmanager
 def clocked() -> Iterator[Clock]:
-    """Yield a clock whose wraps lie around whatever is in force."""
+    """Yield a clock that is wrapped around the methods in force, TotalSegmentator's patches included."""
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     clock = Clock()

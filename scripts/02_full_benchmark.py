@@ -1,7 +1,7 @@
 """Time a grid of settings into one CSV file; stop it at any time and start it again to go on.
 
-Without options: TotalSegmentator's 1.5 mm network on this machine's CPU, dense and at two rank factors, a few minutes.
-All of the predecessor's grid: --full. On a GPU: --device cuda.
+Without options: TotalSegmentator's 1.5 mm network on this machine's CPU, dense and at two rank factors (minutes).
+--full measures tucker-cnn's whole grid; --device cuda runs on a GPU.
 
 Example: ./run.sh scripts/02_full_benchmark.py --rank-factors 0.5 0.3 0.1 --resolutions 1.5 3 --threads 1 2 -o grid.csv
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 _FACTORS = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9]
-_BATCHES = 100  # until memory ends
+_BATCHES = 100  # or until memory runs out
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -39,9 +39,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tucker", choices=["both", "on", "off"], default="both", help="apply_tucker (default: both)")
     parser.add_argument("--autocast", choices=["both", "on", "off"], help="default: off; on a GPU both")
     parser.add_argument("--resolutions", nargs="+", choices=["1.5", "3"], help="networks, mm (default: 1.5)")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", help="each until memory ends (default: 1)")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", help="each until memory runs out (default: 1)")
     parser.add_argument("--backends", nargs="+", help="stock stock-compile eager compile openvino openvino-plain auto")
-    parser.add_argument("--precisions", nargs="+", default=["f32"], help="other than f32 on openvino alone")
+    parser.add_argument(
+        "--precisions", nargs="+", default=["f32"], help="precisions other than f32 run on openvino only"
+    )
     parser.add_argument("--threads", type=int, nargs="+", default=[None], help="CPU threads (default: torch's choice)")
     parser.add_argument("--patch", type=int, nargs="+", help="voxels (default: the network's own)")
     parser.add_argument("--decompose", action="store_true", help="decompose the weights; else random ones")
@@ -50,13 +52,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--retry", action="store_true", help="measure failed rows again")
     parser.add_argument("--dice", type=Path, help="CSV file: Dice by name, or by setting as studies.fidelity writes it")
     parser.add_argument("--ray", action="store_true", help="spread the rows by Ray, one task each")
-    parser.add_argument("--ray-address", help="of a running cluster; default: one on this machine")
-    parser.add_argument("--cpus-per-row", type=int, help="that a Ray task keeps for itself (default: all of a node)")
+    parser.add_argument("--ray-address", help="address of a running Ray cluster (default: start one here)")
+    parser.add_argument("--cpus-per-row", type=int, help="CPUs reserved for each Ray task (default: a whole node)")
     return parser
 
 
 def points_of(args: argparse.Namespace) -> list[Any]:
-    """Return the points of the grid, cheap ways of looking at it first: dense rows, then by rank factor."""
+    """Return the points of the grid: dense rows first, then by rank factor."""
     from nnslim.benchmark.grid_point import Point
     from nnslim.benchmark.passes import Way
 

@@ -6,7 +6,7 @@
 #   -o  folder of results (default: IMAGES with _predicted at its end)
 #   -e  folder of label maps: evaluate afterwards, metrics.csv beside the results
 #   --  further options of `nnslim predict`; without -m MODEL or --task TASK there: --task total
-# Unlike the predecessor's script of this name: one queue, largest case first; a killed worker is replaced; run it again
+# Unlike tucker-cnn's script of this name: one queue, largest case first; a killed worker is replaced; run it again
 # and only what is missing is predicted; the exit code is 1 where a case failed.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -1,4 +1,4 @@
-"""Evaluate predictions: the same as `nnslim evaluate`, with the same options, or with the predecessor's configuration.
+"""Evaluate predictions: the same as `nnslim evaluate`, with the same options, or with a configuration of tucker-cnn.
 
 Example: python scripts/04_eval.py -p PREDICTIONS -g REFERENCES -o metrics.csv
          python scripts/04_eval.py predict.yml

@@ -1,4 +1,4 @@
-"""Tell the reconstruction error of each convolution of a trained model over a grid of Tucker ranks.
+"""Compute the reconstruction error of each convolution of a trained model over a grid of Tucker ranks.
 
 Example: ./run.sh scripts/06_tucker_rec_error.py -m MODEL -i IMAGES -o errors
 """
@@ -20,8 +20,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-m", "--model", type=Path, required=True, help="trained model folder, dense")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write; must not exist")
-    parser.add_argument("-i", "--images", type=Path, help="unlabelled images: also tell the error of the outputs")
-    parser.add_argument("--fold", help="whose weights (default: the first)")
+    parser.add_argument(
+        "-i", "--images", type=Path, help="unlabelled images: also compute the error of the layers' outputs"
+    )
+    parser.add_argument("--fold", help="fold whose weights are used (default: the first)")
     parser.add_argument("--step", type=int, help="channels between ranks (default: channels / 16, rounded up)")
     parser.add_argument("--count", type=int, default=8, help="images, at most (default: 8)")
     parser.add_argument("--trust-checkpoint", action="store_true", help="load as nnU-Net does, code included")

@@ -153,7 +153,7 @@ def _resident() -> int:
 
 
 def _limit(memory_mb: int, resident: int) -> None:
-    """Let allocations fail beyond a board's memory: what is resident now, and so much more of private data."""
+    """Let allocations fail beyond a board's memory: resident memory now, plus private data up to the limit."""
     used = next(
         int(line.split()[1]) * 1024
         for line in Path("/proc/self/status").read_text().splitlines()

@@ -37,7 +37,7 @@ class Variant:
     """What a row is made of.
 
     Attributes:
-        name: of the row, and of its folder. methods: the configuration's. store: half or as-is.
+        name: names the row and its folder. methods: the configuration's. store: half or as-is.
         precision: f32 or int8. tuned: whether the model is fine-tuned afterwards.
     """
 
@@ -157,7 +157,7 @@ def _row(row: Variant, settings: TableSettings) -> dict[str, Any]:
 
 
 def _made(row: Variant, settings: TableSettings) -> tuple[Path, int]:
-    """Return the folder of a row's model, made where it is not there yet, and the steps of its fine-tuning."""
+    """Return the folder of a row's model, made if it does not exist, and the steps of its fine-tuning."""
     final = settings.work / row.name
     steps = settings.iterations if row.tuned and settings.dataset is not None else 0
     if final.is_dir():

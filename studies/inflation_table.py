@@ -43,7 +43,7 @@ class InflationRun:
 
     Attributes:
         part: unet or window. start: scratch, center or average (of the U-Net, or of the patch embedding).
-        seed: of first weights, patches and augmentation. trained: False to predict with the start itself.
+        seed: fixes first weights, patches and augmentation. trained: False to predict with the start itself.
     """
 
     part: str
@@ -63,12 +63,12 @@ class Study:
 
     Attributes:
         dataset, fold: in nnUNet_raw. model: trained 2D model folder, for part unet.
-        unet, window: length of each training; every start of a part has the same.
-        patch: of the trainings of part unet, voxels; None for the plans'. That of part window is among its settings.
-        settings: of the window network; its `weights` are the inflated start. cases: to predict, at most.
-        work: folder for what lies between.
-        heads: start part unet with the inflated heads, too, as `nnslim finetune` of an inflated folder does; False
-            leaves them at random, as nnU-Net's -pretrained_weights does.
+        unet, window: length of each training, the same for every start of a part.
+        patch: of the trainings of part unet, voxels; None: the plans'. Part window has it in its settings.
+        settings: the window network's; its `weights` are the inflated start. cases: to predict, at most.
+        work: folder for inflated models.
+        heads: start part unet with the inflated heads too, as `nnslim finetune` of an inflated model does; False:
+            with random ones, as nnU-Net's -pretrained_weights does.
     """
 
     dataset: int
@@ -84,7 +84,7 @@ class Study:
 
 
 def rows_of(parts: list[str], modes: list[str], seeds: list[int]) -> list[InflationRun]:
-    """Return the rows, in an order in which a table that is cut off still compares."""
+    """Return the rows, in an order in which an unfinished table can still be compared."""
     made = []
     if "unet" in parts:
         made += [InflationRun("unet", mode, 0, trained=False) for mode in modes]
@@ -123,7 +123,7 @@ def _measured(row: InflationRun, study: Study, curve: GrowingTable) -> dict[str,
 
 
 def _inflated(mode: str, study: Study) -> Path:
-    """Return a 3D model folder made from the 2D model, made anew where it is not there."""
+    """Return a 3D model folder made from the 2D model if it does not exist."""
     folder = study.work / f"inflated_{mode}__{DEFAULT_PLANS}__{_CONFIGURATION}"
     if not folder.is_dir():
         if study.model is None:
@@ -213,7 +213,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = new_parser(__doc__)
     parser.add_argument("-d", "--dataset", type=int, required=True, help="number of a dataset in nnUNet_raw")
     parser.add_argument("-m", "--model", type=Path, help="trained 2D model folder, for part unet")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="CSV file; the rest lies beside it")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="CSV file; everything else is written beside it"
+    )
     parser.add_argument("-f", "--fold", type=int, default=0, help="fold of splits_final.json (0)")
     parser.add_argument("--parts", nargs="+", choices=("unet", "window"), default=["unet", "window"], help="both")
     parser.add_argument("--modes", nargs="+", choices=("center", "average"), default=["center"], help="center")

@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     deformed = args.raw / "Dataset941_DeformedCT"
     if args.model == "manyclass" and not (deformed / "dataset.json").is_file():
         if not (args.image and args.labels):
-            parser.error(f"{deformed} is not there: --image and --labels are needed to write it")
+            parser.error(f"{deformed} does not exist; give --image and --labels to write it")
         write_deformed_dataset(args.image, args.labels, deformed, *args.cases, seed=args.seed)
     preprocess_once(dataset, "3d_fullres", processes=1)
     seed_training(args.seed)

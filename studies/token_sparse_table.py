@@ -35,15 +35,15 @@ from studies.table import GrowingTable
 
 @dataclass(frozen=True)
 class SparseRun:
-    """One row: what is trained, or made of what was trained.
+    """One row: a network that is trained, or made from a trained one.
 
     Attributes:
-        name: of the row, and of its results folder.
+        name: names the row and its results folder.
         network: primus or unetr.
-        settings: of the method, for training.
+        settings: the method's, for training.
         start: row whose weights are the start; None: from scratch.
-        compress: method settings for a training-free use of row `start`, in place of a training.
-        images: whether the training-free use may look at the training images.
+        compress: method settings to apply to row `start` without training; None: train.
+        images: whether `compress` may use the training images.
     """
 
     name: str
@@ -61,7 +61,7 @@ _DENSE = {"ratio": 0.0, "scorer": "energy", "completion": "last"}
 
 
 def default_runs() -> list[SparseRun]:
-    """Return the rows of the table, in an order in which the most telling come first."""
+    """Return the rows of the table, the most informative first."""
     runs = [SparseRun("primus_dense", "primus", _DENSE)]
     runs += [SparseRun(f"primus_{r}_scratch", "primus", {**_LEARNED, "ratio": r}) for r in (0.5, 0.75)]
     runs += [SparseRun(f"primus_{r}_taught", "primus", {**_TAUGHT, "ratio": r}) for r in (0.5, 0.75)]
@@ -155,7 +155,7 @@ def _made(run: SparseRun, dataset: int, fold: int, length: ShortTraining, work: 
     def trained(name: str) -> Path:
         found = sorted(Path(os.environ["nnUNet_results"]).glob(f"Dataset{dataset:03d}_*/{name}__*"))
         if not found:
-            raise ConfigError(f"row {run.name} starts from row {name}, which is not there")
+            raise ConfigError(f"row {run.name} starts from row {name}, which does not exist yet")
         return found[0]
 
     if run.compress is None:
@@ -190,9 +190,9 @@ def _dense_twin(folder: Path, work: Path) -> Path:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = new_parser(__doc__)
     parser.add_argument("-d", "--dataset", type=int, required=True, help="number of a dataset in nnUNet_raw")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="CSV file; models lie beside it")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="CSV file; models are written beside it")
     parser.add_argument("-f", "--fold", type=int, default=0, help="fold of splits_final.json (0)")
-    parser.add_argument("--epochs", type=int, default=8, help="of every training (8)")
+    parser.add_argument("--epochs", type=int, default=8, help="epochs of every training (8)")
     parser.add_argument("--iterations", type=int, default=40, help="steps per epoch (40)")
     parser.add_argument("--batch-size", type=int, default=4, help="patches per step (4)")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate (1e-3)")
