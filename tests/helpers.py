@@ -117,9 +117,9 @@ def make_predictor(**options: Any) -> Any:
 
 def random_data(predictor: Any, size: int = 20) -> torch.Tensor:
     """Return (channels, size, size, size) noise with the channels that the predictor's network takes."""
-    from nnslim.hosts.nnunet.predict.predictor_patches import _input_channels
+    from nnslim.hosts.nnunet.predict.predictor_patches import input_channels
 
-    return torch.randn(_input_channels(predictor), size, size, size, generator=torch.Generator().manual_seed(5))
+    return torch.randn(input_channels(predictor), size, size, size, generator=torch.Generator().manual_seed(5))
 
 
 def write_ball_dataset(folder: Path) -> None:

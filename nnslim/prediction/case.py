@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
+
+from nnslim._version import __version__
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,15 @@ class Record:
             return cls(**{key: value for key, value in values.items() if key in known})
         except TypeError:
             return None
+
+
+def versions(*hosts: str) -> dict[str, str]:
+    """Return the versions of nnslim, Python, torch and the hosts, where installed; imports none of them."""
+    found = {"nnslim": __version__, "python": platform.python_version()}
+    for name in ("torch", *hosts):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def now() -> str:

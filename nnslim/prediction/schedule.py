@@ -6,7 +6,7 @@ import heapq
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from nnslim.prediction.case import Case, Record, now
+from nnslim.prediction.case import Case
 
 
 def in_order(cases: Iterable[Case], begun: Mapping[str, int] | None = None) -> list[Case]:
@@ -93,13 +93,3 @@ class Schedule:
             else:
                 lost.append(case)
         return lost
-
-
-def given_up(case: Case, attempts: int, why: str) -> Record:
-    """Return the record of a case that no worker survives.
-
-    Args:
-        attempts: workers that ended. why: how the last one did.
-    """
-    error = f"{attempts} workers ended while they had it; the last one was {why}"
-    return Record(case.name, "failed", error, voxels=case.voxels, target=case.target, attempts=attempts, time=now())

@@ -21,7 +21,6 @@ from helpers import ROOT, make_predictor
 from nnslim.errors import InputError
 from nnslim.hosts.nnunet.cases.preprocess import list_cases, silent
 from nnslim.hosts.nnunet.predict.directory import NNUNetJob, nnunet_cases, predict_folder
-from nnslim.hosts.nnunet.predict.load import load_predictor
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.prediction.engines import Crew, crew_here
 from nnslim.prediction.run_directory import FolderSettings
@@ -166,7 +165,7 @@ def test_listing_leaves_out_what_is_no_case_and_says_so(case_folder, caplog):
 def test_model_that_fails_on_one_case_only_fails_that_case(make_model, case_folder, tmp_path, monkeypatch):
     """Whatever nnU-Net raises."""
     model = make_model()
-    predictor = type(load_predictor(model, None, STOCK))
+    predictor = type(make_predictor())
     original = predictor.predict_logits_from_preprocessed_data
     calls = []
 

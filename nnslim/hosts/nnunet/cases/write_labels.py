@@ -19,7 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnslim.errors import InputError, OutputError
+from nnslim.hosts.nnunet.cases.preprocess import silent
 from nnslim.hosts.nnunet.cases.resampling_functions import Stand, grid_of, known_function, lean_configuration
+from nnslim.prediction.images import check_complete
 from nnslim.resampling.labels import Regions, label_map
 
 _EXPORT = "nnunetv2.inference.export_prediction"
@@ -27,33 +30,41 @@ originals: dict[str, Callable[..., Any]] = {}  # what the patches of this proces
 _log = logging.getLogger("nnslim")
 
 
-def write_prediction(
-    model: Any,
+def write_segmentation(
+    predictor: Any,
     logits: Tensor | np.ndarray,
     properties: dict[str, Any],
-    truncated: Path,
+    path: Path,
     *,
     streamed: bool = True,
     threads: int | None = None,
-) -> Path:
+) -> None:
     """Write the segmentation of a case in the geometry of its image.
 
     Args:
-        model: what has nnU-Net's `plans_manager`, `configuration_manager` and `dataset_json` (an nnUNetPredictor).
+        predictor: what has nnU-Net's `plans_manager`, `configuration_manager` and `dataset_json`.
         logits: (heads, *spatial) at the network's resolution, on the CPU; not modified.
         properties: nnU-Net's, from preprocessing.
-        truncated: file to write, without its ending.
+        path: file to write, with the dataset's ending.
         streamed: False for nnU-Net's own export.
         threads: of torch; default: nnU-Net's.
-    Returns:
-        The file.
+    Raises:
+        OutputError: it cannot be written.
     """
     export = export_prediction_from_logits if streamed else _original("export_prediction_from_logits")
     logits = logits if streamed or isinstance(logits, np.ndarray) else logits.numpy()
+    truncated = str(path).removesuffix(predictor.dataset_json["file_ending"])
+    plans, configuration = predictor.plans_manager, predictor.configuration_manager
     rest = {} if threads is None else {"num_threads_torch": threads}
-    given = (logits, properties, model.configuration_manager, model.plans_manager, model.dataset_json, str(truncated))
-    export(*given, **rest)
-    return Path(f"{truncated}{model.dataset_json['file_ending']}")
+    try:
+        with silent():
+            export(logits, properties, configuration, plans, predictor.dataset_json, truncated, **rest)
+    except RuntimeError as error:  # SimpleITK's way to report a failed write
+        raise OutputError(f"cannot write {path}: {' '.join(str(error).split())[-300:]}") from error
+    try:
+        check_complete(path)  # ITK writes what fits on a full disk, and says nothing
+    except InputError as error:
+        raise OutputError(f"cannot write {path}: it came out cut short; the disk is probably full") from error
 
 
 def export_prediction_from_logits(

@@ -22,8 +22,7 @@ from nnslim.benchmark.alternated import Candidate, TimedJob, Timing
 from nnslim.compression.config import SlimConfig
 from nnslim.errors import NNSlimError
 from nnslim.hosts.nnunet.cases.preprocess import find_cases
-from nnslim.hosts.nnunet.predict.directory import NNUNetModel
-from nnslim.hosts.nnunet.predict.load import load_predictor
+from nnslim.hosts.nnunet.predict.load import NNUNetModel, load_predictor
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.patching import AttributePatch
 from nnslim.prediction.case import Case
@@ -88,9 +87,9 @@ def prepare_pipeline(pipeline: TimedPipeline, images: Path) -> Candidate:
 def _first_pass(predictor: Any) -> None:
     from torch._dynamo import OptimizedModule
 
-    from nnslim.hosts.nnunet.predict.predictor_patches import _input_channels
+    from nnslim.hosts.nnunet.predict.predictor_patches import input_channels
 
-    shape = (1, _input_channels(predictor), *predictor.configuration_manager.patch_size)
+    shape = (1, input_channels(predictor), *predictor.configuration_manager.patch_size)
     network = predictor.network
     for state in predictor.list_of_parameters:
         (network._orig_mod if isinstance(network, OptimizedModule) else network).load_state_dict(state)
