@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnslim.errors import BackendError, RewriteError
+from nnslim.errors import BackendError, RewriteError, first_line
 from nnslim.files import write_bytes
 from nnslim.optional import needed
 from nnslim.running.openvino import silent_loggers
@@ -61,8 +61,7 @@ def to_onnx(network: nn.Module, shape: Sequence[int]) -> Any:
             old = {"dynamo": False} if "dynamo" in torch.onnx.export.__kwdefaults__ else {}
             torch.onnx.export(network, (image,), file, **(names | {"opset_version": 17}), **old)
         except Exception as error:
-            lines = str(problem).strip().splitlines() or [type(problem).__name__]
-            raise BackendError(f"{type(network).__name__} cannot be exported: {lines[0]}") from error
+            raise BackendError(f"{type(network).__name__} cannot be exported: {first_line(problem)}") from error
     return onnx.load_from_string(file.getvalue())
 
 
@@ -144,7 +143,7 @@ def run_onnx(file: Path, image: Tensor) -> Tensor:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         (logits,) = session.run(None, {"image": image.contiguous().numpy()})
     except Exception as error:  # onnxruntime has a class for each kind, below RuntimeError or not
-        raise BackendError(f"{file} does not run: {str(error).strip().splitlines()[0]}") from error
+        raise BackendError(f"{file} does not run: {first_line(error)}") from error
     return torch.from_numpy(logits)
 
 

@@ -16,7 +16,7 @@ from nnslim.network.graph import layer_of, trace
 from nnslim.network.walk import LayerIndex
 from nnslim.running.engine import Settings, with_fallback
 from nnslim.running.processor import cpu_name
-from nnslim.running.select import machine_threads, remembered
+from nnslim.running.runner import machine_threads, remembered
 from nnslim.running.timing import pass_seconds
 
 # Seconds of the dense pass below which overheads decide, and nobody waits. A whole 128^3 patch takes a GPU 0.02 s.
