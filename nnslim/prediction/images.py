@@ -11,7 +11,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from nnslim.errors import InputError
+from nnslim.errors import InputError, one_line
 
 _BLOCK = 1 << 20
 
@@ -103,11 +103,7 @@ def _scanned(path: Path, *, finite: bool) -> tuple[Any, int]:
                     bad += usable - int(np.count_nonzero(np.isfinite(np.frombuffer(block, dtype, max(usable, 0)))))
                 size += len(block)
     except (OSError, EOFError, zlib.error, ValueError, nib.filebasedimages.ImageFileError) as error:
-        raise InputError(f"{path.name} cannot be read: {_text(error)}") from error
+        raise InputError(f"{path.name} cannot be read: {one_line(error)}") from error
     if size < expected:
         raise InputError(f"{path.name} cannot be read: cut short, {size:,} bytes of voxels and header of {expected:,}")
     return header, bad
-
-
-def _text(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]

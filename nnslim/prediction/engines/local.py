@@ -13,11 +13,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from nnslim.errors import NNSlimError
+from nnslim.errors import NNSlimError, kind_and_line
 from nnslim.prediction.case import Case, Place, PredictionJob, Report
 from nnslim.prediction.engines import Crew
 from nnslim.prediction.engines.team import Member, Team, loaded
-from nnslim.prediction.pipeline import one_line
 from nnslim.prediction.schedule import Schedule
 
 _PATIENCE = 10.0  # seconds, for a worker that has nothing left to do
@@ -129,7 +128,7 @@ def _serve(channel: Connection, payload: bytes, place: Place, output: Path, crew
     except NNSlimError as error:
         say("refused", error)
     except Exception as error:  # perhaps in this process only, such as a GPU without memory left
-        say("broken", f"ended by {one_line(error)}")
+        say("broken", f"ended by {kind_and_line(error)}")
 
 
 def _end_with(parent: int) -> None:

@@ -15,11 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nnslim.errors import HostError, NNSlimError
+from nnslim.errors import HostError, NNSlimError, kind_and_line
 from nnslim.prediction.case import Case, Place, PredictionJob, Record, Report
 from nnslim.prediction.engines import Crew
 from nnslim.prediction.engines.team import Member, Team, loaded
-from nnslim.prediction.pipeline import one_line
 from nnslim.prediction.schedule import Schedule
 
 _AHEAD = 2  # cases that an actor holds: one in its forward pass, and the next
@@ -105,7 +104,7 @@ class _RayTeam(Team):
             cause = error.cause
             if isinstance(cause, NNSlimError):  # no worker can use the model
                 raise cause from None
-            self._bury(worker, f"ended by {one_line(cause or error)}")
+            self._bury(worker, f"ended by {kind_and_line(cause or error)}")
         except self._ray.exceptions.RayError as error:  # its process or its machine is gone
             self._bury(worker, f"lost ({type(error).__name__})")
         else:

@@ -215,7 +215,9 @@ def input_channels(predictor: Any) -> int:
     """Return the channels that the network of an initialised predictor takes."""
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
-    return determine_num_input_channels(predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json)
+    return determine_num_input_channels(
+        predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
+    )
 
 
 def _compress_or_recall(
