@@ -27,11 +27,7 @@ _SMALL = 256  # numbers; smaller constants are norms and biases, which 16 bits w
 
 
 def onnx_modules() -> tuple[Any, Any]:
-    """Return the packages onnx and onnxruntime.
-
-    Raises:
-        BackendError: one is not installed.
-    """
+    """Return the packages onnx and onnxruntime, or raise a BackendError."""
     return needed("onnx", "nnslim[onnx]"), needed("onnxruntime", "nnslim[onnx]")
 
 
@@ -110,7 +106,7 @@ def in_int8(model: Any, tiles: Iterable[Tensor]) -> Any:
     tiles = list(tiles)
     if not tiles:
         raise BackendError("int8 needs calibration tiles, found none")
-    head = _producer(model, model.graph.output[0].name)
+    head = [node.name for node in model.graph.node if model.graph.output[0].name in node.output]
     with tempfile.TemporaryDirectory() as folder, silent_loggers("root"):
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         onnx.save(model, str(source))
@@ -124,17 +120,13 @@ def in_int8(model: Any, tiles: Iterable[Tensor]) -> Any:
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
             op_types_to_quantize=_QUANTISED,
-            nodes_to_exclude=[head] if head else [],
+            nodes_to_exclude=head,
         )
         return onnx.load(str(target))
 
 
 def run_onnx(file: Path, image: Tensor) -> Tensor:
-    """Return what a file makes of (B, C, *patch), by onnxruntime on the CPU.
-
-    Raises:
-        BackendError: the file does not run.
-    """
+    """Return what a file makes of (B, C, *patch), by onnxruntime on the CPU, or raise a BackendError."""
     _, onnxruntime = onnx_modules()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -147,14 +139,6 @@ def run_onnx(file: Path, image: Tensor) -> Tensor:
     return torch.from_numpy(logits)
 
 
-def _producer(model: Any, output: str) -> str:
-    return next((node.name for node in model.graph.node if output in node.output), "")
-
-
 def save_onnx(model: Any, file: Path) -> None:
-    """Write a model.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Write a model, or raise an OutputError."""
     write_bytes(file, model.SerializeToString())

@@ -30,11 +30,7 @@ _log = logging.getLogger("nnslim")
 
 
 def openvino_module() -> Any:
-    """Return the package.
-
-    Raises:
-        BackendError: it is not installed.
-    """
+    """Return the package, or raise a BackendError."""
     return needed("openvino", "nnslim[openvino]")
 
 
@@ -285,11 +281,7 @@ def _compile(core: Any, model: Any, shape: tuple[int, ...], settings: dict[str, 
 
 
 def check_processor(precision: str) -> None:
-    """Refuse a precision that this processor does not compute in.
-
-    Raises:
-        BackendError: openvino is missing, or the processor lacks the precision.
-    """
+    """Raise a BackendError where openvino is missing, or the processor does not compute in the precision."""
     able = openvino_module().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     needed = _NEEDS.get(precision)
     if needed is not None and needed not in able:

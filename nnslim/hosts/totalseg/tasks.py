@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +134,8 @@ def organ_groups() -> dict[str, set[str]]:
         HostError: TotalSegmentator is missing.
     """
     groups: dict[str, set[str]] = {}
-    for parts in (totalseg_table("map_to_binary", name) for name in ("class_map_5_parts", "class_map_parts_mr")):
+    ct, both = totalseg_table("map_to_binary", "class_map_5_parts"), sys.modules["totalsegmentator.map_to_binary"]
+    for parts in (ct, getattr(both, "class_map_parts_mr", {})):
         for part, classes in parts.items():
             groups.setdefault(part.removeprefix("class_map_part_"), set()).update(classes.values())
     # A class may be an organ of one model and a muscle of the other: it stays where the CT model has it.
