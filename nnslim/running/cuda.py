@@ -36,11 +36,7 @@ class Graphed(nn.Module):
     _one_at_a_time = threading.RLock()
 
     def __init__(self, network: nn.Module, dtype: torch.dtype = torch.half) -> None:
-        """Take the network; nothing is recorded yet.
-
-        Args:
-            network: in eval mode, on its device. dtype: of autocast.
-        """
+        """Take a network in eval mode, on its device; nothing is recorded yet."""
         super().__init__()
         self.network, self.dtype = network, dtype
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -103,7 +99,6 @@ class Graphed(nn.Module):
 
     @staticmethod
     def _shared(stream: torch.cuda.Stream) -> tuple[int, int] | None:
-        """Return the pool of the recordings that are replayed on that stream; None if there is none."""
         return next((one.graph.pool() for one in Graphed._recorded if one.stream == stream), None)
 
 

@@ -48,9 +48,7 @@ def make_engine(network: nn.Module, shape: Sequence[int], settings: Settings) ->
     It keeps these weights whatever is loaded into the network later; only "stock" is the network itself.
 
     Args:
-        network: in eval mode, on the device it will run on.
-        shape: (B, C, *patch).
-        settings: not "auto".
+        network: in eval mode, on the device it will run on. shape: (B, C, *patch). settings: not "auto".
     Raises:
         BackendError: the backend is missing, or cannot run this network.
     """
@@ -93,7 +91,7 @@ def check_precision(
         settings: backend and precision; on a CPU "auto" is openvino where the precision is not f32.
         device: that it will run on; None: the network's.
     Raises:
-        BackendError: see above; the message says what would work.
+        BackendError: the message says what would work.
     """
     precision = settings.precision
     if precision == "f32":
@@ -148,8 +146,6 @@ def first_pass(
 
     Args:
         x: (B, C, *patch). call: runs an engine on it.
-    Raises:
-        BackendError: see `with_fallback`.
     """
     device = next(network.parameters()).device
     for name in dict.fromkeys((settings.backend, "eager", "stock")):

@@ -106,7 +106,7 @@ def in_int8(model: Any, tiles: Iterable[Tensor]) -> Any:
     tiles = list(tiles)
     if not tiles:
         raise BackendError("int8 needs calibration tiles, found none")
-    head = [node.name for node in model.graph.node if model.graph.output[0].name in node.output]
+    head = [node.name for node in model.graph.node if node.name and model.graph.output[0].name in node.output]
     with tempfile.TemporaryDirectory() as folder, silent_loggers("root"):
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         onnx.save(model, str(source))

@@ -185,14 +185,7 @@ def _merged(first: nn.Module, second: nn.Module) -> nn.Module:
     bias = None if first.bias is None else outer @ first.bias.detach().double()
     if second.bias is not None:
         bias = second.bias.detach().double() + (0 if bias is None else bias)
-    names = (
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "padding_mode",
-        *(("output_padding",) if transposed else ()),
-    )
+    names = ["kernel_size", "stride", "padding", "dilation", "padding_mode"] + ["output_padding"] * transposed
     settings = {**{name: getattr(first, name) for name in names}, "bias": bias is not None}
     like = {"device": first.weight.device, "dtype": first.weight.dtype}
     kind = next(kind for kind in CONVOLUTIONS + TRANSPOSED if isinstance(first, kind))

@@ -75,16 +75,9 @@ class Speed:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Speed:
         """Read what `to_dict` made."""
-        planned = values["planned_ms"]
-        return cls(
-            values["dense_ms"] / 1e3,
-            values["slim_ms"] / 1e3,
-            values["backend"],
-            values["where"],
-            None if planned is None else planned / 1e3,
-            tuple(values["put_back"]),
-            values.get("device", "cpu"),
-        )
+        times = [None if (ms := values[f"{name}_ms"]) is None else ms / 1e3 for name in ("dense", "slim", "planned")]
+        rest = {"planned": times[2], "put_back": tuple(values["put_back"]), "device": values.get("device", "cpu")}
+        return cls(*times[:2], values["backend"], values["where"], **rest)
 
 
 def place(device: torch.device, settings: Settings) -> str:
