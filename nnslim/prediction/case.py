@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -69,18 +69,12 @@ class Record:
     versions: dict[str, str] = field(default_factory=dict)
     time: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON values."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Record | None:
         """Return the record of a manifest line, None where it is none; keys of later versions are dropped."""
-        known = {item.name for item in fields(cls)}
-        try:
-            return cls(**{key: value for key, value in values.items() if key in known})
-        except TypeError:
+        if not {"name", "status"} <= values.keys():
             return None
+        return cls(**{item.name: values[item.name] for item in fields(cls) if item.name in values})
 
 
 def versions(*hosts: str) -> dict[str, str]:

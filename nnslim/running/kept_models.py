@@ -77,16 +77,16 @@ def recall_model(key: str, cache: Path | None) -> Any | None:
     folder = _place(key, cache)
     if not folder.is_dir():
         return None
-    sums = read_json(folder / _SUMS)
-    try:
-        if not sums or any(sha256_of(folder / name) != wanted for name, wanted in sums.items()):
-            raise BackendError("its content has changed")
-        return read_model(folder / "model.xml")
-    except (OSError, BackendError) as error:
-        _log.warning("the kept model %s is damaged and is made again: %s", folder, error)
-        shutil.rmtree(folder, ignore_errors=True)
-        if folder.exists():
-            raise OutputError(f"{folder} is damaged and cannot be removed; remove it by hand") from error
+    sums, problem = read_json(folder / _SUMS), "its content has changed"
+    if sums and all((folder / name).is_file() and sha256_of(folder / name) == sums[name] for name in sums):
+        try:
+            return read_model(folder / "model.xml")
+        except BackendError as error:
+            problem = str(error)
+    _log.warning("the kept model %s is damaged and is made again: %s", folder, problem)
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        raise OutputError(f"{folder} is damaged and cannot be removed; remove it by hand")
     return None
 
 

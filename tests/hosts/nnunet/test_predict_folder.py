@@ -123,7 +123,7 @@ def test_faults_of_images_are_named_and_the_rest_is_done(make_model, tmp_path):
     assert errors == {
         "zero": "zero_0000.nii.gz has a voxel spacing of 0 x 1 x 1 mm; expected positive numbers",
         "nan_spacing": "nan_spacing_0000.nii.gz has a voxel spacing of 1 x nan x 1 mm; expected positive numbers",
-        "nan": "nan_0000.nii.gz has 2 of 4,896 voxels that are NaN or infinite; expected numbers only, 0 for instance",
+        "nan": "nan_0000.nii.gz has 2 of 4,896 voxels that are NaN or infinite; expected finite numbers",
         "4d": "4d_0000.nii.gz has 4 axes (16 x 17 x 18 x 2 voxels); expected 3, and a file of its own for each channel "
         "or time",
         "cut": errors["cut"],
