@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 import sys
 import threading
 from collections.abc import Callable
@@ -32,7 +31,10 @@ _PREPROCESSOR = "nnunetv2.preprocessing.preprocessors.default_preprocessor"
 _PREDICTOR = "nnunetv2.inference.predict_from_raw_data"
 # nnU-Net's names of arguments.
 _SOURCE, _OUTPUT = "list_of_lists_or_source_folder", "output_folder_or_list_of_truncated_output_files"
-_WORKERS = ("num_processes_preprocessing", "num_processes_segmentation_export", "num_parts", "part_id")
+_WORKERS = ("num_processes_preprocessing", "num_processes_segmentation_export")
+_PARTS = ("num_parts", "part_id")
+_STAGE = "folder_with_segs_from_prev_stage"
+_ARGUMENTS = ("self", _SOURCE, _OUTPUT, "save_probabilities", "overwrite", *_WORKERS, _STAGE, *_PARTS)
 
 
 class ExportPatches:
@@ -93,16 +95,16 @@ class ExportPatches:
         overlaps. nnU-Net's own `predict_from_files_sequential` calls the same functions with the same arguments: the
         files are the same.
         """
-        signature = inspect.signature(original)
 
         @functools.wraps(original)
         def predict_from_files(*args: Any, **named: Any) -> Any:
             run = self._run()
-            given = signature.bind(*args, **named).arguments
+            given = {**dict(zip(_ARGUMENTS, args, strict=False)), **named}
             alone = _only_case(given) if run is not None and run.processes == "auto" else None
             if alone is None:
                 return original(*args, **named)
-            rest = {key: value for key, value in given.items() if key not in ("self", _SOURCE, _OUTPUT, *_WORKERS)}
+            own = ("self", _SOURCE, _OUTPUT, *_WORKERS, *_PARTS)
+            rest = {key: value for key, value in given.items() if key not in own}
             return given["self"].predict_from_files_sequential(*alone, **rest)
 
         return predict_from_files
