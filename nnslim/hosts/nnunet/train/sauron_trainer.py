@@ -227,7 +227,7 @@ class SauronLoss(nn.Module):
     def __init__(self, loss: nn.Module, config: SauronConfig) -> None:
         super().__init__()
         self.loss, self.config = loss, config
-        object.__setattr__(self, "pruner", None)
+        self.pruner: Pruner | None = None
         self.observes = False
         self.begin()
 
