@@ -9,6 +9,9 @@ import typer
 
 from nnslim.commands.common import QuietOption, counting, start
 
+_METHOD_OPTIONS = ("epochs", "iterations", "validation_iterations", "batch_size", "learning_rate", "precision", "seed")
+_METHOD_OPTIONS += ("strength", "macs", "params", "reach")
+
 
 def train(
     context: typer.Context,
@@ -47,8 +50,8 @@ def train(
 
     start(quiet)
     chosen = training_settings(load_config(config or {"methods": [{"method": method}]}), method)
-    options = context.params | {"start": start_model, "base": trainer}
-    given = {key: options[key] for key in type(chosen).model_fields if options.get(key) is not None}
+    options = {name: context.params[name] for name in _METHOD_OPTIONS} | {"start": start_model, "base": trainer}
+    given = {key: value for key, value in options.items() if value is not None}
     section = changed_settings(chosen, given, "nnslim train")
     run = {"folds": [fold], "device": device, "resume": resume, "validation": validate, "processes": processes}
     settings = changed_settings(TrainingSettings(), {**run, "sauron": section}, "nnslim train")

@@ -273,6 +273,7 @@ def test_train_command_runs_and_its_options_reach_the_training(world, results, c
     assert final["init_args"]["plans"]["configurations"]["3d_fullres"]["batch_size"] == 3
     assert final["logging"]["lrs"] == [0.002] and final["nnslim_sauron"]["settings"]["strength"] == 0
     assert final["nnslim_sauron"]["settings"]["iterations"] == 2
+    assert final["nnslim_sauron"]["settings"]["fold"] is None  # what -f means is the fold of the data
     refused = command("train", "-d", 998, "--method", "tucker")
     assert refused[0] == 2 and "tucker needs no training" in refused[2]
     refused = command("train", "-d", 998, "--method", "sauron", "--configuration", "2d_x")
