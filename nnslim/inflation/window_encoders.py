@@ -170,6 +170,6 @@ def reach_of(depth: int) -> int:
 
 
 def repeat_ends(volume: Tensor, before: int, bottom: int = 0, right: int = 0) -> Tensor:
-    """Repeat the last rows and columns of (N, C, H, W), of (N, C, D, H, W) also the first and last slice."""
+    """Repeat the last rows and columns of (N, C, H, W), of (N, C, D, H, W) also the first and last slices."""
     padding = (0, right, 0, bottom, before, before)[: 2 * (volume.dim() - 2)]
     return nn.functional.pad(volume, padding, mode="replicate") if any(padding) else volume

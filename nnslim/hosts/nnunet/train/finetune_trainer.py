@@ -52,7 +52,7 @@ class FoldJob:
 
 
 class FineTuning(SteadyTraining):
-    """What a fine-tuning trainer does otherwise than the nnU-Net trainer that it is mixed into."""
+    """What fine-tuning changes in the nnU-Net trainer that it is mixed into."""
 
     job: FoldJob
     teacher: nn.Module | None

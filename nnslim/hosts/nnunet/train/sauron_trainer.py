@@ -29,7 +29,7 @@ STATE = "nnslim_sauron"
 
 
 class SauronTraining(SteadyTraining):
-    """What a trainer with Sauron does otherwise than the nnU-Net trainer that it is mixed into.
+    """What Sauron changes in the nnU-Net trainer that it is mixed into.
 
     Checkpoints name that trainer, so that stock nnU-Net loads them, and hold thresholds, history and widths beside the
     weights; plans.json names the network class and spec of nnslim.

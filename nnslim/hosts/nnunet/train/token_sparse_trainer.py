@@ -24,7 +24,7 @@ from nnslim.network.walk import unwrap
 
 
 class TokenSparseTraining(DescribedTraining):
-    """What a token-sparse trainer does otherwise than the nnU-Net trainer that it is mixed into."""
+    """What token sparsity changes in the nnU-Net trainer that it is mixed into."""
 
     kind = "token_sparse"
 

@@ -32,7 +32,7 @@ class DiceFocal(nn.Module):
 
 
 class WindowTraining(DescribedTraining):
-    """What the window trainer does otherwise than nnU-Net's: network, first weights, loss and optimiser."""
+    """What the window trainer changes in nnU-Net's: network, first weights, loss and optimiser."""
 
     kind = "window"
     changes: dict[str, Any]  # of the section
@@ -75,7 +75,7 @@ class WindowTraining(DescribedTraining):
             name = self.configuration_name
             raise ConfigError(f"the window network takes volumes: train a 3D configuration, not '{name}'")
         if self.label_manager.has_ignore_label:
-            raise ConfigError("the window network's Dice and focal loss knows no ignore label, which this dataset has")
+            raise ConfigError("the window network's loss cannot leave out voxels, and this dataset has an ignore label")
 
     def initialize(self) -> None:
         """Build the network and put the 2D weights into its encoder."""
