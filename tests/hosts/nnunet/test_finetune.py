@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from helpers import make_predictor, offer_gloo_trainer, random_data, write_ball_dataset
+from helpers import final_of, offer_gloo_trainer, stock_prediction, write_ball_dataset
 
 from nnslim.cli import main
 from nnslim.compression.config import changed_settings, tucker
@@ -20,7 +20,7 @@ from nnslim.compression.distillation import distillation_loss
 from nnslim.errors import ConfigError, InputError, ModelError, OutputError
 from nnslim.hosts.nnunet.cases.prepared_data import find_dataset, prepare_data
 from nnslim.hosts.nnunet.compress.compress_model import compress_model
-from nnslim.hosts.nnunet.model.trained_model import load_checkpoint, model_key, read_trained_model
+from nnslim.hosts.nnunet.model.trained_model import model_key, read_trained_model
 from nnslim.hosts.nnunet.train.finetune_model import begin_record, finetune_model, fold_job, run_ranks
 from nnslim.hosts.nnunet.train.finetune_trainer import DistilledLoss, fold_trainer
 from nnslim.hosts.nnunet.train.settings import FINETUNING, TrainingSettings
@@ -56,17 +56,6 @@ def ball(tmp_path_factory):
 
 def settings_with(**changes) -> TrainingSettings:
     return changed_settings(TINY, changes, "test")
-
-
-def final_of(folder, fold=0, name="checkpoint_final.pth"):
-    return load_checkpoint(folder / f"fold_{fold}" / name, trust=True)
-
-
-def stock_prediction(folder, fold=0, name="checkpoint_final.pth"):
-    """Load by nnU-Net's own predictor; return its network and the logits of noise."""
-    predictor = make_predictor()
-    predictor.initialize_from_trained_model_folder(str(folder), (fold,), name)
-    return predictor, predictor.predict_logits_from_preprocessed_data(random_data(predictor))
 
 
 def make_trainer(ball, output, teacher=None, **changes):
@@ -237,7 +226,7 @@ def test_command_takes_any_trainer_and_fold(ball, tmp_path, monkeypatch, capfd, 
         assert checkpoint["trainer_name"] == "nnUNetTrainerNoMirroring"
         assert checkpoint["inference_allowed_mirroring_axes"] is None
         assert checkpoint["init_args"]["fold"] == fold
-        assert torch.isfinite(stock_prediction(output, fold)[1]).all()
+        assert torch.isfinite(stock_prediction(output, (fold,))[1]).all()
     record = json.loads((output / "nnslim.json").read_text())
     assert record["folds"] == ["1", "all"] == list(record["finetune"]["folds"])
 

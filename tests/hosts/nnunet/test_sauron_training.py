@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import make_predictor, offer_gloo_trainer, random_data, train_sauron_rank, write_ball_dataset
+from helpers import final_of, offer_gloo_trainer, stock_prediction, train_sauron_rank, write_ball_dataset
 
 from nnslim.compression.record import SlimRecord
 from nnslim.context import NNSlimContext
 from nnslim.errors import ConfigError, InputError, OutputError
-from nnslim.hosts.nnunet.model.trained_model import build_network, load_checkpoint, read_trained_model, trainer_class
+from nnslim.hosts.nnunet.model.trained_model import build_network, read_trained_model, trainer_class
 from nnslim.hosts.nnunet.train import train_dataset as train_module
 from nnslim.hosts.nnunet.train.sauron_trainer import sauron_trainer_class
 from nnslim.hosts.nnunet.train.settings import TrainingSettings
@@ -67,19 +67,9 @@ def results(world):
     shutil.rmtree(world.results, ignore_errors=True)
 
 
-def final_of(folder, fold=0, name="checkpoint_final.pth"):
-    return load_checkpoint(Path(folder) / f"fold_{fold}" / name, trust=True)
-
-
 def rows_of(folder, fold=0):
     with (folder / f"fold_{fold}" / "pruning.csv").open() as stream:
         return list(csv.DictReader(stream))
-
-
-def stock_prediction(folder, folds=(0,), name="checkpoint_final.pth"):
-    predictor = make_predictor()
-    predictor.initialize_from_trained_model_folder(str(folder), folds, name)
-    return predictor, predictor.predict_logits_from_preprocessed_data(random_data(predictor))
 
 
 def test_training_narrows_the_network_and_stock_nnunet_predicts_with_every_checkpoint(world):
