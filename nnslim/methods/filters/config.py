@@ -10,9 +10,10 @@ from nnslim.methods.base import MethodConfig
 
 
 class FiltersConfig(MethodConfig):
-    """Which filters of a trained network go, until a budget is met; fine-tune afterwards.
+    """Which filters are removed from a trained network until a budget is met; fine-tune afterwards.
 
-    The weights decide. With images, what goes is folded into what stays (`recovery: {compensate: true}`, the default).
+    The weights decide. With images, removed filters are folded into those that stay (`recovery: {compensate: true}`,
+    the default).
     """
 
     importance: Literal["l1", "fpgm", "random"] = Field(
@@ -23,9 +24,9 @@ class FiltersConfig(MethodConfig):
     ranking: Literal["global", "uniform"] = Field(
         "global", description="global: all layers' filters in one order; uniform: the same share of each layer"
     )
-    min_filters: int = Field(4, ge=1, description="of a layer")
+    min_filters: int = Field(4, ge=1, description="filters that each layer keeps, at least")
     multiple: int = Field(1, ge=1, description="widths are multiples of this; 8 suits CPUs")
-    seed: int = Field(0, ge=0, description="of random")
+    seed: int = Field(0, ge=0, description="seed of the importance random")
 
     @model_validator(mode="after")
     def _check(self) -> FiltersConfig:

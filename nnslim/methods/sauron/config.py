@@ -23,7 +23,7 @@ class SauronConfig(MethodConfig):
 
     strength: float = Field(0.5, ge=0, description="weight of the distance loss (lambda); 0: pruning alone")
     delta_opt: Distance = Field("euc_norm", description="distance that the loss makes smaller")
-    delta_prune: Distance = Field("euc_rand", description="distance below which a filter goes")
+    delta_prune: Distance = Field("euc_rand", description="distance below which a filter is removed")
     reference: Reference = Field(
         "first",
         description="map that others are compared with: first, random (anew each epoch) or medoid, one for loss and "
@@ -36,9 +36,9 @@ class SauronConfig(MethodConfig):
     patience: int = Field(5, ge=0, description="epochs after a raise, and epochs looked back on (rho)")
     few: float = Field(0.02, gt=0, le=1, description="a layer that loses less than this share has converged (mu)")
     convergence: Literal["auto", "validation", "training"] = Field(
-        "auto", description="losses that must have stopped to fall; auto: validation where there is one"
+        "auto", description="losses that must have stopped falling; auto: those of the validation, where there is one"
     )
-    min_filters: int = Field(1, ge=1, description="of a layer")
+    min_filters: int = Field(1, ge=1, description="filters that each layer keeps, at least")
     multiple: int = Field(1, ge=1, description="widths stay multiples of this; 8 suits CPUs and tensor cores")
     macs: float | None = Field(None, gt=0, le=1, description="stop at this share of the MACs of the start")
     params: float | None = Field(None, gt=0, le=1, description="stop at this share of the parameters of the start")
@@ -46,21 +46,21 @@ class SauronConfig(MethodConfig):
         None,
         gt=0,
         le=1,
-        description="share of the epochs by which macs or params is reached, with lower thresholds or without; none: "
+        description="share of the epochs after which macs or params is reached, whatever the thresholds say; none: "
         "thresholds alone decide",
     )
     ranking: Literal["uniform", "global"] = Field(
         "uniform",
-        description="what goes first on the way to macs or params: filters of the layer that has lost least of its "
-        "width, or the nearest to their references of all layers",
+        description="what is removed first on the way to macs or params: filters of the layer that has lost the "
+        "smallest share of its width, or the filters of all layers that are nearest to their references",
     )
     fold: bool | None = Field(
         None,
-        description="fold filters that go into those that stay: the next layers take from the others what they took "
-        "from them (ridge regression on the maps observed); none: where a trained model is the start",
+        description="fold removed filters into those that stay (ridge regression on the maps observed); none: where a "
+        "trained model is the start",
     )
     settle: float = Field(0.1, ge=0, lt=1, description="share of the epochs, at the end, in which nothing is removed")
-    seed: int = Field(0, ge=0, description="of references, augmentation and first weights")
+    seed: int = Field(0, ge=0, description="seed of references, augmentation and first weights")
     start: Path | None = Field(None, description="trained model folder to start from; none: from scratch")
     base: str | None = Field(None, description="nnU-Net's trainer to build on; none: nnUNetTrainer")
     epochs: int | None = Field(None, ge=1, description="none: the trainer's")
@@ -70,7 +70,8 @@ class SauronConfig(MethodConfig):
     learning_rate: float | None = Field(None, gt=0, description="none: the trainer's")
     optimizer: Literal["trainer", "adam"] = Field("trainer", description="trainer: the trainer's own, SGD in nnU-Net")
     precision: Literal["f32", "bf16", "auto"] = Field(
-        "f32", description="of passes on a CPU; auto: bf16 where the processor is fast in it. On CUDA nnU-Net decides"
+        "f32",
+        description="precision on a CPU; auto: bf16 where the processor is fast in it. On CUDA nnU-Net decides",
     )
     save_maps: int = Field(0, ge=0, description="epochs between two snapshots of all feature maps; 0: none")
 

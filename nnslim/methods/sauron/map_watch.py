@@ -1,4 +1,4 @@
-"""Look at the feature maps of every channel group while the network runs."""
+"""Watch the feature maps of every channel group while the network runs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from nnslim.surgery.folding import MapMoments
 
 
 class MapWatch:
-    """Holds the maps of the last forward pass, and sums up distances over several of them.
+    """Holds the maps of the last forward pass, and sums distances over several passes.
 
     A group with one channel has nothing to compare and is left out. Where a group's maps come out of several layers (a
     residual stage), distances are the mean over these.
 
     Attributes:
-        groups: that are watched, by name.
+        groups: those that are watched, by name.
         references: channel for the loss and channel for the criterion, by group.
-        passes: over which the criterion is summed.
+        passes: how many the criterion is summed over.
     """
 
     def __init__(self, network: nn.Module, groups: Iterable[ChannelGroup], config: SauronConfig) -> None:
-        """Hook the layers; `close` takes the hooks away."""
+        """Hook the layers; `close` removes the hooks."""
         self.config = config
         self.groups = {group.name: group for group in groups if group.channels > 1 and group.taps}
         self.references: dict[str, tuple[int, int]] = {name: (0, 0) for name in self.groups}
@@ -48,13 +48,13 @@ class MapWatch:
         return keep
 
     def close(self) -> None:
-        """Take the hooks away and let the maps go."""
+        """Remove the hooks and free the maps."""
         for hook in self._hooks:
             hook.remove()
         self.maps.clear()
 
     def clear(self) -> None:
-        """Let the maps of the last pass go, and the memory with them."""
+        """Free the maps of the last pass."""
         self.maps.clear()
 
     def loss(self) -> Tensor | None:
@@ -90,13 +90,13 @@ class MapWatch:
         self.passes += 1
 
     def take(self) -> tuple[dict[str, list[float]], dict[str, int]]:
-        """Return delta_prune and the medoid of each group over the passes observed, and begin anew."""
+        """Return delta_prune and the medoid of each group over the passes observed, and start again."""
         scores = {name: (total / self.passes).cpu().tolist() for name, total in self._sums.items()}
         medoids = {name: int(far.argmin()) for name, far in self._centrality.items()}
         self._sums, self._centrality, self.passes = {}, {}, 0
         return scores, medoids
 
     def take_moments(self) -> dict[str, MapMoments]:
-        """Return the moments of each group's maps over the passes observed, and begin anew; none without folding."""
+        """Return the moments of each group's maps over the passes observed, and start again; none without folding."""
         found, self._moments = self._moments, {}
         return found

@@ -1,4 +1,4 @@
-"""Sauron itself: once per epoch, thresholds move and filters go. Knows networks and numbers, and no trainer."""
+"""Sauron itself: once per epoch, thresholds move and filters are removed. It knows networks, and no trainer."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Scores = Mapping[str, Sequence[float]]
 
 @dataclass
 class Removal:
-    """What is to be done after an epoch; every process of a training must act on the same one.
+    """What to do after an epoch; every process of a training must act on the same one.
 
     Attributes:
-        keep: group -> channels that stay, of the groups that lose some.
-        states: of all groups, thresholds moved.
+        keep: group -> channels that stay, for the groups that lose some.
+        states: all groups' states, with new thresholds.
         medoids: channel by group, before the removal; empty with another policy.
     """
 
@@ -48,7 +48,7 @@ class Pruner:
     """
 
     def __init__(self, network: nn.Module, shape: Sequence[int], config: SauronConfig, epochs: int) -> None:
-        """Look at the network.
+        """Trace and count the network.
 
         Args:
             network: plain, not wrapped by torch.compile or DDP.
@@ -87,10 +87,10 @@ class Pruner:
         training: Sequence[float],
         validation: Sequence[float],
     ) -> Removal:
-        """Move the thresholds and choose the filters that go; changes nothing yet.
+        """Move the thresholds and choose the filters to remove; changes nothing yet.
 
         Args:
-            epoch: that has ended, from 0. scores: delta_prune by group. medoids: see `MapWatch.take`.
+            epoch: the one that has ended, from 0. scores: delta_prune by group. medoids: see `MapWatch.take`.
             training, validation: losses of all epochs so far, this one last.
         """
         states = {name: dataclasses.replace(state) for name, state in self.states.items()}
@@ -119,7 +119,7 @@ class Pruner:
         return macs / self.before.macs
 
     def _within_target(self, epoch: int, gone: dict[str, list[int]], scores: Scores) -> dict[str, list[int]]:
-        """Leave filters in where the target is met without their removal; take more where it is due and not met."""
+        """Keep filters that the target does not need removed; remove more where the target is due and not met."""
         target = self.config.target
         if self.share({}) <= target:
             return {}
@@ -133,11 +133,11 @@ class Pruner:
         return fewest(candidates, self.channels, least, multiple, lambda less: self.share(less) <= target)
 
     def _ranked(self, among: Mapping[str, Sequence[int] | None], scores: Scores) -> list[tuple[str, int]]:
-        """Return (group, channel), what should go first; None stands for all but the reference.
+        """Return (group, channel) in order of removal; None stands for all but the reference.
 
-        By `ranking`: the nearest to its reference of all layers, or the nearest of the layer that has lost least of
-        the width that it had at the start. Distances of different layers say little about each other: ranked globally
-        a bottleneck may lose nearly everything while others keep all.
+        By `ranking`: the nearest to its reference in all layers, or the nearest in the layer that has lost the smallest
+        share of its first width. Distances of different layers are hardly comparable: ranked globally, a bottleneck
+        may lose nearly everything while others keep all.
         """
         found = []
         for name, indices in among.items():
@@ -151,10 +151,10 @@ class Pruner:
         return [(name, index) for _, name, index in sorted(found)]
 
     def act(self, decision: Removal, moments: Mapping[str, MapMoments] | None = None) -> dict[nn.Parameter, Cut]:
-        """Remove the filters, and look at the network anew; return what became of its parameters.
+        """Remove the filters, trace and count anew; return what became of the parameters.
 
         Args:
-            decision: of this epoch. moments: of the maps, to fold what goes into what stays.
+            decision: this epoch's. moments: of the maps, to fold removed filters into those that stay.
         """
         self.states = decision.states
         self.medoids = {
@@ -172,7 +172,7 @@ class Pruner:
         return cuts
 
     def refit(self) -> None:
-        """Look at a network that was given other widths from outside: a checkpoint's."""
+        """Trace and count anew after a checkpoint changed the widths."""
         self.watch.close()
         self._look()
 
@@ -185,7 +185,7 @@ class Pruner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """Restore what `state_dict` gave."""
         self.states = {name: LayerState(**values) for name, values in state["states"].items()}
         self.medoids = dict(state["medoids"])
         self.full = dict(state.get("full", self.full))

@@ -90,7 +90,7 @@ class PruningHistory:
             _draw_widths(self.rows, folder / WIDTHS)
 
     def summary(self, pruner: Any) -> dict[str, Any]:
-        """Return what nnslim.json says of every slim model: counts and layers, before and after."""
+        """Return what nnslim.json holds for every slim model: counts and layers, before and after."""
         before, after = pruner.before, pruner.cost
         return {
             "input_shape": list(pruner.shape),
@@ -106,7 +106,7 @@ class PruningHistory:
         return self.rows
 
     def load_state_dict(self, rows: list[dict[str, Any]]) -> None:
-        """Take over what `state_dict` gave."""
+        """Restore what `state_dict` gave."""
         self.rows = list(rows)
 
 
@@ -115,9 +115,8 @@ def _draw_progress(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     epochs = [row["epoch"] for row in rows]
     figure = new_figure((7, 7))
     axes = figure.subplots(3, 1, sharex=True)
-    for values, label in (("macs", "MACs"), ("parameters", "parameters"), ("filters_left", "filters")):
-        first = max(row[values] for row in rows[:1])
-        axes[0].plot(epochs, [row[values] / first for row in rows], label=label)
+    for count, label in zip(_COUNTS, ("MACs", "parameters", "filters"), strict=True):
+        axes[0].plot(epochs, [row[count] / rows[0][count] for row in rows], label=label)
     axes[0].set(ylabel="share of the first epoch's", ylim=(0, 1.05))
     axes[1].plot(epochs, [row["dice"] for row in rows], label="pseudo-Dice")
     axes[1].plot(epochs, [row["distance_loss"] for row in rows], label="distance")

@@ -14,7 +14,7 @@ from nnslim.surgery.budget import removable
 
 @dataclass
 class LayerState:
-    """What is remembered of one layer (group of channels) from epoch to epoch.
+    """The state of one layer (group of channels) that lasts from epoch to epoch.
 
     Attributes:
         step: index of the threshold in the grid.
@@ -29,11 +29,7 @@ class LayerState:
     def advance(
         self, config: SauronConfig, filters: int, training: Sequence[float], validation: Sequence[float]
     ) -> None:
-        """Wait one more epoch, or raise the threshold where the layer has converged.
-
-        Args:
-            filters: that the layer has. training, validation: losses of all epochs so far; the latter may be empty.
-        """
+        """Wait one more epoch, or raise the threshold where the layer has converged; see `has_converged`."""
         if self.patience > 0:
             self.patience -= 1
         elif has_converged(config, filters, self.removed, training, validation):
@@ -48,12 +44,13 @@ def has_converged(
 
     The losses of rho epochs are looked back on (`config.patience`, at least 1): the last training loss lies within
     theirs, neither falling nor diverging; the last validation loss is no new minimum of the history *before* it (the
-    original's history held the value itself, so that this never said no); few filters went in the last epoch. Without
-    validation losses, or with `convergence: training`, the training losses must not have a new minimum, which is what
-    the first condition says already.
+    original's history held the value itself, so that this was always true); few filters were removed in the last epoch.
+    Without validation losses, or with `convergence: training`, the training losses must not have a new minimum, which
+    follows from the first condition.
 
     Args:
-        filters: the layer has. removed: in the last epoch.
+        filters: number that the layer has. removed: number that the last epoch removed.
+        training, validation: losses of all epochs so far; the latter may be empty.
     """
     look_back = max(1, config.patience)
     validation = [loss for loss in validation if math.isfinite(loss)]
@@ -70,12 +67,12 @@ def has_converged(
 
 
 def below(scores: np.ndarray, threshold: float, reference: int, config: SauronConfig) -> np.ndarray:
-    """Return the filters of one layer that may go, the nearest to the reference first.
+    """Return the filters of one layer that may be removed, the nearest to the reference first.
 
     Args:
         scores: (C,) delta_prune. reference: channel that always stays.
     Returns:
-        Indices; so many that `min_filters` stay and the width is a multiple of `multiple`, or unchanged.
+        Indices. `min_filters` stay, and the width is a multiple of `multiple`, or unchanged.
     """
     order = np.argsort(scores, kind="stable")
     order = order[order != reference]

@@ -1,4 +1,4 @@
-"""Completion: from the groups of tokens that stages left behind to one token for every position."""
+"""Completion: one token for every position, from the groups of tokens that stages dropped."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class MaskCompletion(_PublishedNet):
 
 
 class GentleCompletion(nn.Module):
-    """Completion for a trained dense network: at the start it changes nothing, and it learns from there.
+    """Completion for a trained dense network: at the start it changes nothing.
 
     Each group goes through a linear that starts as the identity, gets a layer token that starts at 0, and the full
     sequence runs through blocks whose contributions start at 0. So the untrained result is the last value of every
@@ -144,7 +144,7 @@ class GentleCompletion(nn.Module):
 
 
 def identity_linear(dim: int) -> nn.Linear:
-    """Return a linear layer that hands its input on."""
+    """Return a linear layer that returns its input."""
     linear = nn.Linear(dim, dim)
     with torch.no_grad():
         linear.weight.copy_(torch.eye(dim))

@@ -31,29 +31,29 @@ class RecipeConfig(MethodConfig):
     """How the trainer learns, where it differs from nnU-Net's Primus recipe. None: as nnU-Net has it."""
 
     epochs: int | None = Field(None, ge=1, description="default: 1000")
-    warmup_epochs: int | None = Field(None, ge=1, description="of the learning rate, linear; default: 50")
+    warmup_epochs: int | None = Field(None, ge=1, description="epochs over which the learning rate rises; default: 50")
     batch_size: int | None = Field(None, ge=1, description="patches per step; default: the plan's")
     rate_per_256: float | None = Field(None, gt=0, description="learning rate = this * batch_size / 256")
     learning_rate: float | None = Field(None, gt=0, description="default: 3e-4")
-    betas: tuple[float, float] = Field((0.9, 0.98), description="of AdamW")
-    weight_decay: float = Field(0.05, ge=0, description="of AdamW")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="betas of AdamW")
+    weight_decay: float = Field(0.05, ge=0, description="weight decay of AdamW")
     layer_decay: float = Field(1.0, gt=0, le=1, description="rate of a block relative to that of the next")
-    schedule: Literal["poly", "cosine"] = Field("poly", description="of the learning rate after the warm-up, to 0")
+    schedule: Literal["poly", "cosine"] = Field("poly", description="fall of the learning rate after the warm-up, to 0")
 
 
 class TokenSparseConfig(MethodConfig):
-    """Where a vision transformer gives up tokens, which, and how every position is filled in again at its end."""
+    """Where a vision transformer drops which tokens, and how every position is filled in again at its end."""
 
     locations: tuple[int | float, ...] | None = Field(
         None,
         description="blocks that run before each stage, 0: at the start, or a share of all blocks, 0 < share < 1; "
         "default: 0.25, 0.5, 0.75",
     )
-    ratio: float | tuple[float, ...] = Field(0.5, description="share of the tokens that goes at each stage, 0 <= r < 1")
+    ratio: float | tuple[float, ...] = Field(0.5, description="share of the tokens removed at each stage, 0 <= r < 1")
     mode: Mode = Field("drop", description="drop tokens, or merge similar ones (ToMe; needs no scorer)")
     scorer: Scorer | tuple[Scorer, ...] = Field(
         "attention",
-        description="who decides, for all stages or each: mlp, att (learned); energy, distance, attention, air, random",
+        description="scorer of all stages, or of each: mlp, att (learned); energy, distance, attention, air, random",
     )
     shared: bool = Field(False, description="one learned scorer for all stages")
     tau: float = Field(1.0, gt=0, description="temperature of the soft choice in training")

@@ -25,7 +25,7 @@ class TokenSparseEdit(Edit):
 
     Attributes:
         layer: name of the encoder.
-        locations: blocks that run before each stage. ratios: share of the tokens that goes there.
+        locations: blocks that run before each stage. ratios: share of the tokens removed there.
         scorers: kind of scorer of each stage. The other fields: see `TokenSparseConfig`.
         seed: of the weights that are new.
     """
@@ -46,7 +46,7 @@ class TokenSparseEdit(Edit):
     trained: ClassVar[bool] = True
 
     def apply(self, layers: LayerIndex, *, fill: bool) -> Callable[[], None]:
-        """See Edit.apply. What the encoder held keeps its names; `reduction` and `completion` come beside it."""
+        """See Edit.apply. The encoder's modules keep their names; `reduction` and `completion` are added."""
         layer = layers[self.layer]
         dense = layer.module
         if not is_encoder(dense):

@@ -92,8 +92,8 @@ def fit_completion(
 ) -> dict[str, float]:
     """Fit the linears of a `fusion` completion to unlabelled images, in closed form, in place.
 
-    What a dropped token would have become at the end of the dense encoder is regressed (ridge, towards the identity)
-    on its last value; one regression per stage, and one for the tokens that stay.
+    The value that a dropped token would have had at the end of the dense encoder is regressed (ridge, towards the
+    identity) on its last value; one regression per stage, and one for the tokens that stay.
 
     Returns:
         The relative error of the encoder's output tokens, by encoder, after the fit.
@@ -109,7 +109,7 @@ def fit_completion(
 
 
 def _outputs(network: nn.Module, layer: str, tiles: Tiles) -> list[Tensor]:
-    """Return what the encoder puts out for each batch of tiles, before its last norm."""
+    """Return the encoder's output for each batch of tiles, before its last norm."""
     seen: list[Tensor] = []
 
     def catch(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -24,7 +24,7 @@ Attention = Callable[[Tensor, Tensor | None], Tensor]  # (tokens, rope) -> (B, L
 
 @dataclass(frozen=True)
 class Scored:
-    """What a learned scorer made of the patch tokens that came to its stage.
+    """The scores that a learned scorer gave to the patch tokens at its stage.
 
     Attributes:
         scores: (B, L), log-probabilities, at most 0.
@@ -42,8 +42,8 @@ class TokenReduction(nn.Module):
 
     Attributes:
         locations: number of blocks that have run before each stage; 0 is right after the embedding.
-        ratios: share of the patch tokens that goes at each stage. They are no weights: `set_ratio` changes them at any
-            time, and a stage whose ratio is 0 does nothing at all.
+        ratios: share of the patch tokens removed at each stage; no weights: `set_ratio` changes them at any time, and a
+            stage whose ratio is 0 does nothing.
         learned: for each stage, whether its scorer has weights.
     """
 
@@ -85,11 +85,11 @@ class TokenReduction(nn.Module):
         self.heard: list[Scored] | None = None
 
     def listen(self, heard: list[Scored]) -> None:
-        """Append to a list, in training, what learned scorers make of the tokens; see `supervision`."""
+        """Append to a list, in training, what learned scorers say; see `supervision`."""
         self.heard = heard
 
     def set_ratio(self, ratio: float | Sequence[float]) -> None:
-        """Set the share of tokens that goes, for all stages or for each.
+        """Set the share of tokens to remove, for all stages or for each.
 
         Raises:
             ConfigError: another number of ratios than stages, or one outside 0 <= ratio < 1.
@@ -115,7 +115,7 @@ class TokenReduction(nn.Module):
             counts.append(length)
         if counts and counts[-1] < FLOOR and self.active:
             _log.warning(
-                "token_sparse: only %d token(s) reach the last blocks, whose parameters then do next to nothing; "
+                "token_sparse: only %d token(s) reach the last blocks, whose parameters then do almost nothing; "
                 "use a smaller ratio or fewer locations",
                 counts[-1],
             )
@@ -126,7 +126,7 @@ class TokenReduction(nn.Module):
 
         Args:
             sequence: the tokens. blocks_done: blocks that have run.
-            attention: tells the attention that tokens receive in the block that comes next.
+            attention: gives the attention that tokens receive in the next block.
         """
         if blocks_done not in self.locations:
             return sequence

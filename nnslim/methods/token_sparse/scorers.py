@@ -1,4 +1,4 @@
-"""Scorers: one number per token, high for tokens that must stay."""
+"""Scorers: one number per token, high for tokens that should stay."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StageInput:
     Attributes:
         tokens: (B, L, D) without prefix tokens. prefix: (B, P, D), class or register tokens, P may be 0.
         attention: gives (B, L), the attention that each token receives in the next block; None where unknown.
-        content: (B, L), how much there is in each token's part of the image; None where nobody looked.
+        content: (B, L), see `image_content`; None where it was not computed.
     """
 
     tokens: Tensor

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def keep_count(length: int, ratio: float) -> int:
-    """Return how many of `length` tokens stay when the share `ratio` goes: as published, but never none.
+    """Return how many of `length` tokens stay when the share `ratio` is removed: as published, but at least one.
 
     The float arithmetic is the original's: 1 - 0.9 = 0.09999999999999998, so 1000 tokens leave 99.
     """

@@ -1,4 +1,4 @@
-"""Tokens on their way through the blocks."""
+"""A token sequence between blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nnslim.methods.token_sparse.selection import take, unshuffle
 
 @dataclass
 class Sequence3d:
-    """A token sequence on its way through the blocks: P prefix tokens, then L patch tokens.
+    """A token sequence between blocks: P prefix tokens, then L patch tokens.
 
     Attributes:
         x: (B, P + L, D). prefix: P. length: L, a plain number also while a tracer makes tensors of shapes.

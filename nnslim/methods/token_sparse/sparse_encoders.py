@@ -1,7 +1,7 @@
 """Token-sparse stand-ins for trained encoders: nnU-Net's Primus (Eva) and MONAI's ViT.
 
-They take over the children of the dense encoder under the same names, so that a dense checkpoint fits them but for what
-is new (`reduction`, `completion`), and return what it returned, so that the network around needs no change.
+They hold the children of the dense encoder under the same names, so that a dense checkpoint fits except for what is new
+(`reduction`, `completion`), and return what it returned, so that the network around needs no change.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class SparseEncoder(nn.Module):
         return block(x)
 
     def observe(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Hook for the network around: note how much there is in each token's part of the image."""
+        """Hook for the network around: note the content of each token's part of the image."""
         image = inputs[0]
         self._content = image_content(image, self._token_count)
 
@@ -130,8 +130,8 @@ class SparseViT(SparseEncoder):
         """Take over the dense encoder's children; see `SparseEva`.
 
         Args:
-            skips: what stands for the outputs of the blocks: the completed tokens (the published rule), or the outputs
-                themselves, with dropped tokens at their last values.
+            skips: the outputs of blocks that the decoder gets: the completed tokens (the published rule), or the
+                outputs themselves, with dropped tokens at their last values.
         """
         super().__init__(dense, reduction, completion, completion_depth)
         self.skips = skips
@@ -155,7 +155,7 @@ class SparseViT(SparseEncoder):
 
 
 def silent_copy(block: nn.Module) -> nn.Module:
-    """Return a copy of a pre-norm transformer block whose two branches put out 0, so that it hands its input on."""
+    """Return a copy of a pre-norm transformer block whose two branches return 0, so that it returns its input."""
     made = copy.deepcopy(block)
     outputs = [getattr(made.attn, name) for name in ("proj", "out_proj") if hasattr(made.attn, name)]
     outputs += [getattr(made.mlp, name) for name in ("fc2", "linear2") if hasattr(made.mlp, name)]

@@ -1,4 +1,4 @@
-"""Labels as a teacher of the scorers: tokens that hold foreground should stay."""
+"""Labels teach the scorers: tokens that hold foreground should stay."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nnslim.methods.token_sparse.sparse_encoders import token_edge
 
 
 def scorer_loss(heard: Sequence[Scored], foreground: Tensor) -> Tensor:
-    """Return the binary cross-entropy between what scorers said and which tokens hold foreground, mean over stages.
+    """Return the binary cross-entropy between scores and which tokens hold foreground, mean over stages.
 
     A learned score is a log-probability: exp(score) is read as the probability that the token's cube holds foreground.
 
@@ -30,7 +30,7 @@ def scorer_loss(heard: Sequence[Scored], foreground: Tensor) -> Tensor:
 
 
 class SupervisedLoss(nn.Module):
-    """A training's loss, plus `weight` times `scorer_loss` where learned scorers have spoken since the last call."""
+    """A training's loss, plus `weight` times `scorer_loss` where learned scorers ran since the last call."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class SupervisedLoss(nn.Module):
         """Start to listen to the scorers.
 
         Args:
-            loss: of (output, target). reductions: whose scorers are taught. weight: of what is added.
+            loss: of (output, target). reductions: whose scorers are taught. weight: of the added loss.
             foreground: from the target to (B, 1, *size) as `scorer_loss` takes it.
         """
         super().__init__()

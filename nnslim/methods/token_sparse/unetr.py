@@ -62,7 +62,7 @@ class TokenSparseUNETR(nn.Module):
             decoder: decides the edge of a patch, too: 16 (x16) or 8.
             features: of the decoder at full resolution. dim, depth, heads, drop_path: of the encoder.
             locations, ratios, mode, scorer, shared, tau, noise: see `TokenReduction`; no locations: a dense network.
-            completion: None or "last" hands on the last value of each token. completion_*: its width, blocks, heads.
+            completion: None or "last" keeps the last value of each token. completion_*: its width, blocks, heads.
             skips: what the decoder gets beside the completed tokens: the same again (published), or, as in the dense
                 network, the outputs of blocks, with dropped tokens at their last values.
             as_published: see `UNETRDecoder`.

@@ -19,8 +19,10 @@ class FitConfig(MethodConfig):
     samples: int = Field(6000, ge=100, description="positions per layer, over all tiles")
     ridge: float = Field(1e-3, ge=0, description="pull towards the dense weights, share of the input variance")
     damping: float = Field(1e-2, ge=0, description="share of the mean output variance added to each channel's")
-    memory_mb: int = Field(256, ge=1, description="of one layer's moments; wider layers use channel statistics, MB")
-    layers_per_pass: int = Field(1, ge=1, description="more is faster, and a little less exact")
+    memory_mb: int = Field(
+        256, ge=1, description="memory of one layer's moments, MB; wider layers use channel statistics"
+    )
+    layers_per_pass: int = Field(1, ge=1, description="more: faster, a little less exact")
 
 
 class TuckerConfig(MethodConfig):
@@ -62,7 +64,8 @@ class TuckerConfig(MethodConfig):
     pointwise: bool = Field(False, description="factor 1x1x1 layers")
     heads: bool = Field(False, description="factor segmentation heads")
     transposed: bool = Field(
-        False, description="factor transposed convolutions: few MACs, and easily hurt; a budget may always"
+        False,
+        description="factor transposed convolutions, which have few MACs and lose much; a budget may always do so",
     )
     only_if_cheaper: bool = Field(True, description="leave a layer dense where the chain would not save MACs")
     one_sided: bool = Field(True, description="leave a factor out where its rank equals its channels")
@@ -106,9 +109,7 @@ class TuckerConfig(MethodConfig):
             raise ValueError("rank_mode 'fixed' needs rank_min, which is the rank itself")
         for pattern, wanted in self.overrides.items():
             if isinstance(wanted, float) and not 0 < wanted <= 1:
-                raise ValueError(
-                    f"the rank factor of override '{pattern}' is {wanted}; it must be above 0 and at most 1"
-                )
+                raise ValueError(f"override '{pattern}': rank factor {wanted} must be above 0 and at most 1")
         return self
 
     @classmethod
