@@ -35,7 +35,7 @@ from nnslim.benchmark.passes import (
     prepare,
 )
 from nnslim.benchmark.timing_screen import markdown_table
-from nnslim.benchmark.timings import compare, find, timed_row, write_timings
+from nnslim.benchmark.timings import compare, timed_row, write_timings
 from nnslim.errors import BackendError, ConfigError, nearest
 from nnslim.files import write_bytes
 from nnslim.hosts.totalseg.grid_points import grid_network
@@ -215,7 +215,7 @@ def run_peers(args: argparse.Namespace) -> list[dict[str, Any]]:
         columns["apply_tucker"] = peer.network == "tucker"
         columns["precision"] = peer.precision if peer.way is None else way.precision
         rows.append(timed_row(timing, columns))
-    compare(rows, find(rows, "stock", "stock"), find(rows, "openvino", "openvino-plain"))
+    compare(rows, ("stock", "openvino"))
     return rows
 
 

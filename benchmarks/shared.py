@@ -19,9 +19,9 @@ def add_network_options(parser: argparse.ArgumentParser, rank_min: int) -> None:
 
 def point_of(args: argparse.Namespace, **settings: Any) -> Any:
     """Return the point of nnslim's benchmark grid that stands for the chosen network."""
-    from nnslim.benchmark.grid_point import Point
+    from nnslim.benchmark.grid_point import GridPoint
 
-    return Point(
+    return GridPoint(
         rank_min=args.rank_min,
         low_resolution=_UNTRAINED.get(args.network, False),
         decompose=args.network not in _UNTRAINED,

@@ -27,13 +27,16 @@ _R = TypeVar("_R")
 
 
 def own_style(draw: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Draw with matplotlib's defaults: nnU-Net's trainer sets seaborn's style, with huge letters, for the process."""
+    """Draw with matplotlib's defaults, and names with a $ as they are.
+
+    nnU-Net's trainer sets seaborn's style, with huge letters, for the process.
+    """
 
     @functools.wraps(draw)
     def styled(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         import matplotlib.style
 
-        with matplotlib.style.context("default"):
+        with matplotlib.style.context(["default", {"text.parse_math": False}]):
             return draw(*args, **kwargs)
 
     return styled

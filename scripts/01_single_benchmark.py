@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from nnslim.benchmark.grid import measure_point
-    from nnslim.benchmark.grid_point import Point
+    from nnslim.benchmark.grid import measure_points
+    from nnslim.benchmark.grid_point import GridPoint
     from nnslim.benchmark.passes import Way
     from nnslim.benchmark.timing_screen import cost_table, screen_table
     from nnslim.errors import NNSlimError
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     screen = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
     try:
-        point = Point(
+        point = GridPoint(
             Way(args.backend, args.precision, args.threads, args.device, args.autocast),
             batch_size=args.batch_size,
             apply_tucker=not args.dense,
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         network, shape = grid_network(point)
         screen.print(cost_table(measure_cost(network, shape)))
-        row = measure_point(point, lambda _: (network, shape), args.rounds)
+        ((row,), _) = measure_points([point], lambda _: (network, shape), args.rounds)
     except NNSlimError as error:
         print(f"nnslim: {error}", file=sys.stderr)
         return 2

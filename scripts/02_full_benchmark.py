@@ -1,4 +1,4 @@
-"""Time a grid of settings into one CSV file; stop it at any time and start it again to go on.
+"""Time a grid of settings into one CSV file; stop it at any time and start it again to resume.
 
 Without options: TotalSegmentator's 1.5 mm network on this machine's CPU, dense and at two rank factors (minutes).
 --full measures tucker-cnn's whole grid; --device cuda runs on a GPU.
@@ -59,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def points_of(args: argparse.Namespace) -> list[Any]:
     """Return the points of the grid: dense rows first, then by rank factor."""
-    from nnslim.benchmark.grid_point import Point
+    from nnslim.benchmark.grid_point import GridPoint
     from nnslim.benchmark.passes import Way
 
     cuda = args.device == "cuda"
@@ -86,7 +86,7 @@ def points_of(args: argparse.Namespace) -> list[Any]:
     resolutions = args.resolutions or (["1.5", "3"] if args.full and args.model is None else ["1.5"])
     batches = args.batch_sizes or (range(1, _BATCHES + 1) if args.full else [1])
     return [
-        Point(
+        GridPoint(
             way,
             batch,
             apply,
@@ -107,10 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from nnslim.benchmark.grid import add_dice, compare_grid, draw_grid, measure_point, run_grid, short_names
-    from nnslim.benchmark.pools import HerePool, RayPool
+    from nnslim.benchmark.grid import finish_grid, measure_point, run_grid, short_names
+    from nnslim.benchmark.pools import here_pool, ray_pool
     from nnslim.benchmark.timing_screen import screen_table
-    from nnslim.benchmark.timings import write_timings
+    from nnslim.benchmark.timings import read_dice
     from nnslim.errors import NNSlimError
     from nnslim.hosts.totalseg.grid_points import end_to_end, grid_network
 
@@ -120,14 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work = partial(measure_point, build=grid_network, rounds=args.rounds, end_to_end=cases)
     try:
         points = points_of(args)
-        pool = HerePool(work)
-        if args.ray:
-            pool = RayPool(work, args.cpus_per_row or os.cpu_count() or 1, args.ray_address)
+        dice = None if args.dice is None else read_dice(args.dice)
+        cpus = args.cpus_per_row or os.cpu_count() or 1
+        pool = ray_pool(work, cpus, args.ray_address) if args.ray else here_pool(work)
         rows = run_grid(points, args.output, pool, retry=args.retry, report=_report)
-        add_dice(rows, args.dice)
-        compare_grid(points, rows)
-        write_timings(args.output, rows)
-        draw_grid(rows, args.output)
+        finish_grid(points, rows, args.output, dice)
     except NNSlimError as error:
         print(f"nnslim: {error}", file=sys.stderr)
         return 2

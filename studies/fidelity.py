@@ -32,7 +32,7 @@ from nnslim.hosts.nnunet.model.class_names import classes_of
 from nnslim.hosts.nnunet.model.compatibility import predictor_class
 from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network, input_shape, read_trained_model
 from nnslim.hosts.nnunet.train.finetune_model import finetune_model
-from nnslim.hosts.nnunet.train.settings import TrainingSettings
+from nnslim.hosts.nnunet.train.finetune_settings import FinetuneSettings
 from nnslim.network.cost import measure_cost
 from nnslim.network.spec import SlimSpec, apply_spec
 from nnslim.tables import markdown
@@ -47,7 +47,7 @@ class Labelled:
     """What to fine-tune on: number or name of an nnU-Net dataset, and how."""
 
     dataset: int | str
-    settings: TrainingSettings
+    settings: FinetuneSettings
 
 
 @dataclass
@@ -287,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     labelled = None
     if args.dataset is not None:
-        tuning = TrainingSettings(
+        tuning = FinetuneSettings(
             epochs=args.epochs,
             iterations=args.iterations,
             validation_iterations=5,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
 _VOID = {"meta", "link", "input", "img", "br", "hr"}
 _INLINE = {"span", "code", "a"}
-_SVG_VOID = {"line", "circle", "rect"}  # written as <line/>
+_SVG_VOID = {"path", "rect", "use", "image", "defs"}  # written as <path/>
 
 
 @dataclass
@@ -94,3 +95,8 @@ def rows(table: Node) -> list[dict[str, str]]:
         assert len(cells) == len(heads), (cells, heads)
         made.append(dict(zip(heads, cells, strict=True)))
     return made
+
+
+def numbers(text: str) -> list[float]:
+    """Return the numbers that a sentence tells, in order: "3.00x of 1,000" -> [3, 1000]."""
+    return [float(found.replace(",", "")) for found in re.findall(r"-?\d+(?:,\d{3})*(?:\.\d+)?", text)]

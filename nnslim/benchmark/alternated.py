@@ -1,6 +1,6 @@
 """Measure several programs side by side: one process each, one pass at a time, in alternated rounds.
 
-What else the machine does then falls on all of them alike, and the peak memory of one holds nothing of another.
+Other load on the machine then slows all of them alike, and the peak memory of one includes nothing of another.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from nnslim.errors import NNSlimError
 from nnslim.running.memory import available_bytes, peak_bytes, refuse_beyond, reset_peak
+from nnslim.running.timing import timed
 
 Progress = Callable[[str, int, int], None]
 _SPARE = 1.25  # of the largest peak so far must be free before the next process prepares
@@ -47,10 +48,10 @@ class TimedJob:
 
 @dataclass
 class Timing:
-    """What came of a job.
+    """The result of a job.
 
     Attributes:
-        seconds: of each counted pass. results: what the passes returned, where that is a dict.
+        seconds: duration of each counted pass. results: the dicts that passes returned.
         start_seconds: from starting the process to its first line of our code.
         prepare_seconds: until the first pass could begin, imports included.
         prepare_peak, peak_memory: bytes, high-water mark of resident memory while preparing, and over all passes;
@@ -96,11 +97,11 @@ def measure_rounds(
         patience: seconds that a job may take to prepare, or for a pass.
         progress: called with (name of the job, turns done, turns in all).
     """
-    total, done = len(jobs) * (rounds + 1), 0
+    tell, total, done = progress or (lambda *_: None), len(jobs) * (rounds + 1), 0
     frugal, workers = False, []
     try:
         for job in jobs:
-            _tell(progress, job.name, done, total)
+            tell(job.name, done, total)
             largest = max((worker.timing.peak_memory for worker in workers), default=0)
             free = available_bytes()
             if workers and free is not None and free < _SPARE * largest and not frugal:
@@ -115,18 +116,13 @@ def measure_rounds(
             done += 1
         for _ in range(rounds):
             for worker in workers:
-                _tell(progress, worker.timing.name, done, total)
+                tell(worker.timing.name, done, total)
                 worker.ask("settled pass" if frugal else "pass", patience)
                 done += 1
     finally:
         for worker in workers:
             worker.stop()
     return [worker.timing for worker in workers]
-
-
-def _tell(progress: Progress | None, *what: Any) -> None:
-    if progress is not None:
-        progress(*what)
 
 
 class _Worker:
@@ -215,7 +211,7 @@ def _work(channel: Connection, make: Callable[[], Candidate], warmups: int, limi
                 channel.send(_obey(channel.recv(), candidate, heap))
     except EOFError:
         return
-    except BaseException as error:  # whatever a compiler or a plugin raises
+    except BaseException as error:  # compilers and plugins raise anything
         with suppress(OSError):
             channel.send({"error": reason(error)})
 
@@ -227,9 +223,7 @@ def _obey(order: str, candidate: Candidate, heap: ExitStack) -> dict[str, Any]:
     if order == "settled pass":
         _hold_heap(candidate, heap)
         candidate.run()
-    begun = time.perf_counter()
-    result = candidate.run()
-    seconds = time.perf_counter() - begun
+    seconds, result = timed(candidate.run)
     if order == "settled pass":
         heap.close()
     return {"seconds": seconds, "peak": peak_bytes(), "result": result if isinstance(result, dict) else None}

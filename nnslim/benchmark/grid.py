@@ -1,57 +1,96 @@
-"""A grid of settings, measured row by row into one table: it can be stopped, gone on with, and spread over machines."""
+"""Benchmark points, measured into one table: all in alternated rounds, or row by row in a grid that can be resumed."""
 
 from __future__ import annotations
 
 import tempfile
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
-from nnslim.benchmark.alternated import Timing, measure_rounds, reason
-from nnslim.benchmark.grid_point import Point
-from nnslim.benchmark.passes import job_of, keep_network
+from nnslim.benchmark.alternated import Progress, Timing, measure_rounds, reason
+from nnslim.benchmark.grid_point import GridPoint
+from nnslim.benchmark.passes import Way, job_of, keep_network
 from nnslim.benchmark.pools import Pool
 from nnslim.benchmark.roofline import measure_roofline
-from nnslim.benchmark.timing_figures import dice_figure, time_figure
-from nnslim.benchmark.timings import COLUMNS, DENSE, Row, compare, read_dice, read_timings, timed_row, write_timings
+from nnslim.benchmark.timing_figures import save_timing_figures
+from nnslim.benchmark.timings import DENSE, Row, add_dice, compare, number_in, read_timings, timed_row, write_timings
 
-Build = Callable[["Point"], tuple[nn.Module, tuple[int, ...]]]
-Report = Callable[[Row, int, int], None]
+
+class BenchmarkPoint(Protocol):
+    """A row to measure: a network (the same name, the same network), how it is run, and what the table says of it."""
+
+    name: str
+    network: str
+    way: Way
+
+    def columns(self) -> Row: ...
+
+
+Build = Callable[[Any], tuple[nn.Module, tuple[int, ...]]]
+
+
+def measure_points(
+    points: Sequence[BenchmarkPoint], build: Build, rounds: int, progress: Progress | None = None
+) -> tuple[list[Row], list[Timing]]:
+    """Build each network once, and time all points in alternated rounds, each in a process of its own.
+
+    Args:
+        points: all on one device. build: returns the network of a point and its input, (B, C, *patch).
+        rounds: counted passes of each, after one that is not.
+        progress: called with (what is built or measured, turns done, turns in all).
+    Returns:
+        A row and its passes for each point; what fails in its process is the reason in the row.
+    """
+    names = list(dict.fromkeys(point.network for point in points))
+    kept: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    with tempfile.TemporaryDirectory(prefix="nnslim-") as directory:
+        for point in points:
+            if point.network in kept:
+                continue
+            if progress is not None:
+                progress(f"building: {point.network}", len(kept), len(names))
+            network, shape = build(point)
+            kept[point.network] = Path(directory) / f"{len(kept)}.pt", shape
+            keep_network(network, kept[point.network][0])
+            del network
+        jobs = [job_of(point.name, *kept[point.network], point.way) for point in points]
+        on_cpu = all(point.way.device == "cpu" for point in points)
+        timings = measure_rounds(jobs, rounds, limit_memory=on_cpu, progress=progress)
+    rows = [
+        timed_row(timing, {**point.columns(), "patch_size": kept[point.network][1][1:]})
+        for point, timing in zip(points, timings, strict=True)
+    ]
+    return rows, timings
 
 
 def measure_point(
-    point: Point, build: Build, rounds: int, end_to_end: Callable[[Point], float | None] | None = None
+    point: GridPoint, build: Build, rounds: int, end_to_end: Callable[[GridPoint], float | None] | None = None
 ) -> Row:
-    """Build the network of a point and time it in a process of its own; whatever fails is the reason in the row.
+    """Return the row of one point of a grid; a failure is the reason in the row.
 
     Args:
-        point: the setting. build: returns its network and (B, C, *patch).
-        rounds: counted passes, after one that is not.
+        build, rounds: see `measure_points`.
         end_to_end: returns the seconds of a whole case; None leaves the column empty.
     """
-    columns = point.columns()
     try:
-        with tempfile.TemporaryDirectory(prefix="nnslim-") as folder:
-            network, shape = build(point)
-            columns["patch_size"] = shape[1:]
-            keep_network(network, Path(folder) / "network.pt")
-            del network
-            job = job_of(point.name, Path(folder) / "network.pt", shape, point.way)
-            (timing,) = measure_rounds([job], rounds, limit_memory=point.way.device == "cpu")
-        row = timed_row(timing, columns)
-        if end_to_end is not None and not timing.error:
+        ((row,), _) = measure_points([point], build, rounds)
+        if end_to_end is not None and row["status"] == "done":
             seconds = end_to_end(point)
             row["end_to_end_s"] = "" if seconds is None else round(seconds, 3)
     except Exception as error:  # one row must not end the others
-        row = timed_row(Timing(point.name, error=reason(error)), columns)
+        row = timed_row(Timing(point.name, error=reason(error)), point.columns())
     return row
 
 
 def run_grid(
-    points: Sequence[Point], table: Path, pool: Pool, *, retry: bool = False, report: Report | None = None
+    points: Sequence[GridPoint],
+    table: Path,
+    pool: Pool,
+    *,
+    retry: bool = False,
+    report: Callable[[Row, int, int], None] | None = None,
 ) -> list[Row]:
     """Measure what the table does not have yet; the table is rewritten whole after every row.
 
@@ -69,105 +108,53 @@ def run_grid(
     if retry:
         rows = [row for row in rows if row["status"] == "done"]
     there = {row["name"]: row for row in rows}
-    chains: dict[str, deque[Point]] = {}
+    names = {point.name for point in points}
+    chains: dict[str, list[GridPoint]] = {point.setting: [] for point in points}
     for point in sorted(points, key=lambda point: point.batch_size):
-        chains.setdefault(point.setting, deque()).append(point)
-    waiting = deque(dict.fromkeys(point.setting for point in points))
-    names, running = {point.name for point in points}, 0
-    while waiting or running:
-        while waiting and running < pool.capacity:
-            chain = chains[waiting.popleft()]
-            while chain and chain[0].name in there and not _full(there[chain[0].name]):
-                chain.popleft()
-            if chain and chain[0].name not in there:
-                pool.submit(chain[0])
-                running += 1
-        if not running:
-            break
-        point, row = pool.wait()
-        running -= 1
-        rows.append(row)
-        there[point.name] = row
-        write_timings(table, rows, COLUMNS)
-        waiting.append(point.setting)
-        if report is not None:
-            report(row, len(names & set(there)), len(names))
+        chains[point.setting].append(point)
+    while wave := [point for chain in chains.values() if (point := _next_batch(chain, there)) is not None]:
+        for point, row in pool(wave):
+            rows.append(row)
+            there[point.name] = row
+            write_timings(table, rows)
+            if report is not None:
+                report(row, len(names & set(there)), len(names))
     return rows
 
 
-def _full(row: Row) -> bool:
-    return str(row.get("reason", "")).startswith("out of memory")
-
-
-def compare_grid(points: Sequence[Point], rows: Sequence[Row]) -> None:
-    """Add speed-up and merit to the rows, in place: against the dense rows of the same architecture and batch size."""
-    measured = {row["name"]: _numbers(row) for row in rows}
-    for point in points:
-        row = measured.get(point.name)
-        if row is None or not row.get("time_median_ms"):
-            continue
-        compare([row], *(_reference(point, backend, points, measured) for backend in ("stock", "openvino-plain")))
-    for row in rows:
-        row.update(measured[row["name"]])
-
-
-def _reference(point: Point, backend: str, points: Sequence[Point], measured: dict[str, Row]) -> Row | None:
-    """Return the dense float32 row with the same input, device and threads."""
-
-    def alike(other: Point) -> tuple[Any, ...]:
-        way = other.way
-        return other.batch_size, other.low_resolution, other.patch, other.model, way.device, way.threads
-
-    for other in points:
-        plain = not other.apply_tucker and other.way.backend == backend and not other.way.autocast
-        row = measured.get(other.name)
-        if plain and alike(other) == alike(point) and row is not None and row.get("time_median_ms"):
-            return row
+def _next_batch(chain: Sequence[GridPoint], there: Mapping[str, Row]) -> GridPoint | None:
+    """Return the first point that was not measured; None where there is none, or after one that ran out of memory."""
+    for point in chain:
+        if point.name not in there:
+            return point
+        if str(there[point.name].get("reason", "")).startswith("out of memory"):
+            return None
     return None
 
 
-def _numbers(row: Row) -> Row:
-    """Return the row with the numbers that `compare` reads as numbers; rows from a file are text."""
-    made = dict(row)
-    for key, kind in (("time_median_ms", float), ("macs", int)):
-        if isinstance(made.get(key), str):
-            made[key] = kind(made[key]) if made[key] else None
-    return made
+def finish_grid(
+    points: Sequence[GridPoint], rows: Sequence[Row], table: Path, dice: Mapping[str, float] | None = None
+) -> None:
+    """Compare the rows with the dense networks, write the table again, and draw the rows of batch size 1 beside it.
 
-
-def add_dice(rows: Sequence[Row], table: Path | None) -> None:
-    """Add Dice from a CSV file to rows, in place: by the row's name, or by a setting `rank_factor=0.3`.
-
+    Args:
+        points: the grid. rows: its table, changed in place. dice: see `read_dice`.
     Raises:
-        InputError: it cannot be read as such.
+        OutputError: a file cannot be written.
     """
-    known = {} if table is None else read_dice(table)
-    for row in rows:
-        factor = row.get("rank_factor")
-        setting = DENSE if factor in (None, "") else f"rank_factor={float(factor):g}"
-        for key in (row["name"], setting):
-            if key in known:
-                row["dice"] = known[key]
-                break
-
-
-def draw_grid(rows: Sequence[Row], table: Path) -> None:
-    """Draw time against MACs, and Dice against time where there is one, beside the table; one pass per batch of one.
-
-    Raises:
-        OutputError: one cannot be written.
-    """
+    dense = {point.name for point in points if not point.apply_tucker}
+    add_dice(rows, dice or {}, dense)
+    compare(rows, dense)
+    write_timings(table, rows)
     shown = [{**row, "label": _label(row)} for row in rows if str(row["batch_size"]) == "1"]
+    threads = max((int(row["threads"]) for row in shown if row.get("threads") not in (None, "")), default=0)
     on_cpu = {row["device"] for row in shown} == {"cpu"}
-    counts = [int(row["threads"]) for row in shown if row.get("threads") not in (None, "")]
-    roofline = measure_roofline(max(counts)) if on_cpu and counts else None
-    time_figure(shown, roofline, table.with_name(f"{table.stem}_time.png"))
-    dice_figure(shown, table.with_name(f"{table.stem}_dice.png"))
+    roofline = measure_roofline(threads) if on_cpu and threads else None
+    save_timing_figures(shown, roofline, lambda kind: table.with_name(f"{table.stem}_{kind}.png"))
 
 
 def _label(row: Row) -> str:
-    factor = row.get("rank_factor")
-    return DENSE if factor in (None, "") else f"{float(factor):g}"
+    return DENSE if row.get("rank_factor") in (None, "") else f"{number_in(row, 'rank_factor'):g}"
 
 
 def short_names(rows: Sequence[Row]) -> list[Row]:

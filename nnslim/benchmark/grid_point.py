@@ -9,7 +9,7 @@ from nnslim.benchmark.timings import Row
 
 
 @dataclass(frozen=True)
-class Point:
+class GridPoint:
     """One setting of the grid.
 
     Attributes:
@@ -34,7 +34,7 @@ class Point:
 
     @property
     def network(self) -> str:
-        """A name for what is run, whatever it is run on."""
+        """Name of the network, independent of how it is run."""
         base = self.model or ("3mm" if self.low_resolution else "1.5mm")
         base += "" if self.patch is None else f" patch {'x'.join(map(str, self.patch))}"
         if not self.apply_tucker:

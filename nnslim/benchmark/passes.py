@@ -1,4 +1,4 @@
-"""One forward pass of a network, on any backend, as a job for `alternate.measure`."""
+"""One forward pass of a network, on any backend, as a job for `measure_rounds`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Way:
     """How a network is run.
 
     Attributes:
-        backend: one of `WAYS`: those of `nnslim.running.engine`; "stock-compile": torch.compile of the untouched
+        backend: one of `WAYS`: a backend of `nnslim.running.engine`; "stock-compile": torch.compile of the untouched
             network; "openvino-plain": OpenVINO's own conversion of the untouched network.
         precision: f32, bf16, f16 or int8. threads: CPU threads, None for torch's own choice.
         device: cpu or cuda. autocast: as torch's, in half precision.
@@ -73,7 +73,7 @@ def prepare(path: Path, shape: Sequence[int], way: Way) -> Candidate:
     """Load the network and make its engine.
 
     Args:
-        path: from `keep_network`, of this very run: unpickling runs what is in it.
+        path: written by `keep_network` in this run, since unpickling executes code.
         shape: (B, C, *patch).
     Raises:
         BackendError, RewriteError: the backend is missing or cannot run this network.
@@ -107,7 +107,7 @@ def _engine(network: nn.Module, shape: Sequence[int], way: Way) -> tuple[Callabl
         from nnslim.running.int8 import quantize
         from nnslim.running.openvino import OpenVINOEngine
 
-        # Noise will do: the time of a pass does not depend on the scales.
+        # Noise is enough: the time of a pass does not depend on the scales.
         tile = torch.randn(1, *shape[1:], generator=torch.Generator().manual_seed(1))
         model = quantize(network, shape, [tile]).model
         return OpenVINOEngine(model, shape, precision="int8", threads=way.threads), way.backend
@@ -115,7 +115,7 @@ def _engine(network: nn.Module, shape: Sequence[int], way: Way) -> tuple[Callabl
         return PlainOpenVINO(network, shape, way.threads), way.backend
     settings = Settings(way.backend, way.precision, way.threads)  # type: ignore[arg-type]
     if way.backend == "auto":
-        from nnslim.running.runner import fastest
+        from nnslim.running.select import fastest
 
         engine, found = fastest(network, shape, settings)
         return engine, f"auto: {found}"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
+
+from nnslim.running.timing import alternated
 
 _SIDE = 1536  # of the matrices: large enough for full speed, 0.1 s on two cores
 _BYTES = 1 << 27
@@ -19,9 +18,9 @@ class Roofline:
     """Measured limits.
 
     Attributes:
-        gflops: of a float32 matrix product, 2 operations per MAC.
+        gflops: speed of a float32 matrix product, 2 operations per MAC.
         copy_gbs: GB/s read plus written by a copy between tensors that exist.
-        threads: of torch.
+        threads: CPU threads of torch.
     """
 
     gflops: float
@@ -35,10 +34,6 @@ class Roofline:
     def traffic_seconds(self, moved: float) -> float:
         """Return the least time to move so many bytes."""
         return moved / (self.copy_gbs * 1e9)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
-        return asdict(self)
 
 
 def measure_roofline(threads: int | None = None, *, side: int = _SIDE, size: int = _BYTES) -> Roofline:
@@ -54,20 +49,10 @@ def measure_roofline(threads: int | None = None, *, side: int = _SIDE, size: int
     try:
         left, right = torch.rand(side, side), torch.rand(side, side)
         product = torch.empty(side, side)
-        multiply = _best(lambda: torch.mm(left, right, out=product))
         source = torch.ones(size // 4)
         target = torch.zeros(size // 4)  # ones and zeros, so that all pages are there
-        copy = _best(lambda: target.copy_(source))
+        works = (lambda: torch.mm(left, right, out=product)), (lambda: target.copy_(source))
+        multiply, copy = (min(seconds) for seconds in alternated(works, _ROUNDS))
         return Roofline(2 * side**3 / multiply / 1e9, 2 * size / copy / 1e9, torch.get_num_threads())
     finally:
         torch.set_num_threads(before)
-
-
-def _best(work: Callable[[], Any]) -> float:
-    work()
-    times = []
-    for _ in range(_ROUNDS):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return min(times)

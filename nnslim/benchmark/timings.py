@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas
 import torch
 
 from nnslim._version import __version__
 from nnslim.benchmark.alternated import Timing
 from nnslim.benchmark.roofline import Roofline
 from nnslim.errors import InputError
-from nnslim.files import write_bytes, write_json
+from nnslim.files import write_json
+from nnslim.tables import read_table, write_table
 
 Row = dict[str, Any]
 REPORT = "benchmark.json"
@@ -43,7 +44,7 @@ def timed_row(timing: Timing, columns: Row) -> Row:
     """Return one line of the table.
 
     Args:
-        timing: of a job of `nnslim.benchmark.passes`. columns: what is known of the setting; facts of the timing win.
+        timing: result of a job of `nnslim.benchmark.passes`. columns: what the setting says; measured facts win.
     """
     facts = timing.facts
     row: Row = {"verbose": False, "save_model": False, "load_model": False, "ckpt_path": "", **columns}
@@ -58,58 +59,60 @@ def timed_row(timing: Timing, columns: Row) -> Row:
     row |= {"status": "failed" if timing.error else "done", "reason": timing.error}
     if timing.error or not timing.seconds:
         return row
-    low, middle, high = quartiles(timing.seconds)
+    milliseconds = np.array(timing.seconds) * 1e3
+    times = dict(zip(("q1", "median", "q3"), quartiles(milliseconds), strict=True))
     return row | {
-        "exec_time_mean": _ms(statistics.mean(timing.seconds)),
-        "exec_time_std": _ms(statistics.pstdev(timing.seconds)),
-        "time_median_ms": _ms(middle),
-        "time_q1_ms": _ms(low),
-        "time_q3_ms": _ms(high),
+        "exec_time_mean": round(float(milliseconds.mean()), 4),
+        "exec_time_std": round(float(milliseconds.std()), 4),
+        **{f"time_{key}_ms": round(value, 4) for key, value in times.items()},
         "prepare_s": round(timing.prepare_seconds, 3),
         "peak_memory_mb": round(timing.peak_memory / 1e6, 1),
         "prepare_memory_mb": round(timing.prepare_peak / 1e6, 1),
     }
 
 
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the lower quartile, median and upper quartile, between the values where none lies there."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
+def quartiles(values: Sequence[float] | np.ndarray) -> tuple[float, ...]:
+    """Return the lower quartile, median and upper quartile, interpolated between the values."""
+    return tuple(np.quantile(values, (0.25, 0.5, 0.75)).tolist())
 
 
-def _ms(seconds: float) -> float:
-    return round(seconds * 1e3, 4)
+def number_in(row: Row, key: str) -> float:
+    """Return a cell as a number, NaN where it is empty; rows may come from a CSV file."""
+    value = row.get(key)
+    return math.nan if value in (None, "") else float(value)
 
 
-def compare(rows: Sequence[Row], stock: Row | None = None, openvino: Row | None = None) -> None:
-    """Add speed-up, MAC reduction and merit to rows of one run, in place.
+def compare(rows: Sequence[Row], dense: Container[str] = (DENSE,)) -> None:
+    """Add speed-up, MAC reduction and merit to the measured rows, in place.
 
+    The references are the dense network by stock nnU-Net and by plain OpenVINO, in float32, with the same input,
+    device and threads; without autocast where both were measured.
     merit = speed-up over the dense network on plain OpenVINO / its MACs over this network's: 1 where time follows MACs.
 
     Args:
-        stock, openvino: the references; rows named "dense" on the backends "stock" and "openvino-plain" if None.
+        dense: names of the rows of dense networks.
     """
-    stock = stock or find(rows, DENSE, "stock")
-    openvino = openvino or find(rows, DENSE, "openvino-plain")
-    for row in rows:
-        if not row.get("time_median_ms"):
-            continue
+    timed = [row for row in rows if number_in(row, "time_median_ms") > 0]
+    references: dict[tuple[str, ...], Row] = {}
+    for row in sorted(timed, key=lambda row: str(row.get("autocast")) == "True"):
+        if row.get("name") in dense and row.get("precision") in (None, "", "f32"):
+            references.setdefault((str(row.get("backend")), *_alike(row)), row)
+    for row in timed:
+        stock, openvino = (references.get((backend, *_alike(row))) for backend in ("stock", "openvino-plain"))
         for key, reference in (("speedup_stock", stock), ("speedup_openvino", openvino)):
             if reference is not None:
-                row[key] = round(reference["time_median_ms"] / row["time_median_ms"], 4)
-        dense = openvino or stock
-        if dense is not None and row.get("macs"):
-            row["mac_reduction"] = round(dense["macs"] / row["macs"], 4)
+                row[key] = round(number_in(reference, "time_median_ms") / number_in(row, "time_median_ms"), 4)
+        reference = openvino or stock
+        if reference is not None and row.get("macs"):
+            row["mac_reduction"] = round(number_in(reference, "macs") / number_in(row, "macs"), 4)
             if openvino is not None:
                 row["merit"] = round(row["speedup_openvino"] / row["mac_reduction"], 4)
 
 
-def find(rows: Sequence[Row], name: str, backend: str) -> Row | None:
-    """Return the measured row of that name and backend, or None."""
-    found = (row for row in rows if row.get("name") == name and row.get("backend") == backend)
-    return next((row for row in found if row.get("time_median_ms")), None)
+def _alike(row: Row) -> tuple[str, ...]:
+    return tuple(
+        str(row.get(key, "")) for key in ("batch_size", "3mm", "patch_size", "nnunet_path", "device", "threads")
+    )
 
 
 def write_timings(path: Path, rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> None:
@@ -118,29 +121,16 @@ def write_timings(path: Path, rows: Sequence[Row], columns: Sequence[str] = COLU
     Raises:
         OutputError: it cannot be written; what was there is as it was.
     """
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(path, text.getvalue().encode())
+    write_table(pandas.DataFrame(list(rows), columns=list(columns), dtype=object), path)
 
 
 def read_timings(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
-    """Return the rows of a table that `write_table` wrote, as text.
+    """Return the rows of a table that `write_timings` wrote, as text.
 
     Raises:
         InputError: it cannot be read, or has other columns.
     """
-    try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            reader = csv.DictReader(stream)
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as a table: {error}") from error
-    if missing := set(columns) - set(reader.fieldnames or ()):
-        names = ", ".join(sorted(missing))
-        raise InputError(f"{path} is not a table of this benchmark: it lacks {names}; choose another file")
-    return rows
+    return read_table(path, columns).to_dict("records")
 
 
 def read_dice(path: Path) -> dict[str, float]:
@@ -149,11 +139,24 @@ def read_dice(path: Path) -> dict[str, float]:
     Raises:
         InputError: no such columns, or something that is not a number.
     """
-    try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            return {row.get("name") or row["setting"]: float(row["dice"]) for row in csv.DictReader(stream)}
-    except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} should have the columns 'name' and 'dice' (a number): {error!r}") from error
+    frame = read_table(path, ["dice"])
+    names = frame.get("name", frame.get("setting"))
+    values = pandas.to_numeric(frame["dice"], errors="coerce")
+    if names is None or values.isna().any():
+        raise InputError(f"{path} should have the columns 'name' (or 'setting') and 'dice', a number in each row")
+    return dict(zip(names, values.tolist(), strict=True))
+
+
+def add_dice(rows: Sequence[Row], known: Mapping[str, float], dense: Container[str] = (DENSE,)) -> None:
+    """Add Dice to rows, in place: by the row's name, else by its setting: "dense", or "rank_factor=0.3".
+
+    Args:
+        known: see `read_dice`. dense: names of the rows of dense networks.
+    """
+    for row in rows:
+        setting = DENSE if row["name"] in dense else f"rank_factor={number_in(row, 'rank_factor'):g}"
+        if (dice := known.get(row["name"], known.get(setting))) is not None:
+            row["dice"] = dice
 
 
 def write_timing_report(
@@ -172,7 +175,7 @@ def write_timing_report(
         "merit": "speed-up over the dense network on plain OpenVINO / reduction of MACs",
     }
     content: Row = {"rows": list(rows), "passes": passes, "meaning": meaning}
-    content["roofline"] = None if roofline is None else roofline.to_dict()
+    content["roofline"] = None if roofline is None else asdict(roofline)
     write_json(path, {**content, **(more or {})})
 
 
@@ -181,7 +184,7 @@ class Benchmark:
     """A table of timings, read back.
 
     Attributes:
-        name: of its folder or file. rows: see `COLUMNS`; as text where they come from a CSV file.
+        name: its directory or file. rows: see `COLUMNS`; as text where they come from a CSV file.
         profiles: pipeline -> stage -> seconds per case. starts: what -> seconds to start it.
     """
 

@@ -50,14 +50,7 @@ def benchmark(
     ways = ways_of(backend or (), precision or (), threads, device)
     settings = BenchmarkSettings(ways, rounds, batch_size, cases, fold, checkpoint, trust, dice)
     with stepping(quiet) as step:
-        measured = benchmark_models(
-            model,
-            config or (),
-            output,
-            settings,
-            images=images,
-            progress=step,
-        )
+        measured = benchmark_models(model, config or (), output, settings, images=images, progress=step)
     screen = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
     screen.print(screen_table(measured.rows))
     if measured.profiles:

@@ -40,7 +40,7 @@ def report(
     """Write one HTML page about a slim model: layers, time, classes, pictures; it loads nothing from elsewhere."""
     from nnslim.hosts.nnunet.judge.report_data import ReportSettings, write_page
     from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
-    from nnslim.report.sections import gaps
+    from nnslim.report.words import gaps
 
     start(quiet)
     settings = ReportSettings(
@@ -57,6 +57,6 @@ def report(
     )
     with stepping(quiet) as step:
         page, data = write_page(model, output, settings, step)
-    for gap in gaps(data):
-        typer.echo(f"not measured: {gap['what']} ({gap['how']})")
+    for what, how in gaps(data).items():
+        typer.echo(f"not measured: {what} ({how})")
     typer.echo(f"written: {page} ({page.stat().st_size / 1e6:.1f} MB)")

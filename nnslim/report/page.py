@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nnslim._version import __version__
+from nnslim.benchmark.timing_figures import QualityPoint, pareto, quality_figure, stage_figure, stages_of, way_of
+from nnslim.benchmark.timings import Benchmark, number_in
+from nnslim.compression.record import SlimRecord
 from nnslim.errors import InputError
 from nnslim.figures import overlay_planes
-from nnslim.report.headline_tiles import tiles
-from nnslim.report.number_format import FILTERS, dice
+from nnslim.report import words
+from nnslim.report.number_format import FILTERS
 from nnslim.report.page_data import ReportData, Viewer
-from nnslim.report.page_figures import View, layer_bars, recovery_lines, scatter
-from nnslim.report.page_tables import classes_view, kept_dense, methods_view, model_points, time_points, without_folders
-from nnslim.report.sections import (
-    benchmark_view,
-    class_notes,
-    error_note,
-    gaps,
-    half_line,
-    how_data,
-    later,
-    origin,
-    speed_line,
-    summary,
+from nnslim.report.page_figures import inline_svg, layer_figure, recovery_figure, strips_figure
+from nnslim.report.page_tables import (
+    View,
+    classes_view,
+    has_labels,
+    kept_dense,
+    methods_view,
+    model_points,
+    time_points,
+    without_paths,
 )
 from nnslim.report.viewer import Scene, embed
 
@@ -34,7 +36,15 @@ _TEMPLATES = Path(__file__).parent / "html"
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
 _PAGE = "script-src 'unsafe-inline'; img-src data:"
 _VIEWER = "script-src 'unsafe-inline'; img-src data: blob:; connect-src data: blob:; worker-src blob:; font-src data:"
-_FEW = 6  # classes whose Dice is told under a case
+
+_TIMES = {
+    "median": "time_median_ms",
+    "low": "time_q1_ms",
+    "high": "time_q3_ms",
+    "speedup": "speedup_stock",
+    "macs": "macs",
+    "memory": "peak_memory_mb",
+}
 
 
 def render_report(data: ReportData) -> str:
@@ -45,6 +55,8 @@ def render_report(data: ReportData) -> str:
     """
     import jinja2
 
+    if data.model in data.others:
+        raise InputError(f"two models are named {data.model}; rename one of the folders")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -53,93 +65,90 @@ def render_report(data: ReportData) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= FILTERS
+    environment.filters |= {**FILTERS, "svg": inline_svg}
     return environment.get_template("page.html.j2").render(_context(data))
 
 
 def _context(data: ReportData) -> View:
-    record, config = data.record, without_folders(data.record.config)
+    record, config = data.record, without_paths(data.record.config)
     viewer = None if data.viewer is None else viewer_view(data.scenes, data.viewer)
-    classes = classes_view(record, data.scores)
-    name = str(record.facts.get("dataset") or data.model)
+    classes, agreement = classes_view(record, data.scores), record.agreement
+    records = {data.model: record, **data.others}
     return {
-        "title": f"{name}: report of the slim model",
+        "title": f"{record.facts.get('dataset') or data.model}: report of the slim model",
+        "words": words,
         "version": __version__,
-        "made": data.made,
         "policy": _POLICY + (_PAGE if viewer is None else _VIEWER),
+        "data": data,
         "record": record,
-        "summary": summary(data),
-        "tiles": tiles(data),
         "methods": methods_view(config),
-        "how_data": how_data(record),
-        "later": [line for line in (half_line(record), *later(record)) if line],
-        "speed_line": speed_line(record),
         "kept": kept_dense(record),
-        "recovery": recovery_lines(record.recovery, record.facts.get("folds") or ()),
+        "recovery": recovery_figure(record.recovery, record.facts.get("folds") or ()),
         "config": config,
-        "bars": layer_bars(record.decisions),
-        "error_note": error_note(record),
+        "layers": layer_figure(record.decisions),
         "actions": sorted({one.action for one in record.decisions}),
-        "benchmarks": [benchmark_view(one, record) for one in data.benchmarks],
+        "benchmarks": [_benchmark_view(one, record) for one in data.benchmarks],
         "classes": classes,
-        "class_lines": class_notes(record, classes) if classes else [],
-        **_pareto(data),
-        "scenes": [scene_view(scene) for scene in data.scenes],
+        "strips": agreement
+        and strips_figure(agreement.values("dice"), agreement.class_names, [case.name for case in agreement.cases]),
+        "labelled": has_labels(records.values()),
+        "models": quality_view(model_points(records), "GMAC per patch") if data.others else None,
+        "times": quality_view(time_points(data.benchmarks, records), "ms per patch"),
+        "planes": [_planes(scene) for scene in data.scenes],
         "viewer": viewer,
-        "origin": origin(data),
-        "files": data.files,
-        "gaps": gaps(data),
+        "gaps": words.gaps(data),
     }
 
 
-def _pareto(data: ReportData) -> View:
-    if data.model in data.others:
-        raise InputError(f"two models are named {data.model}; rename one of the folders")
-    records = {data.model: data.record, **data.others}
-    points, labelled = model_points(records)
-    models = scatter(points, "GMAC per patch", "Dice", "kind") if data.others else None
-    timed, timed_labelled = time_points(data.benchmarks, records)
-    times = scatter(timed, "ms per patch", "Dice")
+def _benchmark_view(benchmark: Benchmark, record: SlimRecord) -> View:
+    rows = [
+        {
+            **{key: number_in(row, column) for key, column in _TIMES.items()},
+            "name": row.get("name", ""),
+            "way": way_of(row),
+            "remark": words.remark(row, record),
+        }
+        for row in benchmark.rows
+    ]
+    figure, stages = stage_figure(benchmark.profiles), stages_of(benchmark.profiles)
     return {
-        "models": models and {"figure": models, "caption": _caption("Multiply-accumulates of a patch", labelled)},
-        "timed": times and {"figure": times, "caption": _caption("Median time of a pass", timed_labelled)},
+        "table": benchmark,
+        "rows": rows,
+        "figure": figure,
+        "stages": stages,
+        "titles": [f"#{stage}, s" for stage in stages],
     }
 
 
-def _caption(what: str, labelled: bool) -> str:
-    against = "labels" if labelled else "the dense model, which has 1 by definition"
-    return (
-        f"{what} (logarithmic) and mean Dice against {against}; better is up and to the left. The dashed line joins "
-        "what nothing else beats in both."
-    )
+def quality_view(points: Sequence[QualityPoint], cost: str) -> View | None:
+    """Return numbered points and their figure; None with fewer than two whose cost and quality are known.
+
+    Args:
+        cost: title of the axis.
+    """
+    known = [point for point in points if point.cost > 0 and math.isfinite(point.cost + point.quality)]
+    if len(known) < 2:
+        return None
+    marked = [replace(point, mark=str(number)) for number, point in enumerate(known, start=1)]
+    best = pareto([(point.cost, point.quality) for point in marked])
+    return {
+        "points": marked,
+        "best": [marked[n].mark for n in best],
+        "cost": cost,
+        "figure": quality_figure(marked, cost),
+    }
 
 
-def scene_view(scene: Scene) -> View:
-    """Return the pictures of a case, and what is said about them."""
+def _planes(scene: Scene) -> list[View]:
+    """Return the pictures of a case."""
     planes = overlay_planes(scene.image, list(scene.maps.items()), spacing=scene.spacing, centre=scene.centre)
-    listed = sorted((value, name) for name, value in scene.dice.items() if value == value)
-    shown = ", ".join(f"{name} {dice(value)}" for value, name in listed[:_FEW])
-    text = f"Dice, slim against dense: {shown}" + (" (the lowest)" if len(listed) > _FEW else "")
-    different = int(scene.different.sum())
-    text += f". {different:,} voxels differ; the planes cross the most of them." if different else ". No voxel differs."
-    outlines = ", ".join(scene.maps)
-    return {
-        "name": scene.name,
-        "role": scene.role,
-        "maps": list(scene.maps),
-        "text": f"{text} {scene.note}".strip(),
-        "planes": [
-            {
-                "name": name,
-                "source": "data:image/png;base64," + base64.b64encode(picture).decode("ascii"),
-                "alt": f"{name} plane of {scene.name} with the outlines of {outlines}",
-            }
-            for name, picture in planes.items()
-        ],
-    }
+    return [
+        {"name": name, "source": "data:image/png;base64," + base64.b64encode(picture).decode("ascii")}
+        for name, picture in planes.items()
+    ]
 
 
-def viewer_view(scenes: Sequence[Scene], viewer: Viewer) -> View | None:
+def viewer_view(scenes: Sequence[Scene], viewer: Viewer) -> View:
     """Return the volumes of the cases that fit, and a note for each that does not.
 
     Raises:
@@ -154,10 +163,5 @@ def viewer_view(scenes: Sequence[Scene], viewer: Viewer) -> View | None:
             notes.append(f"Left out: {error}.")
     if not cases:
         raise InputError(notes[0] if notes else "the viewer needs cases: name their folder with -i, and --dense")
-    return {
-        "cases": cases,
-        "maps": list(dict.fromkeys(one["name"] for case in cases for one in case["maps"])),
-        "notes": notes,
-        "data": {"cases": cases},
-        "script": viewer.script,
-    }
+    maps = list(dict.fromkeys(one["name"] for case in cases for one in case["maps"]))
+    return {"cases": cases, "maps": maps, "notes": notes}

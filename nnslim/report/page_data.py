@@ -36,7 +36,7 @@ class ReportData:
     Attributes:
         model: a short name. record: its nnslim.json. made: date of the page. folder: name of the model folder.
         written: date of the checkpoint file.
-        files: of the model.
+        files: the checkpoints.
         benchmarks: timings. scores: against labels, of any predictions. others: more models to compare with, by name.
         scenes: cases to show. viewer: None without one.
     """

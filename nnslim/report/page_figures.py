@@ -1,221 +1,141 @@
-"""Geometry of the report's figures. Positions are percent of the plot, so that a figure fits any width of the page."""
+"""The report's figures: matplotlib's SVG, made to stand inside the page and to follow its colours."""
 
 from __future__ import annotations
 
-import itertools
-import math
+import html
+import io
+import re
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from nnslim.benchmark.timing_figures import pareto
+from nnslim.benchmark.timing_figures import SERIES
+from nnslim.figures import new_figure, own_style
 from nnslim.methods.base import Decision
+from nnslim.report.number_format import dice, giga
 
-SERIES = 8  # colours that the style sheet has
-_CORNERS = ((8, -7), (8, 16), (-15, -7), (-15, 16))  # pixels from a point to its number
-_NEAR = 6.0  # percent of the plot
-View = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A linear or logarithmic axis.
-
-    Attributes:
-        low, high: ends. log: whether it is logarithmic.
-    """
-
-    low: float
-    high: float
-    log: bool = False
-
-    @classmethod
-    def around(cls, values: Sequence[float], *, log: bool = False, upper: float | None = None) -> Axis:
-        """Return an axis that shows all values with some air.
-
-        Args:
-            values: at least one, finite; positive where `log`.
-            upper: the values cannot be above this, so the axis need not go much beyond.
-        """
-        low, high = min(values), max(values)
-        if log:
-            air = max((high / low) ** 0.08, 1.15)
-            return cls(low / air, high * air, True)
-        air = max((high - low) * 0.12, abs(high) * 0.004, 1e-9)
-        return cls(low - air, high + air if upper is None else min(high + air, upper + air / 4))
-
-    def at(self, value: float) -> float:
-        """Return the position of a value, percent from the low end."""
-        low, high, value = (math.log(v) for v in (self.low, self.high, value)) if self.log else (*self.ends, value)
-        return round(100 * (value - low) / (high - low), 3)
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """(low, high)."""
-        return self.low, self.high
-
-    def ticks(self, most: int = 5) -> list[View]:
-        """Return round values within the axis with their position and text."""
-        from matplotlib.ticker import LogLocator, MaxNLocator
-
-        values = MaxNLocator(most).tick_values(*self.ends)
-        if self.log:
-            for steps in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), tuple(range(1, 10))):
-                values = LogLocator(subs=steps).tick_values(*self.ends)
-                if sum(self.low <= value <= self.high for value in values) >= 3:
-                    break
-        inside = [float(value) for value in values if self.low <= value <= self.high]
-        return [{"at": self.at(value), "text": f"{value:.4g}"} for value in inside]
+# Colours of the figures -> variables of the style sheet, which has a light and a dark value for each.
+_VARIABLES = {"#000000": "ink", "#ffffff": "card"} | {colour: f"s{number}" for number, colour in enumerate(SERIES)}
+_TIP = "tip:"  # what follows it in an artist's gid is shown under the mouse
+_MOST_TIPS = 1000  # dots; more of them are one picture
+_DENSE, _SLIM = SERIES[:2]
 
 
-@dataclass(frozen=True)
-class Point:
-    """A point of a scatter plot: name, way (its colour stands for it), x and y; dense: drawn hollow."""
-
-    name: str
-    way: str
-    x: float
-    y: float
-    dense: bool = False
-
-
-def scatter(points: Sequence[Point], x_title: str, y_title: str, way_title: str = "run by") -> View | None:
-    """Return a scatter plot on a logarithmic x axis, with the points that no other beats in both joined by a line.
+def inline_svg(figure: Any, name: str, label: str) -> str:
+    """Return a figure as an SVG element, in which all text is escaped.
 
     Args:
-        points: x: cost, lower is better; y: quality, 0..1, higher is better. NaN is left out.
-        way_title: head of the column that names what a colour stands for.
-    Returns:
-        None with fewer than two points.
+        name: unique on the page; every id in the element starts with it. label: text in place of the figure.
     """
-    points = [point for point in points if point.x > 0 and math.isfinite(point.x) and math.isfinite(point.y)]
-    if len(points) < 2:
-        return None
-    x_axis = Axis.around([point.x for point in points], log=True)
-    y_axis = Axis.around([point.y for point in points], upper=1.0)
-    ways = list(dict.fromkeys(point.way for point in points))
-    best = pareto([(point.x, point.y) for point in points])
-    placed = [
-        {
-            **vars(point),
-            "number": number + 1,
-            "left": x_axis.at(point.x),
-            "top": 100 - y_axis.at(point.y),
-            "series": ways.index(point.way) % SERIES,
-            "best": number in best,
-        }
-        for number, point in enumerate(points)
-    ]
-    _place_numbers(placed)
-    return {
-        "points": placed,
-        "front": [(placed[one], placed[other]) for one, other in itertools.pairwise(best)],
-        "way_title": way_title,
-        "ways": [{"name": way, "series": number % SERIES} for number, way in enumerate(ways) if way],
-        "x": {"title": x_title, "ticks": x_axis.ticks()},
-        "y": {"title": y_title, "ticks": _from_top(y_axis)},
-    }
+    import matplotlib
+
+    made = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a browser has letters that matplotlib's font lacks
+        figure.savefig(
+            made, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
+    drawn = made.getvalue()
+    box = drawn.split('viewBox="', 1)[1].split('"', 1)[0]
+    body = drawn[drawn.index(">", drawn.index("<svg")) + 1 : drawn.rindex("</svg>")]
+    body = re.sub(r"<style.*?</style>| font-family: [^;\"]*;?", "", body)
+    body = re.sub(rf'<g id="{_TIP}([^"]*)">', r"<g><title>\1</title>", body)
+    body = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", body)
+    body = re.sub(r"(fill|stroke): (#\w{6})", _follow, body)
+    return f'<svg id="{name}" role="img" aria-label="{html.escape(label)}" viewBox="{box}">{body}</svg>'
 
 
-def _place_numbers(placed: Sequence[View]) -> None:
-    """Give each point a corner for its number, another one than that of the points near it have."""
-    for number, point in enumerate(placed):
-        near = [
-            other["corner"]
-            for other in placed[:number]
-            if abs(other["left"] - point["left"]) < _NEAR and abs(other["top"] - point["top"]) < _NEAR
-        ]
-        point["corner"] = min(range(len(_CORNERS)), key=lambda corner: (near.count(corner), corner))
-        point["dx"], point["dy"] = _CORNERS[point["corner"]]
+def _follow(found: re.Match[str]) -> str:
+    variable = _VARIABLES.get(found[2])
+    return f"{found[1]}: var(--{variable})" if variable else found[0]
 
 
-def recovery_lines(recovery: Sequence[Mapping[str, Any]], folds: Sequence[str]) -> View | None:
-    """Return the estimated drop over the steps of recovery, a line per fold, and the drop before as a dashed one.
+@own_style
+def recovery_figure(recovery: Sequence[Mapping[str, Any]], folds: Sequence[str]) -> Any:
+    """Draw the estimated drop over the steps of recovery, a line per fold; what was kept is filled.
 
     Returns:
-        None where there was no step.
+        The figure, or None where there was no step.
     """
-    lines = []
+    figure = new_figure((8, 3.6))
+    axes = figure.add_subplot(xlabel="steps", ylabel="estimated drop in Dice")
     for number, fold in enumerate(recovery):
-        before = fold.get("estimated_drop_before")
-        history = [(0, before), *fold.get("history", [])]
-        known = [(float(step), float(drop)) for step, drop in history if drop is not None]
-        if len(known) > 1:
-            name = f"fold {folds[number]}" if number < len(folds) else f"fold number {number + 1}"
-            lines.append(
-                {"name": name, "series": number % SERIES, "known": known, "kept": fold["estimated_drop_after"]}
-            )
-    if not lines:
+        history = [(0, fold.get("estimated_drop_before")), *fold.get("history", [])]
+        known = [(int(step), float(drop)) for step, drop in history if drop is not None]
+        if len(known) < 2:
+            continue
+        name, colour = fold_name(folds, number), SERIES[number % len(SERIES)]
+        axes.plot(*zip(*known, strict=True), color=colour, label=name)
+        for step, drop in known:
+            kept = drop == fold["estimated_drop_after"]
+            tip = f"{_TIP}{name}, step {step}: {dice(drop)}{', kept' if kept else ''}"
+            face = colour if kept else "#ffffff"
+            axes.plot(step, drop, "o", color=colour, markerfacecolor=face, markersize=6, clip_on=False, gid=tip)
+    if not axes.lines:
         return None
-    x_axis = Axis(0, max(step for line in lines for step, _ in line["known"]))
-    drops = [drop for line in lines for _, drop in line["known"]]
-    y_axis = Axis.around([0.0, *drops])
-    for line in lines:
-        places = [{"left": x_axis.at(step), "top": 100 - y_axis.at(drop)} for step, drop in line["known"]]
-        for place, (step, drop) in zip(places, line["known"], strict=True):
-            place |= {"step": int(step), "drop": drop, "kept": drop == line["kept"]}
-        line |= {"points": places, "parts": list(itertools.pairwise(places))}
-    return {
-        "lines": lines,
-        "x": {"title": "steps", "ticks": x_axis.ticks()},
-        "y": {"title": "estimated drop in Dice", "ticks": _from_top(y_axis)},
-    }
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    axes.grid(color="0.5", alpha=0.25)
+    axes.legend(fontsize=8, frameon=False)
+    return figure
 
 
-def layer_bars(decisions: Sequence[Decision]) -> list[View]:
-    """Return a row per layer that the forward pass reaches: MACs before and after as percent of the largest."""
-    largest = max((max(one.macs_before, one.macs_after) for one in decisions), default=0)
-    return [
-        {
-            "decision": one,
-            "before": round(100 * one.macs_before / largest, 2),
-            "after": round(100 * one.macs_after / largest, 2),
-        }
-        for one in decisions
-        if one.macs_before
-    ]
+def fold_name(folds: Sequence[Any], place: int) -> str:
+    """Return what a fold is called; a record may name fewer folds than it recovered."""
+    return f"fold {folds[place]}" if place < len(folds) else f"fold number {place + 1}"
 
 
-def stage_bars(profiles: Mapping[str, Mapping[str, float]]) -> View | None:
-    """Return one bar per pipeline, made of the seconds of its stages, as percent of the longest bar."""
-    longest = max((sum(stages.values()) for stages in profiles.values()), default=0.0)
-    if not longest:
+@own_style
+def layer_figure(decisions: Sequence[Decision]) -> Any:
+    """Draw MACs before and after of each layer that the forward pass reaches, the first on top; None without any."""
+    shown = [one for one in decisions if one.macs_before]
+    if not shown:
         return None
-    names = list(dict.fromkeys(stage for stages in profiles.values() for stage in stages))
-    rows = []
-    for pipeline, stages in profiles.items():
-        left, parts = 0.0, []
-        for stage, seconds in stages.items():
-            width = 100 * seconds / longest
-            parts.append({"stage": stage, "seconds": seconds, "left": round(left, 3), "width": round(width, 3)})
-            parts[-1]["series"] = names.index(stage) % SERIES
-            left += width
-        rows.append({"name": pipeline, "parts": parts, "total": sum(stages.values())})
-    return {"rows": rows, "stages": [{"name": name, "series": n % SERIES} for n, name in enumerate(names)]}
+    axes = _rows_of([one.layer for one in shown])
+    before, after = ([getattr(one, f"macs_{when}") / 1e9 for one in shown] for when in ("before", "after"))
+    rows = np.arange(len(shown))
+    axes.barh(rows - 0.2, before, 0.38, color=_DENSE, label="before")
+    axes.barh(rows + 0.2, after, 0.38, color=_SLIM, label="after")
+    for row, one in enumerate(shown):
+        text = giga(one.macs_before) + (f" → {giga(one.macs_after)}" if one.macs_after != one.macs_before else "")
+        axes.text(max(before[row], after[row]), row, f" {text}", va="center", fontsize=7)
+    axes.set(xlabel="GMAC", xlim=(0, 1.25 * max(*before, *after)))
+    axes.figure.legend(ncols=2, fontsize=8, loc="outside upper left", frameon=False)
+    return axes.figure
 
 
-def strips(values: np.ndarray, cases: Sequence[str]) -> tuple[list[View], View]:
-    """Return, per class, where the Dice of each case lies, and the scale: from below the lowest value to 1.
+@own_style
+def strips_figure(values: np.ndarray, classes: Sequence[str], cases: Sequence[str]) -> Any:
+    """Draw a dot for the Dice of each case and a stroke at the median, a row per class; None where nothing is known.
 
     Args:
         values: (cases, classes), NaN where a case does not have the class.
     """
-    known = values[~np.isnan(values)]
-    low = math.floor(float(known.min(initial=0.95)) * 20 - 0.5) / 20
-    axis = Axis(max(0.0, low), 1.0)
-    rows = []
-    for column in values.T:
-        dots = [
-            {"at": axis.at(float(dice)), "case": case, "dice": float(dice)}
-            for case, dice in zip(cases, column, strict=True)
-            if not math.isnan(dice)
-        ]
-        middle = float(np.nanmedian(column)) if dots else math.nan
-        rows.append({"dots": dots, "median": axis.at(middle) if dots else None})
-    return rows, {"low": axis.low, "ticks": axis.ticks(3)}
+    if np.isnan(values).all():
+        return None
+    axes = _rows_of(classes)
+    tips = values.size <= _MOST_TIPS
+    for row, column in enumerate(values.T):
+        known = np.flatnonzero(~np.isnan(column))
+        for case in known if tips else ():
+            tip = f"{_TIP}{cases[case]}: {dice(column[case])}"
+            axes.plot(column[case], row, "o", color=_SLIM, alpha=0.55, markersize=5, clip_on=False, gid=tip)
+        if not tips:
+            axes.scatter(column[known], np.full(len(known), row), s=20, color=_SLIM, alpha=0.55, rasterized=True)
+        if len(known):
+            axes.vlines(np.median(column[known]), row - 0.4, row + 0.4, color="#000000", linewidth=1.5)
+    axes.set(xlabel="Dice, slim against dense", xlim=(None, 1.0))
+    axes.tick_params(top=True, labeltop=True)
+    return axes.figure
 
 
-def _from_top(axis: Axis) -> list[View]:
-    return [{**tick, "at": 100 - tick["at"]} for tick in axis.ticks()]
+def _rows_of(names: Sequence[str]) -> Any:
+    """Return axes with a named row for each bar, the first on top, in a figure as high as that needs."""
+    figure = new_figure((8, 1.0 + 0.24 * len(names)))
+    axes = figure.add_subplot(axisbelow=True)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(axis="x", color="0.5", alpha=0.25)
+    return axes

@@ -1,4 +1,4 @@
-"""What the report's tables and headline figures say, as plain values for the template."""
+"""The report's tables as plain values for the template."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from nnslim.benchmark.timings import DENSE, Benchmark, Row, find
+from nnslim.benchmark.timing_figures import QualityPoint, way_of
+from nnslim.benchmark.timings import DENSE, Benchmark, Row, number_in
 from nnslim.compression.record import SlimRecord
 from nnslim.errors import ConfigError
+from nnslim.evaluation.agreement import Agreement
 from nnslim.evaluation.scores import ScoreTable
 from nnslim.methods.base import method_named
 from nnslim.network.cost import Counts
-from nnslim.report.page_figures import Point, View, strips
+
+View = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -26,72 +29,58 @@ class Pair:
     slim: Row
     dense: Row
     stock: Row | None
-    benchmark: str
-
-
-def number(row: Row, key: str) -> float:
-    """Return a cell as a number, NaN where it is empty; rows may come from a CSV file."""
-    value = row.get(key)
-    return math.nan if value in (None, "") else float(value)
-
-
-def way_of(row: Row) -> str:
-    """Return backend and precision of a row: "openvino f32"."""
-    return f"{str(row.get('backend', '')).partition(':')[0]} {row.get('precision') or 'f32'}"
 
 
 def is_network(row: Row, counts: Counts) -> bool:
     """Whether a row is of a network with these counts: names in a benchmark are the user's."""
-    batch = number(row, "batch_size")
-    return number(row, "macs") == counts.macs * batch and number(row, "parameters") == counts.parameters
+    batch = number_in(row, "batch_size")
+    return number_in(row, "macs") == counts.macs * batch and number_in(row, "parameters") == counts.parameters
 
 
 def best_pair(benchmarks: Iterable[Benchmark], record: SlimRecord) -> Pair | None:
     """Return the fastest row of the slim network that has a dense one beside it, run in the same way."""
-    same = ("precision", "threads", "batch_size", "device")
+
+    def way(row: Row) -> list[str]:
+        return [way_of(row), *(str(row.get(key)) for key in ("precision", "threads", "batch_size", "device"))]
+
     pairs = []
     for benchmark in benchmarks:
-        timed = [row for row in benchmark.rows if number(row, "time_median_ms") > 0]
+        timed = [row for row in benchmark.rows if number_in(row, "time_median_ms") > 0]
+        named = (row for row in timed if (row.get("name"), row.get("backend")) == (DENSE, "stock"))
+        stock = next(named, None)
         dense_rows = [row for row in timed if row.get("name") == DENSE or is_network(row, record.dense)]
         for slim in (row for row in timed if is_network(row, record.slim)):
-            alike = [
-                dense
-                for dense in dense_rows
-                if way_of(dense) == way_of(slim) and all(str(dense.get(key)) == str(slim.get(key)) for key in same)
-            ]
-            if alike:
-                pairs.append(Pair(slim, alike[0], find(benchmark.rows, DENSE, "stock"), benchmark.name))
-    return min(pairs, key=lambda pair: number(pair.slim, "time_median_ms"), default=None)
+            alike = [dense for dense in dense_rows if way(dense) == way(slim)]
+            pairs += [Pair(slim, dense, stock) for dense in alike[:1]]
+    return min(pairs, key=lambda pair: number_in(pair.slim, "time_median_ms"), default=None)
 
 
 def pass_seconds(pair: Pair | None, record: SlimRecord) -> tuple[float, float] | None:
-    """Return seconds of a pass (dense, slim): of a benchmark, else as measured when the model was compressed."""
+    """Return seconds of a pass (dense, slim): from a benchmark, else from when the model was compressed."""
     if pair is not None:
-        dense, slim = (number(row, "time_median_ms") / 1e3 for row in (pair.dense, pair.slim))
-        return dense, slim
+        return number_in(pair.dense, "time_median_ms") / 1e3, number_in(pair.slim, "time_median_ms") / 1e3
     return (record.speed.dense, record.speed.slim) if record.speed else None
 
 
-def without_folders(value: Any) -> Any:
+def without_paths(value: Any) -> Any:
     """Return JSON values with absolute paths cut to their last part: a page is passed on, a home folder need not be."""
     if isinstance(value, Mapping):
-        return {key: without_folders(one) for key, one in value.items()}
+        return {key: without_paths(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [without_folders(one) for one in value]
+        return [without_paths(one) for one in value]
     return f".../{PurePath(value).name}" if isinstance(value, str) and PurePath(value).is_absolute() else value
 
 
 def methods_view(config: Mapping[str, Any]) -> list[View]:
-    """Return each method with the settings that are not its defaults; all that are set where it is not known here."""
+    """Return each method with the settings that are not its defaults; with all where the method is not known here."""
     made = []
     for entry in config.get("methods", ()):
-        settings = dict(entry.get("settings", {}))
         try:
             usual = method_named(entry["method"]).config_class().model_dump(mode="json")
         except (ConfigError, ValueError):
             usual = {}
-        changed = {key: value for key, value in settings.items() if value != usual.get(key)}
-        made.append({"name": entry["method"], "changed": changed, "all": settings})
+        changed = {key: value for key, value in entry.get("settings", {}).items() if value != usual.get(key)}
+        made.append({"name": entry["method"], "changed": changed})
     return made
 
 
@@ -115,25 +104,41 @@ def classes_view(record: SlimRecord, scores: Sequence[ScoreTable]) -> View | Non
     """
     agreement = record.agreement
     names = list(agreement.class_names) if agreement else []
-    names += [name for table in scores for name in table.classes if name not in names]
-    names = list(dict.fromkeys(names))
+    names = list(dict.fromkeys([*names, *(name for table in scores for name in table.classes)]))
     if not names:
         return None
-    columns = ("dice", "volume_difference", "expected_drop", "dice_dense", "dice_slim", "drop")
     rows: list[View] = [{"name": name, "scores": [table.classes.get(name) for table in scores]} for name in names]
-    view: View = {"rows": rows, "labelled": False, "scale": None, "lowest": None, "tables": scores}
+    view: View = {
+        "rows": rows,
+        "labelled": False,
+        "lowest": None,
+        "tables": scores,
+        "titles": _titles(agreement, scores),
+    }
     if agreement is None:
         return view
-    placed, view["scale"] = strips(agreement.values("dice"), [case.name for case in agreement.cases])
+    columns = ("dice", "volume_difference", "expected_drop", "dice_dense", "dice_slim", "drop")
     means = {column: agreement.class_means(column) for column in columns}
-    for place, row in enumerate(rows[: len(agreement.class_names)]):
-        row |= {column: float(means[column][place]) for column in columns}
-        row |= {"worst": agreement.worst(row["name"]), "strip": placed[place]}
+    for place, row in enumerate(rows):
+        compared = place < len(agreement.class_names)
+        row |= {column: float(means[column][place]) if compared else math.nan for column in columns}
+        row["worst"] = agreement.worst(row["name"]) if compared else None
     view["labelled"] = any(case.labelled for case in agreement.cases)
-    view["worst"] = agreement.worst()
     if not np.isnan(means["dice"]).all():
         view["lowest"] = rows[int(np.nanargmin(means["dice"]))]
     return view
+
+
+def _titles(agreement: Agreement | None, scores: Sequence[ScoreTable]) -> list[str]:
+    """Return the heads of the table of classes; # marks numbers."""
+    titles = ["class"]
+    if agreement is not None:
+        labelled = ["#Dice dense", "#Dice slim", "#drop"] if any(case.labelled for case in agreement.cases) else []
+        titles += ["#Dice, slim against dense", "worst case", "#volume", *labelled, "#estimated drop"]
+    for table in scores:
+        tolerance = "" if table.tolerance is None else f" at {table.tolerance} mm"
+        titles += [f"#{table.name}: {metric}" for metric in ("Dice", f"NSD{tolerance}", "HD95, mm")]
+    return titles
 
 
 def quality(record: SlimRecord, labelled: bool) -> tuple[float, float]:
@@ -150,33 +155,31 @@ def has_labels(records: Iterable[SlimRecord]) -> bool:
     return all(one.agreement is not None and not math.isnan(one.agreement.drop) for one in records)
 
 
-def model_points(records: Mapping[str, SlimRecord]) -> tuple[list[Point], bool]:
-    """Return (GMAC, Dice) of each model and of their dense ones, and whether Dice is against labels."""
-    labelled = has_labels(records.values())
-    points = []
+def model_points(records: Mapping[str, SlimRecord]) -> list[QualityPoint]:
+    """Return (GMAC, Dice) of each model and of their dense ones."""
+    labelled, points = has_labels(records.values()), []
     for dense in dict.fromkeys(record.dense for record in records.values()):
         made_from = next(record for record in records.values() if record.dense == dense)
-        points.append(Point(DENSE, DENSE, dense.macs / 1e9, quality(made_from, labelled)[0], True))
-    points += [
-        Point(name, "slim", record.slim.macs / 1e9, quality(record, labelled)[1]) for name, record in records.items()
+        points.append(QualityPoint(DENSE, DENSE, dense.macs / 1e9, quality(made_from, labelled)[0], True))
+    return points + [
+        QualityPoint(name, "slim", record.slim.macs / 1e9, quality(record, labelled)[1])
+        for name, record in records.items()
     ]
-    return points, labelled
 
 
-def time_points(benchmarks: Sequence[Benchmark], records: Mapping[str, SlimRecord]) -> tuple[list[Point], bool]:
-    """Return (ms per patch, Dice) of each timed row whose Dice is known: from the row, else from the model it is of."""
-    labelled = has_labels(records.values())
-    points = []
+def time_points(benchmarks: Sequence[Benchmark], records: Mapping[str, SlimRecord]) -> list[QualityPoint]:
+    """Return (ms per patch, Dice) of each row; Dice is the row's own, else that of the row's model, else NaN."""
+    labelled, points = has_labels(records.values()), []
     for benchmark in benchmarks:
         prefix = f"{benchmark.name}: " if len(benchmarks) > 1 else ""
         for row in benchmark.rows:
             dense = any(is_network(row, record.dense) for record in records.values())
-            dice = number(row, "dice")
+            dice = number_in(row, "dice")
             if math.isnan(dice) and (record := _record_of(row, records, dense)) is not None:
                 dice = quality(record, labelled)[0 if dense else 1]
-            milliseconds = number(row, "time_median_ms") / max(number(row, "batch_size"), 1)
-            points.append(Point(f"{prefix}{row.get('name', '')}", way_of(row), milliseconds, dice, dense))
-    return points, labelled
+            milliseconds = number_in(row, "time_median_ms") / max(number_in(row, "batch_size"), 1)
+            points.append(QualityPoint(f"{prefix}{row.get('name', '')}", way_of(row), milliseconds, dice, dense))
+    return points
 
 
 def _record_of(row: Row, records: Mapping[str, SlimRecord], dense: bool) -> SlimRecord | None:
@@ -184,6 +187,4 @@ def _record_of(row: Row, records: Mapping[str, SlimRecord], dense: bool) -> Slim
     if dense:
         return next(record for record in records.values() if is_network(row, record.dense))
     found = {name: record for name, record in records.items() if is_network(row, record.slim)}
-    if len(found) == 1:
-        return next(iter(found.values()))
-    return found.get(str(row.get("name")))
+    return next(iter(found.values())) if len(found) == 1 else found.get(str(row.get("name")))

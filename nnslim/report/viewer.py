@@ -27,12 +27,12 @@ class Scene:
     """One case as it is shown.
 
     Attributes:
-        name: case. role: why it is shown, such as "worst case".
+        name: case. role: why it is shown, for example "worst case".
         image: (X, Y, Z) intensities, axes towards right, anterior, superior.
         maps: name -> label map of that shape; "dense" and "slim", and "label" where there is one.
         affine: (4, 4), voxels to mm.
         dice: class -> Dice of slim against dense; NaN where neither has the class.
-        note: what a reader has to know about it, such as which channel is shown.
+        note: remark for the reader, for example which channel is shown.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Scene:
 
 
 def find_niivue(path: Path | None = None) -> str:
-    """Return NiiVue's single-file script: of `path`, else of the nilearn that is installed.
+    """Return NiiVue's single-file script, from `path` or else from the installed nilearn.
 
     Raises:
         InputError: there is none, or the file is something else; says how to get it.
@@ -95,7 +95,7 @@ def embed(scene: Scene, names: Mapping[int, str], limit: int) -> dict[str, Any]:
     limit, all volumes are cropped around the labels.
 
     Args:
-        names: of the labels.
+        names: label -> name.
         limit: bytes that the volumes may take in the page.
     Raises:
         InputError: they take more, cropped as well.

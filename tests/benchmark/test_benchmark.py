@@ -15,16 +15,17 @@ import torch
 from benchmark_jobs import MEGABYTE, failing, holding, noting
 
 from nnslim.benchmark.alternated import TimedJob, Timing, measure_rounds, reason
-from nnslim.benchmark.grid import add_dice, compare_grid, draw_grid, measure_point, run_grid
-from nnslim.benchmark.grid_point import Point
+from nnslim.benchmark.grid import finish_grid, measure_point, measure_points, run_grid
+from nnslim.benchmark.grid_point import GridPoint
 from nnslim.benchmark.passes import Way, job_of, keep_network
-from nnslim.benchmark.pools import HerePool, RayPool
+from nnslim.benchmark.pools import here_pool, ray_pool
 from nnslim.benchmark.roofline import Roofline, measure_roofline
-from nnslim.benchmark.timing_figures import dice_figure, pareto, stage_figure, time_figure
+from nnslim.benchmark.timing_figures import dice_figure, pareto, save_timing_figures, stage_figure, time_figure
 from nnslim.benchmark.timing_screen import markdown_table
 from nnslim.benchmark.timings import (
     COLUMNS,
     PUBLISHED_COLUMNS,
+    add_dice,
     compare,
     read_dice,
     read_timings,
@@ -111,10 +112,13 @@ def test_table_survives_writing_and_reading(tmp_path):
     (row,) = read_timings(tmp_path / "t.csv")
     assert tuple(row) == COLUMNS and (row["name"], row["macs"], row["device"]) == ("a, b", "12", "")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match=r"other.csv is not a table of this benchmark: it lacks"):
+    with pytest.raises(InputError, match=r"other.csv is not the expected table: no column"):
         read_timings(tmp_path / "other.csv")
-    with pytest.raises(InputError, match="'name' and 'dice'"):
+    with pytest.raises(InputError, match="no column dice"):
         read_dice(tmp_path / "other.csv")
+    (tmp_path / "dice.csv").write_text("name,dice\ndense,high\n")
+    with pytest.raises(InputError, match=r"dice.csv should have the columns 'name'"):
+        read_dice(tmp_path / "dice.csv")
 
 
 def test_merit_is_speedup_over_mac_reduction():
@@ -130,12 +134,28 @@ def test_merit_is_speedup_over_mac_reduction():
     assert "merit" not in rows[3]
 
 
+def test_rows_are_compared_with_the_dense_network_that_is_run_alike():
+    dense = {"name": "dense", "backend": "stock", "macs": 400}
+    rows = [
+        {**dense, "threads": 1, "time_median_ms": 8.0, "autocast": True},
+        {**dense, "threads": 1, "time_median_ms": 16.0, "autocast": False},
+        {**dense, "threads": 2, "time_median_ms": 6.0},
+        {**dense, "threads": 2, "time_median_ms": 1.0, "precision": "int8"},
+        {"name": "slim", "backend": "eager", "threads": 1, "time_median_ms": 2.0, "macs": 100},
+        {"name": "slim", "backend": "eager", "threads": "2", "time_median_ms": "3.0", "macs": "100"},  # as from a CSV
+        {"name": "slim", "backend": "eager", "threads": 4, "time_median_ms": 3.0, "macs": 100},
+    ]
+    compare(rows)
+    assert [row.get("speedup_stock") for row in rows] == [2, 1, 1, 6, 8, 2, None]
+    assert rows[5]["mac_reduction"] == 4
+
+
 def build(net, point):
     """Return the tiny network for every point."""
     return net, (point.batch_size, 1, 16, 16, 16)
 
 
-def stand_in_row(point: Point, log: list[str], fail: str = "") -> dict:
+def stand_in_row(point: GridPoint, log: list[str], fail: str = "") -> dict:
     log.append(point.name)
     if fail and fail in point.name:
         return timed_row(Timing(point.name, error="out of memory: enough"), point.columns())
@@ -146,41 +166,55 @@ def stand_in_row(point: Point, log: list[str], fail: str = "") -> dict:
 
 def test_grid_row_of_a_real_pass_and_of_a_backend_that_fails(tiny_net, tmp_path, monkeypatch):
     make = partial(build, tiny_net("plain3d"))
-    row = measure_point(Point(Way("stock", threads=1), apply_tucker=False), make, 2, lambda point: 1.23456)
+    row = measure_point(GridPoint(Way("stock", threads=1), apply_tucker=False), make, 2, lambda point: 1.23456)
     assert row["status"] == "done" and row["end_to_end_s"] == 1.235 and row["patch_size"] == (1, 16, 16, 16)
-    failed = measure_point(Point(Way("stock", "bf16")), make, 1)
+    failed = measure_point(GridPoint(Way("stock", "bf16")), make, 1)
     assert failed["status"] == "failed" and "precision bf16 needs the openvino backend" in failed["reason"]
-    broken = measure_point(Point(rule="nonsense"), lambda point: 1 / 0, 1)
+    broken = measure_point(GridPoint(rule="nonsense"), lambda point: 1 / 0, 1)
     assert broken["reason"].startswith("ZeroDivisionError")
+
+
+def test_points_with_one_network_build_it_once_and_alternate(tiny_net):
+    built = []
+
+    def make(point):
+        built.append(point.network)
+        return build(tiny_net("plain3d"), point)
+
+    points = [GridPoint(Way(backend, threads=1), apply_tucker=False) for backend in ("stock", "eager")]
+    rows, timings = measure_points(points, make, 2)
+    assert built == ["1.5mm dense"] and [row["name"] for row in rows] == [point.name for point in points]
+    assert [len(timing.seconds) for timing in timings] == [2, 2] and rows[0]["macs"] == rows[1]["macs"] > 0
 
 
 def test_grid_goes_on_where_it_stopped_and_stops_batches_at_the_end_of_memory(tmp_path):
     table, log = tmp_path / "grid.csv", []
-    points = [Point(Way("stock"), batch, apply) for batch in (1, 2, 3) for apply in (False, True)]
-    rows = run_grid(points[:2], table, HerePool(lambda point: stand_in_row(point, log)))
+    points = [GridPoint(Way("stock"), batch, apply) for batch in (1, 2, 3) for apply in (False, True)]
+    rows = run_grid(points[:2], table, here_pool(lambda point: stand_in_row(point, log)))
     assert len(rows) == 2 and len(log) == 2
-    rows = run_grid(points, table, HerePool(lambda point: stand_in_row(point, log, "dense, stock f32 cpu, batch 2")))
+    rows = run_grid(points, table, here_pool(lambda point: stand_in_row(point, log, "dense, stock f32 cpu, batch 2")))
     assert len(log) == len(set(log)) == 5  # the dense network is not tried with batch 3
     assert [row["name"] for row in read_timings(table)] == log
-    again = run_grid(points, table, HerePool(lambda point: stand_in_row(point, log)))
+    again = run_grid(points, table, here_pool(lambda point: stand_in_row(point, log)))
     assert len(again) == 5 and len(log) == 5
-    retried = run_grid(points, table, HerePool(lambda point: stand_in_row(point, log)), retry=True)
+    retried = run_grid(points, table, here_pool(lambda point: stand_in_row(point, log)), retry=True)
     assert len(retried) == 6 and {row["status"] for row in retried} == {"done"}
-    compare_grid(points, retried)
+    finish_grid(points, retried, table)
     assert {float(row["speedup_stock"]) for row in retried} == {1.0, 4.0}
 
 
 def test_grid_killed_in_the_middle_keeps_a_whole_table(tmp_path):
     table = tmp_path / "grid.csv"
     code = (
-        "import time, sys; sys.path.insert(0, sys.argv[2])\n"
+        "import time, sys; sys.path[:0] = sys.argv[2:]\n"
         "from pathlib import Path\n"
         "from test_benchmark import *\n"
         "work = lambda point: (time.sleep(0.05), stand_in_row(point, []))[1]\n"
-        "points = [Point(Way('stock'), batch) for batch in range(1, 1000)]\n"
-        "run_grid(points, Path(sys.argv[1]), HerePool(work))\n"
+        "points = [GridPoint(Way('stock'), batch) for batch in range(1, 1000)]\n"
+        "run_grid(points, Path(sys.argv[1]), here_pool(work))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(table), str(Path(__file__).parent)])
+    places = [str(directory) for directory in Path(__file__).parents[:2]]
+    process = subprocess.Popen([sys.executable, "-c", code, str(table), *places])
     deadline = time.time() + 120
     while time.time() < deadline and (not table.exists() or len(table.read_text().splitlines()) < 4):
         time.sleep(0.02)
@@ -188,27 +222,27 @@ def test_grid_killed_in_the_middle_keeps_a_whole_table(tmp_path):
     process.wait()
     done = read_timings(table)
     log: list[str] = []
-    points = [Point(Way("stock"), batch) for batch in range(1, len(done) + 3)]
-    rows = run_grid(points, table, HerePool(lambda point: stand_in_row(point, log)))
+    points = [GridPoint(Way("stock"), batch) for batch in range(1, len(done) + 3)]
+    rows = run_grid(points, table, here_pool(lambda point: stand_in_row(point, log)))
     assert len(done) >= 3 and len(log) == 2 and len(rows) == len(done) + 2
 
 
 def test_points_have_names_of_their_own():
     points = [
-        Point(),
-        Point(batch_size=2),
-        Point(Way("eager")),
-        Point(Way(threads=2)),
-        Point(Way(autocast=True)),
-        Point(Way("openvino", "int8")),
-        Point(apply_tucker=False),
-        Point(rank_factor=0.3),
-        Point(rank_min=16),
-        Point(rule="published"),
-        Point(low_resolution=True),
-        Point(decompose=True),
-        Point(patch=(32, 32, 32)),
-        Point(model="m"),
+        GridPoint(),
+        GridPoint(batch_size=2),
+        GridPoint(Way("eager")),
+        GridPoint(Way(threads=2)),
+        GridPoint(Way(autocast=True)),
+        GridPoint(Way("openvino", "int8")),
+        GridPoint(apply_tucker=False),
+        GridPoint(rank_factor=0.3),
+        GridPoint(rank_min=16),
+        GridPoint(rule="published"),
+        GridPoint(low_resolution=True),
+        GridPoint(decompose=True),
+        GridPoint(patch=(32, 32, 32)),
+        GridPoint(model="m"),
     ]
     assert len({point.name for point in points}) == len(points)
     with pytest.raises(ConfigError, match="unknown backend 'openvinno'; nearest: openvino"):
@@ -218,10 +252,10 @@ def test_points_have_names_of_their_own():
 def test_ray_missing_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(Exception, match=r"ray is not installed; --ray needs it; pip install nnslim\[ray\]"):
-        RayPool(lambda point: {}, 1)
+        ray_pool(lambda point: {}, 1)
 
 
-def row_with_priority(point: Point) -> dict:
+def row_with_priority(point: GridPoint) -> dict:
     return {**stand_in_row(point, []), "reason": f"nice {os.nice(0)}"}
 
 
@@ -230,8 +264,8 @@ def test_ray_measures_a_grid(tmp_path):
     cloudpickle = pytest.importorskip("ray.cloudpickle")
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import the tests
     try:
-        pool = RayPool(row_with_priority, 1)
-        rows = run_grid([Point(batch_size=batch) for batch in (1, 2)], tmp_path / "g.csv", pool)
+        pool = ray_pool(row_with_priority, 1)
+        rows = run_grid([GridPoint(batch_size=batch) for batch in (1, 2)], tmp_path / "g.csv", pool)
     finally:
         cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
         ray.shutdown()
@@ -247,23 +281,33 @@ def drawn(path: Path) -> float:
 
 
 def test_pictures_have_content_and_nothing_is_drawn_of_nothing(tmp_path):
-    log: list[str] = []
-    rows = [
-        stand_in_row(Point(Way(backend), apply_tucker=slim), log) for backend in ("stock", "eager") for slim in (0, 1)
-    ]
-    limits = Roofline(100.0, 20.0, 2)
-    assert time_figure(rows, limits, tmp_path / "time.png", title="a title") and drawn(tmp_path / "time.png") > 0.01
-    assert not time_figure([{"reason": "failed"}], limits, tmp_path / "none.png")
-    assert not dice_figure(rows, tmp_path / "none.png") and not (tmp_path / "none.png").exists()
+    points = [GridPoint(Way(backend), apply_tucker=slim) for backend in ("stock", "eager") for slim in (False, True)]
+    rows = [stand_in_row(point, []) for point in points]
+    (axes,) = time_figure(rows, Roofline(100.0, 20.0, 2)).axes
+    names = [line.get_label() for line in axes.lines]
+    assert names == ["stock f32", "eager f32", "100 GFLOP/s matrix product, 2 thread(s)"]
+    assert axes.lines[0].get_ydata().tolist() == [0.008, 0.002]
+    assert time_figure([{"reason": "failed"}], None) is None and dice_figure(rows) is None and stage_figure({}) is None
     (tmp_path / "dice.csv").write_text("setting,dice\ndense,0.9\nrank_factor=0.5,0.8\n")
-    add_dice(rows, tmp_path / "dice.csv")
+    finish_grid(points, rows, tmp_path / "grid.csv", read_dice(tmp_path / "dice.csv"))
     assert sorted({row["dice"] for row in rows}) == [0.8, 0.9]
-    draw_grid(rows, tmp_path / "grid.csv")
+    assert [row["dice"] for row in read_timings(tmp_path / "grid.csv")] == ["0.9", "0.8"] * 2
     assert drawn(tmp_path / "grid_time.png") > 0.01 and drawn(tmp_path / "grid_dice.png") > 0.01
-    assert (
-        stage_figure({"stock": {"read": 1.0, "forward": 2.0}}, tmp_path / "s.png") and drawn(tmp_path / "s.png") > 0.1
-    )
+    save_timing_figures([], None, lambda kind: tmp_path / f"{kind}.png", {"stock": {"read": 1.0, "forward": 2.0}}, "t")
+    assert drawn(tmp_path / "stages.png") > 0.1 and not (tmp_path / "time.png").exists()
     assert "| 1.5mm dense" in markdown_table(rows)
+
+
+def test_names_with_a_dollar_are_drawn_as_they_are(tmp_path):
+    rows = [{**stand_in_row(GridPoint(), []), "name": "a $b_", "backend": "$"}]
+    save_timing_figures(rows, None, lambda kind: tmp_path / f"{kind}.png", {"a $b_": {"$c": 1.0}}, "$")
+    assert drawn(tmp_path / "time.png") > 0.01 and drawn(tmp_path / "stages.png") > 0.1
+
+
+def test_dice_is_found_by_name_and_by_setting():
+    rows = [{"name": "dense"}, {"name": "half", "rank_factor": 0.5}, {"name": "sauron"}, {"name": "mine"}]
+    add_dice(rows, {"dense": 0.9, "rank_factor=0.5": 0.8, "mine": 0.7})
+    assert [row.get("dice") for row in rows] == [0.9, 0.8, None, 0.7]
 
 
 def test_pareto_keeps_what_nothing_beats():

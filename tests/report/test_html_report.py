@@ -14,8 +14,9 @@ from dataclasses import replace
 import nibabel as nib
 import numpy as np
 import pytest
-from html_tree import parse, rows
+from html_tree import numbers, parse, rows
 
+from nnslim.benchmark.timing_figures import QualityPoint, quality_figure, stage_figure
 from nnslim.benchmark.timings import COLUMNS, Benchmark, read_benchmark, write_timings
 from nnslim.compression.config import tucker
 from nnslim.compression.record import SlimRecord
@@ -26,9 +27,9 @@ from nnslim.evaluation.compare import CaseScores, Scores
 from nnslim.evaluation.results import Evaluation
 from nnslim.evaluation.scores import ClassScores, ScoreTable, read_scores, write_csv, write_summary
 from nnslim.methods.base import Decision
-from nnslim.report.page import render_report, viewer_view
+from nnslim.report.page import quality_view, render_report, viewer_view
 from nnslim.report.page_data import FileFact, ReportData, Viewer
-from nnslim.report.page_figures import Axis, Point, recovery_lines, scatter, stage_bars, strips
+from nnslim.report.page_figures import inline_svg, layer_figure, recovery_figure, strips_figure
 from nnslim.report.page_tables import best_pair, time_points
 from nnslim.report.viewer import Scene, embed, find_niivue, label_box
 
@@ -131,9 +132,16 @@ def scene(name="a", role="Worst case", shape=(10, 12, 14), labels=True):
     return Scene(name, role, image, maps, affine, {"one": 0.9, "two": math.nan})
 
 
-def tile(page, title):
-    (found,) = [one for one in page.all("li", class_="tile") if one.one("h2").text.startswith(title)]
-    return found.text
+def tile(page, key):
+    """Return what a headline figure says: value, the one before, the change, and the numbers of its note."""
+    found = page.one("li", id=f"tile-{key}")
+    parts = {name: " ".join(one.text for one in found.all("span", class_=name)) for name in ("before", "change")}
+    return {"value": found.one("p", class_="big").text, **parts, "note": numbers(found.one("p", class_="note").text)}
+
+
+def told(page, key):
+    """Return the numbers that a paragraph tells."""
+    return numbers(page.one("p", id=key).text)
 
 
 # --- the page says what its input says -------------------------------------------------------------------------------
@@ -157,35 +165,50 @@ def test_layer_table_equals_the_record():
         "why dense": "",
     }
     assert (found[0]["rank out"], found[0]["error"], found[0]["why dense"]) == ("–", "–", "first layer")
-    bars = page.one("section", id="layers").one("div", class_="bars")
-    assert [one.text for one in bars.all("div", class_="name")] == [
-        "stem.conv",
-        "body.conv",
-    ]  # what is not run has no bar
-    widths = [rect.attributes["width"] for rect in bars.all("rect")]
-    assert widths == ["2.56%", "2.56%", "100.0%", "23.08%"]
+    shown = [text.text for text in page.one("svg", id="layer-figure").all("text")]
+    assert "stem.conv" in shown and "body.conv" in shown and "spare" not in shown  # what is not run has no bar
+    assert "3.900 → 0.900" in shown and "0.100" in shown
+
+
+def test_layer_figure_has_two_bars_per_layer():
+    assert layer_figure([]) is None
+    (axes,) = layer_figure(record().decisions).axes
+    before, after = ([bar.get_width() for bar in bars] for bars in axes.containers)
+    assert before == pytest.approx([0.1, 3.9]) and after == pytest.approx([0.1, 0.9])
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["stem.conv", "body.conv"]
+    assert axes.yaxis_inverted()  # the first on top
 
 
 def test_headline_figures_equal_the_record():
     page = parse(render_report(data(record=replace(record(), agreement=agreed()))))
-    assert "1,000 dense 3,000, 3.00x fewer" in tile(page, "Parameters")
-    macs = tile(page, "Multiply-accumulates per 40x56x40 patch")
-    assert "1.00 G dense 4.00 G, 4.00x fewer" in macs and "4.10 G and 1.10 G" in macs
-    size = tile(page, "Checkpoint file")
-    assert "2.00 MB dense 8.00 MB, 4.00x less weights alone 1.90 MB (half precision), dense 3.00 MB" in size
-    assert "200 ms dense 800 ms, 4.00x less eager, when it was compressed" in tile(page, "One forward pass")
+    assert tile(page, "parameters") == {"value": "1,000", "before": "dense 3,000", "change": "3.00x fewer", "note": []}
+    macs = {"value": "1.00 G", "before": "dense 4.00 G", "change": "4.00x fewer", "note": [4.1, 1.1]}
+    assert tile(page, "macs") == macs and "40x56x40" in page.one("li", id="tile-macs").one("h2").text
+    size = {"value": "2.00 MB", "before": "dense 8.00 MB", "change": "4.00x less", "note": [1.9, 3.0]}
+    assert tile(page, "size") == size and "half" in page.one("li", id="tile-size").text
+    assert tile(page, "time") == {"value": "200 ms", "before": "dense 800 ms", "change": "4.00x less", "note": []}
+    assert "eager" in page.one("li", id="tile-time").text
     # one: (0.9 + 0.7 + 0.8) / 3; two: (0.99 + 0.95) / 2
-    assert f"{(0.8 + 0.97) / 2:.4f} mean over classes, 3 case(s); lowest: one in b, 0.7000" in tile(page, "Dice, slim")
-    assert "0.8800 dense 0.9000 drop 0.0200 over 3 labelled" in tile(page, "Dice against labels")
+    mean = f"{(0.8 + 0.97) / 2:.4f}"
+    assert tile(page, "agreement") == {"value": mean, "before": "", "change": "", "note": [3, 0.7]}
+    assert "one in b" in page.one("li", id="tile-agreement").text
+    assert tile(page, "accuracy") == {
+        "value": "0.8800",
+        "before": "dense 0.9000",
+        "change": "",
+        "note": [0.02, 3, 0.01],  # drop, labelled cases, estimate
+    }
     assert not page.all("li", class_="gap")
+    assert told(page, "summary") == [1, 3, 4, 4, float(mean)]  # layers, MACs, time, Dice
 
 
 def test_headline_time_is_of_the_fastest_row_with_a_dense_one_beside_it():
     pair = best_pair([bench()], record())
     assert (pair.slim["time_median_ms"], pair.dense["time_median_ms"], pair.stock["time_median_ms"]) == (100, 500, 1000)
     page = parse(render_report(data(benchmarks=[bench()])))
-    assert "100 ms dense 500 ms, 5.00x less openvino f32, 2 thread(s), median of 5" in tile(page, "One forward pass")
-    assert "stock nnU-Net 1 s, 10.00x the time" in tile(page, "One forward pass")
+    # float32 on two threads, five passes; stock nnU-Net takes 1 s, which is ten times as long
+    shown = {"value": "100 ms", "before": "dense 500 ms", "change": "5.00x less", "note": [32, 2, 5, 1, 10]}
+    assert tile(page, "time") == shown and "openvino" in page.one("li", id="tile-time").text
     lonely = bench(rows=[one for one in bench().rows if one["backend"] != "stock" or one["name"] != "mine"][:2])
     assert best_pair([lonely], record()) is None  # no slim row at all
 
@@ -195,9 +218,9 @@ def test_method_names_only_the_settings_that_differ():
     facts = page.one("section", id="done").all("dl")[0]
     assert [one.text for one in facts.all("dt")] == ["rank_factor"]
     assert [one.text for one in facts.all("dd")] == ["0.3"]
-    text = page.one("section", id="done").text
-    assert "No images were used" in text
-    assert "Dice with the same weights in single on 4 tile(s): one 0.9990." in text
+    assert told(page, "data") == []  # no images
+    (half,) = page.one("section", id="done").all("p", class_="later")
+    assert numbers(half.text) == [4, 0.999] and "half precision" in half.text  # tiles, Dice
     assert json.loads(page.one("section", id="done").one("pre").text) == CONTENT["config"]
 
 
@@ -209,24 +232,33 @@ def test_page_tells_no_folders_of_the_machine():
     assert "someone" not in text and ".../imagesTr" in text and ".../plan.csv" in text
 
 
+def test_images_and_recovery_are_told():
+    config = copy.deepcopy(CONTENT["config"])
+    config["calibration"] |= {"images": "/data/imagesTr", "count": 16, "seed": 3}
+    page = parse(render_report(data(record=record(config=config))))
+    assert told(page, "data") == [16, 3, 0, 20, 0.04, 0.01, 1, 20, 0.04, 0.01]  # images, seed; fold, steps, drops
+    names = [text.text for text in page.one("svg", id="recovery-figure").all("text")]
+    assert {"fold 0", "fold 1", "steps"} < set(names)
+
+
 def test_layers_that_went_back_to_dense_are_told():
     speed = {**CONTENT["speed"], "where": "a CPU", "planned_ms": 300.0, "put_back": ["a", "b"]}
-    text = parse(render_report(data(record=record(speed=speed)))).one("section", id="time").text
-    assert "took 200 ms, of the dense network 800 ms (alternated rounds, a CPU)." in text
-    assert "It took 300 ms before 2 layer(s) that saved no time went back to dense." in text
+    page = parse(render_report(data(record=record(speed=speed))))
+    assert told(page, "speed") == [200, 800, 300, 2] and "a CPU" in page.one("p", id="speed").text
 
 
 def test_copy_in_half_precision_has_no_layers_to_show():
     page = parse(render_report(data(record=record(layers=[], slim=CONTENT["dense"], recovery=[], config={}))))
-    assert "No layer was changed; the weights are stored in half precision." in page.text
+    assert told(page, "summary") == [] and "half" in page.one("p", id="summary").text
+    assert not page.all("svg", id="layer-figure")
     assert rows(page.one("table", id="layer-table")) == []
 
 
 def test_reasons_for_dense_layers_are_counted_with_their_share():
     reasons = page_tables(data(), "done")[0]
     assert reasons == [
-        {"reason": "first layer", "layers": "1", "share of the dense MACs": "2.5 %"},
-        {"reason": "not reached by the forward pass", "layers": "1", "share of the dense MACs": "0.0 %"},
+        {"reason": "first layer", "layers": "1", "share of the dense MACs": "2.5%"},
+        {"reason": "not reached by the forward pass", "layers": "1", "share of the dense MACs": "0.0%"},
     ]
 
 
@@ -248,9 +280,10 @@ def test_class_table_joins_agreement_and_scores(tmp_path):
     assert (found[1]["slim: Dice"], found[2]["slim: Dice"], found[2]["drop"]) == ("–", "–", "–")
     page = parse(render_report(data(record=replace(record(), agreement=agreed()))))
     assert page.one("tr", class_="lowest").one("th").text == "one"
-    assert "The class that agrees least is one (0.8000). The worst single result is one in b (0.7000)." in page.text
-    assert len(page.all("svg", class_="strip")[0].all("circle")) == 3
-    assert len(page.all("svg", class_="strip")[1].all("circle")) == 2  # class two is not in case c
+    (note,) = page.one("section", id="classes").all("p", class_="class-note")
+    assert numbers(note.text) == [3, 0.885, 0.8, 0.7]  # cases, mean; lowest class; worst case
+    dots = [one.text for one in page.one("svg", id="class-figure").all("title")]
+    assert dots == ["a: 0.9000", "b: 0.7000", "c: 0.8000", "a: 0.9900", "b: 0.9500"]  # class two is not in case c
 
 
 def test_benchmark_table_and_stages_equal_the_benchmark():
@@ -267,18 +300,23 @@ def test_benchmark_table_and_stages_equal_the_benchmark():
         {"pipeline": "dense, stock f32", "read, s": "0.100", "forward, s": "1.500", "all, s": "1.600"},
         {"pipeline": "mine, openvino f32", "read, s": "0.100", "forward, s": "0.300", "all, s": "0.400"},
     ]
+    shown = {
+        text.text for text in parse(render_report(data(benchmarks=[bench()]))).one("svg", id="stages-1").all("text")
+    }
+    assert {"dense, stock f32", "mine, openvino f32", "read", "forward", "1.6 s", "0.4 s"} < shown
 
 
 def test_what_was_not_measured_is_said_with_the_command():
     bare = data(record=record(speed=None, recovery=[]), files=[])
     page = parse(render_report(bare))
-    gaps = page.one("section", id="gaps").text
+    gaps = " ".join(one.text for one in page.one("section", id="gaps").all("code"))
     for command in ("nnslim agree", "nnslim evaluate", "nnslim benchmark", "nnslim report --dense DENSE -i IMAGES"):
         assert command in gaps
-    for title in ("One forward pass", "Dice, slim against dense", "Dice against labels"):
-        assert "not measured" in tile(page, title)
-    assert "No forward pass was timed" in page.one("section", id="time").text
-    assert "Not measured" in page.one("section", id="classes").text
+    missing = {one.attributes["id"] for one in page.all("li", class_="gap")}
+    assert missing == {"tile-time", "tile-agreement", "tile-accuracy"}
+    assert told(page, "speed") == []
+    for section in ("time", "classes"):
+        assert len(page.one("section", id=section).all("p", class_="missing")) == 1
     full = data(
         record=replace(record(), agreement=agreed()),
         benchmarks=[bench()],
@@ -294,7 +332,7 @@ def nsd_scores():
 
 def test_estimated_drop_is_called_an_estimate():
     page = parse(render_report(data(record=replace(record(), agreement=agreed(labelled=False)))))
-    assert "0.0100" in tile(page, "Estimated drop") and "an estimate, not a measurement" in tile(page, "Estimated drop")
+    assert tile(page, "estimate")["value"] == "0.0100" and not page.all("li", id="tile-accuracy")
 
 
 def test_models_that_are_compared_get_a_pareto_figure():
@@ -309,7 +347,8 @@ def test_models_that_are_compared_get_a_pareto_figure():
         ("other", "2", "0.8800"),
     ]
     assert [line["beaten in both by another"] for line in found] == ["no", "no", "yes"]
-    assert len(page.one("section", id="pareto").all("line", class_="front")) == 1
+    marks = {text.text for text in page.one("svg", id="models").all("text")}
+    assert {"1", "2", "3", "dense", "slim", "GMAC per patch", "Dice"} < marks
     with pytest.raises(InputError, match="two models are named small"):
         render_report(data(others={"small": mine}))
 
@@ -331,8 +370,8 @@ def test_row_of_one_of_two_models_of_one_structure_is_told_by_its_name():
     points = {}
     for name in ("small", "twin", "mine"):
         timed = bench(rows=[row(name, "stock", 100.0, CONTENT["slim"])])
-        (point,), _ = time_points([timed], {"small": mine, "twin": twin})
-        points[name] = point.y
+        (point,) = time_points([timed], {"small": mine, "twin": twin})
+        points[name] = point.quality
     assert points["small"] == pytest.approx(0.88) and points["twin"] == pytest.approx(0.4)
     assert math.isnan(points["mine"])  # it may be either
 
@@ -412,61 +451,84 @@ def test_same_input_gives_the_same_bytes():
     assert render_report(evil_data()) == render_report(evil_data())
 
 
-# --- geometry ---------------------------------------------------------------------------------------------------------
-
-
-def test_axis_positions():
-    axis = Axis(10, 1000, log=True)
-    assert [axis.at(value) for value in (10, 100, 1000)] == [0, 50, 100]
-    assert [tick["text"] for tick in axis.ticks()] == ["10", "100", "1000"]
-    linear = Axis(0.5, 1.0)
-    assert linear.at(0.75) == 50
-    assert all(0 <= tick["at"] <= 100 for tick in linear.ticks())
-    narrow = Axis.around([99.0, 101.0], log=True).ticks()
-    assert len(narrow) >= 2
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def test_scatter_joins_what_nothing_beats():
-    points = [Point("a", "x", 1, 0.5), Point("b", "y", 10, 0.9), Point("c", "x", 20, 0.8), Point("d", "x", math.nan, 1)]
-    figure = scatter(points, "ms", "Dice")
-    assert [(one["name"], one["best"]) for one in figure["points"]] == [("a", True), ("b", True), ("c", False)]
-    assert [(one["name"], other["name"]) for one, other in figure["front"]] == [("a", "b")]
-    lefts = [one["left"] for one in figure["points"]]
-    assert lefts == sorted(lefts) and all(0 < left < 100 for left in lefts)
-    tops = {one["name"]: one["top"] for one in figure["points"]}
-    assert tops["b"] < tops["c"] < tops["a"]  # better is higher
-    assert scatter(points[:1], "ms", "Dice") is None
+    points = [
+        QualityPoint("a", "x", 1, 0.5, True),
+        QualityPoint("b", "y", 10, 0.9),
+        QualityPoint("c", "x", 20, 0.8),
+        QualityPoint("d", "x", math.nan, 1),
+    ]
+    view = quality_view(points, "ms")
+    assert [(point.mark, point.name) for point in view["points"]] == [("1", "a"), ("2", "b"), ("3", "c")]
+    assert view["best"] == ["1", "2"] and quality_view(points[:1], "ms") is None
+    (axes,) = view["figure"].axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert lines["_front"].get_xydata().tolist() == [[1, 0.5], [10, 0.9]]
+    assert lines["y"].get_xydata().tolist() == [[10, 0.9]]
+    hollow, filled = lines["_x"], lines["x"]
+    assert (filled.get_xydata().tolist(), hollow.get_xydata().tolist()) == ([[20, 0.8]], [[1, 0.5]])
+    assert hollow.get_color() == filled.get_color() != lines["y"].get_color()
+    assert axes.get_xscale() == "log" and [text.get_text() for text in axes.texts] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(("costs", "least"), [((99.0, 101.0), 2), ((10.0, 1000.0), 3), ((0.5, 3.0), 3)])
+def test_logarithmic_axis_has_round_ticks(costs, least):
+    figure = quality_figure([QualityPoint("n", "s", cost, 0.5) for cost in costs], "ms")
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    low, high = axes.get_xlim()
+    ticks = [text.get_text() for text in axes.get_xticklabels() if low <= text.get_position()[0] <= high]
+    assert len(ticks) >= least and all(f"{float(tick):g}" == tick for tick in ticks)
 
 
 def test_recovery_line_starts_at_the_fit_and_marks_what_was_kept():
-    figure = recovery_lines(CONTENT["recovery"], ["0", "1"])
-    line = figure["lines"][1]
-    assert line["name"] == "fold 1"
-    assert [(point["step"], point["drop"], point["kept"]) for point in line["points"]] == [
-        (0, 0.04, False),
-        (10, 0.02, False),
-        (20, 0.01, True),
+    (axes,) = recovery_figure(CONTENT["recovery"], ["0", "1"]).axes
+    lines = [line for line in axes.lines if len(line.get_xdata()) > 1]
+    assert [line.get_label() for line in lines] == ["fold 0", "fold 1"]
+    assert lines[1].get_xydata().tolist() == [[0, 0.04], [10, 0.02], [20, 0.01]]
+    tips = [dot.get_gid() for dot in axes.lines if dot.get_gid()]
+    assert tips[3:] == [
+        "tip:fold 1, step 0: 0.0400",
+        "tip:fold 1, step 10: 0.0200",
+        "tip:fold 1, step 20: 0.0100, kept",
     ]
-    assert [point["left"] for point in line["points"]] == [0, 50, 100]
-    assert recovery_lines([{"steps": 0, "estimated_drop_before": 0.1, "history": []}], []) is None
+    assert recovery_figure([{"steps": 0, "estimated_drop_before": 0.1, "history": []}], []) is None
 
 
 def test_stage_bars_lie_end_to_end():
-    figure = stage_bars({"a": {"read": 1.0, "forward": 3.0}, "b": {"forward": 1.0, "write": 1.0}})
-    first, second = figure["rows"]
-    assert [(part["left"], part["width"]) for part in first["parts"]] == [(0, 25), (25, 75)]
-    assert [(part["left"], part["width"]) for part in second["parts"]] == [(0, 25), (25, 25)]
-    colours = {part["stage"]: part["series"] for row_ in figure["rows"] for part in row_["parts"]}
-    assert colours == {"read": 0, "forward": 1, "write": 2}
-    assert stage_bars({}) is None
+    (axes,) = stage_figure({"a": {"read": 1.0, "forward": 3.0}, "b": {"forward": 1.0, "write": 1.0}}).axes
+    bars = {bars.get_label(): [(bar.get_x(), bar.get_width()) for bar in bars] for bars in axes.containers}
+    assert bars == {"read": [(0, 1), (0, 0)], "forward": [(1, 3), (0, 1)], "write": [(4, 0), (1, 1)]}
+    assert len({bars[0].get_facecolor() for bars in axes.containers}) == 3
+    assert stage_figure({}) is None
 
 
 def test_strips_show_every_known_case():
-    found, scale = strips(np.array([[0.9, np.nan], [1.0, np.nan], [0.8, np.nan]]), ["a", "b", "c"])
-    assert scale["low"] == pytest.approx(0.75)
-    assert [(dot["case"], dot["at"]) for dot in found[0]["dots"]] == [("a", 60), ("b", 100), ("c", 20)]
-    assert found[0]["median"] == 60
-    assert found[1] == {"dots": [], "median": None}
+    values = np.array([[0.9, np.nan], [1.0, np.nan], [0.8, np.nan]])
+    (axes,) = strips_figure(values, ["one", "two"], ["a", "b", "c"]).axes
+    assert [dot.get_xydata()[0].tolist() for dot in axes.lines] == [[0.9, 0], [1.0, 0], [0.8, 0]]
+    (median,) = axes.collections
+    assert median.get_segments()[0][:, 0].tolist() == [0.9, 0.9]
+    many = strips_figure(np.full((600, 2), 0.5), ["one", "two"], ["c"] * 600)
+    assert sum(len(dots.get_offsets()) for dots in many.axes[0].collections if len(dots.get_offsets()) > 1) == 1200
+    svg = inline_svg(many, "many", "")
+    assert "data:image/png" in svg and len(svg) < 100_000
+    assert strips_figure(values[:, 1:], ["two"], ["a", "b", "c"]) is None
+
+
+def test_figures_have_ids_of_their_own_and_follow_the_colour_scheme():
+    page = parse(render_report(evil_data()))
+    ids = re.findall(r' id="([^"]+)"', render_report(evil_data()))
+    assert len(ids) == len(set(ids))
+    figures = page.all("svg")
+    assert len(figures) > 4 and all(figure.attributes["viewbox"] for figure in figures)
+    for tag in ("use", "path", "text"):
+        styles = [one.attributes.get("style") or "" for figure in figures for one in figure.all(tag)]
+        assert not any("#000000" in style or "font-family" in style for style in styles)
+    assert "var(--s0)" in render_report(evil_data())
 
 
 # --- volumes for the viewer -------------------------------------------------------------------------------------------
@@ -527,7 +589,7 @@ def test_viewer_leaves_out_what_is_too_large_and_says_so():
     large = scene("large", shape=(10, 10, 10))
     large.maps["dense"][:] = np.random.default_rng(1).integers(0, 200, (10, 10, 10))
     view = viewer_view([large, small], Viewer(SCRIPT, {}, size))
-    assert [one["case"] for one in view["data"]["cases"]] == ["small"]
+    assert [one["case"] for one in view["cases"]] == ["small"]
     assert len(view["notes"]) == 1 and view["notes"][0].startswith("Left out: case large: the volumes take")
     with pytest.raises(InputError, match="--viewer-mb"):
         viewer_view([large], Viewer(SCRIPT, {}, 10))
@@ -609,7 +671,7 @@ def test_benchmark_is_read_from_folder_and_table(tmp_path):
     table = read_benchmark(folder / "grid.csv")
     assert best_pair([table], record()).slim["time_median_ms"] == "100.0"  # numbers of a CSV are text
     page = parse(render_report(data(benchmarks=[table])))
-    assert "100 ms dense 500 ms, 5.00x less" in tile(page, "One forward pass")
+    assert (tile(page, "time")["value"], tile(page, "time")["change"]) == ("100 ms", "5.00x less")
     for text in ("[]", "{}", "no json"):
         (folder / "benchmark.json").write_text(text)
         with pytest.raises(InputError, match=re.escape("benchmark.json is not what nnslim benchmark writes")):

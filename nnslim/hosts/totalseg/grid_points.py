@@ -7,13 +7,11 @@ from pathlib import Path
 
 from torch import nn
 
-from nnslim.benchmark.alternated import measure_rounds
-from nnslim.benchmark.grid_point import Point
+from nnslim.benchmark.grid_point import GridPoint
 from nnslim.compression.compress_network import compress
 from nnslim.compression.config import RunConfig, SlimConfig, load_config
 from nnslim.errors import ConfigError, NNSlimError
-from nnslim.hosts.nnunet.judge.benchmark_models import predict_settings
-from nnslim.hosts.nnunet.judge.stages import TimedPipeline, stage_medians
+from nnslim.hosts.nnunet.judge.stages import TimedPipeline, predict_settings, stage_medians, time_pipelines
 from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_trained_model
 from nnslim.methods.base import method_named
 from nnslim.running.engine import BACKENDS
@@ -22,7 +20,7 @@ _TASKS = {False: (291, 25), True: (297, 118)}  # 3 mm? -> TotalSegmentator's tas
 _ALIGNED = 8  # channels of a CPU's vector
 
 
-def grid_network(point: Point) -> tuple[nn.Module, tuple[int, ...]]:
+def grid_network(point: GridPoint) -> tuple[nn.Module, tuple[int, ...]]:
     """Return the network of a grid's point and its input, (B, C, *patch); without a model with seeded random weights.
 
     Raises:
@@ -44,7 +42,7 @@ def grid_network(point: Point) -> tuple[nn.Module, tuple[int, ...]]:
     return network, (point.batch_size, *shape[1:])
 
 
-def tucker_config(point: Point) -> SlimConfig:
+def tucker_config(point: GridPoint) -> SlimConfig:
     """Return the configuration of a grid's point."""
     chosen = {"rank_min": point.rank_min, "decompose": point.decompose}
     rule = method_named("tucker").config_class
@@ -55,12 +53,12 @@ def tucker_config(point: Point) -> SlimConfig:
     return load_config(rule(rank_factor=point.rank_factor, rank_multiple=_ALIGNED, **chosen))
 
 
-def end_to_end(point: Point, images: Path, cases: int = 1) -> float | None:
+def end_to_end(point: GridPoint, images: Path, cases: int = 1) -> float | None:
     """Return the median seconds of a case from reading to writing, None where `nnslim predict` has no such backend.
 
     Args:
         point: an untrained architecture is written as a model folder first, with TotalSegmentator's table of classes.
-        images: folder of cases. cases: of them, in turn.
+        images: directory of cases. cases: how many are predicted.
     Raises:
         NNSlimError: the prediction failed.
     """
@@ -71,14 +69,13 @@ def end_to_end(point: Point, images: Path, cases: int = 1) -> float | None:
         config = tucker_config(point) if point.apply_tucker else SlimConfig()
         config = config.model_copy(update={"run": RunConfig(tile_batch=point.batch_size)})
         pipeline = TimedPipeline(point.name, model, config, predict_settings(point.way))
-        on_cpu = point.way.device == "cpu"
-        (timing,) = measure_rounds([pipeline.job(images)], cases, warmups=0, limit_memory=on_cpu)
+        (timing,) = time_pipelines([pipeline], images, cases, point.way.device == "cpu")
     if timing.error:
         raise NNSlimError(f"the whole pipeline failed: {timing.error}")
     return sum(stage_medians(timing).values())
 
 
-def _stand_in(point: Point, folder: Path) -> Path:
+def _stand_in(point: GridPoint, folder: Path) -> Path:
     from nnslim.hosts.totalseg.stand_in import write_stand_in
 
     task, _ = _TASKS[point.low_resolution]

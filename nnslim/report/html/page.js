@@ -10,7 +10,6 @@ for (const table of document.querySelectorAll("table.sortable")) {
     return given === "" || given === "nan" ? null : Number(given);
   };
   heads.forEach((head, column) => {
-    if (head.dataset.sort === "no") return;
     const button = document.createElement("button");
     button.type = "button";
     button.append(...head.childNodes);

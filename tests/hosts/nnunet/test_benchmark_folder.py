@@ -7,12 +7,13 @@ import sys
 
 import pytest
 
-from nnslim.benchmark.grid_point import Point
+from nnslim.benchmark.grid_point import GridPoint
 from nnslim.benchmark.passes import Way
 from nnslim.benchmark.timings import COLUMNS, read_timings
 from nnslim.cli import main
 from nnslim.compression.compress_network import compress
 from nnslim.compression.config import load_config
+from nnslim.errors import NNSlimError
 from nnslim.hosts.nnunet.judge.benchmark_models import BenchmarkSettings, benchmark_models, ways_of
 from nnslim.hosts.nnunet.judge.stages import STAGES, profile_case, start_times
 from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_trained_model
@@ -80,7 +81,7 @@ def test_faults_are_named(make_model, half, tmp_path, monkeypatch, capsys):
     for arguments, message in (
         (("-c", half, "-c", half), "two networks would be named 'half'"),
         (("--backend", "stok"), "unknown backend 'stok'; nearest: stock"),
-        (("--dice", tmp_path / "none.csv"), "should have the columns 'name' and 'dice'"),
+        (("--dice", tmp_path / "none.csv"), "none.csv cannot be read"),
         (("-c", "nonsense"), "no config preset or file 'nonsense'"),
     ):
         assert call(monkeypatch, "benchmark", "-m", model, *arguments, "-o", tmp_path / "out", "-q") == 2
@@ -135,10 +136,11 @@ def test_stages_add_up_and_the_result_is_that_of_predict(make_model, case_folder
     assert np.array_equal(made, expected)
 
 
-def test_start_times_name_what_is_imported(monkeypatch):
-    monkeypatch.setattr("nnslim.hosts.nnunet.judge.stages._STARTS", {"python": "pass", "json": "import json"})
-    times = start_times(1)
+def test_start_times_name_what_is_imported():
+    times = start_times(1, {"python": "pass", "json": "import json"})
     assert list(times) == ["python", "json"] and all(0 < seconds < 60 for seconds in times.values())
+    with pytest.raises(NNSlimError, match="'import nothing_such' fails: ModuleNotFoundError"):
+        start_times(1, {"broken": "import nothing_such"})
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ def test_start_times_name_what_is_imported(monkeypatch):
     [(False, 0.3, 3_698_556), (True, 0.3, 1_981_569), (False, None, 31_194_809)],
 )
 def test_grid_has_the_published_networks(low_resolution, factor, parameters):
-    point = Point(
+    point = GridPoint(
         apply_tucker=factor is not None,
         rank_factor=factor or 1.0,
         rule="published",
@@ -159,7 +161,7 @@ def test_grid_has_the_published_networks(low_resolution, factor, parameters):
 
 
 def test_rule_decides_the_configuration():
-    published = tucker_config(Point(rule="published", rank_factor=0.3)).methods[0].settings
-    own = tucker_config(Point(rule="nnslim", rank_factor=0.3)).methods[0].settings
+    published = tucker_config(GridPoint(rule="published", rank_factor=0.3)).methods[0].settings
+    own = tucker_config(GridPoint(rule="nnslim", rank_factor=0.3)).methods[0].settings
     assert published.heads and published.rank_multiple == 1
     assert not own.heads and own.rank_multiple == 8

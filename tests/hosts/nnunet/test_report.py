@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK
-from html_tree import parse, rows
+from html_tree import numbers, parse, rows
 
 from nnslim.cli import main
 from nnslim.compression.config import load_config
@@ -170,8 +170,8 @@ def test_errors_of_layers_that_are_fitted_are_those_of_the_fit(make_model, case_
     known = [name for name, error in fitted.items() if error is not None]
     assert known == [name for name, error in plain.items() if error is not None]
     assert all(0 < fitted[name] < 1 and fitted[name] != pytest.approx(plain[name], abs=1e-4) for name in known)
-    page = (write_page(tmp_path / "fitted")[0]).read_text()
-    assert "of the layer&#39;s outputs on the calibration images" in page
+    page = parse((write_page(tmp_path / "fitted")[0]).read_text())
+    assert "outputs on the calibration images" in page.one("p", id="error-note").text
 
 
 @pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO", "NibabelIOWithReorient"])
@@ -240,11 +240,12 @@ def test_sizes_of_checkpoints(make_model, tmp_path):
         ("fold_0/checkpoint_final.pth", small[0]),
         ("fold_1/checkpoint_final.pth", small[1]),
     ]
-    (tile,) = [one for one in parse(page.read_text()).all("li", class_="tile") if "Checkpoint" in one.text]
-    assert f"{sum(small) / 1e6:.2f} MB dense {sum(dense) / 1e6:.2f} MB" in tile.text
+    tile = parse(page.read_text()).one("li", id="tile-size")
+    assert tile.one("p", class_="big").text == f"{sum(small) / 1e6:.2f} MB"
+    assert tile.one("span", class_="before").text == f"dense {sum(dense) / 1e6:.2f} MB"
     weights = sum(p.numel() for p in build_network(read_trained_model(source)).parameters()) * 4 * 2
-    assert f"dense {weights / 1e6:.2f} MB" in tile.text and "optimiser" not in tile.text  # these files have none
-    assert "single precision" in tile.text
+    note = tile.one("p", class_="note").text  # these files have no optimiser's state
+    assert numbers(note)[1] == float(f"{weights / 1e6:.2f}") and "single" in note and "optimiser" not in note
 
 
 @pytest.mark.parametrize(

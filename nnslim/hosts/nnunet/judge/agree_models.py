@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnslim.errors import InputError, ModelError, NNSlimError, kind_and_line
+from nnslim.errors import InputError, ModelError, NNSlimError
 from nnslim.evaluation.agreement import Agreement, CaseAgreement, LabelMaps, compare_answers
 from nnslim.evaluation.agreement_figure import agreement_figure
 from nnslim.evaluation.expected import TEMPERATURE, harden
@@ -23,6 +23,7 @@ from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 from nnslim.hosts.nnunet.predict.load import load_predictor
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.prediction.images import check_complete
+from nnslim.prediction.pipeline import one_line
 
 
 def agreement_of_models(
@@ -95,7 +96,7 @@ def agreement_of_predictors(
         except NNSlimError as error:
             agreement.failed[name] = str(error)
         except (RuntimeError, MemoryError) as error:  # torch: out of memory, among others
-            agreement.failed[name] = kind_and_line(error)
+            agreement.failed[name] = one_line(error)
         if progress is not None:
             progress(number, len(cases))
     if not agreement.cases:
@@ -185,7 +186,7 @@ def read_labels(predictor: Any, path: Path) -> np.ndarray:
     try:
         labels = predictor.plans_manager.image_reader_writer_class().read_seg(str(path))[0][0]
     except Exception as error:  # readers raise whatever their format library raises
-        raise InputError(f"{path.name} cannot be read: {kind_and_line(error)}") from error
+        raise InputError(f"{path.name} cannot be read: {one_line(error)}") from error
     return np.rint(labels).astype(np.int64)
 
 

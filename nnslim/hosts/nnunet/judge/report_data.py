@@ -1,4 +1,4 @@
-"""Gather what a report shows from a slim model folder, and from whatever else was measured."""
+"""Gather what a report shows from a slim model and from its measurements."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ReportSettings:
 
     Attributes:
         images: cases to compare and to show. dense: model that the slim one was made from, to predict them with.
-        labels: of these. predict: how they are predicted.
+        labels: label maps of the images. predict: how images are predicted.
         benchmarks: folders or files of `nnslim benchmark`.
         scores: tables of `nnslim evaluate`, each FILE or NAME=FILE.
         others: more slim models to compare with, each FOLDER or NAME=FOLDER.
@@ -67,24 +67,25 @@ def write_page(
 
 
 def gather(model: Path, settings: ReportSettings, progress: Progress | None = None) -> ReportData:
-    """Return what the page shows. Arguments and errors as for `write_report`."""
+    """Return what the page shows. Arguments and errors as for `write_page`."""
     if settings.images is not None and settings.dense is None:
         raise InputError("to show cases (-i) both models predict them: name the dense one with --dense")
     if settings.viewer and settings.images is None:
         raise InputError("the viewer shows cases: name their folder with -i, and the dense model with --dense")
     script = find_niivue(settings.niivue) if settings.viewer else ""  # before anything is predicted
-    record = _record(model)
-    dataset = read_json_object(model / "dataset.json")
+    record, labels = _record(model), _labels(read_json_object(model / "dataset.json"))
+    files = _checkpoints(model, record)
     data = ReportData(
-        _short_name(model),
-        record,
-        datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        model.resolve().name,
+        model=_short_name(model),
+        record=record,
+        made=_date(datetime.datetime.now().timestamp()),
+        folder=model.resolve().name,
+        written=_date(max(path.stat().st_mtime for path in files)),
+        files=[FileFact(f"{one.parent.name}/{one.name}", one.stat().st_size, sha256_of(one)) for one in files],
         benchmarks=tuple(read_benchmark(Path(path)) for path in settings.benchmarks),
-        scores=tuple(read_scores(path, name, _labels(dataset)) for name, path in map(_score_name, settings.scores)),
+        scores=tuple(read_scores(path, name, labels) for name, path in map(_score_name, settings.scores)),
         others=_others(settings.others),
     )
-    data = _with_files(data, model)
     if settings.images is None or settings.dense is None:
         return data
     from nnslim.hosts.nnunet.judge.scenes import scenes_of_models
@@ -100,18 +101,19 @@ def _record(model: Path) -> SlimRecord:
     try:
         return SlimRecord.from_dict(slim_record(model), str(model / "nnslim.json"))
     except InputError as error:
-        raise ModelError(f"{error}; a report needs the folder of a slim model") from error
+        raise ModelError(f"{error}; a report needs the directory of a slim model") from error
 
 
-def _with_files(data: ReportData, model: Path) -> ReportData:
-    checkpoint = str(data.record.facts.get("checkpoint"))
-    files = [model / f"fold_{fold}" / checkpoint for fold in find_folds(model, checkpoint)]
+def _checkpoints(model: Path, record: SlimRecord) -> list[Path]:
+    name = str(record.facts.get("checkpoint"))
+    files = [model / f"fold_{fold}" / name for fold in find_folds(model, name)]
     if not files:
-        raise ModelError(f"{model} has no fold_X folder with {checkpoint}, which its nnslim.json names")
-    facts = [FileFact(f"{path.parent.name}/{path.name}", path.stat().st_size, sha256_of(path)) for path in files]
-    newest = max(path.stat().st_mtime for path in files)
-    written = datetime.datetime.fromtimestamp(newest).astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    return replace(data, files=facts, written=written)
+        raise ModelError(f"{model} has no fold_X folder with {name}, which its nnslim.json names")
+    return files
+
+
+def _date(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M %Z")
 
 
 def _others(named: Sequence[str]) -> dict[str, SlimRecord]:

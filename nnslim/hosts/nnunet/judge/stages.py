@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
@@ -18,17 +17,20 @@ from typing import Any
 
 import torch
 
-from nnslim.benchmark.alternated import Candidate, TimedJob, Timing
+from nnslim.benchmark.alternated import Candidate, Progress, TimedJob, Timing, measure_rounds
+from nnslim.benchmark.passes import Way
 from nnslim.compression.config import SlimConfig
 from nnslim.errors import NNSlimError
 from nnslim.hosts.nnunet.cases.preprocess import find_cases
-from nnslim.hosts.nnunet.predict.load import NNUNetModel, load_predictor
+from nnslim.hosts.nnunet.predict.directory import NNUNetModel
+from nnslim.hosts.nnunet.predict.load import load_predictor
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.patching import AttributePatch
 from nnslim.prediction.case import Case
+from nnslim.running.timing import alternated, timed
 
 STAGES = ("read", "preprocess", "forward", "merge", "export", "write")
-_STARTS = {
+STARTS = {
     "python": "pass",
     "torch": "import torch",
     "nnU-Net": "from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor",
@@ -41,7 +43,7 @@ class TimedPipeline:
     """A way to predict cases.
 
     Attributes:
-        name: of the row. model: model folder. config: to compress by, None for the model as it is.
+        name: title of the row. model: directory of the model. config: to compress by, None for the model as it is.
         settings: as for `nnslim predict`; backend "stock" is nnU-Net's own pipeline, its export included.
     """
 
@@ -50,9 +52,23 @@ class TimedPipeline:
     config: SlimConfig | None = None
     settings: PredictSettings = field(default_factory=PredictSettings)
 
-    def job(self, images: Path) -> TimedJob:
-        """Return the job whose passes predict the cases of a folder in turn; a pass returns its stages."""
-        return TimedJob(self.name, partial(prepare_pipeline, self, images))
+
+def predict_settings(
+    way: Way, folds: Sequence[str] | None = None, checkpoint: str | None = None, trust: bool = False
+) -> PredictSettings:
+    """Return the settings of a prediction that runs the network in that way."""
+    chosen: dict[str, Any] = {"backend": way.backend, "precision": way.precision}
+    chosen["threads"] = way.threads or torch.get_num_threads()
+    wanted = None if folds is None else list(folds)
+    return PredictSettings(way.device, folds=wanted, checkpoint=checkpoint, trust=trust, **chosen)
+
+
+def time_pipelines(
+    pipelines: Sequence[TimedPipeline], images: Path, cases: int, on_cpu: bool, progress: Progress | None = None
+) -> list[Timing]:
+    """Predict cases of a directory by each pipeline in turn, each in a process of its own; results are stages."""
+    jobs = [TimedJob(one.name, partial(prepare_pipeline, one, images)) for one in pipelines]
+    return measure_rounds(jobs, cases, warmups=0, limit_memory=on_cpu, progress=progress)
 
 
 def prepare_pipeline(pipeline: TimedPipeline, images: Path) -> Candidate:
@@ -61,79 +77,70 @@ def prepare_pipeline(pipeline: TimedPipeline, images: Path) -> Candidate:
     Raises:
         InputError: no images. ModelError, ConfigError, HostError: what cannot be used.
     """
-    started = time.perf_counter()
     config = pipeline.config
     if config is not None:  # what is asked for is timed, also where it does not pay
         config = config.model_copy(update={"run": config.run.model_copy(update={"guard": False})})
     settings = pipeline.settings
     if settings.backend == "stock" and settings.export is None:
         settings = replace(settings, export="stock")
-    predictor = load_predictor(pipeline.model, config, settings)
+    load_seconds, predictor = timed(lambda: load_predictor(pipeline.model, config, settings))
     cases = find_cases(images, predictor.dataset_json["file_ending"])
-    loaded = time.perf_counter()
-    _first_pass(predictor)
+    engine_seconds, _ = timed(lambda: _first_pass(predictor))
     facts = {
         "cases": len(cases),
-        "load_s": round(loaded - started, 3),
-        "engine_s": round(time.perf_counter() - loaded, 3),
+        "load_s": round(load_seconds, 3),
+        "engine_s": round(engine_seconds, 3),
         "backend": str(getattr(predictor.network, "backend", "") or "stock"),
     }
     names = itertools.cycle(cases)
-    return Candidate(
-        partial(_next_case, predictor, cases, names, pipeline.settings), facts, pipeline.settings.backend != "stock"
-    )
+
+    def next_case() -> dict[str, Any]:
+        name = next(names)
+        case = Case(name, tuple(cases[name]), f"{name}{predictor.dataset_json['file_ending']}")
+        with tempfile.TemporaryDirectory(prefix="nnslim-") as directory:
+            return {"case": name, **profile_case(predictor, case, Path(directory), pipeline.settings)}
+
+    return Candidate(next_case, facts, pipeline.settings.backend != "stock")
 
 
 def _first_pass(predictor: Any) -> None:
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from torch._dynamo import OptimizedModule
 
-    from nnslim.hosts.nnunet.predict.predictor_patches import input_channels
-
-    shape = (1, input_channels(predictor), *predictor.configuration_manager.patch_size)
-    network = predictor.network
+    plans, configuration, network = predictor.plans_manager, predictor.configuration_manager, predictor.network
+    channels = determine_num_input_channels(plans, configuration, predictor.dataset_json)
     for state in predictor.list_of_parameters:
         (network._orig_mod if isinstance(network, OptimizedModule) else network).load_state_dict(state)
         with torch.inference_mode():
-            network(torch.zeros(shape, device=predictor.device))
-
-
-def _next_case(
-    predictor: Any, cases: dict[str, list[Path]], names: Iterator[str], settings: PredictSettings
-) -> dict[str, Any]:
-    name = next(names)
-    case = Case(name, tuple(cases[name]), f"{name}{predictor.dataset_json['file_ending']}")
-    with tempfile.TemporaryDirectory(prefix="nnslim-") as folder:
-        return {"case": name, **profile_case(predictor, case, Path(folder), settings)}
+            network(torch.zeros((1, channels, *configuration.patch_size), device=predictor.device))
 
 
 def profile_case(predictor: Any, case: Case, folder: Path, settings: PredictSettings) -> dict[str, float]:
     """Predict one case as `nnslim predict` does and return the seconds of each of `STAGES`.
 
-    merge is what the sliding window does beside the network; export is resampling to the image's grid and choosing
-    labels. The stages add up to the whole.
+    merge is the sliding window without the network; export is resampling to the image's grid and choosing labels. The
+    stages add up to the whole.
 
     Args:
-        predictor: from `load_predictor`. case: its files, and the name of the result. folder: to write into.
-        settings: those that the predictor was loaded with.
+        predictor: from `load_predictor`. case: its files, and the name of the result. folder: directory to write into.
+        settings: as given to `load_predictor`.
     """
     spent = dict.fromkeys(("read", "case", "predict", "network", "write"), 0.0)
     reader = predictor.plans_manager.image_reader_writer_class
     cuda = predictor.device.type == "cuda"
     model = NNUNetModel(predictor, settings)
     patches = [
-        AttributePatch(reader, "read_images", partial(_timed, spent, "read")),
-        AttributePatch(reader, "write_seg", partial(_timed, spent, "write")),
-        AttributePatch(model, "read", partial(_timed, spent, "case")),
-        AttributePatch(model, "forward", partial(_timed, spent, "predict")),
+        AttributePatch(reader, "read_images", partial(_counted, spent, "read")),
+        AttributePatch(reader, "write_seg", partial(_counted, spent, "write")),
+        AttributePatch(model, "read", partial(_counted, spent, "case")),
+        AttributePatch(model, "forward", partial(_counted, spent, "predict")),
     ]
     with ExitStack() as stack:
         for patch in patches:
             patch.apply()
             stack.callback(patch.undo)
         stack.enter_context(_timed_network(predictor.network, spent, cuda))
-        started = time.perf_counter()
-        model.write(case, model.forward(case, model.read(case)), folder / case.target)
-        total = time.perf_counter() - started
+        total, _ = timed(lambda: model.write(case, model.forward(case, model.read(case)), folder / case.target))
     return {
         "read": spent["read"],
         "preprocess": spent["case"] - spent["read"],
@@ -144,32 +151,31 @@ def profile_case(predictor: Any, case: Case, folder: Path, settings: PredictSett
     }
 
 
-def _timed(spent: dict[str, float], stage: str, original: Callable[..., Any]) -> Callable[..., Any]:
+def _counted(spent: dict[str, float], stage: str, original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
-        try:
-            return original(*args, **kwargs)
-        finally:
-            spent[stage] += time.perf_counter() - started
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        seconds, result = timed(lambda: original(*args, **kwargs))
+        spent[stage] += seconds
+        return result
 
-    return timed
+    return counted
 
 
 @contextmanager
 def _timed_network(network: torch.nn.Module, spent: dict[str, float], cuda: bool) -> Iterator[None]:
     """Add up the seconds of the network's calls."""
-    started = [0.0]
+    started = 0.0
 
     def begin(*_: Any) -> None:
+        nonlocal started
         if cuda:
             torch.cuda.synchronize()
-        started[0] = time.perf_counter()
+        started = time.perf_counter()
 
     def end(*_: Any) -> None:
         if cuda:
             torch.cuda.synchronize()
-        spent["network"] += time.perf_counter() - started[0]
+        spent["network"] += time.perf_counter() - started
 
     hooks = (network.register_forward_pre_hook(begin), network.register_forward_hook(end))
     try:
@@ -186,15 +192,18 @@ def stage_medians(timing: Timing) -> dict[str, float]:
     return {stage: statistics.median(result[stage] for result in timing.results) for stage in STAGES}
 
 
-def start_times(rounds: int = 2) -> dict[str, float]:
-    """Return the least seconds to start Python, and to import torch, nnU-Net and what `nnslim predict` needs."""
-    seconds: dict[str, list[float]] = {name: [] for name in _STARTS}
-    for _ in range(rounds):
-        for name, code in _STARTS.items():
-            started = time.perf_counter()
-            command = [sys.executable, "-W", "ignore", "-c", code]
-            done = subprocess.run(command, capture_output=True, text=True, env=os.environ.copy(), check=False)
-            if done.returncode:
-                raise NNSlimError(f"'{code}' does not run: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-            seconds[name].append(time.perf_counter() - started)
-    return {name: round(min(values), 3) for name, values in seconds.items()}
+def start_times(rounds: int = 2, programs: Mapping[str, str] = STARTS) -> dict[str, float]:
+    """Return the least seconds that each program takes in a new Python: nothing, and the imports of `STARTS`.
+
+    Raises:
+        NNSlimError: a program fails.
+    """
+    works = [partial(_run_python, code) for code in programs.values()]
+    seconds = alternated(works, rounds, warmups=0)
+    return {name: round(min(values), 3) for name, values in zip(programs, seconds, strict=True)}
+
+
+def _run_python(code: str) -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise NNSlimError(f"'{code}' fails: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")

@@ -22,7 +22,7 @@ from nnslim.hosts.nnunet.model.trained_model import (
     managers_of,
     trainer_class,
 )
-from nnslim.inflation.inflated_unet import Fit, Inflated, inflate_unet
+from nnslim.inflation.inflate_unet import Fit, Inflated, inflate_unet
 from nnslim.inflation.kernels import Mode
 
 Note = Callable[[str], None]
