@@ -35,9 +35,9 @@ class LayerCost:
 
     Attributes:
         name: canonical name; "" for a network that is a single layer.
-        macs, norm_ops: for all samples of the batch and all calls.
-        parameters: of tensors that no earlier layer of the pass has.
-        input_shape, output_shape: of the first call, without the batch axis.
+        macs, norm_ops: totals over the samples of the batch and all calls.
+        parameters: number in tensors that no earlier layer of the pass has.
+        input_shape, output_shape: shapes in the first call, without the batch axis.
         voxels_in, voxels_out: spatial positions, summed over samples and calls.
     """
 
@@ -101,7 +101,7 @@ def measure_cost(network: nn.Module, input_shape: Sequence[int]) -> Cost:
     """Count one forward pass without computing it (shapes only, on torch's meta device).
 
     Args:
-        network: any module tree; not modified. Wrappers of torch.compile and DDP are looked through.
+        network: any module tree, also inside torch.compile's or DDP's wrapper; not modified.
         input_shape: (batch, channels, *spatial), voxels.
     Raises:
         SpecError: the network cannot take an input of that shape.

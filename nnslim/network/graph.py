@@ -1,4 +1,4 @@
-"""A network as a graph of torch's own layers, so that rewrites can see which layer feeds which."""
+"""A network as a graph of torch's own layers, so that rewrites see which layer feeds which."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def trace(network: nn.Module, shape: Sequence[int]) -> fx.GraphModule:
     try:
         graph = fx.Tracer().trace(network)
         traced = fx.GraphModule(network, graph, type(network).__name__)
-    except Exception as error:  # fx raises whatever the network's own code does with a proxy
+    except Exception as error:  # whatever the network's own code raises on a proxy
         raise RewriteError(f"{type(network).__name__} cannot be traced: {error}") from error
     finally:
         network.train(was_training)

@@ -1,8 +1,8 @@
 """Multiply-accumulates of every operation of a forward pass, attention included, in three named conventions.
 
 `nnslim.network.cost` counts layers, which is what a method that replaces layers needs. A transformer also multiplies
-activations with each other, and published figures count more than products. So here the operations are counted as they
-run (on torch's meta device, in no time and no memory), module by module.
+activations with each other, and published figures count more than products. So here operations are counted as they run,
+module by module, on torch's meta device, which needs no memory.
 
 Convention "torch": products only, as `torch.utils.flop_counter` / 2: linear, matrix product, convolution; a transposed
 convolution costs C_in * C_out * prod(K) * voxels of its *input*.
@@ -16,7 +16,7 @@ Convention "ptflops": what ptflops 0.7.5 counts by default, which the Embedded-V
 not at operations: layers with their biases, 1 per element of a norm (2 where it is an affine batch, instance or group
 norm), 1 of an activation or softmax that is a layer or called from torch.nn.functional (2 where it is both), and
 `torch.matmul`, but not `@`: products of attention are left out. Here a layer that a network holds under several names
-counts once, and inside of fused attention nothing does.
+counts once, and nothing inside fused attention counts.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def count_operations(network: nn.Module, input_shape: Sequence[int]) -> Operatio
     """Count one forward pass in evaluation mode without computing it.
 
     Args:
-        network: any module tree; not modified. Wrappers of torch.compile and DDP are looked through.
+        network: any module tree, also inside torch.compile's or DDP's wrapper; not modified.
         input_shape: (batch, channels, *spatial), voxels.
     Raises:
         SpecError: the network cannot take an input of that shape, or needs values (not shapes) to decide.
@@ -175,7 +175,7 @@ class _Counter(TorchDispatchMode):
 
 
 class _Attention(TorchFunctionMode):
-    """Counts fused attention as the operations that it stands for, whatever torch makes of it on this device."""
+    """Counts fused attention as the operations that it stands for, whatever torch runs on this device."""
 
     def __init__(self, counter: _Counter) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ _BY_INPUT |= {functional.softmax} | {
     for kind in ("max", "avg", "adaptive_max", "adaptive_avg")
     for axes in (1, 2, 3)
 }
-# torch hands `a @ b` and `a.matmul(b)` over as one, of which ptflops counts the second: here neither counts.
+# torch does not tell `a @ b` from `a.matmul(b)`; ptflops counts only the second, and here neither counts.
 _PRODUCTS = {torch.matmul, torch.mm, torch.bmm}
 _ELEMENTWISE = {torch.mul, torch.add}
 

@@ -1,7 +1,7 @@
 """Which parameters of a network its output depends on, and a network without the others.
 
-A layer that is built and never called, or whose result is thrown away, is stored, pruned and counted for nothing. Of
-the published Embedded-ViT networks these are 74 to 77 % of the parameters.
+A layer that is built and never called, or whose result is discarded, is stored, pruned and counted for nothing. In the
+published Embedded-ViT networks these layers hold 74 to 77 % of the parameters.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from nnslim.network.walk import LayerIndex, deep_supervision, unwrap
 
 @dataclass(frozen=True)
 class Reached:
-    """Parameters of a network; three numbers that are never to be mixed.
+    """Parameters of a network: three numbers that must not be mixed.
 
     Attributes:
         built: all that are registered, each tensor once.
         reached: those that the output depends on.
         non_zero: those of the reached that are not 0.
-        names: of the reached, the first that `named_parameters` gives.
-        dead: names of the others, in order.
-        uncalled: modules with parameters, all of them dead, that the pass did not call; the outermost only.
+        names: the first name that `named_parameters` gives each reached one. dead: names of the others, in order.
+        uncalled: the outermost modules that the pass did not call and whose parameters are all dead.
     """
 
     built: int
@@ -47,7 +46,7 @@ class Reached:
         return 1 - self.non_zero / self.reached if self.reached else 0.0
 
     def lines(self) -> list[str]:
-        """Return what a user should know."""
+        """Return the counts in words."""
         share = 1 - self.reached / self.built if self.built else 0.0
         lines = [f"parameters: {self.built:,} built, {self.reached:,} reached, {self.non_zero:,} of these not 0"]
         if self.dead:
@@ -137,7 +136,7 @@ def _prefixes(name: str) -> list[str]:
 @register_edit
 @dataclass(frozen=True)
 class StripEdit(ReplacingEdit):
-    """Take out one module that the forward pass never calls, with all that it holds.
+    """Remove one module that the forward pass never calls, with all that it holds.
 
     In a list of modules an empty one stays in its place, so that the others keep their names.
 
@@ -155,7 +154,7 @@ class StripEdit(ReplacingEdit):
 
 
 def strip_edits(network: nn.Module, input_shape: Sequence[int]) -> tuple[StripEdit, ...]:
-    """Return the edits that take out what is called neither in use nor in training (heads of deep supervision).
+    """Return the edits that remove what is called neither in use nor in training (heads of deep supervision).
 
     Raises:
         SpecError: see `reached_parameters`; or the network without these modules does not run.

@@ -153,7 +153,7 @@ def held_by(network: nn.Module) -> list[Held]:
 
 
 def forget_spec(network: nn.Module) -> None:
-    """Make a network as it is a base of its own, which carries no spec."""
+    """Remove the spec from a network, which becomes a base of its own."""
     if spec_of(network) is not None:
         object.__delattr__(network, _SPEC_ATTRIBUTE)
 

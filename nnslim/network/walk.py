@@ -1,7 +1,7 @@
 """Find each real layer of a network once, under all the names it goes by.
 
 nnU-Net registers one convolution in several places: `convs.j.conv` is `convs.j.all_modules.0`, and `decoder.encoder`
-repeats the whole encoder. The forward pass uses one of the places, the state dict lists all. Whoever replaces a layer
+repeats the whole encoder. The forward pass uses one of the places, the state dict lists all. Code that replaces a layer
 must therefore go by object identity and fill every slot.
 """
 
@@ -101,7 +101,7 @@ class LayerIndex(Mapping[str, Layer]):
 
 @contextmanager
 def deep_supervision(network: nn.Module, enabled: bool) -> Iterator[None]:
-    """Switch all outputs of a network of nnU-Net's on or off: heads that do not run cannot be followed."""
+    """Switch nnU-Net's deep supervision on or off: heads that do not run cannot be traced."""
     switched = [
         (module, module.deep_supervision) for module in network.modules() if hasattr(module, "deep_supervision")
     ]

@@ -1,4 +1,4 @@
-"""How much may go: MACs and parameters of a network whose widths shrink, without running it, and a budget of them."""
+"""Budgets of MACs and parameters: the counts of a network whose widths shrink, without running it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class CostTable:
     Heads of deep supervision, which do not run at inference, are in neither count.
 
     Attributes:
-        macs, parameters, macs_fvcore: as it is. layer_macs: by layer, convention "macs".
+        macs, parameters, macs_fvcore: counts of the network as it is. layer_macs: by layer, convention "macs".
         shapes: (outputs, inputs, *kernel) and parameters of each convolution.
     """
 
@@ -72,7 +72,7 @@ def _share(layer: nn.Module, sides: Kept) -> float:
 
 
 def without(channels: ChannelMap, gone: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """Return the channels that stay, of the groups that lose some, from those that go."""
+    """Return the channels that stay in each group that loses some, from those that are removed."""
     return {
         name: sorted(set(range(channels.groups[name].channels)) - set(indices))
         for name, indices in gone.items()
@@ -81,7 +81,7 @@ def without(channels: ChannelMap, gone: Mapping[str, Sequence[int]]) -> dict[str
 
 
 def removable(wanted: int, width: int, least: int, multiple: int) -> int:
-    """Return how many channels may go of `wanted`: widths are multiples, or as they were, and never below `least`."""
+    """Return how many of the `wanted` channels may be removed: widths stay multiples, or as they were, >= least."""
     left = max(width - wanted, min(width, max(1, least)))
     if multiple > 1:
         left = min(width, multiple * math.ceil(left / multiple))
@@ -98,8 +98,8 @@ def fewest(
     """Return the shortest beginning of the candidates whose removal meets a target, or all of them.
 
     Args:
-        candidates: (group, channel), in the order in which they should go.
-        channels: of the network. least, multiple: see `removable`.
+        candidates: (group, channel), in the order of removal.
+        channels: the network's. least, multiple: see `removable`.
         met: whether the removal of these channels, by group, is enough.
     """
 

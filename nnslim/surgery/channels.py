@@ -1,9 +1,9 @@
 """Which channels of a network belong together: the traced graph, followed channel by channel.
 
-Every channel of every tensor gets a number. A convolution makes new ones; norms, activations and pools hand them on;
-a concatenation strings them together; a sum makes its two sides one. What is left are groups of channels that can only
-be removed together, and for each layer the numbers it reads and writes, so that skips by concatenation (at their
-offset), residual sums and shared layers need no rules of their own.
+Every channel of every tensor gets a number. A convolution makes new ones; norms, activations and pools pass them on;
+a concatenation joins them; a sum makes its two sides one. The result is groups of channels that can only be removed
+together, and for each layer the numbers it reads and writes, so that skips by concatenation (at their offset), residual
+sums and shared layers need no rules of their own.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class ChannelMap:
         writes: dict[str, np.ndarray],
         numbers: dict[str, np.ndarray],
     ) -> None:
-        """Hold what `channel_map` found.
+        """Store what `channel_map` found.
 
         Args:
             groups: in order of execution.

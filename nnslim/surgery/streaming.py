@@ -1,4 +1,4 @@
-"""Run tiles through a dense and a slim network side by side and stream what chosen layers see and make."""
+"""Run tiles through a dense and a slim network side by side; stream the inputs and outputs of chosen layers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class EndOfPass(Exception):  # noqa: N818  not an error
 
 @contextmanager
 def hooked(network: nn.Module, before: Mapping[str, Callable], after: Mapping[str, Callable]) -> Iterator[None]:
-    """Attach hooks by layer name: before(module, inputs), after(module, inputs, output); take them off at the end."""
+    """Attach hooks by layer name: before(module, inputs), after(module, inputs, output); remove them at the end."""
     layers = LayerIndex(network)
     handles = [layers[name].module.register_forward_pre_hook(hook) for name, hook in before.items()]
     handles += [layers[name].module.register_forward_hook(hook) for name, hook in after.items()]

@@ -64,7 +64,7 @@ def fit_tucker_network(
     seed: int = 0,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """Set the weights of a slim network's Tucker chains, in place, so that its layers put out what the dense ones do.
+    """Set the weights of a slim network's Tucker chains, in place, so that its outputs are those of the dense layers.
 
     Each layer is fitted to the dense network's outputs from the inputs that the compressed layers before it give.
 

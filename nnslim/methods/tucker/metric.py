@@ -1,4 +1,4 @@
-"""What an error of each output channel is worth to the layers that follow."""
+"""The weight of an error in each output channel for the layers that follow."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from nnslim.maths.moments import ChannelMoments, Moments
 def output_metric(moments: Moments | ChannelMoments, norm: nn.Module | None, damping: float) -> Tensor:
     """Return the metric of a layer's outputs, (O, O): each channel in units of its standard deviation.
 
-    Instance norm divides each channel by its deviation and multiplies it by its affine weight, so that is what an error
-    of the channel is worth to the layers after it. Without a norm all channels count alike. The damping keeps channels
-    that hardly vary (dead ones) from ruling the fit.
+    Instance norm divides each channel by its deviation and multiplies it by its affine weight, so an error of the
+    channel reaches the next layers with that factor. Without a norm all channels count alike. The damping keeps
+    channels that hardly vary (dead ones) from dominating the fit.
     """
     view = moments.view
     variance = moments.variance_y.unflatten(0, (view.outputs, -1)).mean(1)

@@ -57,7 +57,7 @@ class Survey(dict[str, LayerSurvey]):
         return self._prober is not None
 
     def distance(self, ranks: Mapping[str, Ranks]) -> float:
-        """Return how far the network's answer moves if these layers are factored together, all at once.
+        """Return how far the network's answer moves if these layers are factored together.
 
         Errors of many layers do not simply add up; this sees what they do together. It takes one pass over a few tiles.
         """
