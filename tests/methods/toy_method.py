@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from nnslim.methods.base import Decision, Method, MethodConfig, Plan, check_patterns, register_method
-from nnslim.network.replace import replace_layer
-from nnslim.network.spec import Edit, register_edit, spec_of
+from nnslim.network.replace import ReplacingEdit
+from nnslim.network.spec import register_edit, spec_of
 from nnslim.network.walk import LayerIndex
 
 
@@ -35,18 +35,16 @@ class KeptBias:
 
 @register_edit
 @dataclass(frozen=True)
-class CentreEdit(Edit):
+class CentreEdit(ReplacingEdit):
     layer: str
     kind: ClassVar[str] = "toy_centre"
-    separable: ClassVar[bool] = True
 
-    def apply(self, layers: LayerIndex, *, fill: bool) -> Callable[[], None]:
-        layer, dense = layers[self.layer], layers[self.layer].module
+    def made(self, dense: nn.Module, fill: bool) -> nn.Module:
         made = type(dense)(dense.in_channels, dense.out_channels, 1, dense.stride)
         if fill:
             middle = [slice(size // 2, size // 2 + 1) for size in dense.kernel_size]
             made.load_state_dict({"weight": dense.weight[(..., *middle)], "bias": dense.bias})
-        return replace_layer(layer, made.train(dense.training))
+        return made
 
     def held(self, layers: LayerIndex) -> KeptBias:
         return KeptBias(layers[self.layer].module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from nnslim.errors import SpecError
 from nnslim.network.cost import Cost
-from nnslim.network.replace import replace_layer
-from nnslim.network.spec import Edit, register_edit
-from nnslim.network.walk import Layer, LayerIndex
+from nnslim.network.replace import ReplacingEdit
+from nnslim.network.spec import register_edit
+from nnslim.network.walk import Layer
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 FORMS = ("separable", "grouped", "dense")
@@ -79,7 +79,7 @@ def regrouped(conv: nn.Module, groups: int, *, fill: bool = True) -> nn.Module:
 
 @register_edit
 @dataclass(frozen=True)
-class DepthwiseEdit(Edit):
+class DepthwiseEdit(ReplacingEdit):
     """Give one convolution another form.
 
     Attributes:
@@ -91,22 +91,19 @@ class DepthwiseEdit(Edit):
     layer: str
     form: str = "separable"
     kind: ClassVar[str] = "depthwise"
-    separable: ClassVar[bool] = True
 
-    def apply(self, layers: LayerIndex, *, fill: bool) -> Callable[[], None]:
-        """See Edit.apply. A separable convolution has the layers `<name>.depth` and `<name>.point`."""
-        layer = layers[self.layer]
-        conv = layer.module
-        if self.form not in FORMS or not isinstance(conv, CONVOLUTIONS) or (conv.groups == 1) == (self.form == "dense"):
-            found = f"{type(conv).__name__}, groups={getattr(conv, 'groups', None)}"
-            raise SpecError(f"layer '{self.layer}' cannot become {self.form}: it is {found}")
+    def made(self, dense: nn.Module, fill: bool) -> nn.Module:
+        """See ReplacingEdit.made. A separable convolution has the layers `<name>.depth` and `<name>.point`."""
+        groups = getattr(dense, "groups", None)
+        if self.form not in FORMS or not isinstance(dense, CONVOLUTIONS) or (groups == 1) == (self.form == "dense"):
+            raise SpecError(f"it cannot become {self.form}: it is {type(dense).__name__}, groups={groups}")
         if self.form == "separable":
-            made: nn.Module = SeparableConv(conv)
+            new: nn.Module = SeparableConv(dense)
             if fill:
-                made.fill(conv)
+                new.fill(dense)
         else:
-            made = regrouped(conv, 1 if self.form == "dense" else most_groups(conv), fill=fill)
-        return replace_layer(layer, made.to(conv.weight.device, conv.weight.dtype).train(conv.training))
+            new = regrouped(dense, 1 if self.form == "dense" else most_groups(dense), fill=fill)
+        return new.to(dense.weight.device, dense.weight.dtype)
 
 
 def depthwise_hindrances(layers: Sequence[Layer], form: str, cost: Cost) -> dict[str, str]:
