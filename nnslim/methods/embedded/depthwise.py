@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class SeparableConv(nn.Module):
         super().__init__()
         inputs = dense.in_channels
         self.depth = _like(dense, inputs, groups=inputs, bias=False)
-        self.point = type(dense)(inputs, dense.out_channels, 1, bias=dense.bias is not None)
+        self.point = type(dense)(inputs, dense.out_channels, 1, bias=dense.bias is not None, **_kind(dense))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, I, *spatial) to (B, O, *spatial)."""
@@ -47,9 +47,13 @@ class SeparableConv(nn.Module):
             self.point.bias.copy_(dense.bias)
 
 
+def _kind(conv: nn.Module) -> dict[str, Any]:
+    return {"device": conv.weight.device, "dtype": conv.weight.dtype}
+
+
 def _like(conv: nn.Module, outputs: int, *, groups: int, bias: bool) -> nn.Module:
     geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-    return type(conv)(conv.in_channels, outputs, *geometry, groups, bias, conv.padding_mode)
+    return type(conv)(conv.in_channels, outputs, *geometry, groups, bias, conv.padding_mode, **_kind(conv))
 
 
 @torch.no_grad()
@@ -62,16 +66,15 @@ def regrouped(conv: nn.Module, groups: int, *, fill: bool = True) -> nn.Module:
     made = _like(conv, conv.out_channels, groups=groups, bias=conv.bias is not None)
     if not fill:
         return made
-    count = max(groups, conv.groups)
-    outputs, inputs = conv.out_channels // count, conv.in_channels // count
-    made.weight.zero_()
-    for place in range(count):
-        rows = slice(place * outputs, (place + 1) * outputs)
-        columns = slice(place * inputs, (place + 1) * inputs)
-        if groups == 1:
-            made.weight[rows, columns] = conv.weight[rows]
-        else:
-            made.weight[rows] = conv.weight[rows, columns]
+    one, many = (made, conv) if groups == 1 else (conv, made)
+    place = torch.arange(many.groups)
+    blocks = one.weight.unflatten(0, (many.groups, -1)).unflatten(2, (many.groups, -1))  # (G, O / G, G, I / G, *K)
+    inside = many.weight.unflatten(0, (many.groups, -1))  # (G, O / G, I / G, *K)
+    if groups == 1:
+        made.weight.zero_()
+        blocks[place, :, place] = inside
+    else:
+        inside.copy_(blocks[place, :, place])
     if conv.bias is not None:
         made.bias.copy_(conv.bias)
     return made
@@ -98,12 +101,11 @@ class DepthwiseEdit(ReplacingEdit):
         if self.form not in FORMS or not isinstance(dense, CONVOLUTIONS) or (groups == 1) == (self.form == "dense"):
             raise SpecError(f"it cannot become {self.form}: it is {type(dense).__name__}, groups={groups}")
         if self.form == "separable":
-            new: nn.Module = SeparableConv(dense)
+            new = SeparableConv(dense)
             if fill:
                 new.fill(dense)
-        else:
-            new = regrouped(dense, 1 if self.form == "dense" else most_groups(dense), fill=fill)
-        return new.to(dense.weight.device, dense.weight.dtype)
+            return new
+        return regrouped(dense, 1 if self.form == "dense" else most_groups(dense), fill=fill)
 
 
 def depthwise_hindrances(layers: Sequence[Layer], form: str, cost: Cost) -> dict[str, str]:
@@ -117,22 +119,17 @@ def depthwise_hindrances(layers: Sequence[Layer], form: str, cost: Cost) -> dict
     for layer in layers:
         conv, size = layer.module, math.prod(layer.module.kernel_size)
         inputs, outputs = conv.in_channels, conv.out_channels
-        reason = ""
-        if layer.name not in cost.layers:
-            reason = "not reached by the forward pass"
-        elif form == "dense":
-            reason = "dense already" if conv.groups == 1 else ""
-        elif conv.groups != 1:
-            reason = f"grouped convolution (groups={conv.groups})"
-        elif layer.name == first:
-            reason = "first layer"
-        elif size == 1:
-            reason = "1x1 kernel"
-        elif form == "separable" and inputs * size + inputs * outputs >= inputs * outputs * size:
-            reason = "would not get cheaper"
-        elif form == "grouped" and most_groups(conv) == 1:
-            reason = "inputs and outputs have no common divisor"
-        found[layer.name] = reason
+        costlier = inputs * size + inputs * outputs >= inputs * outputs * size
+        reasons = {
+            "not reached by the forward pass": layer.name not in cost.layers,
+            "dense already": form == "dense" and conv.groups == 1,
+            f"grouped convolution (groups={conv.groups})": form != "dense" and conv.groups != 1,
+            "first layer": form != "dense" and layer.name == first,
+            "1x1 kernel": form != "dense" and size == 1,
+            "would not get cheaper": form == "separable" and costlier,
+            "inputs and outputs have no common divisor": form == "grouped" and most_groups(conv) == 1,
+        }
+        found[layer.name] = next((reason for reason, holds in reasons.items() if holds), "")
     return found
 
 
