@@ -75,7 +75,7 @@ def overlay(
     title: str = "",
     centre: Sequence[int] | None = None,
 ) -> None:
-    """Draw three planes with the outline of each label map; of an image of one slice, that slice.
+    """Draw three planes with the outline of each label map, or the one plane of an image of one slice.
 
     Args:
         image: (X, Y, Z) intensities, axes towards right, anterior, superior.
@@ -167,7 +167,7 @@ def row_panels(
     """Return an empty figure with two panels whose rows have these labels, the first on top; many rows are narrow.
 
     Args:
-        height: inches of what is not rows. width_ratios: of the panels.
+        height: inches besides the rows. width_ratios: widths of the panels.
     """
     few = len(labels) <= FEW
     figure = new_figure((11, height + len(labels) * (0.45 if few else 0.2)))
@@ -186,7 +186,7 @@ def score_rows(axes: Any, columns: Sequence[np.ndarray], colours: Sequence[str] 
     """Draw a row per column of scores in 0..1: a dot each, a box over the middle half, a stroke at the median.
 
     Args:
-        columns: scores of each row, NaN left out. colours: of the boxes, in turn.
+        columns: scores of each row, NaN left out. colours: the boxes' colours, in turn.
     Returns:
         The left end of the axis, chosen for the lowest score.
     """

@@ -14,7 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from nnslim.errors import OutputError
+import platformdirs
+
+from nnslim.errors import InputError, NNSlimError, OutputError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _BLOCK = 1 << 20
@@ -31,7 +33,7 @@ def user_cache() -> Path:
     """Return nnslim's cache folder: NNSLIM_CACHE, else nnslim in the user's cache folder; it may not exist yet."""
     if "NNSLIM_CACHE" in os.environ:
         return Path(os.environ["NNSLIM_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nnslim"
+    return platformdirs.user_cache_path("nnslim")
 
 
 def make_folder(folder: Path) -> None:
@@ -53,6 +55,22 @@ def read_json(path: Path) -> dict:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def read_yaml(path: Path, error: type[NNSlimError] = InputError) -> Any:
+    """Return the content of a YAML file, or of a JSON file, which is YAML, too.
+
+    Raises:
+        error: it cannot be read, or is neither.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror}; expected YAML or JSON") from problem
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        raise error(f"{path} is neither YAML nor JSON: {' '.join(str(problem).split())[:200]}") from problem
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -1,4 +1,4 @@
-"""Packages that not everybody has: imported late, with what to install where they are missing."""
+"""Optional packages: imported late, with what to install where they are missing."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ def needed(name: str, install: str, *, purpose: str = "", error: type[NNSlimErro
     """Import a package and return it.
 
     Args:
-        name: of the module. install: what pip takes. purpose: what it is needed for, for the message.
-        error: to raise.
+        name: module. install: what pip takes. purpose: what needs it, for the message. error: type to raise.
     Raises:
-        error: the package is missing, or does not import.
+        error: the package is missing or cannot be imported.
     """
     try:
         return importlib.import_module(name)
@@ -30,8 +29,7 @@ def installed_version(package: str, name: str, install: str, *, error: type[NNSl
     """Return the version of a package without importing it.
 
     Args:
-        package: as pip knows it. name: for the message. install: what pip takes.
-        error: to raise.
+        package: as pip knows it. name: as the message shows it. install: what pip takes. error: type to raise.
     Raises:
         error: it is not installed.
     """

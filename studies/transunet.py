@@ -1,4 +1,4 @@
-"""The rule by which TransUNet and its followers score Synapse: for comparison with their papers, and nothing else.
+"""The rule by which TransUNet and its followers score Synapse, for comparison with their papers only.
 
 Distances are in voxels, whatever the spacing, and empty classes get numbers: a prediction where the reference has
 nothing counts as perfect (Dice 1, distance 0), nothing in both as a failure (Dice 0, distance 0). Report the
@@ -11,24 +11,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas
 from scipy import ndimage
 
 from nnslim.errors import InputError
 from nnslim.evaluation.label_files import check_same_grid, read_label_map
+from nnslim.evaluation.overlap import dice_of_counts, joint_counts
 from nnslim.evaluation.pairing import pair_cases
 
 
 def transunet_scores(predicted: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """Return Dice and HD95 (voxels) of one class by TransUNet's rule.
-
-    Args:
-        predicted, reference: booleans of one shape.
-    """
+    """Return Dice and HD95 (voxels) of one class, from booleans of one shape, by TransUNet's rule."""
     predicted, reference = np.asarray(predicted, bool), np.asarray(reference, bool)
     if predicted.any() and reference.any():
-        dice = 2 * np.count_nonzero(predicted & reference) / (predicted.sum() + reference.sum())
-        return float(dice), hd95_voxels(predicted, reference)
-    return (1.0, 0.0) if predicted.any() else (0.0, 0.0)
+        return dice_of_counts(*joint_counts(predicted, reference).overlap([1])), hd95_voxels(predicted, reference)
+    return float(predicted.any()), 0.0
 
 
 def hd95_voxels(first: np.ndarray, second: np.ndarray) -> float:
@@ -44,13 +41,13 @@ def hd95_voxels(first: np.ndarray, second: np.ndarray) -> float:
 
 def transunet_table(
     predictions: Path, references: Path, labels: Sequence[int], ending: str | None = None
-) -> list[tuple[str, int, float, float]]:
-    """Return (case, label, Dice, HD95 in voxels) for all cases of two folders, by TransUNet's rule.
+) -> pandas.DataFrame:
+    """Return case, label, dice and hd95 (voxels) of all cases of two folders; what is published are the means.
 
     Raises:
         InputError: folders that cannot be paired, a reference without a prediction, or two grids.
     """
-    pairing = pair_cases(Path(predictions), Path(references), ending, ())
+    pairing = pair_cases(Path(predictions), Path(references), ending)
     if pairing.missing:
         raise InputError(f"{predictions} lacks {len(pairing.missing)} case(s): {', '.join(pairing.missing[:5])}")
     rows = []
@@ -58,9 +55,4 @@ def transunet_table(
         found, truth = (read_label_map(file) for file in files)
         check_same_grid(found, truth)
         rows += [(case, label, *transunet_scores(found.labels == label, truth.labels == label)) for label in labels]
-    return rows
-
-
-def means(rows: Sequence[tuple[str, int, float, float]]) -> tuple[float, float]:
-    """Return mean Dice and mean HD95 over cases and classes, as published."""
-    return tuple(float(np.mean([row[place] for row in rows])) for place in (2, 3))
+    return pandas.DataFrame(rows, columns=["case", "label", "dice", "hd95"])

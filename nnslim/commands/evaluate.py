@@ -27,19 +27,19 @@ def evaluate(
         str | None,
         typer.Option("-d", "--dataset", help="dataset.json, or a TotalSegmentator task; default: the predictions'"),
     ] = None,
-    tolerance: Annotated[float, typer.Option(help="of the surface Dice (NSD), mm")] = 1.0,
+    tolerance: Annotated[float, typer.Option(help="mm within which surfaces agree (NSD)")] = 1.0,
     label: Annotated[list[str] | None, typer.Option("-l", "--label", help="class, repeatable; default: all")] = None,
     baseline: Annotated[
-        Path | None, typer.Option(help="other predictions, such as the dense model's: paired differences, too")
+        Path | None, typer.Option(help="other predictions, such as the dense model's, for paired differences")
     ] = None,
-    images: Annotated[Path | None, typer.Option("-i", "--images", help="images behind the pictures")] = None,
+    images: Annotated[Path | None, typer.Option("-i", "--images", help="images to draw the worst cases on")] = None,
     groups: Annotated[
         str | None, typer.Option(help=f"YAML or JSON, group: [class, ...]; or {_TOTALSEG}: its organ groups")
     ] = None,
-    worst: Annotated[int, typer.Option(min=0, help="how many of the worst cases are drawn")] = 3,
+    worst: Annotated[int, typer.Option(min=0, help="number of worst cases to draw")] = 3,
     figures: Annotated[bool, typer.Option("--figures/--no-figures", help="draw pictures")] = True,
-    dice_only: Annotated[bool, typer.Option("--dice-only", help="no NSD and HD95")] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="processes; default: as it pays, at most all CPUs")] = None,
+    dice_only: Annotated[bool, typer.Option("--dice-only", help="without NSD and HD95")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes; default: all CPUs where it pays")] = None,
     quiet: QuietOption = False,
 ) -> None:
     """Dice, NSD and HD95 of predictions against references, per case and class: CSV, summary.json, pictures."""
@@ -125,7 +125,7 @@ def _draw(
 
 
 def _compare(found: Evaluation, other: Evaluation, output: Path) -> list[Path]:
-    """Tell and write the paired differences to the baseline."""
+    """Print and write the paired differences to the baseline."""
     from nnslim.evaluation.results import paired_differences
     from nnslim.evaluation.scores import write_csv, write_differences
 

@@ -142,33 +142,23 @@ class Agreement:
         """Return everything as JSON values; NaN becomes null."""
         shown = ("dice", "volume_difference", "expected_drop", "dice_dense", "dice_slim", "drop")
         means = {name: self.class_means(name).tolist() for name in shown}
-        per_class = {}
+        classes: dict[str, dict[str, Any]] = {}
         for number, key in enumerate(self.class_names):
             worst = self.worst(key)
-            per_class[key] = {name: means[name][number] for name in shown}
-            per_class[key] |= {"worst_case": worst and worst.case, "worst_dice": worst and worst.dice}
-        worst = self.worst()
-        return _without_nan(
-            {
-                "mean_dice": self.mean_dice,
-                "expected_drop": self.expected_drop,
-                "temperature": self.temperature,
-                **{name: self.mean(name) for name in ("dice_dense", "dice_slim", "drop")},
-                "worst": worst and worst._asdict(),
-                "classes": per_class,
-                "cases": {
-                    case.name: {
-                        "labelled": case.labelled,
-                        "classes": {
-                            key: asdict(one) | {"volume_difference": one.volume_difference, "drop": one.drop}
-                            for key, one in case.classes.items()
-                        },
-                    }
-                    for case in self.cases
-                },
-                "failed": dict(self.failed),
+            classes[key] = {name: means[name][number] for name in shown}
+            classes[key] |= {"worst_case": worst and worst.case, "worst_dice": worst and worst.dice}
+        cases: dict[str, dict[str, Any]] = {}
+        for case in self.cases:
+            scores = {
+                key: asdict(one) | {"volume_difference": one.volume_difference, "drop": one.drop}
+                for key, one in case.classes.items()
             }
-        )
+            cases[case.name] = {"labelled": case.labelled, "classes": scores}
+        worst = self.worst()
+        content = {"mean_dice": self.mean_dice, "expected_drop": self.expected_drop, "temperature": self.temperature}
+        content |= {name: self.mean(name) for name in ("dice_dense", "dice_slim", "drop")}
+        content |= {"worst": worst and worst._asdict(), "classes": classes, "cases": cases, "failed": dict(self.failed)}
+        return _without_nan(content)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Agreement:
@@ -205,22 +195,16 @@ class Agreement:
         if worst := self.worst():
             lines.append(f"  worst: case {worst.case}, class {worst.class_name}, Dice {_shown(worst.dice)}")
         lines += [f"  failed: {name}: {reason}" for name, reason in self.failed.items()]
-        return lines + self._table(bool(labelled))
-
-    def _table(self, labelled: bool) -> list[str]:
-        names = ["dice", "volume_difference", "expected_drop", *(["dice_dense", "dice_slim"] if labelled else [])]
-        heads = ["Dice", "volume %", "est. drop", *(["dense", "slim"] if labelled else [])]
-        means = [self.class_means(name) for name in names]
-        width = max(len("class"), *(len(key) for key in self.class_names)) if self.class_names else 5
-        lines = [f"  {'class':<{width}}" + "".join(f"{head:>11}" for head in heads) + "  worst case"]
+        columns = {"Dice": "dice", "volume %": "volume_difference", "est. drop": "expected_drop"}
+        columns |= {"dense": "dice_dense", "slim": "dice_slim"} if labelled else {}
+        means = {head: self.class_means(name) for head, name in columns.items()}
+        width = max(len(key) for key in ("class", *self.class_names))
+        lines.append(f"  {'class':<{width}}" + "".join(f"{head:>11}" for head in columns) + "  worst case")
         for number, key in enumerate(self.class_names):
-            cells = "".join(
-                f"{_shown(mean[number], 2 if name == 'volume_difference' else 4):>11}"
-                for name, mean in zip(names, means, strict=True)
-            )
+            cells = (_shown(mean[number], 2 if head == "volume %" else 4) for head, mean in means.items())
             worst = self.worst(key)
             where = f"{worst.case} ({_shown(worst.dice)})" if worst else "in no case"
-            lines.append(f"  {key:<{width}}{cells}  {where}")
+            lines.append(f"  {key:<{width}}" + "".join(f"{cell:>11}" for cell in cells) + f"  {where}")
         return lines
 
 
@@ -237,7 +221,7 @@ def compare_answers(
     """Compare the two models on one case.
 
     Args:
-        name: of the case.
+        name: the case.
         dense: (C, *spatial) probabilities. C is one more than the classes where channel 0 is the background, else each
             channel is a region with threshold 0.5.
         slim: probabilities of the same shape, or what was decided: (*spatial) integer map, (C, *spatial) booleans.

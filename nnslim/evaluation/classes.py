@@ -6,11 +6,9 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from nnslim.errors import InputError, nearest
+from nnslim.files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Classes:
         classes: in the order of the output, without background.
         ignore: label of voxels in the reference that do not count.
         known: all labels that may occur, those of classes that were not asked for included.
-        ending: of the label files, where it is prescribed.
+        ending: ending of the label files, where it is prescribed.
     """
 
     classes: tuple[LabelClass, ...]
@@ -74,36 +72,32 @@ def read_dataset_json(path: Path) -> Classes:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        labels = {str(name): _members(value) for name, value in dict(content["labels"]).items()}
+        labels = dict(content["labels"])
+        members = {
+            name: tuple(map(int, value if isinstance(value, list) else [value])) for name, value in labels.items()
+        }
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}; expected nnU-Net's dataset.json") from error
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(
             f'{path} is not nnU-Net\'s dataset.json: expected "labels": {{"background": 0, "name": 1, ...}}'
         ) from error
-    ignore = labels.pop("ignore", ())
-    if len(_all(ignore)) > 1:
-        raise InputError(f"{path}: the ignore label is one number, found {list(_all(ignore))}")
-    known = frozenset(label for value in labels.values() for label in _all(value)) - {0}
-    regions = any(len(_all(value)) > 1 for value in labels.values())
+    ignore = members.pop("ignore", ())
+    if len(ignore) > 1:
+        raise InputError(f"{path}: the ignore label is one number, found {labels['ignore']}")
+    regions = any(len(one) > 1 for one in members.values())
     classes = [
-        LabelClass(name, _all(value), str(value if regions else _all(value)[0]))  # the key as nnU-Net makes it
-        for name, value in labels.items()
-        if set(_all(value)) != {0}
+        # As nnU-Net makes the key: [1, 2] gives the text of a tuple, 3 the number.
+        LabelClass(name, one, str(one if regions and isinstance(labels[name], list) else one[0]))
+        for name, one in members.items()
+        if set(one) != {0}
     ]
     if not classes:
         raise InputError(f"{path} names no label besides the background")
     if not regions:
         classes.sort(key=lambda one: one.members)
-    return Classes(tuple(classes), next(iter(_all(ignore)), None), known, content.get("file_ending"))
-
-
-def _members(value: Any) -> int | tuple[int, ...]:
-    return tuple(int(label) for label in value) if isinstance(value, list) else int(value)
-
-
-def _all(value: int | tuple[int, ...]) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else (value,)
+    known = frozenset(label for one in members.values() for label in one) - {0}
+    return Classes(tuple(classes), ignore[0] if ignore else None, known, content.get("file_ending"))
 
 
 def read_groups(path: Path, class_names: Collection[str], shown: Collection[str]) -> dict[str, list[str]]:
@@ -114,12 +108,7 @@ def read_groups(path: Path, class_names: Collection[str], shown: Collection[str]
     Raises:
         InputError: the file cannot be read, is no such mapping, or names a class that does not exist.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; expected YAML or JSON") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())[:200]}") from error
+    content = read_yaml(path)
     if not (isinstance(content, dict) and content and all(isinstance(one, list) for one in content.values())):
         raise InputError(f"{path}: expected 'group: [class, class, ...]' lines")
     groups = {str(name): [str(member) for member in members] for name, members in content.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +12,8 @@ import numpy as np
 from nnslim.errors import InputError
 from nnslim.evaluation.classes import Classes, LabelClass, named_classes
 from nnslim.evaluation.label_files import check_same_grid
-from nnslim.evaluation.overlap import dice_of_counts, joint_counts
-from nnslim.evaluation.sources import Crop, LabelSource, MaskSource, Source, open_source, union_box
+from nnslim.evaluation.overlap import JointCounts, dice_of_counts, joint_counts
+from nnslim.evaluation.sources import LabelSource, MaskSource, Source, open_source, union_box
 from nnslim.evaluation.surfaces import surface_distances
 
 _NAN = float("nan")
@@ -45,11 +44,9 @@ class Scores:
     @property
     def empty(self) -> Literal["", "both", "prediction", "reference"]:
         """Which side lacks the class: "prediction" is a miss, "reference" a false positive."""
-        if self.predicted and self.reference:
-            return ""
-        if self.predicted or self.reference:
-            return "reference" if self.predicted else "prediction"
-        return "both"
+        if self.predicted:
+            return "" if self.reference else "reference"
+        return "prediction" if self.reference else "both"
 
 
 @dataclass(frozen=True)
@@ -84,8 +81,8 @@ class CompareSettings:
 
     Attributes:
         classes: None: every label, or every class that has a file.
-        tolerance: of the surface Dice, mm.
-        surfaces: NSD and HD95, too; without them a case takes a second.
+        tolerance: mm within which surfaces agree (NSD).
+        surfaces: NSD and HD95, too.
         threads: classes at a time.
         wanted: names or keys of the classes to compare; None: all. What a case does not have is no error here.
     """
@@ -114,12 +111,17 @@ def compare_case(name: str, prediction: Path, reference: Path, settings: Compare
     there = [c for c in classes.classes if c.key not in lacking]
     if lacking and not there:
         raise InputError(f"{prediction} and {reference} have no class in common")
-    comparison = _Comparison(one, other, classes, settings)
+    counts = None
+    if isinstance(one, LabelSource) and isinstance(other, LabelSource):
+        counts = joint_counts(one.volume, other.volume).without(classes.ignore)
+    elif classes.ignore is not None:
+        raise InputError(f"{prediction} and {reference}: an ignore label needs label maps on both sides")
+    voxels = one.map.labels.size if counts is None else int(counts.counts.sum())
     with ThreadPoolExecutor(settings.threads) as pool:
-        scores = dict(zip((c.key for c in there), pool.map(comparison.scores, there), strict=True))
+        listed = pool.map(lambda c: _scores(c, one, other, counts, voxels, classes.ignore, settings), there)
+        scores = {c.key: found for c, found in zip(there, listed, strict=True) if found is not None}
     found = classes.classes if settings.classes is None else ()
-    present = {key: score for key, score in scores.items() if score is not None}
-    return CaseScores(name, prediction, reference, comparison.voxels, present, lacking, found)
+    return CaseScores(name, prediction, reference, voxels, scores, lacking, found)
 
 
 def _all_classes(one: Source, other: Source) -> Classes:
@@ -134,40 +136,31 @@ def _all_classes(one: Source, other: Source) -> Classes:
     )
 
 
-class _Comparison:
-    def __init__(self, one: Source, other: Source, classes: Classes, settings: CompareSettings) -> None:
-        self.one, self.other, self.settings = one, other, settings
-        self.ignore = classes.ignore
-        self.counts = None
-        self.voxels = one.map.labels.size
-        if isinstance(one, LabelSource) and isinstance(other, LabelSource):
-            self.counts = joint_counts(one.volume, other.volume).without(classes.ignore)
-            self.voxels = int(self.counts.counts.sum())
-        elif classes.ignore is not None:
-            raise InputError(f"{one.place} and {other.place}: an ignore label needs label maps on both sides")
-
-    def scores(self, one: LabelClass) -> Scores | None:
-        """Return the scores of a class; None where neither side has it."""
-        masks = None
-        if self.counts is None or self.settings.surfaces:
-            predicted, reference = self.one.load(one), self.other.load(one)
-            if (box := union_box(predicted.box, reference.box)) is None:
-                return None
-            masks = (self._valid(predicted, box), reference.mask(box))
-        counted = joint_counts(*masks).overlap([1]) if self.counts is None else self.counts.overlap(one.members)
-        if not any(counted):
+def _scores(
+    one: LabelClass,
+    predicted: Source,
+    reference: Source,
+    counts: JointCounts | None,
+    voxels: int,
+    ignore: int | None,
+    settings: CompareSettings,
+) -> Scores | None:
+    """Return the scores of a class; None where neither side has it. counts: None with one file per class."""
+    masks: list[np.ndarray] = []
+    if counts is None or settings.surfaces:
+        crops = [source.load(one) for source in (predicted, reference)]
+        if (box := union_box(*(crop.box for crop in crops))) is None:
             return None
-        nsd = hd95 = _NAN
-        if self.settings.surfaces:
-            nsd = 0.0  # a miss or a false positive: no part of the surface is right
-            if counted[0] and counted[1]:
-                distances = surface_distances(*masks, self.one.map.spacing[::-1])
-                nsd, hd95 = distances.surface_dice(self.settings.tolerance), distances.hausdorff(95)
-        return Scores(*counted, self.voxels, nsd, hd95)
-
-    def _valid(self, predicted: Crop, box: Sequence[slice]) -> np.ndarray:
-        """Return the predicted mask without the voxels that the reference tells to ignore."""
-        mask = predicted.mask(box)
-        if self.ignore is not None and isinstance(self.other, LabelSource):
-            mask &= self.other.volume[tuple(box)] != self.ignore
-        return mask
+        masks = [crop.mask(box) for crop in crops]
+        if ignore is not None:
+            masks[0] &= crops[1].volume[box] != ignore
+    counted = joint_counts(*masks).overlap([1]) if counts is None else counts.overlap(one.members)
+    if not any(counted):
+        return None
+    nsd = hd95 = _NAN
+    if settings.surfaces:
+        nsd = 0.0  # a miss or a false positive: no part of the surface is right
+        if counted[0] and counted[1]:
+            distances = surface_distances(*masks, predicted.map.spacing[::-1])
+            nsd, hd95 = distances.surface_dice(settings.tolerance), distances.hausdorff(95)
+    return Scores(*counted, voxels, nsd, hd95)

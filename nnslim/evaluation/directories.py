@@ -33,7 +33,7 @@ def evaluate_directories(
     Args:
         predictions, references: folders of label maps or of folders of masks, or one file each; see `pair_cases`.
         classes: what the labels mean; None: every label is a class.
-        tolerance: of the NSD, mm.
+        tolerance: mm within which surfaces agree (NSD).
         surfaces: NSD and HD95 besides Dice.
         wanted: names or keys of classes; None: all.
         workers: processes over cases; what is left over are threads over classes. None: all CPUs of this process, or
@@ -71,24 +71,17 @@ def evaluate_directories(
 
 def _run(pairs: dict[str, tuple[Path, Path]], settings: CompareSettings, workers: int | None) -> Iterator[Outcome]:
     """Compare all pairs: a case per process first, because Python's threads share one interpreter."""
-    rest = dict(pairs)
+    threads, names = workers or available_cpus(), list(pairs)
+    processes = min(threads, len(names))
     if workers is None:
-        workers = available_cpus()
-        first = next(iter(rest))
         started = time.perf_counter()
-        yield from _compare({first: rest.pop(first)}, settings, 1, workers)
-        if (time.perf_counter() - started) * len(rest) < _START:
-            yield from _compare(rest, settings, 1, workers)
-            return
-    processes = max(1, min(workers, len(rest)))
-    yield from _compare(rest, settings, processes, max(1, workers // processes))
-
-
-def _compare(
-    pairs: dict[str, tuple[Path, Path]], settings: CompareSettings, processes: int, threads: int
-) -> Iterator[Outcome]:
-    settings = replace(settings, threads=threads)
-    return run_jobs(compare_case, {name: (name, *pair, settings) for name, pair in pairs.items()}, processes)
+        settings = replace(settings, threads=threads)
+        yield from run_jobs(compare_case, {names[0]: (names[0], *pairs[names[0]], settings)}, 1)
+        names = names[1:]
+        soon = (time.perf_counter() - started) * len(names) < _START
+        processes = 1 if soon else min(threads, len(names))
+    settings = replace(settings, threads=threads // processes)
+    yield from run_jobs(compare_case, {name: (name, *pairs[name], settings) for name in names}, processes)
 
 
 def _found(cases: list[CaseScores]) -> tuple[LabelClass, ...]:

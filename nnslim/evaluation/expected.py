@@ -1,4 +1,4 @@
-"""Dice of a segmentation with labels that are known as probabilities only."""
+"""Dice of a segmentation with labels of which only probabilities are known."""
 
 from __future__ import annotations
 
@@ -83,20 +83,13 @@ def expected_dices(
                 both += (soft * masks).sum(1, dtype=torch.float64)
                 own += masks.sum(1)
             else:
-                chosen = _checked(one[slab].flatten().long(), channels)
+                chosen = one[slab].flatten().long()
+                if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < channels:
+                    raise InputError(f"the label map has values outside 0..{channels - 1}")
                 own += torch.bincount(chosen, minlength=channels)
                 both += torch.bincount(chosen, soft.gather(0, chosen[None])[0].double(), minlength=channels)
-    results = []
-    for both, own in sums:
-        dice = 2 * both / (expected + own)
-        results.append(torch.where((own == 0) & (expected < 1), _NAN, dice).numpy()[int(background) :])
-    return results
-
-
-def _checked(labels: Tensor, channels: int) -> Tensor:
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < channels:
-        raise InputError(f"the label map has values outside 0..{channels - 1}")
-    return labels
+    dices = [torch.where((own == 0) & (expected < 1), _NAN, 2 * both / (expected + own)) for both, own in sums]
+    return [dice.numpy()[int(background) :] for dice in dices]
 
 
 def _soften(probabilities: Tensor, background: bool, temperature: float) -> Tensor:

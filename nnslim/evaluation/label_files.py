@@ -6,9 +6,8 @@ import gzip
 import io
 import itertools
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -20,12 +19,11 @@ NIFTI = (".nii.gz", ".nii")
 VOLUMES = (*NIFTI, ".mha", ".mhd", ".nrrd")
 PICTURES = (".png", ".tif", ".tiff", ".bmp")
 _LARGEST = 65535
-_NEAR = 0.01  # of a voxel: corners of two grids that are the same but for rounding are this near to each other
+_NEAR = 0.01  # voxels between the corners of two grids that are the same but for rounding
 _LPS_TO_RAS = np.diag((-1.0, -1.0, 1.0, 1.0))
 
 
-@dataclass(frozen=True)
-class LabelMap:
+class LabelMap(NamedTuple):
     """A label map and its grid.
 
     Attributes:
@@ -42,7 +40,7 @@ class LabelMap:
 
 
 def ending_of(path: Path, known: tuple[str, ...] = VOLUMES + PICTURES) -> str | None:
-    """Return the ending of a file that can hold a label map, as it is written; None for other files."""
+    """Return the ending of a file if it is a known one, in the file's own spelling."""
     return next((path.name[-len(end) :] for end in known if path.name.lower().endswith(end)), None)
 
 
@@ -71,12 +69,11 @@ def check_same_grid(first: LabelMap, second: LabelMap) -> None:
     Raises:
         InputError: shape, spacing, orientation or place differ; both files and both values are named.
     """
-    for what, one, other, same in (
-        ("shape", first.labels.shape, second.labels.shape, first.labels.shape == second.labels.shape),
-        ("spacing", _numbers(first.spacing), _numbers(second.spacing), _close_spacing(first, second)),
-    ):
-        if not same:
-            raise InputError(f"{first.path} and {second.path} differ in {what}: {one} and {other}")
+    both = f"{first.path} and {second.path}"
+    if first.labels.shape != second.labels.shape:
+        raise InputError(f"{both} differ in shape: {first.labels.shape} and {second.labels.shape}")
+    if not np.allclose(first.spacing, second.spacing, rtol=1e-3, atol=0):
+        raise InputError(f"{both} differ in spacing: {_numbers(first.spacing)} and {_numbers(second.spacing)}")
     ends = [(0, size - 1) for size in (*first.labels.shape, 1)[:3]]
     corners = np.array([(*corner, 1) for corner in itertools.product(*ends)], float).T
     apart = float(np.linalg.norm((first.affine - second.affine)[:3] @ corners, axis=0).max())
@@ -84,13 +81,9 @@ def check_same_grid(first: LabelMap, second: LabelMap) -> None:
         directions = ["".join(nib.aff2axcodes(one.affine)) for one in (first, second)]
         turned = f" ({directions[0]} and {directions[1]})" if directions[0] != directions[1] else ""
         raise InputError(
-            f"{first.path} and {second.path} have one shape but lie up to {apart:.3g} mm apart{turned}; "
+            f"{both} have one shape but lie up to {apart:.3g} mm apart{turned}; "
             "expected predictions in the grid of their references"
         )
-
-
-def _close_spacing(first: LabelMap, second: LabelMap) -> bool:
-    return bool(np.allclose(first.spacing, second.spacing, rtol=1e-3, atol=0))
 
 
 def _numbers(values: Any) -> str:
@@ -113,8 +106,8 @@ def read_volume(path: Path) -> tuple[np.ndarray, tuple[float, ...], np.ndarray]:
 
 
 def _read_nifti(path: Path) -> tuple[np.ndarray, tuple[float, ...], np.ndarray]:
-    # Through the whole stream, and by nibabel: gzip then compares the checksum at the end, and nibabel the number of
-    # voxels with the header's. ITK reads a cut file without a word.
+    # The whole stream, and by nibabel: gzip then checks the sum at its end, and nibabel the number of voxels. ITK reads
+    # a file that is cut short without an error.
     content = gzip.decompress(path.read_bytes()) if path.name.lower().endswith(".gz") else path.read_bytes()
     kind = type(nib.load(path))
     image = kind.from_bytes(content)
@@ -131,12 +124,10 @@ def _read_itk(path: Path) -> tuple[np.ndarray, tuple[float, ...], np.ndarray]:
     image = sitk.ReadImage(str(path))
     if image.GetNumberOfComponentsPerPixel() != 1:
         raise ValueError(f"{image.GetNumberOfComponentsPerPixel()} values per pixel; a label map has one")
-    size = image.GetDimension()
+    size, side = image.GetDimension(), slice(min(image.GetDimension(), 3))
     affine = np.eye(4)
-    direction = np.array(image.GetDirection()).reshape(size, size)
-    side = min(size, 3)
-    affine[:side, :side] = (direction * image.GetSpacing())[:side, :side]
-    affine[:side, 3] = image.GetOrigin()[:side]
+    affine[side, side] = (np.reshape(image.GetDirection(), (size, size)) * image.GetSpacing())[side, side]
+    affine[side, 3] = image.GetOrigin()[side]
     return sitk.GetArrayFromImage(image).T, image.GetSpacing(), _LPS_TO_RAS @ affine
 
 
@@ -144,14 +135,12 @@ def _as_labels(values: np.ndarray, path: Path) -> np.ndarray:
     """Return the values in the smallest unsigned type."""
     if values.dtype.kind not in "biuf":
         raise InputError(f"{path} has values of type {values.dtype}; a label map has integers")
-    if values.dtype.kind == "f":
-        if not np.isfinite(values).all():
-            raise InputError(f"{path} has NaN or infinite values; a label map has integers")
-        if (broken := values != np.rint(values)).any():
-            raise InputError(f"{path} has values such as {values[broken].flat[0]:.6g}; a label map has integers")
-    low, high = (values.min(), values.max()) if values.size else (0, 0)
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise InputError(f"{path} has NaN or infinite values; a label map has integers")
+    if values.dtype.kind == "f" and (broken := values != np.rint(values)).any():
+        raise InputError(f"{path} has values such as {values[broken].flat[0]:.6g}; a label map has integers")
+    low, high = values.min(initial=0), values.max(initial=0)
     if low < 0 or high > _LARGEST:
-        found = low if low < 0 else high
-        raise InputError(f"{path} has the value {found:g}; labels are integers in 0..{_LARGEST}")
+        raise InputError(f"{path} has the value {low if low < 0 else high:g}; labels are integers in 0..{_LARGEST}")
     kind = np.uint8 if high < 256 else np.uint16
     return np.asfortranarray(values.astype(kind, order="K", copy=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,8 +13,7 @@ _SLAB = 1 << 22  # voxels counted at a time, so that no index as large as the ma
 _DIRECT = 1 << 20  # entries of a histogram that is used as it is; with larger labels only those that occur get a row
 
 
-@dataclass(frozen=True)
-class JointCounts:
+class JointCounts(NamedTuple):
     """How many voxels each pair of labels has.
 
     Attributes:
@@ -25,12 +24,6 @@ class JointCounts:
     counts: np.ndarray
     first: np.ndarray
     second: np.ndarray
-
-    @property
-    def labels(self) -> set[int]:
-        """Labels that occur on either side."""
-        rows, columns = self.counts.any(axis=1), self.counts.any(axis=0)
-        return {int(label) for label in (*self.first[rows], *self.second[columns])}
 
     def overlap(self, members: Sequence[int]) -> tuple[int, int, int]:
         """Return voxels of a class in the first, in the second and in both maps; `members` are its labels."""
@@ -78,11 +71,8 @@ def dice_of_counts(first: int, second: int, both: int) -> float:
 
 
 def dice_per_label(first: np.ndarray, second: np.ndarray, labels: Sequence[int]) -> dict[int, float]:
-    """Return the Dice of each label: NaN where neither map has it, 0 where only one has it.
+    """Return the Dice of each label of two maps of one shape: NaN where neither has it, 0 where only one has it.
 
-    Args:
-        first, second: integer label maps of one shape.
-        labels: labels to compare.
     Raises:
         InputError: the shapes differ, or a label is negative.
     """

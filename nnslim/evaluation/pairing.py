@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from nnslim.errors import InputError
 from nnslim.evaluation.label_files import PICTURES, VOLUMES, ending_of
@@ -13,14 +13,12 @@ from nnslim.evaluation.label_files import PICTURES, VOLUMES, ending_of
 _INNER = "segmentations"  # where TotalSegmentator's training data have the masks of a subject
 
 
-@dataclass(frozen=True)
-class Pairing:
+class Pairing(NamedTuple):
     """Cases by name.
 
     Attributes:
         pairs: name -> (prediction, reference): a label map, or a folder of one mask per class, each.
-        missing: references without a prediction.
-        extra: predictions without a reference.
+        missing: references without a prediction. extra: predictions without a reference.
     """
 
     pairs: dict[str, tuple[Path, Path]]
@@ -37,17 +35,16 @@ def pair_cases(
 
     Args:
         predictions, references: folders, or one file each.
-        ending: of label maps; others are left out. None: all that can be read.
+        ending: the label maps' ending; other files are left out. None: all that can be read.
         class_names: a folder whose files all have these names holds the masks of one case.
     Raises:
         InputError: a folder is missing or empty, two files claim one case, or no name fits.
     """
-    found = [cases_by_name(Path(place), ending, class_names) for place in (predictions, references)]
+    predicted, known = (cases_by_name(Path(place), ending, class_names) for place in (predictions, references))
     single = any(Path(place).is_file() for place in (predictions, references))
-    if single and all(len(cases) == 1 for cases in found):
-        name = next(iter(found[1]))
-        return Pairing({name: (next(iter(found[0].values())), found[1][name])})
-    predicted, known = found
+    if single and len(predicted) == len(known) == 1:
+        name, reference = next(iter(known.items()))
+        return Pairing({name: (next(iter(predicted.values())), reference)})
     pairs = {name: (predicted[name], known[name]) for name in known if name in predicted}
     if not pairs:
         raise InputError(
@@ -75,16 +72,10 @@ def cases_by_name(place: Path, ending: str | None = None, class_names: Collectio
         return {_plain(place.resolve().name): place}
     if not files:  # beside label maps, folders are something else (pictures, results after postprocessing)
         files = [inner for entry in sorted(place.iterdir()) if entry.is_dir() and (inner := _mask_folder(entry))]
-    cases: dict[str, Path] = {}
-    for path in files:
-        name = case_name(path)
-        if name in cases:
-            raise InputError(f"case {name} is there twice: {cases[name]} and {path}; keep one of them")
-        cases[name] = path
-    if not cases:
+    if not files:
         expected = f"<case>{ending or '.nii.gz'}"
         raise InputError(f"{place} holds no label map; expected {expected}, or <case>/<class>.nii.gz")
-    return dict(sorted(cases.items()))
+    return dict(sorted(_by_name(files, "case").items()))
 
 
 def label_files(folder: Path, ending: str | None = None) -> list[Path]:
@@ -101,12 +92,14 @@ def mask_files(folder: Path) -> dict[str, Path]:
     Raises:
         InputError: two files have the name of one class.
     """
+    return _by_name([file for file in label_files(folder) if ending_of(file, VOLUMES)], "class")
+
+
+def _by_name(files: list[Path], what: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for file in label_files(folder):
-        if ending_of(file, VOLUMES) is None:
-            continue
+    for file in files:
         if (name := case_name(file)) in found:
-            raise InputError(f"class {name} is there twice: {found[name]} and {file}; keep one of them")
+            raise InputError(f"{what} {name} is there twice: {found[name]} and {file}; keep one of them")
         found[name] = file
     return found
 

@@ -1,4 +1,4 @@
-"""How far the logits of an exported file are from the network's, and how far they may be."""
+"""How far the logits of an exported file are from those of the network, and how far they may be."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Parity:
     Attributes:
         precision: key of TOLERANCES.
         tile: what the tile shows.
-        max_error, mean_error: of the logits, absolute.
+        max_error, mean_error: absolute errors of the logits.
         spread: standard deviation of the network's logits.
         same_label: share of voxels with the same label; with regions, the same for each of them.
     """
@@ -37,20 +37,18 @@ class Parity:
 
     @property
     def passed(self) -> bool:
-        """Whether both tolerances hold; not a number is no pass."""
+        """Whether both tolerances hold; NaN does not pass."""
         error, labels = TOLERANCES[self.precision]
         return self.mean_error <= error * self.spread and self.same_label >= labels
 
     def line(self) -> str:
         """Return one line for the user."""
         error, labels = TOLERANCES[self.precision]
-        allowed = (
-            f"at least {labels:.2%}" if self.precision == "int8" else f"at most {error:g} and at least {labels:.2%}"
-        )
+        most = "" if self.precision == "int8" else f"at most {error:g} and "
         return (
             f"parity on {self.tile}: logits off by {self.mean_error / self.spread:.1e} of their spread on average, "
             f"{self.max_error / self.spread:.1e} at most, {self.same_label:.4%} of voxels with the same label; "
-            f"allowed {allowed}: {'passed' if self.passed else 'FAILED'}"
+            f"allowed {most}at least {labels:.2%}: {'passed' if self.passed else 'FAILED'}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,15 +62,9 @@ def parity(wanted: Tensor, found: Tensor, *, precision: str, tile: str, regions:
     """Compare (B, heads, *patch) logits.
 
     Args:
-        wanted: of the network. found: of the file. regions: each channel is decided on its own.
+        wanted: the network's. found: the file's. regions: each channel is decided on its own.
     """
     off = (found.double() - wanted.double()).abs()
     same = ((found > 0) == (wanted > 0)).all(1) if regions else found.argmax(1) == wanted.argmax(1)
-    return Parity(
-        precision,
-        tile,
-        float(off.max()),
-        float(off.mean()),
-        max(float(wanted.double().std()), 1e-12),
-        float(same.double().mean()),
-    )
+    spread = max(float(wanted.double().std()), 1e-12)
+    return Parity(precision, tile, float(off.max()), float(off.mean()), spread, float(same.double().mean()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -27,7 +28,7 @@ class Evaluation:
         cases: compared cases, by name.
         failed: case -> why it could not be compared.
         missing: references without a prediction. extra: predictions without a reference.
-        tolerance: of the NSD, mm.
+        tolerance: mm within which surfaces agree (NSD).
     """
 
     classes: tuple[LabelClass, ...]
@@ -44,12 +45,12 @@ class Evaluation:
         `label` is nnU-Net's key, `hd95` in mm, and `empty` that of `Scores`; the rest of the numbers are voxels.
         """
         rows = []
-        for case in self.cases:
-            for one in self.classes:
-                if (score := case.score(one.key)) is not None:
-                    wrong = (score.predicted - score.both, score.reference - score.both)
-                    counts = (score.reference, score.predicted, score.both, *wrong)
-                    rows.append((case.name, one.key, one.name, score.dice, score.nsd, score.hd95, *counts, score.empty))
+        for case, one in itertools.product(self.cases, self.classes):
+            if (score := case.score(one.key)) is not None:
+                counts = (score.reference, score.predicted, score.both)
+                wrong = (score.predicted - score.both, score.reference - score.both)
+                metrics = (score.dice, score.nsd, score.hd95)
+                rows.append((case.name, one.key, one.name, *metrics, *counts, *wrong, score.empty))
         return pandas.DataFrame(rows, columns=list(COLUMNS)).astype(dict.fromkeys(METRICS, float))
 
     @cached_property

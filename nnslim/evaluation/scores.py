@@ -39,8 +39,8 @@ class ScoreTable:
     """Scores of one set of predictions.
 
     Attributes:
-        name: of the predictions, such as "slim". classes: by name. cases: how many there are.
-        tolerance: of the NSD, mm; None where no summary.json beside the table tells.
+        name: name of the predictions, such as "slim". classes: by name. cases: how many there are.
+        tolerance: mm within which surfaces agree (NSD); None where no summary.json beside the table tells.
     """
 
     name: str
@@ -82,7 +82,7 @@ def read_scores(path: Path, name: str, labels: Mapping[str, str] | None = None) 
 
     Args:
         path: CSV file with the columns case, label, dice and, where there are such, name, nsd and hd95.
-        name: of the predictions.
+        name: name of the predictions.
         labels: number of a label -> name, for rows that only have the number.
     Raises:
         InputError: no such table, or a value that is not a number.

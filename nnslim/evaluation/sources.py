@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
@@ -30,9 +29,9 @@ class Crop(NamedTuple):
     volume: np.ndarray
     members: tuple[int, ...] | None
 
-    def mask(self, box: Sequence[slice]) -> np.ndarray:
+    def mask(self, box: Box) -> np.ndarray:
         """Return (*box) booleans."""
-        values = self.volume[tuple(box)]
+        values = self.volume[box]
         if self.members is None:
             return values != 0
         if len(self.members) == 1:
@@ -41,12 +40,7 @@ class Crop(NamedTuple):
 
 
 class LabelSource:
-    """A label map.
-
-    Attributes:
-        map: as it was read. volume: its labels with the axes reversed, so that numpy finds the fastest axis last.
-        labels: those that occur.
-    """
+    """A label map; `volume` has its axes reversed, so that numpy finds the fastest one last."""
 
     def __init__(self, place: Path, classes: Classes | None) -> None:
         """Read the map.
@@ -75,11 +69,7 @@ class LabelSource:
 
 
 class MaskSource:
-    """A folder with one mask per class, as TotalSegmentator writes it; masks are read when they are asked for.
-
-    Attributes:
-        files: by class name. map: one of them, for the grid.
-    """
+    """A folder with one mask per class, as TotalSegmentator writes it; `map` is one of them, the rest are read late."""
 
     def __init__(self, place: Path) -> None:
         """List the files and read one of them for the grid.

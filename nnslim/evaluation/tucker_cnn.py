@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from nnslim.errors import ConfigError
 from nnslim.evaluation.workers import available_cpus
-
-_NEEDED = ("out_root", "out_id", "label_root", "metric_csv_path")
-_TOLERANCE = 3.0  # mm; tucker-cnn's
+from nnslim.files import read_yaml
 
 
 def legacy_arguments(path: Path) -> list[str]:
@@ -22,17 +18,13 @@ def legacy_arguments(path: Path) -> list[str]:
     Raises:
         ConfigError: the file cannot be read, or a key is missing.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(content, dict) or (missing := [key for key in _NEEDED if key not in content]):
-        lacking = ", ".join(missing) if isinstance(content, dict) else ", ".join(_NEEDED)
-        raise ConfigError(f"{path}: the evaluation needs {lacking}; or give options: -p PRED -g GT -o metrics.csv")
+    content = read_yaml(path, ConfigError)
+    needed = ("out_root", "out_id", "label_root", "metric_csv_path")
+    if missing := [key for key in needed if not isinstance(content, dict) or key not in content]:
+        needs = ", ".join(missing)
+        raise ConfigError(f"{path}: the evaluation needs {needs}; or give options: -p PRED -g GT -o metrics.csv")
     arguments = ["-p", str(Path(content["out_root"]) / str(content["out_id"])), "-g", str(content["label_root"])]
-    arguments += ["-o", str(content["metric_csv_path"]), "--tolerance", str(_TOLERANCE)]
+    arguments += ["-o", str(content["metric_csv_path"]), "--tolerance", "3.0"]
     if "eval_workers" in content:
         # It was 32 threads by default; these are processes.
         arguments += ["--workers", str(max(1, min(int(content["eval_workers"]), available_cpus())))]

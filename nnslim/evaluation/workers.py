@@ -11,7 +11,8 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any
 
-Outcome = tuple[str, Any]  # name of the job, and what the function returned; or the exception
+Jobs = Mapping[str, tuple[Any, ...]]  # name -> arguments
+Outcome = tuple[str, Any]  # name, and what the function returned; or the exception
 
 
 def available_cpus() -> int:
@@ -19,12 +20,11 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_jobs(function: Callable[..., Any], jobs: Mapping[str, tuple[Any, ...]], workers: int) -> Iterator[Outcome]:
+def run_jobs(function: Callable[..., Any], jobs: Jobs, workers: int) -> Iterator[Outcome]:
     """Yield what the function returns for each job, as they end.
 
     Args:
-        function: importable by name; called as function(*arguments).
-        jobs: name -> arguments.
+        function: importable by name; called with the arguments of a job.
         workers: processes, started afresh (spawned, so that no thread of this one is copied); 1: this process.
     Yields:
         (name, result), or (name, exception) where the function raised, or where its process died.
@@ -50,7 +50,7 @@ def run_jobs(function: Callable[..., Any], jobs: Mapping[str, tuple[Any, ...]], 
         alone = not alone
 
 
-def _in_pool(function: Callable[..., Any], jobs: Mapping[str, tuple[Any, ...]], processes: int) -> Iterator[Outcome]:
+def _in_pool(function: Callable[..., Any], jobs: Jobs, processes: int) -> Iterator[Outcome]:
     """Yield the outcomes of all jobs, or of those that ended before a process died."""
     pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
     try:

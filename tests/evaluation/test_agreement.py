@@ -17,9 +17,9 @@ from nnslim.evaluation.agreement import (
     LabelMaps,
     compare_answers,
 )
-from nnslim.evaluation.agreement_figure import agreement_figure
 from nnslim.evaluation.expected import expected_dice
 from nnslim.evaluation.overlap import dice_per_label
+from nnslim.evaluation.pictures import agreement_figure
 
 NAN = math.nan
 # Four voxels in a row; background and one class.

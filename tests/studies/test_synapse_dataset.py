@@ -17,7 +17,7 @@ from nnslim.errors import BackendError, InputError
 from nnslim.evaluation.directories import evaluate_directories
 from nnslim.running import int8
 from studies.synapse_dataset import ORGANS, convert_synapse
-from studies.transunet import hd95_voxels, means, transunet_scores, transunet_table
+from studies.transunet import hd95_voxels, transunet_scores, transunet_table
 
 
 @pytest.fixture
@@ -132,9 +132,9 @@ def test_folders_are_scored_in_millimetres_and_by_the_rule_beside_it(tmp_path):
     affine = np.diag((0.5, 0.5, 4.0, 1.0))
     for name, values in (("pred", found), ("ref", truth)):
         nib.save(nib.Nifti1Image(values, affine), tmp_path / name / "case0001.nii.gz")
-    rows = transunet_table(tmp_path / "pred", tmp_path / "ref", (1, 2))
-    assert rows[0] == ("case0001", 1, 0.75, 1.0) and rows[1] == ("case0001", 2, 1.0, 0.0)
-    assert means(rows) == (0.875, 0.5)
+    table = transunet_table(tmp_path / "pred", tmp_path / "ref", (1, 2))
+    assert table.to_numpy().tolist() == [["case0001", 1, 0.75, 1.0], ["case0001", 2, 1.0, 0.0]]
+    assert table[["dice", "hd95"]].mean().tolist() == [0.875, 0.5]
     ours = evaluate_directories(tmp_path / "pred", tmp_path / "ref", workers=1)
     assert ours.cases[0].score("1").hd95 == pytest.approx(0.5)  # mm
     assert ours.cases[0].score("2").dice == 0 and ours.cases[0].score("2").empty == "reference"

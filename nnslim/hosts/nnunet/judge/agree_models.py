@@ -1,11 +1,11 @@
-"""Compare a slim model with the dense one on a folder of images, and keep the result in the slim model's folder."""
+"""Compare a slim model with the dense one on a folder of images, and keep the result in the folder of the slim one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from nnslim.errors import InputError, ModelError, NNSlimError
 from nnslim.evaluation.agreement import Agreement, CaseAgreement, LabelMaps, compare_answers
-from nnslim.evaluation.agreement_figure import agreement_figure
 from nnslim.evaluation.expected import TEMPERATURE, harden
+from nnslim.evaluation.pictures import agreement_figure
 from nnslim.files import write_json
 from nnslim.hosts.nnunet.cases.preprocess import check_stage, find_cases, preprocess_case, silent
 from nnslim.hosts.nnunet.model.class_names import classes_of
@@ -24,6 +24,15 @@ from nnslim.hosts.nnunet.predict.load import load_predictor
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.prediction.images import check_complete
 from nnslim.prediction.pipeline import one_line
+
+
+class ComparedCase(NamedTuple):
+    """One case: a file per channel and, where they exist, its label map and the segmentation of the stage before."""
+
+    name: str
+    files: list[Path]
+    truth: Path | None
+    previous: Path | None
 
 
 def agreement_of_models(
@@ -37,8 +46,8 @@ def agreement_of_models(
 ) -> Agreement:
     """Predict each case with both models in this process, through nnU-Net's own preprocessing and sliding window.
 
-    Where the settings name no folds, those of the slim model are taken of both, so that no ensemble is compared with
-    one of its members. The logits of one model and one case are in memory at a time.
+    Where the settings name no folds, both models use those of the slim one, so that no ensemble is compared with one of
+    its members. The logits of one model and one case are in memory at a time.
 
     Args:
         dense: model folder that the slim one was made from.
@@ -54,7 +63,8 @@ def agreement_of_models(
     """
     settings = settings or PredictSettings()
     large, small = load_pair(Path(dense), Path(slim), settings)
-    return agreement_of_predictors(large, small, images, labels, settings, progress, temperature)
+    cases = compared_cases(large, images, labels, settings)
+    return agreement_of_cases(large, small, cases, progress, temperature)
 
 
 def load_pair(dense: Path, slim: Path, settings: PredictSettings) -> tuple[Any, Any]:
@@ -71,37 +81,52 @@ def load_pair(dense: Path, slim: Path, settings: PredictSettings) -> tuple[Any, 
     return large, small
 
 
-def agreement_of_predictors(
+def compared_cases(dense: Any, images: Path, labels: Path | None, settings: PredictSettings) -> list[ComparedCase]:
+    """Return the cases of a folder for the predictor of the dense model; see `agreement_of_models`.
+
+    Raises:
+        ModelError: the model needs the stage before. InputError: no images, no folder of labels, or no label in it.
+    """
+    check_stage(dense, settings.previous_stage)
+    ending = dense.dataset_json["file_ending"]
+    found = find_cases(Path(images), ending)
+    truths: dict[str, Path] = {}
+    if labels is not None:
+        if not Path(labels).is_dir():
+            raise InputError(f"{labels} is not a folder; expected a folder of label maps named <case>{ending}")
+        truths = {name: path for name in found if (path := Path(labels) / f"{name}{ending}").is_file()}
+        if not truths:
+            example = f"{next(iter(found))}{ending}"
+            raise InputError(f"{labels} holds no label map of any case; expected, for example, {example}")
+    before = settings.previous_stage
+    return [
+        ComparedCase(name, files, truths.get(name), before and before / f"{name}{ending}")
+        for name, files in found.items()
+    ]
+
+
+def agreement_of_cases(
     dense: Any,
     slim: Any,
-    images: Path,
-    labels: Path | None = None,
-    settings: PredictSettings | None = None,
+    cases: Sequence[ComparedCase],
     progress: Callable[[int, int], None] | None = None,
     temperature: float = TEMPERATURE,
 ) -> Agreement:
-    """Do what `agreement_of_folders` does with two initialised nnUNetPredictors."""
-    settings = settings or PredictSettings()
-    _check_pair(dense, slim)
-    check_stage(dense, settings.previous_stage)
-    ending = dense.dataset_json["file_ending"]
-    cases = find_cases(Path(images), ending)
-    truths = find_labels(labels, cases, ending)
+    """Do what `agreement_of_models` does with two predictors of `load_pair`."""
     agreement = Agreement(tuple(classes_of(dense.label_manager)), temperature=temperature)
-    for number, (name, files) in enumerate(cases.items(), start=1):
-        previous = settings.previous_stage and settings.previous_stage / f"{name}{ending}"
+    for number, case in enumerate(cases, start=1):
         try:
-            compared = _compare(dense, slim, name, files, previous, truths.get(name), temperature)
-            agreement.cases.append(compared)
+            agreement.cases.append(_compare(dense, slim, case, temperature))
         except NNSlimError as error:
-            agreement.failed[name] = str(error)
+            agreement.failed[case.name] = str(error)
         except (RuntimeError, MemoryError) as error:  # torch: out of memory, among others
-            agreement.failed[name] = one_line(error)
+            agreement.failed[case.name] = one_line(error)
         if progress is not None:
             progress(number, len(cases))
     if not agreement.cases:
         name, reason = next(iter(agreement.failed.items()))
-        raise InputError(f"none of {len(cases)} case(s) of {images} could be compared; {name}: {reason}")
+        folder = cases[0].files[0].parent
+        raise InputError(f"none of {len(cases)} case(s) of {folder} could be compared; {name}: {reason}")
     return agreement
 
 
@@ -120,50 +145,27 @@ def write_agreement(slim: Path, agreement: Agreement, figure: bool = True) -> No
 
 def _check_pair(dense: Any, slim: Any) -> None:
     """Refuse models whose channels, classes or preprocessed grid differ."""
-    for what, one, other in (
-        ("classes", classes_of(dense.label_manager), classes_of(slim.label_manager)),
-        ("file ending", dense.dataset_json["file_ending"], slim.dataset_json["file_ending"]),
-        *(
-            (what, getattr(dense.configuration_manager, key), getattr(slim.configuration_manager, key))
-            for what, key in (
-                ("spacing", "spacing"),
-                ("preprocessor", "preprocessor_name"),
-                ("normalisation", "normalization_schemes"),
-            )
-        ),
-        ("order of axes", dense.plans_manager.transpose_forward, slim.plans_manager.transpose_forward),
-    ):
-        if str(one) != str(other):
-            raise ModelError(f"the slim model was not made from this dense one: {what} {other} and {one}")
+    wanted, found = _shared(dense), _shared(slim)
+    for what, value in wanted.items():
+        if str(value) != str(found[what]):
+            raise ModelError(f"the slim model was not made from this dense one: {what} {found[what]} and {value}")
 
 
-def find_labels(folder: Path | None, cases: dict[str, list[Path]], ending: str) -> dict[str, Path]:
-    """Return the label map of each case that has one.
-
-    Raises:
-        InputError: no such folder, or none in it.
-    """
-    if folder is None:
-        return {}
-    if not Path(folder).is_dir():
-        raise InputError(f"{folder} is not a folder; expected a folder of label maps named <case>{ending}")
-    found = {name: path for name in cases if (path := Path(folder) / f"{name}{ending}").is_file()}
-    if not found:
-        raise InputError(f"{folder} holds no label map of any case; expected, for example, {next(iter(cases))}{ending}")
-    return found
+def _shared(model: Any) -> dict[str, Any]:
+    configuration = model.configuration_manager
+    return {
+        "classes": classes_of(model.label_manager),
+        "file ending": model.dataset_json["file_ending"],
+        "spacing": configuration.spacing,
+        "preprocessor": configuration.preprocessor_name,
+        "normalisation": configuration.normalization_schemes,
+        "order of axes": model.plans_manager.transpose_forward,
+    }
 
 
-def _compare(
-    dense: Any,
-    slim: Any,
-    name: str,
-    files: list[Path],
-    previous: Path | None,
-    truth: Path | None,
-    temperature: float,
-) -> CaseAgreement:
-    data, properties = preprocess_case(dense, files, previous)
-    read = None if truth is None else read_labels(dense, truth)
+def _compare(dense: Any, slim: Any, case: ComparedCase, temperature: float) -> CaseAgreement:
+    data, properties = preprocess_case(dense, case.files, case.previous)
+    truth = None if case.truth is None else read_labels(dense, case.truth)
     regions = dense.label_manager.has_regions
     slim_probabilities, slim_map = predict_maps(slim, data, properties, truth is not None)
     decided = harden(slim_probabilities, not regions)
@@ -171,13 +173,13 @@ def _compare(
     probabilities, dense_map = predict_maps(dense, data, properties, truth is not None)
     members = classes_of(dense.label_manager)
     maps = None
-    if read is not None:
-        if read.shape != dense_map.shape:
-            raise InputError(f"{truth.name} has shape {read.shape}, its image {dense_map.shape}")
+    if truth is not None:
+        if truth.shape != dense_map.shape:
+            raise InputError(f"{case.truth.name} has shape {truth.shape}, its image {dense_map.shape}")
         ignore = dense.label_manager.ignore_label
-        maps = LabelMaps(dense_map, slim_map, read, properties["spacing"], list(members.values()), ignore)
+        maps = LabelMaps(dense_map, slim_map, truth, properties["spacing"], list(members.values()), ignore)
     spacing = _grid_spacing(dense, properties)
-    return compare_answers(name, probabilities, decided, spacing, list(members), maps, temperature=temperature)
+    return compare_answers(case.name, probabilities, decided, spacing, list(members), maps, temperature=temperature)
 
 
 def read_labels(predictor: Any, path: Path) -> np.ndarray:

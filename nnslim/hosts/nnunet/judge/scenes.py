@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,16 @@ import numpy as np
 from nnslim.compression.recover import Progress
 from nnslim.errors import InputError
 from nnslim.evaluation.agreement import Agreement, CaseAgreement
-from nnslim.hosts.nnunet.cases.preprocess import check_stage, find_cases, preprocess_case, silent
+from nnslim.hosts.nnunet.cases.preprocess import preprocess_case, silent
 from nnslim.hosts.nnunet.judge.agree_models import (
-    agreement_of_predictors,
-    classes_of,
-    find_labels,
+    ComparedCase,
+    agreement_of_cases,
+    compared_cases,
     load_pair,
     predict_maps,
     read_labels,
 )
+from nnslim.hosts.nnunet.model.class_names import classes_of
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.report.viewer import Scene
 
@@ -38,8 +39,7 @@ def scenes_of_models(
 
     Args:
         dense, slim, images, labels, settings: as for `agreement_of_folders`.
-        known: an agreement that was measured before; it is measured anew unless it has every case, with labels where
-            there are some.
+        known: an agreement measured before; it is measured again unless it has every case, and every one with labels.
         progress: called with (what is done, done, in all).
     Returns:
         The scenes, the agreement that they were chosen by, and the names of the labels.
@@ -48,14 +48,11 @@ def scenes_of_models(
     """
     settings = settings or PredictSettings()
     large, small = load_pair(dense, slim, settings)
-    check_stage(large, settings.previous_stage)
-    ending = large.dataset_json["file_ending"]
-    cases = find_cases(Path(images), ending)
-    truths = find_labels(labels, cases, ending)
+    cases = {case.name: case for case in compared_cases(large, images, labels, settings)}
     agreement = known
-    if agreement is None or not _covers(agreement, cases, truths):
-        count = None if progress is None else _named(progress, "comparing")
-        agreement = agreement_of_predictors(large, small, images, labels, settings, count)
+    if agreement is None or not _covers(agreement, cases):
+        count = progress and (lambda done, total: progress("comparing", done, total))
+        agreement = agreement_of_cases(large, small, list(cases.values()), count)
     chosen = representative([case for case in agreement.ordered() if case.name in cases])
     if not chosen:
         raise InputError(f"no case of {images} has a class in either prediction; there is nothing to show")
@@ -63,7 +60,7 @@ def scenes_of_models(
     for number, (role, case) in enumerate(chosen):
         if progress is not None:
             progress("predicting cases to show", number, len(chosen))
-        scenes.append(_scene(large, small, role, case, cases[case.name], truths.get(case.name), settings))
+        scenes.append(_scene(large, small, role, case, cases[case.name]))
     return scenes, agreement, label_names(large.label_manager)
 
 
@@ -75,7 +72,7 @@ def representative(cases: Sequence[CaseAgreement]) -> list[tuple[str, CaseAgreem
 
 
 def label_names(label_manager: Any) -> dict[int, str]:
-    """Return the name of each label; of a label in regions, the names of these."""
+    """Return the name of each label, or the names of the regions that it belongs to."""
     names: dict[int, list[str]] = {}
     for name, members in classes_of(label_manager).items():
         for label in members:
@@ -87,7 +84,7 @@ def to_canonical(volumes: Sequence[np.ndarray], properties: Mapping[str, Any]) -
     """Turn volumes as nnU-Net reads them towards right, anterior, superior.
 
     Args:
-        volumes: (Z, Y, X). properties: of nnU-Net's reader; formats without directions keep their axes.
+        volumes: (Z, Y, X). properties: what nnU-Net's reader tells; formats without directions keep their axes.
     Returns:
         (X, Y, Z) volumes and their affine, voxels to mm.
     """
@@ -114,36 +111,23 @@ def _affine(properties: Mapping[str, Any]) -> np.ndarray:
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # ITK's axes point to the left and to the back
 
 
-def _covers(agreement: Agreement, cases: Mapping[str, Any], truths: Mapping[str, Any]) -> bool:
+def _covers(agreement: Agreement, cases: Mapping[str, ComparedCase]) -> bool:
     compared = {case.name: case.labelled for case in agreement.cases}
-    return all(name in compared and (compared[name] or name not in truths) for name in cases)
+    return all(name in compared and (compared[name] or case.truth is None) for name, case in cases.items())
 
 
-def _named(progress: Progress, what: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress(what, done, total)
-
-
-def _scene(
-    dense: Any,
-    slim: Any,
-    role: str,
-    case: CaseAgreement,
-    files: list[Path],
-    truth: Path | None,
-    settings: PredictSettings,
-) -> Scene:
-    ending = dense.dataset_json["file_ending"]
-    previous = settings.previous_stage and settings.previous_stage / f"{case.name}{ending}"
-    data, properties = preprocess_case(dense, files, previous)
+def _scene(dense: Any, slim: Any, role: str, found: CaseAgreement, case: ComparedCase) -> Scene:
+    data, properties = preprocess_case(dense, case.files, case.previous)
     maps = {name: predict_maps(model, data, properties, True)[1] for name, model in (("dense", dense), ("slim", slim))}
-    if truth is not None:
-        maps["label"] = read_labels(dense, truth)
+    if case.truth is not None:
+        maps["label"] = read_labels(dense, case.truth)
     with silent():
-        image, geometry = dense.plans_manager.image_reader_writer_class().read_images([str(file) for file in files])
+        reader = dense.plans_manager.image_reader_writer_class()
+        image, geometry = reader.read_images([str(file) for file in case.files])
     turned, affine = to_canonical([image[0], *(np.asarray(labels) for labels in maps.values())], geometry)
     note = "" if len(image) == 1 else f"The first of {len(image)} channels is shown."
     volumes = dict(zip(maps, (labels.astype(np.int32) for labels in turned[1:]), strict=True))
     if (ignored := dense.label_manager.ignore_label) is not None and "label" in volumes:
         volumes["label"] = np.where(volumes["label"] == ignored, 0, volumes["label"])
-    shown = {name: one.dice for name, one in case.classes.items()}
+    shown = {name: one.dice for name, one in found.classes.items()}
     return Scene(case.name, role, turned[0], volumes, affine, shown, note)
