@@ -33,10 +33,10 @@ class NNSlimContext:
         print(slim.report)
 
     Works for TotalSegmentator and for any code that uses nnUNetPredictor in this process. With a method that works in
-    training (sauron), nnU-Net's `run_training` trains with it. Contexts nest: the inner one counts. The patches are on
-    nnU-Net's class and so concern the whole process; a thread that has entered a context of its own uses that one, any
-    other thread the one entered last. Models loaded before the block stay dense, and models loaded inside it stay slim
-    after it.
+    training (sauron), nnU-Net's `run_training` trains with it. Contexts nest: the inner one is in force. The patches
+    are on nnU-Net's class and so affect the whole process: a thread that has entered a context of its own uses that
+    one, any other thread the one entered last. Models loaded before the block stay dense; models loaded inside it stay
+    slim after it.
 
     Attributes:
         config: the SlimConfig in force.
@@ -53,7 +53,7 @@ class NNSlimContext:
         """Read the configuration; nothing is imported or patched before `with`.
 
         Args:
-            config: SlimConfig, a method's configuration, a dictionary (the predecessor's is accepted), the path of a
+            config: SlimConfig, a method's configuration, a dictionary (tucker-cnn's is accepted), the path of a
                 YAML file, or a preset name.
             images: folder of unlabelled calibration images for the models that are loaded inside the block, in place
                 of `calibration.images`. They are used once per model; then the cache has the result.
@@ -69,7 +69,7 @@ class NNSlimContext:
         """Patch nnU-Net.
 
         Raises:
-            HostError: nnU-Net is missing or not one that we know, or this context is active already. Nothing changes.
+            HostError: nnU-Net is missing or not supported, or this context is active already. Nothing is changed.
         """
         global _installed
         with _lock:
@@ -94,7 +94,7 @@ class NNSlimContext:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the patches back with the last context; never hides an exception of the block."""
+        """Take the patches back with the last context; an exception of the block goes on."""
         global _installed
         with _lock:
             _active[:] = [(thread, context) for thread, context in _active if context is not self]

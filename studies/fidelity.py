@@ -12,7 +12,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,24 @@ from torch import nn
 from nnslim.compression.calibration import Calibration
 from nnslim.compression.config import SlimConfig, from_dict
 from nnslim.compression.plan_and_fit import fit_and_recover, plan_methods, settle
-from nnslim.compression.recover import recover
+from nnslim.compression.recover import Recovery, recover
 from nnslim.evaluation.overlap import dice_per_label
 from nnslim.hosts.nnunet.cases.calibration_tiles import Source, calibration_of
 from nnslim.hosts.nnunet.cases.preprocess import find_cases, preprocess_case, silent
-from nnslim.hosts.nnunet.compress.compress_model import write_network
-from nnslim.hosts.nnunet.model.class_names import classes_of
+from nnslim.hosts.nnunet.compress.compress_model import write_slim
 from nnslim.hosts.nnunet.model.compatibility import predictor_class
-from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network, input_shape, read_trained_model
+from nnslim.hosts.nnunet.model.slim_plans import slim_plans
+from nnslim.hosts.nnunet.model.trained_model import (
+    TrainedModel,
+    build_network,
+    classes_of,
+    input_shape,
+    read_trained_model,
+)
 from nnslim.hosts.nnunet.train.finetune_model import finetune_model
 from nnslim.hosts.nnunet.train.finetune_settings import FinetuneSettings
 from nnslim.network.cost import measure_cost
-from nnslim.network.spec import SlimSpec, apply_spec
+from nnslim.network.spec import SlimSpec, apply_spec, spec_of
 from nnslim.tables import markdown
 from studies.command import new_parser, run_command
 from studies.table import GrowingTable, shown
@@ -201,10 +207,11 @@ def _stages_of(
         recovery = recover(dense, slim, data, unlearned.recovery)  # only estimates the drop
         yield "weights", slim, seconds, recovery.after, recovery.steps
     started = time.perf_counter()
-    slim, recovery = fit_and_recover(dense, unlearned, plans, shape, data)
+    slim, recovery, _ = fit_and_recover(dense, unlearned, plans, shape, data)
     seconds = planning + time.perf_counter() - started
     if "data" in stages:
-        yield "data", slim, seconds, recovery.after, recovery.steps
+        learned = recovery or Recovery()
+        yield "data", slim, seconds, learned.after, learned.steps
     if not config.recovery.learns or not {"recovered", "finetuned"} & set(stages):
         return
     recovery = recover(dense, slim, data, config.recovery)
@@ -219,7 +226,10 @@ def _stages_of(
 
 def _finetuned(model: TrainedModel, slim: nn.Module, labelled: Labelled) -> nn.Module:
     with tempfile.TemporaryDirectory(prefix="nnslim-") as work:
-        write_network(model, slim, Path(work) / "slim")
+        (Path(work) / "slim").mkdir()
+        first = replace(model, checkpoints=dict([next(iter(model.checkpoints.items()))]))
+        plans = slim_plans(model, spec_of(slim) or SlimSpec())
+        write_slim(Path(work) / "slim", first, [slim.state_dict()], plans)
         finetune_model(Path(work) / "slim", Path(work) / "tuned", labelled.dataset, labelled.settings)
         return build_network(read_trained_model(Path(work) / "tuned")).eval()
 

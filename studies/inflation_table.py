@@ -131,7 +131,7 @@ def _inflated(mode: str, study: Study) -> Path:
         flat = read_trained_model(study.model, [study.fold])
         prepared = preprocess_once(study.dataset, _CONFIGURATION, 1)
         target = target_of(flat, _CONFIGURATION, prepared / f"{DEFAULT_PLANS}.json")
-        write_inflated(flat, target, inflate_model(flat, target, mode), file=None, folder=folder)
+        write_inflated(target, inflate_model(flat, target, mode), file=None, folder=folder)
     return folder
 
 

@@ -117,9 +117,11 @@ def make_predictor(**options: Any) -> Any:
 
 def random_data(predictor: Any, size: int = 20) -> torch.Tensor:
     """Return (channels, size, size, size) noise with the channels that the predictor's network takes."""
-    from nnslim.hosts.nnunet.predict.predictor_patches import _input_channels
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
-    return torch.randn(_input_channels(predictor), size, size, size, generator=torch.Generator().manual_seed(5))
+    managers = predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
+    shape = (determine_num_input_channels(*managers), size, size, size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5))
 
 
 def write_ball_dataset(folder: Path) -> None:

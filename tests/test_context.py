@@ -170,7 +170,7 @@ def test_context_unknown_signature_is_refused_and_nothing_changed(monkeypatch):
 @pytest.mark.parametrize("version", ["2.1", "2.2.1", "2.3.0", "2.9.0", "3.0"])
 def test_context_unknown_version_is_refused(monkeypatch, version):
     monkeypatch.setattr("nnslim.hosts.nnunet.model.compatibility.nnunet_version", lambda: version)
-    with pytest.raises(HostError, match=rf"nnU-Net {version} is installed; nnslim knows 2\.3\.1 to 2\.8\.x"):
+    with pytest.raises(HostError, match=rf"nnU-Net {version} is installed; nnslim supports 2\.3\.1 to 2\.8\.x"):
         NNSlimContext(HALF).__enter__()
 
 
@@ -433,7 +433,7 @@ def factored_takes(monkeypatch):
             chains = [[m for m in engine.modules() if isinstance(m, TuckerConv)] for engine in engines]
             return [10 + sum(first if chain.in_channels == 8 else seconds for chain in found) for found in chains]
 
-        monkeypatch.setattr("nnslim.running.speed.measure", measure)
+        monkeypatch.setattr("nnslim.running.speed.pass_seconds", measure)
 
     return set_times
 

@@ -22,18 +22,18 @@ def agree(
     quiet: QuietOption = False,
 ) -> None:
     """Compare a slim model with the dense one on your images, per class; kept in nnslim.json and agreement.png."""
+    from nnslim.compression.record import RECORD, read_record
     from nnslim.hosts.nnunet.judge.agree_models import agreement_of_models, write_agreement
-    from nnslim.hosts.nnunet.model.model_files import slim_record
     from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 
     start(quiet)
-    slim_record(model)  # a wrong folder is named before the images are predicted
+    read_record(model)  # a wrong folder is named before the images are predicted
     settings = PredictSettings(device=device, folds=fold, trust=trust, previous_stage=previous_stage)
     with counting(quiet, "cases") as count:
         agreement = agreement_of_models(dense, model, images, labels, settings, count)
     write_agreement(model, agreement)
     for line in agreement.lines():
         typer.echo(line)
-    typer.echo(f"written: {model / 'nnslim.json'}, {model / 'agreement.png'}")
+    typer.echo(f"written: {model / RECORD}, {model / 'agreement.png'}")
     if agreement.failed:
         raise typer.Exit(1)

@@ -54,7 +54,7 @@ def inflate(
         files = preprocessed_files(dataset, plans or "nnUNetPlans")
     target = target_of(flat, configuration, *files)
     made = inflate_model(flat, target, mode.value, fit=fit.value, seed=seed)
-    write_inflated(flat, target, made, file=output, folder=folder)
+    write_inflated(target, made, file=output, folder=folder)
     for note in next(iter(made.values()))["nnslim_inflation"]["notes"]:
         typer.echo(note)
     for path in (output, folder):

@@ -30,10 +30,8 @@ _log = logging.getLogger("nnslim")
 
 
 def cache_folder(config: SlimConfig) -> Path:
-    """Return the cache folder: of the config, else NNSLIM_CACHE, else nnslim in the user's cache folder."""
-    if config.cache.folder is not None:
-        return config.cache.folder.expanduser()
-    return user_cache()
+    """Return the cache folder: the config's, else NNSLIM_CACHE, else nnslim in the user's cache folder."""
+    return user_cache() if config.cache.folder is None else config.cache.folder.expanduser()
 
 
 def cache_key(
@@ -94,10 +92,10 @@ def store_weights(slimmed: Slimmed, key: str, folder: Path) -> Path:
 
 
 def recall_weights(network: nn.Module, key: str, folder: Path, guard: Guard | None = None) -> Slimmed | None:
-    """Return what `store` kept under the key, or None. A damaged file is reported, ignored and later replaced.
+    """Return what `store_weights` kept under the key, or None. A damaged file is reported, ignored and later replaced.
 
-    What a guard left dense on another machine, or with another backend, is not taken, nor without a guard. A network
-    that is whole is, and is measured first if it was not measured here.
+    A network in which a guard left layers dense is only used with a guard of the same machine and backend. Any other
+    is used, and is measured first if a guard is given that has not measured it.
     """
     found = _read(network, folder / f"{key}.pt")
     if found is None or (guard is not None and not found.spec.edits and not found.refused):
@@ -133,9 +131,9 @@ def _read(network: nn.Module, path: Path) -> Slimmed | None:
             speed=Speed.from_dict(speed) if speed else None,
             half_agreement=summary.get("half_agreement"),
         )
+    except pickle.PickleError as error:  # its text is a page of advice for programmers
+        reason = type(error).__name__
     except (NNSlimError, OSError, RuntimeError, LookupError, AttributeError, ValueError, TypeError, EOFError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        _log.warning("%s is damaged (%s); compressing again", path, reason)
-    except pickle.PickleError as error:  # its text is a page of advice for programmers
-        _log.warning("%s cannot be read (%s); compressing again", path, type(error).__name__)
+    _log.warning("%s cannot be read (%s); compressing again", path, reason)
     return None

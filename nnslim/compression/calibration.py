@@ -16,10 +16,9 @@ class Calibration:
 
     Attributes:
         tiles: for statistics.
-        held_out: on which agreement with the dense network is measured; not learned from where there are 4 images or
-            more.
-        fresh: on which plans are compared that are fitted but not learned: images that were not fitted to, where there
-            are enough; None for `held_out`.
+        held_out: for measuring agreement with the dense network; with 4 images or more, nothing is learned from them.
+        fresh: for comparing plans that are fitted but not learned: images that were not fitted to, if there are
+            enough; None for `held_out`.
         patches: number of patches -> augmented patches to learn from; patch `index` is the same each time.
         regions: the network's channels are regions that may overlap.
         fingerprint: hash of the images' content.

@@ -16,10 +16,11 @@ from torch import nn
 from nnslim.compression.calibration import Calibration
 from nnslim.compression.config import SlimConfig
 from nnslim.compression.guard import Guard
-from nnslim.compression.plan_and_fit import FoldRun, plan_methods, settle
+from nnslim.compression.plan_and_fit import fit_and_recover, plan_methods, settle
 from nnslim.compression.recover import Progress, Recovery
+from nnslim.compression.search import find_budget, searched
 from nnslim.compression.storage import StateDict, agreement_record, in_half, stored, tile_agreement
-from nnslim.errors import ConfigError, SpecError
+from nnslim.errors import SpecError
 from nnslim.methods.base import Decision, Plan
 from nnslim.network.cost import Cost, Counts, measure_cost
 from nnslim.network.spec import SlimSpec, apply_spec, spec_of
@@ -43,9 +44,9 @@ class Slimmed:
         recovery: how recovery went for each fold, see `Recovery.to_dict`; empty without calibration images.
         seconds: spent on planning and computing weights; not part of the summary, which is reproducible.
         speed: forward pass dense and slim, where a guard measured it; not part of the summary.
-        half_agreement: Dice per class of the first fold stored in half precision with the same in float32, on held-out
-            tiles; None where it is not stored so, or there were no images.
-        file_bytes: of all checkpoints, dense and slim, where they were written; not part of the summary.
+        half_agreement: Dice per class between the first fold in half precision and in float32, on held-out tiles; None
+            where it is not stored in half precision, or there were no images.
+        file_bytes: size of all checkpoints, dense and slim, where they were written; not part of the summary.
     """
 
     network: nn.Module
@@ -93,12 +94,13 @@ def compress(
 
     Args:
         network: dense network of the folds; wrappers of torch.compile and DDP are looked through.
-        weights: state dicts of the folds, at least one. Half precision is computed on in float32 and kept.
+        weights: state dicts of the folds, at least one. Those in half precision are computed on in float32 and
+            written in half precision again.
         config: the methods, in order, and how data are used.
         input_shape: (1, channels, *patch) in voxels.
-        data: calibration images; without them the weights alone decide, and nothing is recovered.
+        data: calibration images; without them, planning uses the weights alone and nothing is recovered.
         progress: called with (what is done, units done, units in all).
-        checkpoint: file beside which the state of an interrupted recovery is kept (`<name>.fold<N>`).
+        checkpoint: the state of an interrupted recovery is kept in files named after it, `<name>.fold<N>`.
         guard: puts layers back to dense where the plan is not faster, before weights are computed.
     Raises:
         SpecError, ConfigError, RankError: the network or the configuration does not fit.
@@ -110,37 +112,38 @@ def compress(
         raise SpecError("the network already carries a SlimSpec; compress the network that it was made from")
     base = copy.deepcopy(unwrap(network)).to("cpu", torch.float32).eval()
     dense_cost = measure_cost(base, input_shape)
-    device = _device(config) if data is not None else torch.device("cpu")
+    device = config.calibration.torch_device() if data is not None else torch.device("cpu")
     first = _with_weights(base, weights, 0).to(device)
     config, plans, speed, done = _planned(first, config, dense_cost, input_shape, data, progress, guard)
-    slims, states, recoveries, agreement, errors = [], [], [], None, {}
+    states, recoveries, agreement = [], [], None
     for number in range(len(weights)):
         if number == 0 and done is not None:
-            slim, recovery = done
+            slim, recovery, layer_errors = done
         else:
-            fold = FoldRun(config, plans, input_shape, data, progress, _beside(checkpoint, number))
-            slim, recovery, layer_errors = fold.compress(_with_weights(base, weights, number).to(device))
-            errors = errors if number else layer_errors
+            beside = None if checkpoint is None else checkpoint.with_name(f"{checkpoint.name}.fold{number}")
+            given = (_with_weights(base, weights, number).to(device), config, plans, input_shape, data)
+            slim, recovery, layer_errors = fit_and_recover(*given, checkpoint=beside, progress=progress)
         slim = slim.to("cpu").eval()
         # Half precision is kept where the model was stored in it.
-        kept, state = stored(slim, half=config.store == "half" or in_half(weights[number]))
-        if number == 0 and config.store == "half" and data is not None and in_half(state):
-            agreement = _agreement(slim, kept, data, device)
+        network, state = stored(slim, half=config.store == "half" or in_half(weights[number]))
+        if number == 0:
+            handed_out, errors = network, layer_errors
+            if config.store == "half" and data is not None and in_half(state):
+                agreement = _agreement(slim, network, data, device)
         states.append(state)
-        slims.append(kept)
-        slims = slims[:1]  # the first fold's network is handed out
-        recoveries.append(recovery)
+        if recovery is not None:
+            recoveries.append(recovery.to_dict())
         if progress is not None:
             progress("folds", number + 1, len(weights))
     return Slimmed(
-        slims[0],
+        handed_out,
         tuple(states),
-        spec_of(slims[0]) or SlimSpec(),
+        spec_of(handed_out) or SlimSpec(),
         tuple(_with_error(decision, errors) for plan in plans for decision in plan.decisions),
         Counts.of(dense_cost),
-        Counts.of(measure_cost(slims[0], input_shape)),
+        Counts.of(measure_cost(handed_out, input_shape)),
         tuple(input_shape),
-        tuple(recovery.to_dict() for recovery in recoveries if recovery is not None),
+        tuple(recoveries),
         time.perf_counter() - started,
         speed,
         agreement,
@@ -161,14 +164,12 @@ def _planned(
     data: Calibration | None,
     progress: Progress | None,
     guard: Guard | None,
-) -> tuple[SlimConfig, tuple[Plan, ...], Speed | None, tuple[nn.Module, Recovery] | None]:
+) -> tuple[SlimConfig, tuple[Plan, ...], Speed | None, tuple[nn.Module, Recovery, dict[str, float]] | None]:
     """Return the settings in force, the plans, their measured speed, and the first fold where a search has made it."""
-    from nnslim.compression.search import find_budget, searched  # the search compresses, too
-
     done = None
     if config.active and (position := searched(config)) is not None:
         found = find_budget(first, config, position, cost, input_shape, data, progress)
-        config, plans, done = found.config, found.plans, (found.slim, found.recovery)
+        config, plans, done = found.config, found.plans, (found.slim, found.recovery, {})
     else:
         plans = plan_methods(first, config, cost, input_shape, data)
         if data is not None:
@@ -184,17 +185,6 @@ def _with_error(decision: Decision, errors: Mapping[str, float]) -> Decision:
     if decision.action == "dense" or decision.layer not in errors:
         return decision
     return replace(decision, error=round(errors[decision.layer], 6))
-
-
-def _device(config: SlimConfig) -> torch.device:
-    wanted = config.calibration.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("calibration.device is 'cuda', but torch finds no CUDA device; use 'auto' or 'cpu'")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _beside(checkpoint: Path | None, number: int) -> Path | None:
-    return None if checkpoint is None else checkpoint.with_name(f"{checkpoint.name}.fold{number}")
 
 
 def _with_weights(base: nn.Module, weights: Sequence[StateDict], number: int) -> nn.Module:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
 
@@ -58,38 +59,50 @@ class CacheConfig(_Section):
 
 
 class CalibrationConfig(_Section):
-    """Unlabelled images that decide the weights, and on which agreement with the dense model is measured."""
+    """Unlabelled images: for fitting the weights and for measuring agreement with the dense model."""
 
-    images: Path | None = Field(None, description="folder of images, as for prediction; none: weights alone decide")
+    images: Path | None = Field(
+        None, description="folder of images, as for prediction; default: none, fit by the weights alone"
+    )
     count: int = Field(8, ge=1, le=32, description="images for the statistics, at most")
     tiles_per_image: int = Field(2, ge=1, description="sliding-window tiles of each image, at most")
     mirrored: bool = Field(
-        False, description="the model will predict mirrored: tiles are, too, and the drop is judged both ways"
+        False, description="the model will predict mirrored: tiles are mirrored too, and the drop is judged both ways"
     )
-    seed: int = Field(0, ge=0, description="decides images, tiles, positions and augmentation")
+    seed: int = Field(0, ge=0, description="for the choice of images, tiles and positions, and for augmentation")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+
+    def torch_device(self) -> torch.device:
+        """Return the device to compute on.
+
+        Raises:
+            ConfigError: it is a GPU, and there is none.
+        """
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device cuda was asked for, but torch finds no CUDA device; use cpu or auto")
+        return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 class RecoveryConfig(_Section):
-    """What wins accuracy back without labels, in order of cost; skipped without calibration images."""
+    """How accuracy is recovered without labels, in order of cost; skipped without calibration images."""
 
     compensate: bool = Field(True, description="refit dense layers after compressed ones (ridge, closed form)")
     norms: bool = Field(False, description="recalibrate the affine weights of norm layers")
     block_steps: int = Field(0, ge=0, description="steps that learn the dense outputs of each resolution stage")
     steps: int = Field(0, ge=0, description="steps that learn the dense logits")
-    images: int = Field(40, ge=1, description="images to learn on, at most; calibration images among them")
+    images: int = Field(40, ge=1, description="images to learn from, at most, including the calibration images")
     batch_size: int = Field(2, ge=1, description="patches per step; 1 is slow on CPUs (torch's slow convolutions)")
-    learning_rate: float = Field(5e-4, gt=0, description="of AdamW; warm-up, then cosine to 0")
+    learning_rate: float = Field(5e-4, gt=0, description="AdamW's; warm-up, then cosine to 0")
     mirrored_teacher: bool = Field(
         True, description="learn the mean of the dense answers to mirror images, where the model may be mirrored"
     )
     precision: Literal["auto", "f32", "bf16"] = Field(
-        "auto", description="of learning; auto: bf16 where the device is fast in it"
+        "auto", description="while learning; auto: bf16 where the device is fast in it"
     )
-    seconds: float | None = Field(None, gt=0, description="time budget; makes the result depend on the machine's speed")
+    seconds: float | None = Field(None, gt=0, description="time budget; the result then depends on the machine's speed")
     every: int = Field(50, ge=1, description="steps between two measurements of agreement")
-    patience: int = Field(0, ge=0, description="stop after so many measurements without a gain; 0: never")
-    workers: int = Field(0, ge=0, description="processes that augment; 0: in this one")
+    patience: int = Field(0, ge=0, description="stop after this many measurements without a gain; 0: never")
+    workers: int = Field(0, ge=0, description="processes for augmentation; 0: this process")
 
     @property
     def learns(self) -> bool:
@@ -115,7 +128,8 @@ class SlimConfig(_Section):
     run: RunConfig = RunConfig()
     cache: CacheConfig = CacheConfig()
     store: Literal["as-is", "half"] = Field(
-        "as-is", description="weights on disk: in the precision of the dense model's, or float16, half the file"
+        "as-is",
+        description="weights on disk: as-is, in the dense model's precision; half: float16, half the size",
     )
 
     @field_validator("methods", mode="before")
@@ -136,16 +150,16 @@ class SlimConfig(_Section):
         return next((entry for entry in self.methods if method_named(entry.method).trains), None)
 
     def for_trained(self) -> SlimConfig:
-        """Return the configuration without methods that work in training only: what a trained model is due."""
+        """Return the configuration for a trained model: without methods that work only in training."""
         if self.training is None:
             return self
         left = tuple(entry for entry in self.methods if not method_named(entry.method).trains)
         return self.model_copy(update={"methods": left})
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the compressed weights, as JSON values: methods, and how data are used.
+        """Return what the compressed weights depend on, as JSON values: methods, and how data are used.
 
-        The images themselves count by their content, see `Calibration.fingerprint`.
+        The images themselves are not part of it, see `Calibration.fingerprint`.
         """
         if not self.active:
             return {"methods": []}
@@ -154,11 +168,15 @@ class SlimConfig(_Section):
         if plans := [path for path in paths if path.is_file()]:  # edited by hand under the same name
             made["plans"] = [sha256_of(path) for path in plans]
         if self.calibration.images is not None:
-            made["calibration"] = self.calibration.model_dump(mode="json", exclude={"images"})
-            made["recovery"] = self.recovery.model_dump(mode="json", exclude={"workers"})
+            made |= self.data_identity()
         if self.store != "as-is":
             made["store"] = self.store
         return made
+
+    def data_identity(self) -> dict[str, Any]:
+        """Return how data are used, as JSON values."""
+        calibration = self.calibration.model_dump(mode="json", exclude={"images"})
+        return {"calibration": calibration, "recovery": self.recovery.model_dump(mode="json", exclude={"workers"})}
 
     def with_images(self, images: Path | None) -> SlimConfig:
         """Return the configuration with another folder of calibration images; unchanged for None."""
@@ -232,7 +250,7 @@ def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
 
 
 def from_dict(raw: Mapping[str, Any], where: str = "config") -> SlimConfig:
-    """Read a configuration dictionary, ours or the predecessor's.
+    """Read a configuration dictionary, ours or tucker-cnn's.
 
     Raises:
         ConfigError: an unknown method or key (the nearest are named), or a value out of bounds.
@@ -247,10 +265,10 @@ def from_dict(raw: Mapping[str, Any], where: str = "config") -> SlimConfig:
 
 
 def _from_legacy(raw: Mapping[str, Any], where: str) -> SlimConfig:
-    """Translate the dictionary of the predecessor (tucker-cnn's TuckerContext).
+    """Translate the dictionary of tucker-cnn's TuckerContext, the predecessor.
 
-    Its `ckpt_path` names a TorchScript file; here the folder of that file becomes the cache, which also keeps apart
-    folds and models. `save_model` and `load_model` then say whether the cache is written and read.
+    Its `ckpt_path` names a TorchScript file. Here that file's folder becomes the cache, which keeps folds and models
+    apart; `save_model` and `load_model` say whether the cache is written and read.
     """
     if unknown := set(raw) - _LEGACY:
         word = sorted(unknown)[0]
@@ -291,12 +309,12 @@ def presets() -> dict[str, Path]:
 
 
 def load_config(config: SlimConfig | MethodConfig | Mapping[str, Any] | str | Path) -> SlimConfig:
-    """Return a SlimConfig from whatever a user may hand over.
+    """Return a SlimConfig from any form in which a user may give it.
 
     Args:
-        config: a SlimConfig, the configuration of one method, a dictionary (ours or the predecessor's), the path of a
-            YAML file (a relative path of a plan in it counts from the current folder, else from the file's own), or
-            the name of a preset.
+        config: a SlimConfig, the configuration of one method, a dictionary (ours or tucker-cnn's), the path of a YAML
+            file (a relative path of a plan in it is looked for in the current folder, then in the file's own), or the
+            name of a preset.
     Raises:
         ConfigError: no such preset or file, unreadable YAML, unknown key, value out of bounds.
     """
@@ -322,7 +340,7 @@ def load_config(config: SlimConfig | MethodConfig | Mapping[str, Any] | str | Pa
 
 
 def _beside(config: SlimConfig, folder: Path) -> SlimConfig:
-    """Take relative paths of methods (a plan's) from the folder of the YAML file where the current one has no such."""
+    """Look for relative paths of methods (a plan's) in the YAML file's folder if the current one does not have them."""
     entries = []
     for entry in config.methods:
         paths = {key: value for key, value in entry.settings if isinstance(value, Path) and not value.exists()}

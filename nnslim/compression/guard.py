@@ -1,4 +1,4 @@
-"""Layers go back to dense until the slim network is faster than the dense one, on the machine at hand."""
+"""Put layers back to dense until the slim network is faster than the dense one on this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _log = logging.getLogger("nnslim")
 
 @dataclass(frozen=True)
 class Guard:
-    """How plans are held to be faster than the dense network.
+    """Checks that plans are faster than the dense network.
 
     Attributes:
         settings: how the network will run. device: where.
@@ -34,7 +34,7 @@ class Guard:
 
     @cached_property
     def where(self) -> str:
-        """What a measurement of this guard holds for."""
+        """Device, threads and torch version for which this guard's measurements hold."""
         return place(self.device, self.settings)
 
     def measure(self, dense: nn.Module, slim: nn.Module, shape: Sequence[int]) -> Speed:
@@ -45,11 +45,11 @@ class Guard:
     def check(
         self, dense: nn.Module, plans: tuple[Plan, ...], shape: Sequence[int]
     ) -> tuple[tuple[Plan, ...], Speed | None]:
-        """Measure the network that the plans make; return plans of fewer edits where it does not win, and the speed.
+        """Measure the network that the plans make; return plans, of fewer edits if it does not win, and the speed.
 
-        Of the last method, the layers that save no time when measured one by one go back to dense first, then those
-        that save least, half of those left at a time, until the network as a whole wins. Where it never does, the
-        plans that are returned have no edits, and the speed, which does not gain, is that of the last try.
+        The last method's layers are measured one by one. Those that save no time go back to dense first, then those
+        that save least, half of the remaining ones at a time, until the network as a whole wins. If it never does, the
+        returned plans have no edits, and the speed is that of the last try.
 
         Args:
             dense: with any weights; not modified. shape: (1, channels, *patch).
@@ -83,14 +83,14 @@ class Guard:
 
 
 def _structure(dense: nn.Module, plans: tuple[Plan, ...]) -> nn.Module:
-    """Return a slim network with some weights or other: what they are does not change its time."""
+    """Return a slim network with arbitrary weights: their values do not change its time."""
     slim = copy.deepcopy(dense)
     known = {id(parameter) for parameter in slim.parameters()}
     for plan in plans:
         slim = extend_spec(plan.edits, slim)
     with torch.no_grad():
         for parameter in slim.parameters():
-            if id(parameter) not in known:  # memory as it was found may hold numbers that are slow to compute with
+            if id(parameter) not in known:  # uninitialised memory may hold denormal numbers, which are slow
                 parameter.normal_(0, 0.05)
     return slim.eval()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,12 +10,8 @@ from nnslim.compression.compress_network import Slimmed
 from nnslim.running.speed import Speed
 
 
-def _dice(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
 def times_fewer(before: float, after: float, fewer: str = "fewer") -> str:
-    """Return "3.10x fewer", or "1.20x more"; the same number is "1.00x fewer"."""
+    """Return "3.10x fewer", "1.20x more", or "1.00x fewer" for equal numbers."""
     return f"{before / after:.2f}x {fewer}" if after <= before else f"{after / before:.2f}x more"
 
 
@@ -46,11 +43,7 @@ class ModelReport:
             return [f"{self.source}: left as it is ({self.note})"]
         before, after = self.slimmed.dense, self.slimmed.slim
         changed = sum(decision.action != "dense" for decision in self.slimmed.decisions)
-        kept: dict[str, int] = {}
-        for decision in self.slimmed.decisions:
-            if decision.action == "dense":
-                reason = decision.reason.split(" (")[0]
-                kept[reason] = kept.get(reason, 0) + 1
+        kept = Counter(one.reason.split(" (")[0] for one in self.slimmed.decisions if one.action == "dense")
         patch = "x".join(str(size) for size in self.slimmed.input_shape[2:])
         how = "read from the cache" if self.from_cache else "compressed"
         lines = [
@@ -75,8 +68,9 @@ class ModelReport:
         if sizes := self.slimmed.file_bytes:
             lines.append(f"  checkpoints {sizes[0] / 1e6:.1f} MB -> {sizes[1] / 1e6:.1f} MB")
         if half := self.slimmed.half_agreement:
-            dices = (f"{name} {_dice(one['dice'])}" for name, one in half["classes"].items())
-            lines.append(f"  Dice of half with single precision on {half['tiles']} tile(s): {', '.join(dices)}")
+            dices = {name: one["dice"] for name, one in half["classes"].items()}
+            shown = ", ".join(f"{name} {'-' if dice is None else f'{dice:.4f}'}" for name, dice in dices.items())
+            lines.append(f"  Dice of half with single precision on {half['tiles']} tile(s): {shown}")
         if self.slimmed.decisions and not changed:
             lines.append("  nothing changed: no layer would get cheaper with these settings")
         return lines

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,8 +21,12 @@ from nnslim.compression.referee import Referee
 from nnslim.methods.base import Plan, filled, method_named
 from nnslim.network.cost import Cost, measure_cost
 from nnslim.network.spec import spec_of
+from nnslim.running.kept_models import network_fingerprint
 
 _log = logging.getLogger("nnslim")
+_SAME_DROP = 0.001  # the drop by labels differs from the estimate by this much
+
+Fitted = tuple[nn.Module, dict[str, float]]  # a slim network before recovery, and the error of each of its layers
 
 
 def plan_methods(
@@ -46,66 +49,64 @@ def plan_methods(
     return tuple(plans)
 
 
-_SAME_DROP = 0.001  # estimates of the drop differ by as much from what labels say
+def fit_plans(
+    dense: nn.Module,
+    config: SlimConfig,
+    plans: tuple[Plan, ...],
+    input_shape: Sequence[int],
+    data: Calibration | None,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Compress one network by plans that are made, without recovery."""
+    slim, errors = copy.deepcopy(dense), {}
+    for entry, plan in zip(config.methods, plans, strict=False):
+        before = slim
+        slim = filled(entry.method, entry.settings, before, plan, input_shape).eval()
+        method = method_named(entry.method)
+        if data is not None and method.fit is not None and plan.edits:
+            errors |= method.fit(
+                before,
+                slim,
+                entry.settings,
+                measure_cost(before, input_shape),
+                data.tiles,
+                compensate=config.recovery.compensate,
+                seed=config.calibration.seed,
+                on_layer=None if progress is None else partial(progress, "layers"),
+            )
+        elif method.weight_errors is not None:
+            errors |= method.weight_errors(before, slim)
+    return slim, errors
 
 
-Fitted = tuple[nn.Module, dict[str, float]]  # a slim network before recovery, and the error of each of its layers
+def fit_and_recover(
+    dense: nn.Module,
+    config: SlimConfig,
+    plans: tuple[Plan, ...],
+    input_shape: Sequence[int],
+    data: Calibration | None,
+    *,
+    fitted: Fitted | None = None,
+    target: float | None = None,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[nn.Module, Recovery | None, dict[str, float]]:
+    """Compress one network by plans that are made.
 
-
-@dataclass(frozen=True)
-class FoldRun:
-    """How one fold is compressed once the plans are made."""
-
-    config: SlimConfig
-    plans: tuple[Plan, ...]
-    input_shape: Sequence[int]
-    data: Calibration | None
-    progress: Progress | None
-    checkpoint: Path | None
-    target: float | None = None
-
-    def compress(
-        self, dense: nn.Module, fitted: Fitted | None = None
-    ) -> tuple[nn.Module, Recovery | None, dict[str, float]]:
-        """Return the slim network, how recovery went (None without data), and the error of each layer before it."""
-        slim, errors = fitted or self.fit(dense)
-        if self.data is None or spec_of(slim) is None or not spec_of(slim).edits:
-            return slim, None, errors
-        settings = json.dumps(self.config.identity(), sort_keys=True)
-        identity = f"{self.data.fingerprint} {_digest(dense)} {settings} {spec_of(slim)}"
-        recovery = recover(
-            dense,
-            slim,
-            self.data,
-            self.config.recovery,
-            checkpoint=self.checkpoint,
-            identity=identity,
-            target=self.target,
-            progress=self.progress,
-        )
-        return slim, recovery, errors
-
-    def fit(self, dense: nn.Module) -> Fitted:
-        """Return the slim network before recovery, and the relative error of each layer that a method can tell."""
-        slim, errors = copy.deepcopy(dense), {}
-        for entry, plan in zip(self.config.methods, self.plans, strict=False):
-            before = slim
-            slim = filled(entry.method, entry.settings, before, plan, self.input_shape).eval()
-            method = method_named(entry.method)
-            if self.data is not None and method.fit is not None and plan.edits:
-                errors |= method.fit(
-                    before,
-                    slim,
-                    entry.settings,
-                    measure_cost(before, self.input_shape),
-                    self.data.tiles,
-                    compensate=self.config.recovery.compensate,
-                    seed=self.config.calibration.seed,
-                    on_layer=None if self.progress is None else partial(self.progress, "layers"),
-                )
-            elif method.weight_errors is not None:
-                errors |= method.weight_errors(before, slim)
-        return slim, errors
+    Args:
+        fitted: what `settle` or `fit_plans` has made of them already; changed in place.
+        target: learning ends early once the estimated drop is at most this.
+        checkpoint: file for the state of learning; a call without the target goes on from it.
+    Returns:
+        The slim network, how recovery went (None without data or edits), and the error of each layer before it.
+    """
+    slim, errors = fitted or fit_plans(dense, config, plans, input_shape, data, progress)
+    spec = spec_of(slim)
+    if data is None or spec is None or not spec.edits:
+        return slim, None, errors
+    identity = f"{data.fingerprint} {network_fingerprint(dense)} {json.dumps(config.identity(), sort_keys=True)} {spec}"
+    learning = {"checkpoint": checkpoint, "identity": identity, "target": target, "progress": progress}
+    return slim, recover(dense, slim, data, config.recovery, **learning), errors
 
 
 def settle(
@@ -118,9 +119,9 @@ def settle(
 ) -> tuple[tuple[Plan, ...], Fitted | None]:
     """Choose between the last plan and its rivals by what each costs the network once it is fitted.
 
-    Predictions from single layers do not tell plans of about the same quality apart, and neither does a small sample
-    of tiles: the first rival, which is the simplest, is taken unless the best is clearly better (`_clearly_best`). Only
-    the last method's plans compete: a rival of an earlier one would change what later ones plan on.
+    Neither predictions from single layers nor a small sample of tiles can distinguish plans of about the same quality:
+    the first rival, which is the simplest, is taken unless the best is clearly better (`_clearly_best`). Only the last
+    method's plans compete: a rival of an earlier one would change what later ones plan on.
     """
     if not plans or not plans[-1].rivals:
         return plans, None
@@ -140,7 +141,7 @@ def settle(
 def _clearly_best(drops: np.ndarray) -> int:
     """Return the row of (plans, tiles) with the smallest mean, 0 where that is not clear. NaN: a tile shows nothing.
 
-    Clear is what exceeds twice the standard error over the tiles, and what an estimate can tell at all.
+    A gain is clear if it exceeds both twice the standard error over the tiles and `_SAME_DROP`.
     """
     seen = drops[:, np.isfinite(drops).all(axis=0)]
     if not seen.size:
@@ -150,45 +151,3 @@ def _clearly_best(drops: np.ndarray) -> int:
     gain = seen[0] - seen[best]
     noise = gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
     return best if gain.mean() > max(_SAME_DROP, 2 * noise) else 0
-
-
-def fit_plans(
-    dense: nn.Module,
-    config: SlimConfig,
-    plans: tuple[Plan, ...],
-    input_shape: Sequence[int],
-    data: Calibration,
-    progress: Progress | None = None,
-) -> Fitted:
-    """Compress one network by plans that are made, without recovery."""
-    return FoldRun(config, plans, input_shape, data, progress, None).fit(dense)
-
-
-def fit_and_recover(
-    dense: nn.Module,
-    config: SlimConfig,
-    plans: tuple[Plan, ...],
-    input_shape: Sequence[int],
-    data: Calibration,
-    *,
-    fitted: Fitted | None = None,
-    target: float | None = None,
-    checkpoint: Path | None = None,
-    progress: Progress | None = None,
-) -> tuple[nn.Module, Recovery]:
-    """Compress one network by plans that are made.
-
-    Args:
-        fitted: what `settle` or `fit_plans` has made of them already.
-        target: learning ends early once the estimated drop is at most so.
-        checkpoint: file for the state of learning; a call without the target goes on from it.
-    """
-    slim, recovery, _ = FoldRun(config, plans, input_shape, data, progress, checkpoint, target).compress(dense, fitted)
-    return slim, recovery or Recovery()
-
-
-def _digest(network: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for parameter in network.parameters():
-        digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,67 +17,60 @@ from nnslim.surgery.streaming import Tiles
 _TINY = torch.finfo(torch.float32).tiny
 
 
+@dataclass
 class Referee:
-    """Measures, on held-out tiles, how much Dice a slim network is expected to lose against labels, without any.
+    """Estimates, on held-out tiles and without labels, how much Dice against labels a slim network loses.
 
     The dense network's own probabilities stand for the labels (`expected_dice`); where the model may be mirrored, their
     mean over up to four mirror images, which are nearer to real labels. The drop is that of the plain answer against
     the dense network's plain one; where the model will predict mirrored, the larger of this and of that of the means.
-    What is known of the dense network is computed once for each tile and kept in half precision, as many as fit in
-    256 MB, so that measuring again only costs the slim network's passes.
+    What is known of the dense network is computed once for each tile and kept in half precision, for as many tiles as
+    fit, so that measuring again only costs the slim network's passes.
+
+    Attributes:
+        dense: in eval mode. tiles: held-out ones. regions: channels are independent.
+        axes: spatial axes along which the model may be mirrored.
+        mirrored: the model will predict with test-time mirroring.
+        budget: bytes of memory for what is kept of the dense network.
     """
 
-    def __init__(
-        self,
-        dense: nn.Module,
-        tiles: Tiles,
-        *,
-        regions: bool = False,
-        axes: Sequence[int] = (),
-        mirrored: bool = False,
-    ) -> None:
-        """Prepare.
+    dense: nn.Module
+    tiles: Tiles
+    regions: bool = False
+    axes: Sequence[int] = ()
+    mirrored: bool = False
+    budget: int = 256 * 2**20
 
-        Args:
-            dense: in eval mode.
-            tiles: held-out tiles.
-            regions: channels are independent.
-            axes: spatial axes along which the model may be mirrored.
-            mirrored: the model will predict with test-time mirroring.
-        """
-        self._dense, self._tiles, self._regions = dense, tiles, regions
-        self._ways = mirrors(axes, 4)
-        self._mirrored = mirrored and len(self._ways) > 1
-        self._device = next(dense.parameters()).device
+    def __post_init__(self) -> None:
+        self._ways = mirrors(self.axes, 4)
+        self._device = next(self.dense.parameters()).device
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-        self._budget = 256 * 2**20  # bytes that are kept in memory
 
     @classmethod
     def of(cls, dense: nn.Module, data: Calibration, *, tiles: Tiles | None = None, images: bool = True) -> Referee:
         """Return the referee of calibration data.
 
         Args:
-            tiles: other ones than those held out.
-            images: mirror images count towards the truth; they must not where the plain answer is learned.
+            tiles: in place of those held out.
+            images: mirror images count towards the truth; False where the plain answer is learned.
         """
-        axes, mirrored = data.mirror_axes if images or data.mirrored else (), data.mirrored
-        judged = data.held_out if tiles is None else tiles
-        return cls(dense, judged, regions=data.regions, axes=axes, mirrored=mirrored)
+        axes = data.mirror_axes if images or data.mirrored else ()
+        return cls(dense, data.held_out if tiles is None else tiles, data.regions, axes, data.mirrored)
 
     @torch.inference_mode()
-    def _reference(self, number: int, tile: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what stands for the labels, (C, *patch) probabilities, and the dense network's own answer."""
+    def reference(self, number: int, tile: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what stands for a tile's labels, (C, *patch) probabilities, and the dense network's own answer."""
         if number in self._kept:
             logits, answer = self._kept[number]
         else:
-            logits, mean = self._answers(self._dense, tile, self._ways)
+            logits, mean = self._answers(self.dense, tile, self._ways)
             answer = self._decided(logits)
-            answer = answer if self._regions else answer.to(torch.int16)
+            answer = answer if self.regions else answer.to(torch.int16)
             if len(self._ways) > 1:
-                logits = mean.logit(1e-7) if self._regions else mean.clamp_min(_TINY).log()
+                logits = mean.logit(1e-7) if self.regions else mean.clamp_min(_TINY).log()
             logits = logits.half()
-            if (size := logits.nbytes + answer.nbytes) <= self._budget:
-                self._budget -= size
+            if (size := logits.nbytes + answer.nbytes) <= self.budget:
+                self.budget -= size
                 self._kept[number] = (logits, answer)
         return self._likely(logits.float()), answer  # the same numbers each time
 
@@ -86,10 +80,10 @@ class Referee:
         return answers[0], torch.stack([self._likely(one) for one in answers]).mean(0)
 
     def _decided(self, logits: Tensor) -> Tensor:
-        return logits > 0 if self._regions else logits.argmax(0)
+        return logits > 0 if self.regions else logits.argmax(0)
 
     def _likely(self, logits: Tensor) -> Tensor:
-        return logits.sigmoid() if self._regions else logits.softmax(0)
+        return logits.sigmoid() if self.regions else logits.softmax(0)
 
     def drop(self, slim: nn.Module) -> float:
         """Return the estimated drop, mean over classes and tiles; NaN where no tile shows any class."""
@@ -100,24 +94,25 @@ class Referee:
     def drops(self, slim: nn.Module) -> list[list[float]]:
         """Return the estimated drop of each tile, mean over classes; NaN where it shows none.
 
-        One of the plain answer and, where the model predicts mirrored, one of the mean over mirror images.
+        A tile has the drop of the plain answer and, if the model predicts mirrored, of the mean over mirrored ones.
         """
         drops: list[list[float]] = []
         training = slim.training
         slim.eval()
-        for number, tile in enumerate(self._tiles):
+        for number, tile in enumerate(self.tiles):
             tile = tile.to(self._device)
-            truth, dense = self._reference(number, tile)
-            logits, mean = self._answers(slim, tile, self._ways if self._mirrored else [()])
+            truth, dense = self.reference(number, tile)
+            mirrored = self.mirrored and len(self._ways) > 1
+            logits, mean = self._answers(slim, tile, self._ways if mirrored else [()])
             pairs = [(dense, self._decided(logits))]
-            if self._mirrored:
-                pairs.append((harden(truth, not self._regions), harden(mean, not self._regions)))
+            if mirrored:
+                pairs.append((harden(truth, not self.regions), harden(mean, not self.regions)))
             drops.append([self._drop(truth, pair) for pair in pairs])
         slim.train(training)
         return drops
 
     def _drop(self, truth: Tensor, pair: tuple[Tensor, Tensor]) -> float:
-        made = expected_dices(truth, pair, not self._regions, TEMPERATURE)
+        made = expected_dices(truth, pair, not self.regions, TEMPERATURE)
         wanted, found = (torch.as_tensor(dice) for dice in made)
         there = wanted.isfinite() & found.isfinite()
         return float((wanted - found)[there].mean()) if there.any() else math.nan

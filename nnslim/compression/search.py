@@ -21,9 +21,9 @@ from nnslim.network.cost import Cost
 
 _log = logging.getLogger("nnslim")
 SHARES = (0.7, 0.5, 0.35, 0.25, 0.18, 0.14, 0.11, 0.083, 0.065, 0.05, 0.035)  # of the dense MACs
-_START = SHARES.index(0.083)
+START = SHARES.index(0.083)
 _MOST_TRIALS = 5
-_LEFT = 0.5  # of the drop of a fit is what recovery leaves at best: measured .5 to .56 at 0.05 to 0.09 of the MACs
+_LEFT = 0.5  # the share of a fit's drop that recovery leaves at best: measured .5 to .56 at 0.05 to 0.09 of the MACs
 
 
 @dataclass(frozen=True)
@@ -60,28 +60,27 @@ def find_budget(
 ) -> Found:
     """Return the smallest share of MACs that keeps `max_drop`, and the network of the trial that showed it.
 
-    Shares are tried from a strong one on: weaker ones where the drop is too large, stronger ones while it is not. Each
-    trial is a full compression with recovery, which ends as soon as the limit is met; that of the share found then goes
-    on to its end. What a network has learned from is no impartial judge of it, least of all of its mirrored answers: a
-    share is left out, too, where the fit alone, plain or mirrored, loses more than recovery can win back.
+    The search starts at a strong share and goes to weaker ones while the drop is too large, or to stronger ones while
+    it is not. Each trial is a full compression with recovery, which ends as soon as the limit is met; the recovery of
+    the share that was found then runs to its end. The images that a network has learned from do not judge it fairly,
+    least of all its mirrored answers. So a share is also rejected where the fit alone, plain or mirrored, loses more
+    than recovery can win back.
 
     Args:
         dense: with the weights of the first fold.
         position: of the method in `config.methods`.
-        data: calibration images, needed.
+        data: calibration images; None is refused.
     Raises:
-        ConfigError: without images. RankError: not even the weakest share keeps the limit.
+        ConfigError: there are no images. RankError: not even the weakest share keeps the limit.
     """
     entry = config.methods[position]
     limit = entry.settings.drop_limit
     if data is None:
-        raise ConfigError(
-            f"max_drop={limit:g} is measured on images: name a folder of them (-i, or calibration.images)"
-        )
+        raise ConfigError(f"max_drop={limit:g} is measured on images: name their folder (-i, or calibration.images)")
     unfitted = Referee.of(dense, replace(data, mirrored=bool(data.mirror_axes)), tiles=data.fresh)
     with tempfile.TemporaryDirectory(prefix="nnslim-") as work:
         states = [Path(work) / f"{share:g}" for share in SHARES]
-        step, drops, best = _START, {}, None
+        step, drops, best = START, {}, None
         while (
             0 <= step < len(SHARES)
             and step not in drops
@@ -95,17 +94,10 @@ def find_budget(
                 if left > limit:
                     drops[step] = left
                 else:
-                    slim, recovery = fit_and_recover(
-                        dense,
-                        trial,
-                        plans,
-                        input_shape,
-                        data,
-                        fitted=fitted,
-                        target=limit,
-                        checkpoint=states[step],
-                        progress=progress,
-                    )
+                    learning = {"target": limit, "checkpoint": states[step], "progress": progress}
+                    given = (dense, trial, plans, input_shape, data)
+                    slim, recovery, _ = fit_and_recover(*given, fitted=fitted, **learning)
+                    recovery = recovery or Recovery()
                     drops[step] = recovery.after
             except RankError:  # cheaper than the layers that are never factored
                 drops[step] = float("inf")
@@ -123,17 +115,9 @@ def find_budget(
             )
         if best.recovery.stopped != "target":
             return best
-        slim, recovery = fit_and_recover(
-            dense,
-            best.config,
-            best.plans,
-            input_shape,
-            data,
-            fitted=(best.slim, {}),
-            checkpoint=state,
-            progress=progress,
-        )
-        return replace(best, slim=slim, recovery=recovery)
+        given = (dense, best.config, best.plans, input_shape, data)
+        slim, recovery, _ = fit_and_recover(*given, fitted=(best.slim, {}), checkpoint=state, progress=progress)
+        return replace(best, slim=slim, recovery=recovery or Recovery())
 
 
 def _with_share(config: SlimConfig, position: int, share: float) -> SlimConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,32 +32,30 @@ def too_large(weights: Mapping[str, Tensor]) -> list[str]:
 
 
 def half_precision(weights: Mapping[str, Tensor]) -> StateDict:
-    """Return the weights in float16, counters as they are; names that share one tensor go on sharing it.
+    """Return the weights in float16, counters as they are.
 
     Stock nnU-Net loads the result: `load_state_dict` copies into the network's float32 parameters.
     """
-    halves: dict[tuple[int, torch.Size], Tensor] = {}
-    return {
-        name: halves.setdefault(
-            (tensor.data_ptr(), tensor.shape), tensor.detach().half() if tensor.is_floating_point() else tensor.detach()
-        )
-        for name, tensor in weights.items()
-    }
+    return _once_each(weights, lambda tensor: tensor.half() if tensor.is_floating_point() else tensor)
 
 
 def copied_state(state: Mapping[str, Tensor]) -> StateDict:
     """Return tensors of their own: nnU-Net loads one fold after the other into the network that is handed out."""
-    copies: dict[tuple[int, torch.Size], Tensor] = {}
-    return {
-        name: copies.setdefault((tensor.data_ptr(), tensor.shape), tensor.detach().clone())
-        for name, tensor in state.items()
-    }
+    return _once_each(state, Tensor.clone)
+
+
+def _once_each(state: Mapping[str, Tensor], make: Callable[[Tensor], Tensor]) -> StateDict:
+    """Return what is made of each tensor; names that share one tensor go on sharing it."""
+    made: dict[tuple[int, torch.Size], Tensor] = {}
+    for tensor in state.values():
+        if (key := (tensor.data_ptr(), tensor.shape)) not in made:
+            made[key] = make(tensor.detach())
+    return {name: made[tensor.data_ptr(), tensor.shape] for name, tensor in state.items()}
 
 
 def bytes_of(weights: Mapping[str, Tensor]) -> int:
     """Return the bytes of a state dict's tensors, each counted once."""
-    sizes = {(t.data_ptr(), t.shape): t.numel() * t.element_size() for t in weights.values()}
-    return sum(sizes.values())
+    return sum({(t.data_ptr(), t.shape): t.nbytes for t in weights.values()}.values())
 
 
 def stored(network: nn.Module, half: bool) -> tuple[nn.Module, StateDict]:

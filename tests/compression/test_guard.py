@@ -42,7 +42,7 @@ def timer(monkeypatch):
             passes.append((list(engines), tuple(shape)))
             return seconds
 
-        monkeypatch.setattr(running, "measure", measure)
+        monkeypatch.setattr(running, "pass_seconds", measure)
         return passes
 
     return set_times
@@ -120,10 +120,10 @@ def test_guard_that_only_measures_changes_nothing(planned, timer):
 
 def test_short_passes_do_not_matter(planned, monkeypatch):
     network, plans, _ = planned
-    monkeypatch.setattr(running, "measure", lambda engines, shape: [0.049, 0.3])
+    monkeypatch.setattr(running, "pass_seconds", lambda engines, shape: [0.049, 0.3])
     kept, speed = Guard(STOCK, CPU).check(network, plans, SHAPE)
     assert kept == plans and speed.gains
-    monkeypatch.setattr(running, "measure", lambda engines, shape: [0.051, 0.3])
+    monkeypatch.setattr(running, "pass_seconds", lambda engines, shape: [0.051, 0.3])
     kept, speed = Guard(STOCK, CPU).check(network, plans, SHAPE)
     assert not speed.gains and kept[0].edits == ()
 

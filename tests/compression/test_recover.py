@@ -17,8 +17,9 @@ from nnslim.compression.cache import cache_key, recall_weights, store_weights
 from nnslim.compression.calibration import Calibration
 from nnslim.compression.compress_network import compress
 from nnslim.compression.config import RecoveryConfig, from_dict
+from nnslim.compression.distillation import stage_ends, stage_loss
 from nnslim.compression.norms import recalibrate_norms
-from nnslim.compression.recover import Recovery, distil, recover, stage_ends
+from nnslim.compression.recover import Recovery, recover, schedule
 from nnslim.compression.referee import Referee
 from nnslim.errors import ConfigError, RankError
 from nnslim.methods.tucker import TuckerConfig, plan_tucker
@@ -98,10 +99,10 @@ def scripted(monkeypatch):
     return script
 
 
-def test_distil_brings_the_slim_network_nearer_and_keeps_the_best(dense, slim):
+def test_recover_brings_the_slim_network_nearer_and_keeps_the_best(dense, slim):
     data, before = make_data(), distance(dense, slim)
     steps = []
-    recovery = distil(
+    recovery = recover(
         dense, slim, data, settings(steps=60, every=20), progress=lambda what, done, total: steps.append((done, total))
     )
     assert [step for step, _ in recovery.history] == [20, 40, 60] and recovery.stopped == "steps"
@@ -113,19 +114,19 @@ def test_distil_brings_the_slim_network_nearer_and_keeps_the_best(dense, slim):
 
 
 @pytest.mark.parametrize("regions", [False, True])
-def test_distil_twice_gives_the_same_bytes(dense, slim, regions):
+def test_recover_twice_gives_the_same_bytes(dense, slim, regions):
     results = []
     for _ in range(2):
         made = copy.deepcopy(slim)
-        results.append((made, distil(dense, made, make_data(regions), settings(steps=6, every=3)).to_dict()))
+        results.append((made, recover(dense, made, make_data(regions), settings(steps=6, every=3)).to_dict()))
     assert same(results[0][0], results[1][0]) and results[0][1] == results[1][1]
     assert not same(results[0][0], slim)
 
 
-def test_distil_learning_that_does_harm_leaves_the_weights_as_they_were(dense, slim, scripted):
+def test_recover_learning_that_does_harm_leaves_the_weights_as_they_were(dense, slim, scripted):
     scripted(0.1, 0.2)
     made = copy.deepcopy(slim)
-    recovery = distil(dense, made, make_data(), settings(steps=8, every=4))
+    recovery = recover(dense, made, make_data(), settings(steps=8, every=4))
     assert same(made, slim) and recovery.after == 0.1
 
 
@@ -142,46 +143,48 @@ def cut_at(step):
 
 
 @pytest.mark.parametrize(("step", "blocks"), [(13, 0), (9, 12), (20, 12)])
-def test_distil_resumed_equals_the_uninterrupted_run(dense, slim, tmp_path, step, blocks):
+def test_recover_resumed_equals_the_uninterrupted_run(dense, slim, tmp_path, step, blocks):
     chosen = settings(steps=24 - blocks, block_steps=blocks)
     whole = copy.deepcopy(slim)
-    wanted = distil(dense, whole, make_data(), chosen)
+    wanted = recover(dense, whole, make_data(), chosen)
     path, cut = tmp_path / "state", copy.deepcopy(slim)
     with pytest.raises(Cut):
-        distil(dense, cut, make_data(), chosen, checkpoint=path, identity="a", progress=cut_at(step))
+        recover(dense, cut, make_data(), chosen, checkpoint=path, identity="a", progress=cut_at(step))
     again, steps = copy.deepcopy(slim), []
-    found = distil(
+    found = recover(
         dense, again, make_data(), chosen, checkpoint=path, identity="a", progress=lambda w, d, t: steps.append(d)
     )
     assert steps == list(range(8 * (step // 8) + 1, 25))
     assert found.to_dict() == wanted.to_dict() and same(again, whole)
 
 
-def test_distil_finished_run_is_only_read_back(dense, slim, tmp_path):
+def test_recover_finished_run_is_only_read_back(dense, slim, tmp_path):
     path, first, second = tmp_path / "state", copy.deepcopy(slim), copy.deepcopy(slim)
-    wanted = distil(dense, first, make_data(), settings(), checkpoint=path)
-    found = distil(dense, second, make_data(), settings(), checkpoint=path, progress=cut_at(1))
+    wanted = recover(dense, first, make_data(), settings(), checkpoint=path)
+    found = recover(dense, second, make_data(), settings(), checkpoint=path, progress=cut_at(1))
     assert found.to_dict() == wanted.to_dict() and same(first, second)
 
 
-def test_distil_run_that_ended_early_is_not_gone_on_with(dense, slim, tmp_path, scripted):
+def test_recover_run_that_ended_early_is_not_gone_on_with(dense, slim, tmp_path, scripted):
     path, first, second = tmp_path / "state", copy.deepcopy(slim), copy.deepcopy(slim)
     chosen = settings(every=2, patience=2)
     scripted(0.5, 0.3, 0.4)
-    wanted = distil(dense, first, make_data(), chosen, checkpoint=path)
+    wanted = recover(dense, first, make_data(), chosen, checkpoint=path)
     assert (wanted.stopped, wanted.steps) == ("no gain", 6)
     scripted(0.1)  # whatever more steps would give
-    found = distil(dense, second, make_data(), chosen, checkpoint=path)
+    found = recover(dense, second, make_data(), chosen, checkpoint=path)
     assert found.to_dict() == wanted.to_dict() and same(first, second)
 
 
-def test_distil_checkpoint_of_another_run_is_ignored(dense, slim, tmp_path, caplog):
+def test_recover_checkpoint_of_another_run_is_ignored(dense, slim, tmp_path, caplog):
     path = tmp_path / "state"
-    distil(dense, copy.deepcopy(slim), make_data(), settings(steps=8), checkpoint=path, identity="a")
+    recover(dense, copy.deepcopy(slim), make_data(), settings(steps=8), checkpoint=path, identity="a")
     fresh, beside = copy.deepcopy(slim), copy.deepcopy(slim)
-    wanted = distil(dense, fresh, make_data(), settings(steps=8, learning_rate=1e-4))
+    wanted = recover(dense, fresh, make_data(), settings(steps=8, learning_rate=1e-4))
     with caplog.at_level(logging.WARNING, "nnslim"):
-        found = distil(dense, beside, make_data(), settings(steps=8, learning_rate=1e-4), checkpoint=path, identity="b")
+        found = recover(
+            dense, beside, make_data(), settings(steps=8, learning_rate=1e-4), checkpoint=path, identity="b"
+        )
     assert "belongs to another run" in caplog.text
     assert found.to_dict() == wanted.to_dict() and same(fresh, beside)
 
@@ -195,6 +198,14 @@ def _drop(key):
     return damage
 
 
+def _make_old(path):
+    """The state as it was before the running mean was torch's: its weights under their plain names, no version."""
+    content = torch.load(path, weights_only=True)
+    del content["version"], content["mean"]["n_averaged"]
+    content["mean"] = {key.removeprefix("module."): value for key, value in content["mean"].items()}
+    torch.save(content, path)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -203,51 +214,52 @@ def _drop(key):
         lambda path: path.write_bytes(b""),
         lambda path: torch.save({"identity": "a", "slim": {"a": torch.ones(1)}}, path),
         lambda path: torch.save([1, 2], path),
+        _make_old,
         _drop("mean"),
         _drop("optimiser"),
         _drop("best"),
         _drop("recovery"),
     ],
-    ids=["text", "cut", "empty", "other", "list", "no mean", "no optimiser", "no best", "no recovery"],
+    ids=["text", "cut", "empty", "other", "list", "old", "no mean", "no optimiser", "no best", "no recovery"],
 )
-def test_distil_damaged_checkpoint_starts_afresh(dense, slim, tmp_path, caplog, damage):
+def test_recover_damaged_checkpoint_starts_afresh(dense, slim, tmp_path, caplog, damage):
     path, fresh, made = tmp_path / "state", copy.deepcopy(slim), copy.deepcopy(slim)
     chosen = settings(steps=4, every=2)
-    wanted = distil(dense, fresh, make_data(), chosen)
-    distil(dense, copy.deepcopy(slim), make_data(), chosen, checkpoint=path, identity="a")
+    wanted = recover(dense, fresh, make_data(), chosen)
+    recover(dense, copy.deepcopy(slim), make_data(), chosen, checkpoint=path, identity="a")
     damage(path)
     with caplog.at_level(logging.WARNING, "nnslim"):
-        found = distil(dense, made, make_data(), chosen, checkpoint=path, identity="a")
+        found = recover(dense, made, make_data(), chosen, checkpoint=path, identity="a")
     assert "starts afresh" in caplog.text
     assert found.to_dict() == wanted.to_dict() and same(fresh, made)
 
 
-def test_distil_target_ends_early(dense, slim, scripted):
+def test_recover_target_ends_early(dense, slim, scripted):
     scripted(0.5, 0.3, 0.2, 0.1)
-    recovery = distil(dense, slim, make_data(), settings(), target=0.25)
+    recovery = recover(dense, slim, make_data(), settings(), target=0.25)
     assert (recovery.stopped, recovery.steps, recovery.after) == ("target", 16, 0.2)
-    recovery = distil(dense, slim, make_data(), settings(), target=0.25, progress=cut_at(1))
+    recovery = recover(dense, slim, make_data(), settings(), target=0.25, progress=cut_at(1))
     assert (recovery.stopped, recovery.steps, recovery.history) == ("target", 0, [])
 
 
 @pytest.mark.parametrize(("patience", "steps"), [(1, 4), (2, 6), (3, 8), (0, 24)])
-def test_distil_patience_ends_after_measurements_without_a_gain(dense, slim, scripted, patience, steps):
+def test_recover_patience_ends_after_measurements_without_a_gain(dense, slim, scripted, patience, steps):
     scripted(0.5, 0.3, 0.4)
-    recovery = distil(dense, slim, make_data(), settings(every=2, patience=patience))
+    recovery = recover(dense, slim, make_data(), settings(every=2, patience=patience))
     assert (recovery.steps, recovery.after) == (steps, 0.3)
     assert recovery.stopped == ("no gain" if patience else "steps")
 
 
-def test_distil_time_budget_stops_and_still_measures(dense, slim, monkeypatch):
+def test_recover_time_budget_stops_and_still_measures(dense, slim, monkeypatch):
     clock = iter(range(10_000))
     monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(clock)))
-    recovery = distil(dense, slim, make_data(), settings(steps=1000, every=1000, seconds=20))
+    recovery = recover(dense, slim, make_data(), settings(steps=1000, every=1000, seconds=20))
     assert recovery.stopped == "time" and 0 < recovery.steps < 20
     assert [step for step, _ in recovery.history] == [recovery.steps]
     assert recovery.after <= recovery.before
 
 
-def test_distil_block_steps_bring_the_stages_nearer(dense, slim):
+def test_recover_block_steps_bring_the_stages_nearer(dense, slim):
     ends = stage_ends(dense, smooth(0))
 
     @torch.no_grad()
@@ -258,7 +270,7 @@ def test_distil_block_steps_bring_the_stages_nearer(dense, slim):
         return torch.cat([found[n].flatten() for n in ends])
 
     made = copy.deepcopy(slim)
-    recovery = distil(dense, made, make_data(), settings(steps=0, block_steps=40, every=40))
+    recovery = recover(dense, made, make_data(), settings(steps=0, block_steps=40, every=40))
     assert recovery.steps == 40
     wanted = stages(dense)
     assert recovery.after <= recovery.before
@@ -266,12 +278,11 @@ def test_distil_block_steps_bring_the_stages_nearer(dense, slim):
         assert (stages(made) - wanted).norm() < (stages(slim) - wanted).norm()
 
 
-def test_block_loss_is_zero_for_equal_networks_and_has_gradients(dense, slim):
-    learner = module._Learner(dense, copy.deepcopy(dense).requires_grad_(True), make_data(), settings())
+def test_stage_loss_is_zero_for_equal_networks_and_has_gradients(dense, slim):
     batch = torch.cat([smooth(1), smooth(2)])
-    assert float(learner._block_loss(batch)) == 0
-    learner = module._Learner(dense, slim, make_data(), settings())
-    loss = learner._block_loss(batch)
+    ends = stage_ends(dense, batch[:1])
+    assert float(stage_loss(dense, copy.deepcopy(dense).requires_grad_(True), ends, batch)) == 0
+    loss = stage_loss(dense, slim, ends, batch)
     loss.backward()
     assert float(loss.detach()) > 0
     core = LayerIndex(slim)["encoder.stages.1.0.convs.0.conv.core"].module
@@ -279,13 +290,34 @@ def test_block_loss_is_zero_for_equal_networks_and_has_gradients(dense, slim):
     assert not any(m._forward_hooks for network in (dense, slim) for m in network.modules())
 
 
-def test_schedule_warms_up_and_falls_to_zero_in_each_stage(dense, slim):
-    learner = module._Learner(dense, slim, make_data(), settings(steps=100, block_steps=50))
-    run = module._Run(learner, None, learner.settings, None, "", None, None)
-    shares = [run._schedule(step) for step in range(150)]
-    assert [blocks for _, _, blocks in shares] == [True] * 50 + [False] * 100
-    assert shares[0][0] == shares[50][0] == 0 and shares[49][0] == 0.98 and shares[149][0] == 0.99
-    assert shares[0][1] == pytest.approx(1 / 5) and shares[50][1] == pytest.approx(1 / 10)
+def test_schedule_warms_up_and_falls_to_zero_in_each_phase():
+    chosen = settings(steps=100, block_steps=50, learning_rate=1.0)
+    rates, blocks = zip(*[schedule(step, chosen) for step in range(150)], strict=True)
+    assert blocks == (True,) * 50 + (False,) * 100
+    assert rates[0] == pytest.approx(1 / 5) and rates[50] == pytest.approx(1 / 10)  # cosine of share 0
+    assert rates[49] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.98)))
+    assert rates[149] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.99)))
+    assert schedule(30, chosen, spent=1.0)[0] == pytest.approx(0)
+
+
+def test_what_is_kept_is_the_running_mean_of_the_weights(dense, slim, scripted):
+    """The mean forgets 1 - min(0.97, (1 + n) / (10 + n)) of itself at step n, so that the start counts little."""
+    scripted(0.5, 0.1)
+    states, made = [copy.deepcopy(slim.state_dict())], copy.deepcopy(slim)
+    recover(
+        dense,
+        made,
+        make_data(),
+        settings(steps=4, every=4),
+        progress=lambda what, done, total: states.append(copy.deepcopy(made.state_dict())),
+    )
+    expected = states[0]
+    for number, state in enumerate(states[1:], start=1):
+        decay = min(0.97, (1 + number) / (10 + number))
+        expected = {key: decay * value + (1 - decay) * state[key] for key, value in expected.items()}
+    for key, value in made.state_dict().items():
+        torch.testing.assert_close(value, expected[key])
+    assert any(not torch.allclose(value, states[-1][key]) for key, value in made.state_dict().items())
 
 
 def test_referee_equal_networks_drop_nothing_and_a_broken_one_much(dense, slim):
@@ -305,11 +337,11 @@ def test_referee_asks_the_dense_network_once_per_tile_and_leaves_the_mode_alone(
     referee = Referee(dense, [smooth(seed) for seed in range(3)])
     slim.train()
     drops = [referee.drop(slim) for _ in range(3)]
-    handle.remove()
     assert len(calls) == 3 and slim.training and len(set(drops)) == 1
-    referee._budget, referee._kept = 0, {}
-    assert referee.drop(slim) == pytest.approx(drops[0], abs=2e-3)  # nothing kept: asked again, in full precision
-    assert not referee._kept
+    referee = Referee(dense, [smooth(seed) for seed in range(3)], budget=0)
+    for asked in (6, 9):  # nothing is kept: asked again
+        assert referee.drop(slim) == pytest.approx(drops[0], abs=2e-3) and len(calls) == asked
+    handle.remove()
 
 
 def test_referee_without_any_class_is_undecided(dense, slim):
@@ -395,14 +427,14 @@ def test_stage_ends_are_the_last_norms_of_each_resolution(tiny_net, tiny_shape, 
     )
 
 
-def test_distil_beyond_its_target_equals_the_run_without(dense, slim, tmp_path, scripted):
+def test_recover_beyond_its_target_equals_the_run_without(dense, slim, tmp_path, scripted):
     path, whole, cut = tmp_path / "state", copy.deepcopy(slim), copy.deepcopy(slim)
     scripted(0.5, 0.4, 0.2, 0.1)
-    wanted = distil(dense, whole, make_data(), settings())
+    wanted = recover(dense, whole, make_data(), settings())
     scripted(0.5, 0.4, 0.2, 0.1)
-    early = distil(dense, cut, make_data(), settings(), checkpoint=path, target=0.25)
+    early = recover(dense, cut, make_data(), settings(), checkpoint=path, target=0.25)
     assert (early.stopped, early.steps) == ("target", 16) and not same(cut, whole)
-    found = distil(dense, cut, make_data(), settings(), checkpoint=path)
+    found = recover(dense, cut, make_data(), settings(), checkpoint=path)
     assert found.to_dict() == wanted.to_dict() and same(cut, whole)
 
 
@@ -434,14 +466,14 @@ def test_find_budget_takes_the_smallest_share_within_the_limit(wide, monkeypatch
     seen = []
 
     def plan(dense, config, *_):
-        seen.append(search.SHARES.index(config.methods[0].settings.macs) - search._START)
+        seen.append(search.SHARES.index(config.methods[0].settings.macs) - search.START)
         if drops.get(seen[-1]) is RankError:
             raise RankError("too small")
         return seen[-1]
 
     def fit(dense, config, plans, *_, target, **__):
         assert target == 0.01
-        return plans, Recovery(after=drops.get(plans, 0.0))
+        return plans, Recovery(after=drops.get(plans, 0.0)), {}
 
     monkeypatch.setattr(search, "plan_methods", plan)
     monkeypatch.setattr(search, "fit_plans", lambda *_: (wide, {}))
@@ -449,7 +481,7 @@ def test_find_budget_takes_the_smallest_share_within_the_limit(wide, monkeypatch
     made = search.find_budget(wide, with_limit(0.01), 0, None, SHAPE, make_data(), None)
     assert seen == tried
     chosen = made.config.methods[0].settings
-    assert chosen.budget == ("macs", search.SHARES[search._START + found])
+    assert chosen.budget == ("macs", search.SHARES[search.START + found])
     assert (made.plans, made.slim, made.recovery.after) == (found, found, drops.get(found, 0.0))
     assert type(chosen)(**chosen.model_dump()) == chosen
 
@@ -460,24 +492,24 @@ def test_find_budget_leaves_out_what_recovery_cannot_win_back(wide, monkeypatch,
     tried, fits = [], []
     monkeypatch.setattr(search, "plan_methods", lambda dense, config, *_: config.methods[0].settings.macs)
     monkeypatch.setattr(search, "fit_plans", lambda *given: fits.append(given[2]) or (given[2], {}))
-    drops = {search.SHARES[search._START]: 0.019, search.SHARES[search._START + 1]: 0.021}
+    drops = {search.SHARES[search.START]: 0.019, search.SHARES[search.START + 1]: 0.021}
     monkeypatch.setattr(search.Referee, "drop", lambda self, share: drops.get(share, 0.0))
 
     def fit(dense, config, plans, *_, **__):
-        tried.append(search.SHARES.index(plans) - search._START)
-        return plans, Recovery(after=0.0)
+        tried.append(search.SHARES.index(plans) - search.START)
+        return plans, Recovery(after=0.0), {}
 
     monkeypatch.setattr(search, "fit_and_recover", fit)
     limit = with_limit(0.01, steps=4) if learns else with_limit(0.01)
     made = search.find_budget(wide, limit, 0, None, SHAPE, make_data(), None)
-    assert tried == recovered and made.slim == search.SHARES[search._START + recovered[-1]]
+    assert tried == recovered and made.slim == search.SHARES[search.START + recovered[-1]]
     assert len(fits) == (2 if learns else 4)
 
 
 def test_find_budget_limit_never_kept_raises_and_names_the_trials(wide, monkeypatch):
     monkeypatch.setattr(search, "plan_methods", lambda *_: ())
     monkeypatch.setattr(search, "fit_plans", lambda *_: (wide, {}))
-    monkeypatch.setattr(search, "fit_and_recover", lambda *_, **__: (None, Recovery(after=0.5)))
+    monkeypatch.setattr(search, "fit_and_recover", lambda *_, **__: (None, Recovery(after=0.5), {}))
     with pytest.raises(RankError, match=r"max_drop=0\.01 was not kept .*0\.083: 0\.5000, .*0\.25: 0\.5000"):
         search.find_budget(wide, with_limit(0.01), 0, None, SHAPE, make_data(), None)
 
@@ -500,7 +532,7 @@ def test_found_share_is_recovered_to_the_end(wide):
 
 
 def test_compress_max_drop_without_data_raises(wide):
-    with pytest.raises(ConfigError, match=r"max_drop=0\.1 is measured on images: name a folder"):
+    with pytest.raises(ConfigError, match=r"max_drop=0\.1 is measured on images: name their folder"):
         compress(wide, [wide.state_dict()], with_limit(0.1), SHAPE)
     two = from_dict({"methods": [{"method": "tucker", "max_drop": 0.1}] * 2})
     with pytest.raises(ConfigError, match="only one method"):

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from nnslim.compression.calibration import Calibration
 from nnslim.compression.config import RecoveryConfig
-from nnslim.compression.recover import _Learner
+from nnslim.compression.recover import learns_in_bfloat16, recover
 from nnslim.compression.referee import Referee
 from nnslim.compression.teacher import Teacher, flip, mirrors
 from nnslim.network.walk import LayerIndex
@@ -93,7 +93,7 @@ def test_referee_truth_is_the_mean_over_mirror_images_and_the_answer_the_plain_o
         logits = [flip(dense(flip(x, way)), way)[0] for way in mirrors((0, 1), 4)]
     likely = [one.sigmoid() if regions else one.softmax(0) for one in logits]
     for _ in range(2):  # computed, then kept
-        truth, answer = referee._reference(0, x)
+        truth, answer = referee.reference(0, x)
         torch.testing.assert_close(truth, torch.stack(likely).mean(0), rtol=0, atol=2e-3)
         assert torch.equal(answer, logits[0] > 0 if regions else logits[0].argmax(0))
 
@@ -113,31 +113,28 @@ def test_referee_slim_network_that_answers_as_the_mean_is_better_than_the_dense_
 )
 def test_precision_of_learning_is_the_one_asked_for(dense, monkeypatch, precision, fast, half):
     monkeypatch.setattr("nnslim.compression.recover.has_fast_bfloat16", lambda: fast)
-    learner = _Learner(dense, copy.deepcopy(dense), data_of((0,)), RecoveryConfig(steps=1, precision=precision))
-    learner.prepare(images(0))
-    assert learner.half is half
+    assert learns_in_bfloat16((dense, copy.deepcopy(dense)), images(0), precision) is half
 
 
 def test_precision_falls_back_where_torch_is_wrong(dense, monkeypatch, caplog):
     monkeypatch.setattr("nnslim.compression.recover.bfloat16_is_safe", lambda network, shape: False)
-    learner = _Learner(dense, copy.deepcopy(dense), data_of(()), RecoveryConfig(steps=1, precision="bf16"))
-    learner.prepare(images(0))
-    assert not learner.half and "float32" in caplog.text
+    assert not learns_in_bfloat16((dense, copy.deepcopy(dense)), images(0), "bf16")
+    assert "float32" in caplog.text
 
 
-def test_learning_from_mirror_images_moves_the_answer_towards_their_mean(dense):
-    x = torch.cat([images(seed) for seed in (50, 51)])
+def test_learning_from_mirror_images_moves_the_answer_towards_their_mean(dense, monkeypatch):
+    x = torch.cat([images(seed) for seed in (500, 501)])
     with torch.no_grad():
         mean = torch.stack([flip(dense(flip(x, way)), way).softmax(1) for way in mirrors((0, 1))]).mean(0)
 
     def distance(mirrored):
         slim, data = copy.deepcopy(dense), data_of((0, 1))
-        settings = RecoveryConfig(steps=60, learning_rate=5e-3, mirrored_teacher=mirrored, precision="f32")
-        learner = _Learner(dense, slim, data, settings)
-        for step in range(60):
-            learner.step(images(100 + step), step, step / 60, 1.0, False)
+        drops = [1.0, 0.0]  # so that the last state is kept
+        monkeypatch.setattr(Referee, "drop", lambda self, slim: drops.pop(0))
+        settings = RecoveryConfig(steps=60, every=60, learning_rate=5e-3, mirrored_teacher=mirrored, precision="f32")
+        recover(dense, slim, data, settings)
         with torch.no_grad():
-            return (learner.mean(x).softmax(1) - mean).norm().item()
+            return (slim(x).softmax(1) - mean).norm().item()
 
     assert distance(True) < 0.9 * distance(False)
 

@@ -129,7 +129,7 @@ def settled(net, tiles, ranks, **more):
 
 def test_plans_are_compared_on_fresh_images_where_there_are_some(net, tiles, monkeypatch):
     seen = []
-    judged(monkeypatch, lambda self, rank: seen.append([tile.sum().item() for tile in self._tiles]) or [[0.0]])
+    judged(monkeypatch, lambda self, rank: seen.append([tile.sum().item() for tile in self.tiles]) or [[0.0]])
     for fresh, expected in ((None, tiles[1:2]), (tiles[1:], tiles[1:])):
         seen.clear()
         assert settled(net, tiles, (8, 16), fresh=fresh) == 16  # of equals the simplest

@@ -16,6 +16,8 @@ from nnslim.errors import ModelError, OutputError, SpecError
 from nnslim.hosts.nnunet.compress.compress_model import compress_model
 from nnslim.hosts.nnunet.model.slim_network import NETWORK_CLASS_NAME, slim_network
 from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_trained_model
+from nnslim.hosts.nnunet.predict.load import load_predictor
+from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.network.spec import spec_of
 
 HALF = tucker(rank_factor=0.5, rank_min=2)
@@ -32,7 +34,7 @@ def test_compress_folder_any_kind_stock_predictor_gives_logits_of_slim_network(
     assert slimmed.slim.parameters < slimmed.dense.parameters
     got = stock_logits(tmp_path / "slim", folds=(0, 1))
     again = compress(build_network(model), model.weights, HALF, input_shape(model))
-    from conftest import make_predictor, random_data
+    from helpers import make_predictor, random_data
 
     predictor = make_predictor()
     predictor.initialize_from_trained_model_folder(str(model.path), (0, 1))
@@ -268,6 +270,22 @@ def test_read_plans_with_unknown_or_foreign_class_is_refused(make_model, change,
     (source / "plans.json").write_text(json.dumps(plans))
     with pytest.raises(ModelError, match=message):
         read_trained_model(source)
+
+
+def test_predictor_reads_each_checkpoint_once_and_runs_no_code_from_it(make_model, stock_logits, monkeypatch):
+    from helpers import random_data
+
+    source, asked, load = make_model(folds=(0, 1)), [], torch.load
+
+    def watched(file, *arguments, **options):
+        asked.append((str(file).split("/")[-2], options.get("weights_only")))
+        return load(file, *arguments, **options)
+
+    expected = stock_logits(source, folds=(0, 1))
+    monkeypatch.setattr(torch, "load", watched)
+    predictor = load_predictor(source, None, PredictSettings(backend="stock", mirroring=False))
+    assert asked == [("fold_0", True), ("fold_1", True)]
+    assert torch.equal(predictor.predict_logits_from_preprocessed_data(random_data(predictor)).float(), expected)
 
 
 def test_read_plans_that_are_no_json_are_named(make_model):

@@ -85,7 +85,7 @@ def test_inflated_folder_is_predicted_from_files_with_their_geometry(make_model,
     flat = read_trained_model(make_model("2d"))
     target = target_of(flat, "3d_fullres", plans_3d)
     folder = tmp_path / "made" / "nnUNetTrainer__nnUNetPlans__3d_fullres"
-    write_inflated(flat, target, inflate_model(flat, target, "average"), file=None, folder=folder)
+    write_inflated(target, inflate_model(flat, target, "average"), file=None, folder=folder)
     _predicts_with_geometry(folder, case_folder, tmp_path / "out")
 
 
@@ -195,7 +195,7 @@ def test_hippocampus_plans_2d_inflate_to_3d_fullres(tmp_path):
     plans["configurations"]["2d"] = flat
     model = read_trained_model(untrained_2d(tmp_path / "nnUNetTrainer__nnUNetPlans__2d", plans, shipped.dataset))
     target = target_of(model, "3d_fullres")
-    write_inflated(model, target, inflate_model(model, target), file=tmp_path / "start.pth", folder=None)
+    write_inflated(target, inflate_model(model, target), file=tmp_path / "start.pth", folder=None)
     load_pretrained_weights(build_untrained(target), str(tmp_path / "start.pth"))
     weights = torch.load(tmp_path / "start.pth", weights_only=False)["network_weights"]
     key = "encoder.stages.3.0.convs.1.conv.weight"

@@ -22,7 +22,7 @@ from nnslim.compression.config import SlimConfig
 from nnslim.errors import InputError
 from nnslim.files import output_error, sha256_of
 from nnslim.hosts.nnunet.cases.preprocess import check_stage, find_cases, preprocess_case
-from nnslim.hosts.nnunet.model.class_names import classes_of
+from nnslim.hosts.nnunet.model.trained_model import classes_of
 
 _FRESH = 24  # images, at most, on which fitted plans are compared
 _FLAT = 0.02  # a tile whose spread is below this share of the image's shows padding or air
@@ -312,7 +312,11 @@ def _transforms(source: Source) -> tuple[Callable[[np.ndarray], Tensor], tuple[i
 
 @contextmanager
 def calibration_of(
-    model: Any, config: SlimConfig, progress: Callable[[str, int, int], None] | None = None
+    model: Any,
+    config: SlimConfig,
+    progress: Callable[[str, int, int], None] | None = None,
+    *,
+    needed: bool | None = None,
 ) -> Iterator[Calibration | None]:
     """Yield the calibration data that a configuration asks for, None where it names no images; clean up at the end.
 
@@ -320,11 +324,13 @@ def calibration_of(
         model: a TrainedModel or an initialised nnUNetPredictor.
         config: `calibration.images` names the folder.
         progress: called with ("images", done, in all).
+        needed: False yields None; by default images are read where the configuration changes or rounds the weights.
     Raises:
         InputError: no images, or one that cannot be read. ModelError: a cascade.
     """
+    needed = config.active or config.store == "half" if needed is None else needed
     settings, learns = config.calibration, config.recovery.learns or _searches(config)
-    if settings.images is None or not (config.active or config.store == "half"):
+    if settings.images is None or not needed:
         yield None
         return
     # Learning and judging want images of their own; a sixth of them is for judging.

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor
 
 from nnslim._version import __version__
 from nnslim.compression.compress_network import Slimmed, compress
 from nnslim.compression.config import SlimConfig
 from nnslim.compression.guard import Guard
+from nnslim.compression.record import read_record, write_record
 from nnslim.compression.recover import Progress
 from nnslim.compression.storage import bytes_of, in_half
 from nnslim.errors import ConfigError, ModelError, SlowerError
-from nnslim.files import read_json, save_checkpoint, whole_folder, write_json
+from nnslim.files import whole_folder
 from nnslim.hosts.nnunet.cases.calibration_tiles import calibration_of
-from nnslim.hosts.nnunet.model.changed_plans import in_architecture, resolutions, with_changed_plans
 from nnslim.hosts.nnunet.model.planned import built_from_plans
-from nnslim.hosts.nnunet.model.pruned import spec_in_plans, trained_base
-from nnslim.hosts.nnunet.model.slim_plans import with_architecture
+from nnslim.hosts.nnunet.model.pruned import trained_base
+from nnslim.hosts.nnunet.model.slim_plans import named_after, slim_plans, with_changed_plans
 from nnslim.hosts.nnunet.model.trained_model import (
     TrainedModel,
     build_network,
@@ -30,10 +29,11 @@ from nnslim.hosts.nnunet.model.trained_model import (
     input_shape,
     read_trained_model,
     trainer_class,
+    write_model,
 )
 from nnslim.methods.decision_table import write_decisions
 from nnslim.network.cost import Counts, measure_cost
-from nnslim.network.spec import SlimSpec, spec_of
+from nnslim.network.spec import SlimSpec
 
 
 def compress_model(
@@ -49,24 +49,23 @@ def compress_model(
 
     The folder holds plans.json (the architecture names nnslim and carries the spec), dataset.json, the checkpoints
     under the names they had, nnslim.json (what was done, per layer) and plan.csv (the ranks, to be edited and passed
-    back). Optimiser state is left out: it belongs to tensors that are gone. Without a method the plans stay as they
-    are, so that a copy in half precision needs no nnslim.
+    back). The optimiser's state is left out, because its tensors no longer exist. Without a method the plans do not
+    change, so a copy in half precision needs no nnslim.
 
-    Recovery that is interrupted goes on where it stopped at the next call: its state lies beside the target, in
-    `.<name>.recovery.fold<N>`, until the folder is written.
+    An interrupted recovery continues at the next call: until the folder is written, its state lies beside the target,
+    in `.<name>.recovery.fold<N>`.
 
     Args:
-        model: from `read_model_folder`.
+        model: from `read_trained_model`.
         target: folder to write; must not exist, or be empty.
-        config: the methods, and how data are used.
-        images: folder of unlabelled calibration images, in place of the one that the configuration names.
+        images: folder of unlabelled calibration images; overrides that of the configuration.
         progress: called with (what is done, units done, units in all).
-        allow_slower: write the model as it was planned, also where it is slower than the dense one on this machine.
+        allow_slower: write the model as planned even if it is slower than the dense one on this machine.
     Raises:
         SlowerError: no slim form of the model is faster here, and `run.guard` is on.
-        ModelError: already slim (otherwise than by widths), or a trainer that builds its network without the
-            plans; both are no hindrance where the configuration names no method.
-        OutputError: the target exists or cannot be written; nothing half-written is left.
+        ModelError: the model is slim already (other than by its widths), or its trainer builds the network without
+            the plans. Neither matters where the configuration names no method.
+        OutputError: the target exists or cannot be written; no half-written folder is left.
     """
     if (training := config.training) is not None:
         raise ConfigError(
@@ -99,22 +98,17 @@ def compress_model(
             )
         if slimmed.refused:
             raise SlowerError(
-                f"the slim model would be slower here: {slimmed.speed}; nothing is written. Compress harder, or "
-                "allow it (--allow-slower) where the model is meant for another machine"
+                f"the slim model would be slower here: {slimmed.speed}; nothing is written. Compress harder, or use "
+                "--allow-slower if the model is meant for another machine"
             )
         slimmed = replace(slimmed, spec=SlimSpec((*before, *slimmed.spec.edits)))
+        resolution = {}
         if given is not model:
             slimmed = replace(slimmed, dense=Counts.of(measure_cost(network, input_shape(given))))
-        plans = slim_plans(model, slimmed.spec, target.name)
-        write_json(side / "plans.json", plans)
-        write_json(side / "dataset.json", model.dataset)
-        for (fold, checkpoint), weights in zip(model.checkpoints.items(), slimmed.weights, strict=True):
-            (side / f"fold_{fold}").mkdir()
-            path = side / f"fold_{fold}" / model.checkpoint_name
-            save_checkpoint(slim_checkpoint(checkpoint, weights, plans), path)
+            resolution = {"resolution": _resolutions(given, model)}
+        write_slim(side, model, slimmed.weights, named_after(target.name, slim_plans(model, slimmed.spec)))
         slimmed = replace(slimmed, file_bytes=(_checkpoint_bytes(model, model.path), _checkpoint_bytes(model, side)))
-        made = record(model, slimmed, config)
-        write_json(side / "nnslim.json", made if given is model else {**made, "resolution": resolutions(given, model)})
+        write_record(side, _record(model, slimmed, config), **resolution)
         if config.active:
             write_decisions(slimmed.decisions, side / "plan.csv")
         if config.run.precision == "int8":
@@ -124,24 +118,22 @@ def compress_model(
     return slimmed
 
 
-def write_network(model: TrainedModel, network: nn.Module, target: Path) -> None:
-    """Write a slim network that was made from the model's first fold as a model folder with that fold alone.
+def write_slim(
+    folder: Path, model: TrainedModel, weights: Iterable[Mapping[str, Tensor]], plans: dict[str, Any]
+) -> None:
+    """Write a model into an empty folder with slim weights in place of its own, one state dict for each fold.
 
-    Args:
-        model: the dense model.
-        network: carries its SlimSpec.
-        target: folder to write; must not exist, or be empty.
-    Raises:
-        OutputError: the target exists or cannot be written.
+    Of each checkpoint everything but the optimiser's state is kept.
     """
-    fold, checkpoint = next(iter(model.checkpoints.items()))
-    with whole_folder(Path(target)) as side:
-        plans = slim_plans(model, spec_of(network) or SlimSpec(), Path(target).name)
-        write_json(side / "plans.json", plans)
-        write_json(side / "dataset.json", model.dataset)
-        (side / f"fold_{fold}").mkdir()
-        made = slim_checkpoint(checkpoint, network.state_dict(), plans)
-        save_checkpoint(made, side / f"fold_{fold}" / model.checkpoint_name)
+
+    def slim(checkpoint: dict[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
+        made = {**checkpoint, "network_weights": state, "optimizer_state": None, "grad_scaler_state": None}
+        init = made["init_args"]
+        return {**made, "init_args": {**init, "plans": plans}} if isinstance(init, dict) and "plans" in init else made
+
+    pairs = zip(model.checkpoints.items(), weights, strict=True)
+    checkpoints = ((fold, slim(checkpoint, state)) for (fold, checkpoint), state in pairs)
+    write_model(folder, plans, model.dataset, checkpoints, model.checkpoint_name)
 
 
 def _calibrate_int8(side: Path, folds: list[str], config: SlimConfig, progress: Progress | None) -> None:
@@ -158,43 +150,28 @@ def _calibrate_int8(side: Path, folds: list[str], config: SlimConfig, progress: 
 
 
 def _guard(config: SlimConfig, allow_slower: bool) -> Guard | None:
-    device = "cuda" if config.calibration.device != "cpu" and torch.cuda.is_available() else "cpu"
-    return Guard(config.run.settings(), torch.device(device), not allow_slower) if config.run.guard else None
+    if not config.run.guard:
+        return None
+    return Guard(config.run.settings(), config.calibration.torch_device(), not allow_slower)
 
 
-def slim_plans(model: TrainedModel, spec: SlimSpec, folder_name: str) -> dict[str, Any]:
-    """Return the plans with the slim architecture in the trained configuration, or as they are if there is none to add.
-
-    A target named trainer__plans__configuration gives the plans their name,
-    so that `totalsegmentator(plans=...)` and `nnUNetv2_predict -p` find the folder.
-    """
-    plans = copy.deepcopy(model.plans)
-    if spec.edits and spec != spec_in_plans(model):
-        plans, rest = in_architecture(model, spec)
-        plans = with_architecture(plans, model.configuration, rest) if rest.edits else plans
-    parts = folder_name.split("__")
-    if len(parts) == 3 and parts[1]:
-        plans["plans_name"] = parts[1]
-    return plans
-
-
-def slim_checkpoint(checkpoint: dict[str, Any], weights: dict[str, Any], plans: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint with slim weights, everything else of nnU-Net's as it was but for the optimiser's state."""
-    made = {**checkpoint, "network_weights": weights, "optimizer_state": None, "grad_scaler_state": None}
-    init = made["init_args"]
-    if isinstance(init, dict) and "plans" in init:
-        made["init_args"] = {**init, "plans": plans}
-    return made
+def _resolutions(before: TrainedModel, after: TrainedModel) -> dict[str, Any]:
+    """Return spacing (mm) and patch (voxels), before and after."""
+    pair = [model.configuration_manager for model in (before, after)]
+    return {
+        "spacing": [[float(size) for size in one.spacing] for one in pair],
+        "patch": [[int(size) for size in one.patch_size] for one in pair],
+    }
 
 
 def _checkpoint_bytes(model: TrainedModel, folder: Path) -> int:
     return sum((folder / f"fold_{fold}" / model.checkpoint_name).stat().st_size for fold in model.checkpoints)
 
 
-def record(model: TrainedModel, slimmed: Slimmed, config: SlimConfig) -> dict[str, Any]:
+def _record(model: TrainedModel, slimmed: Slimmed, config: SlimConfig) -> dict[str, Any]:
     """Return the content of nnslim.json: versions, source, settings, spec, counts, decisions, sizes, measured speed.
 
-    A copy of a slim model in another precision keeps what was recorded of it.
+    A copy of a slim model in another precision keeps that model's record.
     """
     dense, slim = slimmed.file_bytes or (None, None)
     first = slimmed.weights[0]
@@ -207,7 +184,7 @@ def record(model: TrainedModel, slimmed: Slimmed, config: SlimConfig) -> dict[st
         "agreement": slimmed.half_agreement,
     }
     if model.is_slim and not config.active:
-        return {**read_json(model.path / "nnslim.json"), "nnslim": __version__, "stored": stored}
+        return {**read_record(model.path, required=False), "nnslim": __version__, "stored": stored}
     return {
         "nnslim": __version__,
         "source": model.path.name,

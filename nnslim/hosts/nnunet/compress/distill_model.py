@@ -7,23 +7,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from nnslim._version import __version__
 from nnslim.compression.calibration import Calibration
 from nnslim.compression.config import SlimConfig, from_dict
+from nnslim.compression.record import read_record, write_record
 from nnslim.compression.recover import Progress, Recovery, recover
 from nnslim.compression.storage import StateDict, in_half, stored
 from nnslim.errors import ConfigError, ModelError, SpecError
-from nnslim.files import save_checkpoint, sha256_of, whole_folder, write_json
+from nnslim.files import sha256_of, whole_folder
 from nnslim.hosts.nnunet.cases.calibration_tiles import calibration_of
-from nnslim.hosts.nnunet.compress.compress_model import slim_checkpoint
-from nnslim.hosts.nnunet.model.model_files import find_folds, slim_record
+from nnslim.hosts.nnunet.compress.compress_model import write_slim
+from nnslim.hosts.nnunet.model.model_files import find_folds
+from nnslim.hosts.nnunet.model.slim_plans import named_after
 from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network, model_key, read_trained_model
 from nnslim.network.spec import apply_spec, spec_of
-
-_STALE = ("agreement",)  # entries of nnslim.json that were measured on the weights from before
 
 
 def distill_config(images: Path, device: str = "auto", **recovery: Any) -> SlimConfig:
@@ -36,16 +33,10 @@ def distill_config(images: Path, device: str = "auto", **recovery: Any) -> SlimC
         ConfigError: a value out of bounds, or nothing to learn.
     """
     given = {key: value for key, value in recovery.items() if value is not None}
-    raw = {
-        "methods": [{"method": "tucker"}],  # any: images are only read for a configuration that does something
-        "calibration": {"images": images, "device": device},
-        "recovery": given,
-    }
-    config = from_dict(raw, "distill")
+    config = from_dict({"calibration": {"images": images, "device": device}, "recovery": given}, "distill")
     if not config.recovery.learns:
         raise ConfigError("distill: there is nothing to do with no steps and no block steps")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda was asked for, but torch finds no CUDA device; use --device cpu")
+    config.calibration.torch_device()  # a missing GPU is named before anything is read
     return config
 
 
@@ -53,10 +44,10 @@ def read_pair(slim: Path, teacher: Path, *, trust: bool = False) -> tuple[Traine
     """Return a slim model and the same folds of the dense one that it was made from.
 
     Raises:
-        ModelError: an unusable folder, a model that is not slim, a teacher that is, lacks a fold, sees other
-        voxels or is of another structure.
+        ModelError: a folder is unusable, the model is not slim, or the teacher is slim, lacks a fold, or has another
+        preprocessing or structure.
     """
-    slim_record(slim)
+    read_record(slim)
     small = read_trained_model(slim, trust=trust)
     same = small.checkpoint_name if find_folds(Path(teacher), small.checkpoint_name) else None
     dense = read_trained_model(teacher, list(small.checkpoints), same, trust=trust)
@@ -101,10 +92,10 @@ def distill_model(
 ) -> list[Recovery]:
     """Let each fold of a slim model learn from the dense model's fold, and write a new model folder.
 
-    It holds what the slim folder does, with the new weights in the precision of the old ones. Its nnslim.json gets the
-    new entry "recovery" and an entry "distill" with the settings; an agreement that was measured on the old weights is
-    left out. Interrupted, it goes on where it stopped at the next call: its state lies beside the target, in
-    `.<name>.recovery.fold<N>`, until the folder is written.
+    It holds what the slim folder does, with the new weights in the precision of the old ones. Its nnslim.json gets a
+    new entry "recovery" and an entry "distill" with the settings; the agreement, measured on the old weights, is
+    left out. An interrupted run continues at the next call: until the folder is written, its state lies beside the
+    target, in `.<name>.recovery.fold<N>`.
 
     Args:
         slim, dense: from `read_pair`.
@@ -119,22 +110,32 @@ def distill_model(
     """
     target = Path(target)
     state = target.with_name(f".{target.name}.recovery")
-    recoveries = []
     with whole_folder(target) as side:
-        for name in ("dataset.json", "plan.csv"):
-            if (slim.path / name).is_file():
-                shutil.copyfile(slim.path / name, side / name)
-        plans = _named(slim.plans, target.name)
-        write_json(side / "plans.json", plans)
-        with calibration_of(dense, config, progress) as data:
-            for number, (fold, checkpoint) in enumerate(slim.checkpoints.items()):
-                beside = state.with_name(f"{state.name}.fold{number}")
-                weights, recovery = _fold(slim, dense, fold, data, config, beside, progress)
-                (side / f"fold_{fold}").mkdir()
-                made = slim_checkpoint(checkpoint, weights, plans)
-                save_checkpoint(made, side / f"fold_{fold}" / slim.checkpoint_name)
-                recoveries.append(recovery)
-        write_json(side / "nnslim.json", _record(slim, dense, config, data, recoveries))
+        with calibration_of(dense, config, progress, needed=True) as data:
+            learned = [
+                _fold(slim, dense, fold, data, config, state.with_name(f"{state.name}.fold{number}"), progress)
+                for number, fold in enumerate(slim.checkpoints)
+            ]
+        recoveries = [recovery for _, recovery in learned]
+        write_slim(side, slim, [weights for weights, _ in learned], named_after(target.name, slim.plans))
+        if (slim.path / "plan.csv").is_file():
+            shutil.copyfile(slim.path / "plan.csv", side / "plan.csv")
+        before = read_record(slim.path)
+        write_record(
+            side,
+            before,
+            agreement=None,  # measured on the weights from before
+            recovery=[recovery.to_dict() for recovery in recoveries],
+            distill={
+                "nnslim": __version__,
+                "slim": slim.path.name,
+                "teacher": dense.path.name,
+                "folds": list(slim.checkpoints),
+                "images": data.images,
+                "settings": config.recovery.model_dump(mode="json"),
+                "earlier": before.get("recovery", []),
+            },
+        )
     for leftover in target.parent.glob(f"{state.name}.fold*"):
         leftover.unlink(missing_ok=True)
     return recoveries
@@ -149,44 +150,13 @@ def _fold(
     checkpoint: Path,
     progress: Progress | None,
 ) -> tuple[StateDict, Recovery]:
-    device = torch.device("cuda" if config.calibration.device != "cpu" and torch.cuda.is_available() else "cpu")
-    student, teacher = _network(slim, fold).to(device), _network(dense, fold).to(device)
+    device = config.calibration.torch_device()
+    student, teacher = build_network(slim, fold).to(device), build_network(dense, fold).to(device)
     files = [model.path / f"fold_{fold}" / model.checkpoint_name for model in (slim, dense)]
-    settings = {"calibration": config.identity()["calibration"], "recovery": config.identity()["recovery"]}
-    identity = f"{data.fingerprint} {json.dumps(settings, sort_keys=True)} {[sha256_of(file) for file in files]}"
+    settings = json.dumps(config.data_identity(), sort_keys=True)
+    identity = f"{data.fingerprint} {settings} {[sha256_of(file) for file in files]}"
     recovery = recover(
         teacher, student, data, config.recovery, checkpoint=checkpoint, identity=identity, progress=progress
     )
     half = in_half(slim.checkpoints[fold]["network_weights"])
     return stored(student.to("cpu"), half)[1], recovery
-
-
-def _network(model: TrainedModel, fold: str) -> nn.Module:
-    network = build_network(model)
-    network.load_state_dict({key: value.float() for key, value in model.checkpoints[fold]["network_weights"].items()})
-    return network.eval()
-
-
-def _named(plans: dict[str, Any], folder_name: str) -> dict[str, Any]:
-    """Give the plans the name in a folder called trainer__plans__configuration, by which nnU-Net looks for it."""
-    parts = folder_name.split("__")
-    return {**plans, "plans_name": parts[1]} if len(parts) == 3 and parts[1] else plans
-
-
-def _record(
-    slim: TrainedModel, dense: TrainedModel, config: SlimConfig, data: Calibration, recoveries: list[Recovery]
-) -> dict[str, Any]:
-    kept = {key: value for key, value in slim_record(slim.path).items() if key not in _STALE}
-    return {
-        **kept,
-        "recovery": [recovery.to_dict() for recovery in recoveries],
-        "distill": {
-            "nnslim": __version__,
-            "slim": slim.path.name,
-            "teacher": dense.path.name,
-            "folds": list(slim.checkpoints),
-            "images": data.images,
-            "settings": config.recovery.model_dump(mode="json"),
-            "earlier": kept.get("recovery", []),
-        },
-    }

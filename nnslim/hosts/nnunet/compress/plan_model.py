@@ -1,10 +1,11 @@
-"""What compression would cost a model folder, before any weights are made: the error grid, and a plan alone."""
+"""What compression would do to a model, before any weights are made: the error grid, and a plan alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network,
 from nnslim.methods.base import Decision, method_named
 from nnslim.methods.decision_table import write_decisions
 from nnslim.network.cost import measure_cost
-from nnslim.surgery.streaming import Tiles
 
 _TILES_PER_IMAGE = 2
 
@@ -41,14 +41,13 @@ def error_grid_folder(
     The method fills the folder, see `Method.survey`; it is written whole or not at all.
 
     Args:
-        model: dense, from `read_model_folder`.
+        model: dense, from `read_trained_model`.
         target: folder to write; must not exist, or be empty.
-        images: folder of unlabelled images; with them the error of the outputs is told as well.
-        count: images at most.
+        images: folder of unlabelled images, for the error of the outputs. count: images at most.
         method: one with a survey. step: between two settings; see the method.
         progress: called with (what is done, units done, units in all).
     Raises:
-        ModelError: a slim model, or one that cannot be built. InputError: no images, or one that cannot be read.
+        ModelError: the model is slim, or cannot be built. InputError: no images, or one that cannot be read.
         ConfigError: step or count below 1, or a method without a survey.
         OutputError: the target exists or cannot be written.
     """
@@ -60,24 +59,15 @@ def error_grid_folder(
         raise ConfigError(f"the number of images is at least 1, found {count}")
     fold = next(iter(model.checkpoints))
     title = f"{model.plans.get('dataset_name', model.path.name)}, {model.configuration}, fold {fold}"
-
-    with whole_folder(Path(target)) as side:
-        network = build_network(model)
+    with whole_folder(Path(target)) as side, ExitStack() as stack:
+        network, tiles = build_network(model), None
         cost = measure_cost(network, input_shape(model))
-        with _tiles(model, images, count, progress) as tiles:
-            if tiles is not None and torch.cuda.is_available():
-                network = network.to("cuda")
-            return survey(network, cost, tiles, side, step=step, title=title, progress=progress)
-
-
-@contextmanager
-def _tiles(model: TrainedModel, images: Path | None, count: int, progress: Progress | None) -> Iterator[Tiles | None]:
-    if images is None:
-        yield None
-        return
-    step = None if progress is None else lambda done, total: progress("images", done, total)
-    with prepare_images(Source.of(model), Path(images), count, progress=step) as prepared:
-        yield ImageTiles(prepared, _TILES_PER_IMAGE)
+        if images is not None:
+            shown = progress and partial(progress, "images")
+            prepared = prepare_images(Source.of(model), Path(images), count, progress=shown)
+            tiles = ImageTiles(stack.enter_context(prepared), _TILES_PER_IMAGE)
+            network = network.to("cuda" if torch.cuda.is_available() else "cpu")
+        return survey(network, cost, tiles, side, step=step, title=title, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -108,20 +98,26 @@ class Planned:
 
 
 def plan_model(model: TrainedModel, target: Path, config: SlimConfig, *, progress: Progress | None = None) -> Planned:
-    """Choose the ranks for a model folder by the weights of its first fold, and write the table; no weights are made.
+    """Choose the ranks of a model by the weights of its first fold, and write the table; no weights are made.
 
     Args:
-        model: dense, from `read_model_folder`.
+        model: dense, from `read_trained_model`.
         target: CSV file to write, to be edited and passed back as the key `plan` of the method; must not exist, since
             it may have been edited.
         config: the methods, and the calibration images if there are any.
         progress: called with (what is done, units done, units in all).
     Raises:
         ConfigError: nothing to plan, or a budget `max_drop`. RankError: a budget that cannot be met.
-        ModelError: a slim model. InputError: no images. OutputError: the target exists or cannot be written.
+        ModelError: the model is slim. InputError: no images. OutputError: the target exists or cannot be written.
     """
     _check_dense(model)
-    _check_plannable(config)
+    if not config.active:
+        raise ConfigError("the config has no method that is applied, so there is nothing to plan")
+    if searched(config) is not None:
+        raise ConfigError(
+            "max_drop cannot be planned alone: it is found by compressing and recovering on images; use nnslim "
+            "compress -i IMAGES, whose output folder holds the plan.csv that was found"
+        )
     target = Path(target)
     if target.exists():
         raise OutputError(f"{target} exists and is not overwritten; remove it first, or choose another file")
@@ -131,28 +127,16 @@ def plan_model(model: TrainedModel, target: Path, config: SlimConfig, *, progres
     with calibration_of(model, config, progress) as data:
         if progress is not None:
             progress("planning", 0, 1)
-        if data is not None and config.calibration.device != "cpu" and torch.cuda.is_available():
-            network = network.to("cuda")
+        if data is not None:
+            network = network.to(config.calibration.torch_device())
         plans = plan_methods(network, config, cost, shape, data)
     decisions = tuple(decision for plan in plans for decision in plan.decisions)
     write_decisions(decisions, target)
-    saved = sum(d.parameters_before - d.parameters_after for d in decisions)
-    saved_macs = sum(d.macs_before - d.macs_after for d in decisions)
-    return Planned(
-        decisions, (cost.parameters, cost.parameters - saved), (cost.macs(), cost.macs() - saved_macs), shape[2:]
-    )
+    parameters = cost.parameters - sum(one.parameters_before - one.parameters_after for one in decisions)
+    macs = cost.macs() - sum(one.macs_before - one.macs_after for one in decisions)
+    return Planned(decisions, (cost.parameters, parameters), (cost.macs(), macs), shape[2:])
 
 
 def _check_dense(model: TrainedModel) -> None:
     if model.is_slim:
         raise ModelError(f"{model.path} is a slim model already; name the model that it was made from")
-
-
-def _check_plannable(config: SlimConfig) -> None:
-    if not config.active:
-        raise ConfigError("the config has no method that is applied, so there is nothing to plan")
-    if searched(config) is not None:
-        raise ConfigError(
-            "max_drop cannot be planned alone: it is found by compressing and recovering on images; use nnslim "
-            "compress -i IMAGES, whose output folder holds the plan.csv that was found"
-        )

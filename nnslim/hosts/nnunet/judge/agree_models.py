@@ -11,15 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnslim.compression.record import read_record, write_record
 from nnslim.errors import InputError, ModelError, NNSlimError
 from nnslim.evaluation.agreement import Agreement, CaseAgreement, LabelMaps, compare_answers
 from nnslim.evaluation.expected import TEMPERATURE, harden
 from nnslim.evaluation.pictures import agreement_figure
-from nnslim.files import write_json
 from nnslim.hosts.nnunet.cases.preprocess import check_stage, find_cases, preprocess_case, silent
-from nnslim.hosts.nnunet.model.class_names import classes_of
-from nnslim.hosts.nnunet.model.model_files import find_folds, slim_record
-from nnslim.hosts.nnunet.model.trained_model import read_trained_model
+from nnslim.hosts.nnunet.model.model_files import find_folds
+from nnslim.hosts.nnunet.model.trained_model import classes_of, read_trained_model
 from nnslim.hosts.nnunet.predict.load import load_predictor
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.prediction.images import check_complete
@@ -137,10 +136,10 @@ def write_agreement(slim: Path, agreement: Agreement, figure: bool = True) -> No
         ModelError: no slim model folder. OutputError: it cannot be written; nnslim.json is then as it was.
     """
     slim = Path(slim)
-    content = slim_record(slim) | {"agreement": agreement.to_dict()}
+    content = read_record(slim)
     if figure:
         agreement_figure(agreement, slim / "agreement.png")
-    write_json(slim / "nnslim.json", content)
+    write_record(slim, content, agreement=agreement.to_dict())
 
 
 def _check_pair(dense: Any, slim: Any) -> None:

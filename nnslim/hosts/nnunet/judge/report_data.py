@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from nnslim.benchmark.timings import read_benchmark
-from nnslim.compression.record import SlimRecord
+from nnslim.compression.record import RECORD, SlimRecord, read_record
 from nnslim.compression.recover import Progress
 from nnslim.errors import InputError, ModelError
 from nnslim.evaluation.scores import read_scores
 from nnslim.files import sha256_of, write_bytes
-from nnslim.hosts.nnunet.model.model_files import find_folds, read_json_object, slim_record
+from nnslim.hosts.nnunet.model.model_files import find_folds, read_json_object
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.report.page import render_report
 from nnslim.report.page_data import FileFact, ReportData, Viewer
@@ -99,7 +99,7 @@ def gather(model: Path, settings: ReportSettings, progress: Progress | None = No
 
 def _record(model: Path) -> SlimRecord:
     try:
-        return SlimRecord.from_dict(slim_record(model), str(model / "nnslim.json"))
+        return SlimRecord.from_dict(read_record(model), str(model / RECORD))
     except InputError as error:
         raise ModelError(f"{error}; a report needs the directory of a slim model") from error
 

@@ -1,4 +1,4 @@
-"""Which nnU-Net is installed, and whether its methods are the ones that we know."""
+"""Which nnU-Net is installed, and whether its methods are those that nnslim replaces."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ def check_version(version: str) -> None:
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
     if numbers < OLDEST or numbers[:2] > NEWEST:
         raise HostError(
-            f"nnU-Net {version} is installed; nnslim knows 2.3.1 to 2.8.x. Run pip install 'nnunetv2>=2.3.1,<2.9'"
+            f"nnU-Net {version} is installed; nnslim supports 2.3.1 to 2.8.x. Run pip install 'nnunetv2>=2.3.1,<2.9'"
         )
 
 
 def check_signature(function: Callable[..., Any], name: str) -> None:
-    """Refuse a method that does not take the arguments that our replacement takes.
+    """Refuse a method whose arguments differ from those of our replacement.
 
     Wrappers that other tools put around a method are looked through (functools.wraps); extra arguments with defaults
-    are no obstacle.
+    are allowed.
 
     Raises:
         HostError: the arguments differ.
@@ -69,7 +69,7 @@ def check_signature(function: Callable[..., Any], name: str) -> None:
     if found[: len(known)] != known or extra:
         raise HostError(
             f"nnUNetPredictor.{name} takes ({', '.join(found)}), but ({', '.join(known)}) is expected; "
-            f"nnslim changes nothing and refuses this nnU-Net ({nnunet_version()})"
+            f"nnslim does not support this nnU-Net and has changed nothing ({nnunet_version()})"
         )
 
 
@@ -87,6 +87,8 @@ def predictor_class() -> type:
     for name in _KNOWN:
         method = getattr(nnUNetPredictor, name, None)
         if method is None:
-            raise HostError(f"nnUNetPredictor has no method {name}; nnslim refuses this nnU-Net ({nnunet_version()})")
+            raise HostError(
+                f"nnUNetPredictor has no method {name}; nnslim does not support this nnU-Net ({nnunet_version()})"
+            )
         check_signature(method, name)
     return nnUNetPredictor

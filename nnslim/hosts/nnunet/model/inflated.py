@@ -12,17 +12,17 @@ from typing import Any
 import torch
 
 from nnslim.errors import ConfigError, ModelError
-from nnslim.files import make_folder, save_checkpoint, whole_folder, write_json
+from nnslim.files import make_folder, save_checkpoint, whole_folder
 from nnslim.hosts.nnunet.model.model_files import read_json_object
 from nnslim.hosts.nnunet.model.trained_model import (
     TrainedModel,
     build_network,
     build_untrained,
     builds_from_plans,
-    managers_of,
     trainer_class,
+    write_model,
 )
-from nnslim.inflation.inflate_unet import Fit, Inflated, inflate_unet
+from nnslim.inflation.inflate_unet import Fit, inflate_unet
 from nnslim.inflation.kernels import Mode
 
 Note = Callable[[str], None]
@@ -69,17 +69,11 @@ def target_of(
     if configuration not in content.get("configurations", {}):
         known = ", ".join(content.get("configurations", {})) or "none"
         raise ModelError(f"{where} has no configuration '{configuration}'; it has {known}")
-    managers = managers_of(where if plans is None else where.parent, content, labels, configuration)
-    if len(managers[1].patch_size) != 3:
+    made = replace(model, path=model.path if plans is None else where.parent)  # what messages name
+    made = made.with_plans(copy.deepcopy(content), dataset=labels, configuration=configuration)
+    if len(made.configuration_manager.patch_size) != 3:
         raise ModelError(f"{where}: configuration '{configuration}' is not a 3D one")
-    return replace(
-        model,
-        plans=copy.deepcopy(content),
-        dataset=labels,
-        configuration=configuration,
-        plans_manager=managers[0],
-        configuration_manager=managers[1],
-    )
+    return replace(made, path=model.path)
 
 
 def axes_between(flat: TrainedModel, deep: TrainedModel) -> tuple[int, int, int]:
@@ -96,7 +90,7 @@ def inflate_model(
 
     Args:
         model: trained 2D model. target: from `target_of`. mode, fit: see `nnslim.inflation.inflate_unet`.
-        seed: of what the 2D model cannot fill (other heads, added channels).
+        seed: for the weights that the 2D model cannot fill (other heads, added channels).
     Returns:
         fold -> checkpoint as nnU-Net writes it, without an optimiser's state. Key `nnslim_inflation` says how it was
         made.
@@ -117,8 +111,7 @@ def inflate_model(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             start = build_untrained(target)
-        flat = build_network(replace(model, checkpoints={fold: checkpoint}))
-        inflated = inflate_unet(flat, start, mode, axes=axes, fit=fit)
+        inflated = inflate_unet(build_network(model, fold), start, mode, axes=axes, fit=fit)
         allowed = checkpoint.get("inference_allowed_mirroring_axes") or ()
         made[fold] = {
             "network_weights": inflated.weights,
@@ -135,37 +128,26 @@ def inflate_model(
                 "device": torch.device("cpu"),
             },
             "trainer_name": model.trainer_name,
-            # The slices' own axes; no 2D training has mirrored the order of slices.
+            # Only axes within slices: 2D training never mirrors the order of slices.
             "inference_allowed_mirroring_axes": tuple(sorted(mirrors[axis + 1] for axis in allowed)),
-            "nnslim_inflation": _record(model, target, mode, axes, inflated),
+            "nnslim_inflation": {
+                "source": model.path.name,
+                "configuration": target.configuration,
+                "mode": mode,
+                "depth_axis": axes.index(0),
+                "notes": list(inflated.notes),
+            },
         }
     return made
 
 
-def _record(
-    model: TrainedModel, target: TrainedModel, mode: str, axes: tuple[int, ...], inflated: Inflated
-) -> dict[str, Any]:
-    return {
-        "source": model.path.name,
-        "configuration": target.configuration,
-        "mode": mode,
-        "depth_axis": axes.index(0),
-        "notes": list(inflated.notes),
-    }
-
-
 def write_inflated(
-    model: TrainedModel,
-    target: TrainedModel,
-    made: dict[str, dict[str, Any]],
-    *,
-    file: Path | None,
-    folder: Path | None,
+    target: TrainedModel, made: dict[str, dict[str, Any]], *, file: Path | None, folder: Path | None
 ) -> None:
     """Write inflated checkpoints: one for `nnUNetv2_train -pretrained_weights`, all as a 3D model folder, or both.
 
     Raises:
-        ConfigError: a file is wanted of a model with several folds. OutputError: something cannot be written.
+        ConfigError: a file is asked for, but there are several folds. OutputError: something cannot be written.
     """
     if file is not None:
         if len(made) != 1:
@@ -174,8 +156,4 @@ def write_inflated(
         save_checkpoint(next(iter(made.values())), file)
     if folder is not None:
         with whole_folder(folder) as side:
-            write_json(side / "plans.json", target.plans)
-            write_json(side / "dataset.json", target.dataset)
-            for fold, checkpoint in made.items():
-                (side / f"fold_{fold}").mkdir()
-                save_checkpoint(checkpoint, side / f"fold_{fold}" / "checkpoint_final.pth")
+            write_model(side, target.plans, target.dataset, made.items())

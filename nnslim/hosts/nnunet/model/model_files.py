@@ -1,4 +1,4 @@
-"""What can be told of a model folder without loading it: importing this takes no time."""
+"""What a model folder says without loading its weights; this module imports nothing slow."""
 
 from __future__ import annotations
 
@@ -66,14 +66,3 @@ def content_digest(path: Path, folds: Sequence[str], checkpoint_name: str) -> st
         file = path / name
         digest.update(f"{name} {sha256_of(file) if file.is_file() else 'missing'}\n".encode())
     return digest.hexdigest()
-
-
-def slim_record(slim: Path) -> dict[str, Any]:
-    """Return the content of nnslim.json.
-
-    Raises:
-        ModelError: there is none, so the folder is not of a slim model, or it cannot be read.
-    """
-    if not (Path(slim) / "nnslim.json").is_file():
-        raise ModelError(f"{slim} has no nnslim.json, which every slim model folder has; was the dense one named?")
-    return read_json_object(Path(slim) / "nnslim.json")

@@ -6,21 +6,18 @@ nnU-Net: so the architecture is read off the network and named there.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from dynamic_network_architectures.architectures import primus
 from torch import nn
 
 from nnslim.hosts.nnunet.model.slim_network import ARCHITECTURES
-from nnslim.hosts.nnunet.model.slim_plans import resolved
+from nnslim.hosts.nnunet.model.slim_plans import plans_with_architecture
 from nnslim.hosts.nnunet.model.trained_model import (
     TrainedModel,
     build_untrained,
     builds_from_plans,
-    managers_of,
     trainer_class,
 )
 from nnslim.inflation.window_net import WindowNet
@@ -30,32 +27,38 @@ from nnslim.network.daeformer import DAEFormer, form_named
 PLAIN_TRAINER = "nnUNetTrainer"  # builds from plans; what a checkpoint names so that stock nnU-Net predicts with it
 
 
-class PlannedPrimus(primus.Primus):
-    """Primus as nnU-Net calls an architecture from plans; it has no deep supervision to switch."""
+class _WithoutDeepSupervision:
+    """Takes the argument that nnU-Net passes to every architecture from plans; there is nothing to switch."""
 
-    def __init__(self, deep_supervision: bool | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, *args: Any, deep_supervision: bool | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
 
 
-class PlannedPrimusV2(getattr(primus, "PrimusV2", primus.Primus)):
+class PlannedPrimus(_WithoutDeepSupervision, primus.Primus):
+    """Primus as nnU-Net calls an architecture from plans."""
+
+
+class PlannedPrimusV2(_WithoutDeepSupervision, getattr(primus, "PrimusV2", primus.Primus)):
     """PrimusV2, likewise."""
 
-    def __init__(self, deep_supervision: bool | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+
+class PlannedWindowNet(_WithoutDeepSupervision, WindowNet):
+    """The window network, likewise."""
+
+    def __init__(self, input_channels: int, num_classes: int, **kwargs: Any) -> None:
+        super().__init__(input_channels, num_classes, **kwargs)
 
 
-class PlannedUNETR(TokenSparseUNETR):
+class PlannedUNETR(_WithoutDeepSupervision, TokenSparseUNETR):
     """The published token-sparse UNETR, likewise.
 
     Attributes:
         planned: keyword arguments that build it again.
     """
 
-    def __init__(
-        self, input_channels: int, num_classes: int, deep_supervision: bool | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, input_channels: int, num_classes: int, **kwargs: Any) -> None:
         super().__init__(input_channels, num_classes, **kwargs)
-        self.planned = kwargs
+        self.planned = {key: value for key, value in kwargs.items() if key != "deep_supervision"}
 
 
 class PlannedDAEFormer(DAEFormer):
@@ -75,15 +78,6 @@ class PlannedDAEFormer(DAEFormer):
     ) -> None:
         super().__init__(input_channels, num_classes, **kwargs)
         self.decoder.deep_supervision = bool(deep_supervision)
-
-
-class PlannedWindowNet(WindowNet):
-    """The window network, which has no deep supervision to switch either."""
-
-    def __init__(
-        self, input_channels: int, num_classes: int, deep_supervision: bool | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(input_channels, num_classes, **kwargs)
 
 
 def daeformer_architecture(form: str) -> dict[str, Any]:
@@ -137,18 +131,6 @@ def architecture_entry(cls: type, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {"network_class_name": name, "arch_kwargs": kwargs, "_kw_requires_import": []}
 
 
-def plans_with_architecture(plans: dict[str, Any], configuration: str, architecture: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of the plans in which one configuration names another architecture."""
-    plans = copy.deepcopy(plans)
-    known = plans["configurations"]
-    plans["configurations"] = {name: resolved(known, name) for name in known}
-    settings = plans["configurations"][configuration]
-    settings["architecture"] = architecture
-    for old in [key for key in settings if key.startswith("UNet_")]:
-        del settings[old]
-    return plans
-
-
 def built_from_plans(model: TrainedModel) -> TrainedModel:
     """Return the same model as one whose plans describe its network, where its trainer builds it itself.
 
@@ -160,13 +142,5 @@ def built_from_plans(model: TrainedModel) -> TrainedModel:
     if architecture is None:
         return model
     plans = plans_with_architecture(model.plans, model.configuration, architecture)
-    managers = managers_of(model.path, plans, model.dataset, model.configuration)
     checkpoints = {fold: {**content, "trainer_name": PLAIN_TRAINER} for fold, content in model.checkpoints.items()}
-    return replace(
-        model,
-        plans=plans,
-        checkpoints=checkpoints,
-        trainer_name=PLAIN_TRAINER,
-        plans_manager=managers[0],
-        configuration_manager=managers[1],
-    )
+    return model.with_plans(plans, checkpoints=checkpoints, trainer_name=PLAIN_TRAINER)

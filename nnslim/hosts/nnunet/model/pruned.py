@@ -1,4 +1,5 @@
-"""Models that a training made slim, as the start of something else; of pruned ones each fold has widths of its own."""
+"""Models that a training made slim, as the start of a compression or training; each fold of a pruned one has its own
+widths."""
 
 from __future__ import annotations
 
@@ -8,17 +9,10 @@ from typing import Any
 from torch import nn
 
 from nnslim.errors import ModelError
-from nnslim.hosts.nnunet.model.slim_network import SPEC_KEY
-from nnslim.hosts.nnunet.model.slim_plans import with_architecture
-from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_untrained
+from nnslim.hosts.nnunet.model.slim_plans import spec_in_plans, with_architecture
+from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network
 from nnslim.network.spec import Edit, SlimSpec
 from nnslim.surgery.narrow import ElasticEdit, NarrowEdit, as_base, widths_of
-
-
-def spec_in_plans(model: TrainedModel) -> SlimSpec:
-    """Return the spec that the plans carry, an empty one for a dense model."""
-    raw = model.configuration_manager.network_arch_init_kwargs.get(SPEC_KEY)
-    return SlimSpec() if raw is None else SlimSpec.from_dict(raw)
 
 
 def is_elastic(model: TrainedModel) -> bool:
@@ -28,9 +22,7 @@ def is_elastic(model: TrainedModel) -> bool:
 
 def fold_widths(model: TrainedModel, fold: str) -> tuple[NarrowEdit, ...]:
     """Return the widths of one fold of an elastic model, of all its layers, as edits."""
-    network = build_untrained(model)
-    network.load_state_dict({key: value.float() for key, value in model.checkpoints[fold]["network_weights"].items()})
-    return tuple(NarrowEdit(name, *widths) for name, widths in widths_of(network).items())
+    return tuple(NarrowEdit(name, *widths) for name, widths in widths_of(build_network(model, fold)).items())
 
 
 def plans_for_fold(model: TrainedModel, fold: str) -> dict[str, Any]:
@@ -48,7 +40,7 @@ def trained_base(model: TrainedModel, network: nn.Module) -> tuple[nn.Module, tu
     Args:
         model: pruned, or with `trained` edits alone. network: of its first fold, see `build_network`.
     Raises:
-        ModelError: it is slim by other edits, or its folds differ in width.
+        ModelError: other edits made it slim, or its folds differ in width.
     """
     edits = spec_in_plans(model).edits
     if all(edit.trained for edit in edits):

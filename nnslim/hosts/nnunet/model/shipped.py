@@ -1,13 +1,14 @@
-"""The trained model that ships inside the package: real weights on a machine that has nothing else."""
+"""The trained model that ships inside the package: real weights without a download."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from nnslim.compression.storage import half_precision
 from nnslim.errors import ModelError
-from nnslim.files import save_checkpoint, whole_folder, write_json
-from nnslim.hosts.nnunet.model.trained_model import read_trained_model
+from nnslim.files import whole_folder
+from nnslim.hosts.nnunet.model.trained_model import read_trained_model, write_model
 
 _MODELS = Path(__file__).resolve().parents[3] / "models"
 MODEL_FOLDER_NAME = "nnUNetTrainer__nnUNetPlans__3d_fullres"
@@ -27,9 +28,9 @@ def shipped_model(name: str = "hippocampus") -> Path:
 
 
 def write_for_shipping(model: Path, target: Path) -> None:
-    """Write a copy of a trained model as small as it gets without loss that matters: fp16 weights, nothing else.
+    """Write a copy of a trained model as small as possible: weights in float16.
 
-    Optimiser state, training curves and the plans of other configurations are left out.
+    The optimiser's state, training curves and the plans of other configurations are left out.
 
     Raises:
         ModelError: not a model folder. OutputError: the target exists or cannot be written.
@@ -39,15 +40,15 @@ def write_for_shipping(model: Path, target: Path) -> None:
         **source.plans,
         "configurations": {source.configuration: source.plans["configurations"][source.configuration]},
     }
+
+    def kept(checkpoint: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "network_weights": half_precision(checkpoint["network_weights"]),
+            "trainer_name": source.trainer_name,
+            "init_args": {"configuration": source.configuration, "fold": checkpoint["init_args"].get("fold")},
+            "inference_allowed_mirroring_axes": checkpoint["inference_allowed_mirroring_axes"],
+        }
+
     with whole_folder(Path(target)) as side:
-        write_json(side / "plans.json", plans)
-        write_json(side / "dataset.json", source.dataset)
-        for fold, checkpoint in source.checkpoints.items():
-            (side / f"fold_{fold}").mkdir()
-            kept = {
-                "network_weights": half_precision(checkpoint["network_weights"]),
-                "trainer_name": source.trainer_name,
-                "init_args": {"configuration": source.configuration, "fold": checkpoint["init_args"].get("fold")},
-                "inference_allowed_mirroring_axes": checkpoint["inference_allowed_mirroring_axes"],
-            }
-            save_checkpoint(kept, side / f"fold_{fold}" / source.checkpoint_name)
+        checkpoints = ((fold, kept(content)) for fold, content in source.checkpoints.items())
+        write_model(side, plans, source.dataset, checkpoints, source.checkpoint_name)

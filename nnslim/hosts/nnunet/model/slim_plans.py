@@ -1,39 +1,145 @@
-"""Put a slim architecture into plans."""
+"""What nnslim changes in a model's plans: the architecture with its spec, and what methods want of a configuration."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
+from nnslim.compression.config import SlimConfig
+from nnslim.errors import ConfigError, SpecError
 from nnslim.hosts.nnunet.model.slim_network import BASE_KEY, NETWORK_CLASS_NAME, SPEC_KEY
+from nnslim.hosts.nnunet.model.trained_model import TrainedModel
+from nnslim.methods.base import method_named
 from nnslim.network.spec import SlimSpec
 
 
-def with_architecture(plans: dict[str, Any], configuration: str, spec: SlimSpec) -> dict[str, Any]:
-    """Return a copy of plans in which one configuration names nnslim's network class and carries the spec.
-
-    Inheritance is resolved in all configurations first, since others may inherit from the one that changes; an old
-    plans format is written in the new one. A configuration that is slim already gets the new spec in place of its own.
-
-    Args:
-        plans: content of plans.json. configuration: name of the one to change. spec: the whole spec.
-    """
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-    made = copy.deepcopy(plans)
-    settings = copy.deepcopy(PlansManager(copy.deepcopy(plans)).get_configuration(configuration).configuration)
-    made["configurations"] = {name: resolved(made["configurations"], name) for name in made["configurations"]}
-    settings.pop("inherits_from", None)
-    architecture = settings["architecture"]
-    base = architecture["arch_kwargs"].get(BASE_KEY, architecture["network_class_name"])
-    architecture["arch_kwargs"] = {**architecture["arch_kwargs"], BASE_KEY: base, SPEC_KEY: spec.to_dict()}
-    architecture["network_class_name"] = NETWORK_CLASS_NAME
-    made["configurations"][configuration] = settings
-    return made
-
-
-def resolved(configurations: dict[str, Any], name: str) -> dict[str, Any]:
+def resolved(configurations: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return a configuration with what it inherits."""
     own = copy.deepcopy(configurations[name])
     parent = own.pop("inherits_from", None)
     return {**resolved(configurations, parent), **own} if parent else own
+
+
+def trained_settings(configuration_manager: Any) -> dict[str, Any]:
+    """Return a copy of a configuration as nnU-Net reads it: inheritance resolved, old formats in the new one."""
+    settings = copy.deepcopy(configuration_manager.configuration)
+    settings.pop("inherits_from", None)
+    return settings
+
+
+def with_settings(plans: Mapping[str, Any], configuration: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of plans with other settings for one configuration.
+
+    Inheritance is resolved in all configurations, since others may inherit from the one that changes.
+    """
+    known = plans["configurations"]
+    made = {name: resolved(known, name) for name in known} | {configuration: dict(settings)}
+    return {**copy.deepcopy(dict(plans)), "configurations": made}
+
+
+def plans_with_architecture(plans: dict[str, Any], configuration: str, architecture: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of the plans in which one configuration names another architecture."""
+    settings = resolved(plans["configurations"], configuration)
+    kept = {key: value for key, value in settings.items() if not key.startswith("UNet_")}  # of the old format
+    return with_settings(plans, configuration, {**kept, "architecture": architecture})
+
+
+def with_spec(architecture: Mapping[str, Any], spec: SlimSpec) -> dict[str, Any]:
+    """Return the `architecture` entry that applies a spec to an architecture, in place of the spec that it has."""
+    kwargs = architecture["arch_kwargs"]
+    base = kwargs.get(BASE_KEY, architecture["network_class_name"])
+    kwargs = {**kwargs, BASE_KEY: base, SPEC_KEY: spec.to_dict()}
+    return {**architecture, "network_class_name": NETWORK_CLASS_NAME, "arch_kwargs": kwargs}
+
+
+def with_architecture(plans: dict[str, Any], configuration: str, spec: SlimSpec) -> dict[str, Any]:
+    """Return a copy of plans in which one configuration names nnslim's network and carries the whole spec.
+
+    An old plans format is written in the new one.
+    """
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    settings = trained_settings(PlansManager(copy.deepcopy(plans)).get_configuration(configuration))
+    return with_settings(plans, configuration, {**settings, "architecture": with_spec(settings["architecture"], spec)})
+
+
+def spec_in_plans(model: TrainedModel) -> SlimSpec:
+    """Return the spec that the plans carry, an empty one for a dense model."""
+    raw = model.configuration_manager.network_arch_init_kwargs.get(SPEC_KEY)
+    return SlimSpec() if raw is None else SlimSpec.from_dict(raw)
+
+
+def slim_plans(model: TrainedModel, spec: SlimSpec) -> dict[str, Any]:
+    """Return the plans of a model with the spec in the trained configuration; as they are where there is none to add.
+
+    What the architecture's own arguments can say is said by them: a model with nothing left in the spec is one that
+    nnU-Net loads without nnslim.
+
+    Raises:
+        SpecError: such an edit comes after one that only the spec can say.
+    """
+    if not spec.edits or spec == spec_in_plans(model):
+        return copy.deepcopy(model.plans)
+    settings = trained_settings(model.configuration_manager)
+    architecture, rest = settings["architecture"], []
+    for edit in spec.edits:
+        arguments = edit.arguments(architecture["arch_kwargs"])
+        if arguments is None:
+            rest.append(edit)
+        elif rest:
+            raise SpecError(f"'{edit.kind}' is an edit of the architecture: put its method before the others")
+        else:
+            architecture["arch_kwargs"] = arguments
+    architecture = with_spec(architecture, SlimSpec(tuple(rest))) if rest else architecture
+    return with_settings(model.plans, model.configuration, {**settings, "architecture": architecture})
+
+
+def named_after(folder_name: str, plans: dict[str, Any]) -> dict[str, Any]:
+    """Return the plans with the name in a folder called trainer__plans__configuration, by which nnU-Net looks for it.
+
+    So `totalsegmentator(plans=...)` and `nnUNetv2_predict -p` find the model.
+    """
+    parts = folder_name.split("__")
+    return {**plans, "plans_name": parts[1]} if len(parts) == 3 and parts[1] else plans
+
+
+def changed_by(config: SlimConfig, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what the methods make of a configuration's settings; the very same object where no method changes them.
+
+    Args:
+        settings: see `trained_settings`; not modified.
+    Raises:
+        ConfigError: they do not fit a method, or two methods change them.
+    """
+    made = settings
+    for entry in config.methods if config.active else ():
+        change = method_named(entry.method).plans
+        if change is None or (changed := change(settings, entry.settings)) is None:
+            continue
+        if made is not settings:
+            raise ConfigError(f"{entry.method}: two methods change spacing or patch in the plans; let only one do so")
+        made = changed
+    return made
+
+
+def with_changed_plans(model: TrainedModel, config: SlimConfig) -> TrainedModel:
+    """Return the model with plans as the methods want them and the weights as they are; the same where none does.
+
+    Raises:
+        ConfigError: see `changed_by`.
+    """
+    settings = trained_settings(model.configuration_manager)
+    changed = changed_by(config, settings)
+    return model if changed is settings else model.with_plans(with_settings(model.plans, model.configuration, changed))
+
+
+def refuse_changed_plans(config: SlimConfig, configuration_manager: Any) -> None:
+    """Refuse methods that change plans for a model in memory, whose images are preprocessed by plans read already.
+
+    Raises:
+        ConfigError: the configuration has such a method, or see `changed_by`.
+    """
+    settings = trained_settings(configuration_manager)
+    if changed_by(config, settings) is not settings:
+        raise ConfigError("a method changes spacing or patch in the plans: use nnslim compress, then the new folder")

@@ -6,13 +6,12 @@ import copy
 import hashlib
 import inspect
 import json
-import logging
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,12 @@ import torch
 from torch import nn
 
 from nnslim.errors import ModelError
+from nnslim.files import save_checkpoint, write_json
 from nnslim.hosts.nnunet.model.compatibility import check_version, nnunet_version
 from nnslim.hosts.nnunet.model.model_files import chosen_folds, read_json_object
 from nnslim.hosts.nnunet.model.slim_network import base_class, locate_trusted
 
-_log = logging.getLogger("nnslim")
+_HAS_ALLOW_LIST = hasattr(torch.serialization, "safe_globals")  # torch >= 2.4; older ones load everything or nothing
 
 
 @dataclass
@@ -57,6 +57,16 @@ class TrainedModel:
         """State dicts of the folds, in order."""
         return [checkpoint["network_weights"] for checkpoint in self.checkpoints.values()]
 
+    def with_plans(self, plans: dict[str, Any], **changes: Any) -> TrainedModel:
+        """Return the model with other plans, and other fields that the new plans are to be read with.
+
+        Raises:
+            ModelError: nnU-Net cannot read what the plans hold.
+        """
+        made = replace(self, plans=plans, **changes)
+        managers = managers_of(made.path, plans, made.dataset, made.configuration)
+        return replace(made, plans_manager=managers[0], configuration_manager=managers[1])
+
     @property
     def is_slim(self) -> bool:
         """Whether nnslim wrote this folder."""
@@ -80,8 +90,11 @@ def load_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
         found = f"it has {', '.join(present)}" if present else "it has no checkpoint"
         folds = ", ".join(sorted(p.name for p in path.parents[1].glob("fold_*"))) or "none"
         raise ModelError(f"no {path.name} in {path.parent}: {found}; folds in the model folder: {folds}")
+    if not (trust or _HAS_ALLOW_LIST):
+        warnings.warn(f"torch {torch.__version__} loads {path.name} without protection", stacklevel=2)
     try:
-        content = _load_unsafe(path) if trust else _load_safe(path)
+        with allowed_globals():
+            content = torch.load(path, map_location="cpu", weights_only=_HAS_ALLOW_LIST and not trust)
     except pickle.UnpicklingError as error:
         text = str(error)
         if "global" in text.lower() or "weights only load failed" in text.lower():
@@ -106,21 +119,9 @@ def _unsupported(text: str) -> str:
     return marks[0][:160] if marks else text.splitlines()[0][:160]
 
 
-def _load_unsafe(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=False)
-
-
-def _load_safe(path: Path) -> Any:
-    if not hasattr(torch.serialization, "safe_globals"):  # torch < 2.4 cannot allow numpy's numbers
-        warnings.warn(f"torch {torch.__version__} loads {path.name} without protection", stacklevel=3)
-        return _load_unsafe(path)
-    with allowed_globals():
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def allowed_globals() -> AbstractContextManager[Any]:
     """Let `torch.load(weights_only=True)` read what nnU-Net stores beside weights: numpy's numbers and a device."""
-    if not hasattr(torch.serialization, "safe_globals"):  # torch < 2.4, which loads everything by default
+    if not _HAS_ALLOW_LIST:
         return nullcontext()
     scalar = np.float64(0).__reduce__()[0]
     rebuild = np.zeros(0).__reduce__()[0]
@@ -168,6 +169,25 @@ def read_trained_model(
         raise ModelError(f"{path}: the checkpoint does not say its configuration") from error
     managers = managers_of(path, plans, dataset, configuration)
     return TrainedModel(path, plans, dataset, name, checkpoints, configuration, str(first["trainer_name"]), *managers)
+
+
+def write_model(
+    folder: Path,
+    plans: dict[str, Any],
+    dataset: dict[str, Any],
+    checkpoints: Iterable[tuple[str, dict[str, Any]]],
+    checkpoint_name: str = "checkpoint_final.pth",
+) -> None:
+    """Write plans, dataset description and checkpoints (fold, content) into an empty folder.
+
+    Raises:
+        OutputError: something cannot be written.
+    """
+    write_json(folder / "plans.json", plans)
+    write_json(folder / "dataset.json", dataset)
+    for fold, content in checkpoints:
+        (folder / f"fold_{fold}").mkdir()
+        save_checkpoint(content, folder / f"fold_{fold}" / checkpoint_name)
 
 
 def managers_of(path: Path, plans: dict[str, Any], dataset: dict[str, Any], configuration: str) -> tuple[Any, Any]:
@@ -271,15 +291,16 @@ def build_untrained(model: TrainedModel) -> nn.Module:
         raise _does_not_fit(model, error) from error
 
 
-def build_network(model: TrainedModel) -> nn.Module:
-    """Build the network of a model folder, with the weights of the first fold, in eval mode.
+def build_network(model: TrainedModel, fold: str | None = None) -> nn.Module:
+    """Build the network of a model folder, with the weights of one fold (the first by default), in eval mode.
 
     Raises:
         ModelError: the architecture cannot be built, or the weights do not fit it.
     """
     network = build_untrained(model)
     try:
-        network.load_state_dict({key: value.float() for key, value in model.weights[0].items()})
+        weights = model.weights[0] if fold is None else model.checkpoints[fold]["network_weights"]
+        network.load_state_dict({key: value.float() for key, value in weights.items()})
     except RuntimeError as error:
         raise _does_not_fit(model, error) from error
     return network.eval()
@@ -329,3 +350,16 @@ def preprocessing_key(plans: dict[str, Any], settings: dict[str, Any]) -> str:
 def model_key(model: TrainedModel) -> str:
     """Return the `preprocessing_key` of a model's own configuration."""
     return preprocessing_key(model.plans, model.configuration_manager.configuration)
+
+
+def classes_of(label_manager: Any) -> dict[str, tuple[int, ...]]:
+    """Return the labels of each class or region, in the order of the model's channels, without background."""
+    named = {
+        str(name): tuple(int(label) for label in np.unique(value))
+        for name, value in label_manager.label_dict.items()
+        if name != "ignore"
+    }
+    foreground = {name: members for name, members in named.items() if members != (0,)}
+    if label_manager.has_regions:
+        return foreground
+    return dict(sorted(foreground.items(), key=lambda item: item[1]))

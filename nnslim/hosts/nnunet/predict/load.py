@@ -14,7 +14,7 @@ from nnslim.errors import InputError, ModelError, OutputError
 from nnslim.hosts.nnunet.cases.preprocess import silent
 from nnslim.hosts.nnunet.cases.write_labels import write_prediction
 from nnslim.hosts.nnunet.model.compatibility import predictor_class
-from nnslim.hosts.nnunet.model.trained_model import read_trained_model
+from nnslim.hosts.nnunet.model.trained_model import build_network, read_trained_model
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.hosts.nnunet.predict.predictor_patches import OwnSession, slim_predictor
 from nnslim.hosts.nnunet.predict.sliding_window import window_logits
@@ -36,7 +36,7 @@ def load_predictor(model: Path, config: Any, settings: PredictSettings) -> Any:
     slim = slim.model_copy(
         update={"run": slim.run.model_copy(update={key: value for key, value in chosen.items() if value is not None})}
     )
-    # Reads and checks everything before nnU-Net does, which reports faults as bare KeyErrors and stack traces.
+    # Read, checked and built here, once: nnU-Net would run code in checkpoints, and reports faults as bare KeyErrors.
     source = read_trained_model(model, settings.folds, settings.checkpoint, trust=settings.trust)
     device = torch.device(settings.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -48,8 +48,15 @@ def load_predictor(model: Path, config: Any, settings: PredictSettings) -> Any:
             device=device,
             allow_tqdm=False,
         )
-        folds = tuple(int(fold) if fold.isdigit() else fold for fold in source.checkpoints)
-        predictor.initialize_from_trained_model_folder(str(model), folds, source.checkpoint_name)
+        predictor.manual_initialization(
+            build_network(source),
+            source.plans_manager,
+            source.configuration_manager,
+            source.weights,
+            source.dataset,
+            source.trainer_name,
+            next(iter(source.checkpoints.values())).get("inference_allowed_mirroring_axes"),
+        )
     slim_predictor(predictor, OwnSession(slim), str(model), Path(model))
     predictor.nnslim_export = slim.run.export
     if slim.run.backend != "stock":

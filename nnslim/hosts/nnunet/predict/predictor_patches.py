@@ -20,8 +20,8 @@ from nnslim.compression.guard import Guard
 from nnslim.compression.model_report import ModelReport, Report
 from nnslim.errors import OutputError
 from nnslim.hosts.nnunet.cases.calibration_tiles import calibration_of, images_fingerprint
-from nnslim.hosts.nnunet.model.changed_plans import refuse_changed_plans
 from nnslim.hosts.nnunet.model.compatibility import predictor_class
+from nnslim.hosts.nnunet.model.slim_plans import refuse_changed_plans
 from nnslim.hosts.nnunet.predict.kept_predictors import KeptPredictors, loading_key
 from nnslim.hosts.nnunet.predict.sliding_window import window_logits
 from nnslim.network.spec import spec_of

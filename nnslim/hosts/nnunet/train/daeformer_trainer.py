@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nnslim.errors import ConfigError
-from nnslim.hosts.nnunet.model.planned import daeformer_architecture, plans_with_architecture
+from nnslim.hosts.nnunet.model.planned import daeformer_architecture
+from nnslim.hosts.nnunet.model.slim_plans import plans_with_architecture
 from nnslim.hosts.nnunet.train.described import DescribedTraining
 from nnslim.network.daeformer import form_named
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from nnslim.compression.record import RECORD, read_record
 from nnslim.errors import ConfigError, InputError, ModelError, OutputError
-from nnslim.files import make_folder, read_json
+from nnslim.files import make_folder
 from nnslim.hosts.nnunet.model.pruned import plans_for_fold
 from nnslim.hosts.nnunet.model.trained_model import (
     TrainedModel,
@@ -24,7 +25,7 @@ from nnslim.hosts.nnunet.model.trained_model import (
     trainer_class,
 )
 from nnslim.hosts.nnunet.train.finetune_fold import run_fold, run_rank
-from nnslim.hosts.nnunet.train.finetune_record import FINAL, RECORD, begin_record, finish_record, plain_settings
+from nnslim.hosts.nnunet.train.finetune_record import FINAL, begin_record, finish_record, plain_settings
 from nnslim.hosts.nnunet.train.finetune_settings import FinetuneSettings, FoldJob
 from nnslim.hosts.nnunet.train.prepared_data import PreparedData, prepare_data
 from nnslim.hosts.nnunet.train.steady import LATEST
@@ -97,7 +98,7 @@ def _check_output(output: Path, settings: FinetuneSettings) -> None:
         raise OutputError(
             f"{output} exists and is not overwritten; go on with it by --continue, or choose another folder"
         )
-    before = read_json(output / RECORD).get("finetune", {}).get("settings")
+    before = read_record(output, required=False).get("finetune", {}).get("settings")
     if before is None:
         raise OutputError(f"{output} cannot be resumed: its {RECORD} is missing or has no 'finetune' entry")
     for name, value in plain_settings(settings).items():

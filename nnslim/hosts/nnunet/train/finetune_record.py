@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from nnslim._version import __version__
+from nnslim.compression.record import read_record, write_record
 from nnslim.errors import ConfigError
-from nnslim.files import read_json, write_json
+from nnslim.files import read_json
 from nnslim.hosts.nnunet.model.trained_model import TrainedModel, load_checkpoint
 from nnslim.hosts.nnunet.train.finetune_settings import FinetuneSettings
 from nnslim.hosts.nnunet.train.finetune_trainer import BEFORE
 from nnslim.hosts.nnunet.train.prepared_data import PreparedData
 
 FINAL = "checkpoint_final.pth"
-RECORD = "nnslim.json"
 
 
 def plain_settings(settings: FinetuneSettings) -> dict[str, Any]:
@@ -33,8 +33,8 @@ def begin_record(
     Raises:
         ConfigError: the output was begun from another model, dataset or trainer.
     """
-    begun = read_json(output / RECORD).get("finetune", {})
-    before = read_json(source.path / RECORD) or {"nnslim": __version__, "source": source.path.name}
+    begun = read_record(output, required=False).get("finetune", {})
+    before = read_record(source.path, required=False) or {"nnslim": __version__, "source": source.path.name}
     entry = {
         "nnslim": __version__,
         "source": source.path.name,
@@ -48,9 +48,7 @@ def begin_record(
             raise ConfigError(f"{output} was begun with {name} {begun.get(name)}, now it is {entry[name]}")
     if "finetune" in before:
         entry["earlier"] = before["finetune"]
-    content = {**before, "finetune": entry}
-    write_json(output / RECORD, content)
-    return content
+    return write_record(output, before, finetune=entry)
 
 
 def finish_record(output: Path, content: dict[str, Any], folds: list[str], data: PreparedData) -> None:
@@ -58,7 +56,7 @@ def finish_record(output: Path, content: dict[str, Any], folds: list[str], data:
     results = content["finetune"]["folds"]
     for fold in folds:
         results[fold] = fold_result(output / f"fold_{fold}", data.dataset)
-    write_json(output / RECORD, {**content, "checkpoint": FINAL, "folds": sorted(results)})
+    write_record(output, content, checkpoint=FINAL, folds=sorted(results))
 
 
 def fold_result(folder: Path, dataset: dict[str, Any]) -> dict[str, Any]:

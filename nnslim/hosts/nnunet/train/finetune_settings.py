@@ -28,7 +28,7 @@ class FinetuneSettings:
         precision: on a CPU: f32, bf16, or auto: bf16 where the processor is fast in it. On CUDA nnU-Net decides.
         validate: afterwards, predict the fold's validation cases as `nnUNetv2_train` does.
         seed: of augmentation; a run repeats bit by bit where the variable nnUNet_n_proc_DA is 0.
-        checkpoint, trust: see `read_model_folder`. processes: that preprocess, where the data are not there yet.
+        checkpoint, trust: see `read_trained_model`. processes: that preprocess, where the data are not there yet.
         previous_stage: for a cascade: the folder of the stage before's segmentations, as nnU-Net writes them.
     """
 

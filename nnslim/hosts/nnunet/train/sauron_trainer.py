@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nnslim._version import __version__
 from nnslim.compression.config import load_config
+from nnslim.compression.record import write_record
 from nnslim.errors import ConfigError, ModelError
 from nnslim.files import save_checkpoint as write_checkpoint
 from nnslim.files import write_json
@@ -198,7 +199,7 @@ class SauronTraining(SteadyTraining):
             }
             record |= {"fold": self.fold, "spec": SlimSpec(edits).to_dict(), **self.history.summary(self.pruner)}
             for folder in (self.output_folder, self.output_folder_base):  # a fold's own, and the model's last
-                write_json(Path(folder) / "nnslim.json", record)
+                write_record(Path(folder), record)
 
     def _shared(self, found: tuple[dict, dict]) -> tuple[dict[str, list[float]], dict[str, int]]:
         """Return the mean of the criterion over the processes of a training; the medoids are the first one's."""

@@ -12,8 +12,8 @@ from torch import nn
 
 from nnslim.compression.config import load_config
 from nnslim.errors import ConfigError, ModelError
-from nnslim.hosts.nnunet.model.planned import PlannedUNETR, planned_architecture, plans_with_architecture
-from nnslim.hosts.nnunet.model.slim_network import BASE_KEY, NETWORK_CLASS_NAME, SPEC_KEY
+from nnslim.hosts.nnunet.model.planned import PlannedUNETR, planned_architecture
+from nnslim.hosts.nnunet.model.slim_plans import plans_with_architecture, with_spec
 from nnslim.hosts.nnunet.model.trained_model import load_checkpoint
 from nnslim.hosts.nnunet.train.described import DescribedTraining
 from nnslim.hosts.nnunet.train.recipe import RateSchedule, parameter_groups
@@ -104,12 +104,7 @@ class TokenSparseTraining(DescribedTraining):
         architecture = dict(self.dense_architecture or planned_architecture(network, ()))
         spec = spec_of(network)
         if spec is not None:
-            kwargs = {
-                **architecture["arch_kwargs"],
-                BASE_KEY: architecture["network_class_name"],
-                SPEC_KEY: spec.to_dict(),
-            }
-            architecture |= {"arch_kwargs": kwargs, "network_class_name": NETWORK_CLASS_NAME}
+            architecture = with_spec(architecture, spec)
         return plans_with_architecture(self.plans_manager.plans, self.configuration_name, architecture)
 
     @property

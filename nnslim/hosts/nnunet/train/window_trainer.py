@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from nnslim.compression.config import changed_settings
 from nnslim.errors import ConfigError
-from nnslim.hosts.nnunet.model.planned import PlannedWindowNet, architecture_entry, plans_with_architecture
+from nnslim.hosts.nnunet.model.planned import PlannedWindowNet, architecture_entry
+from nnslim.hosts.nnunet.model.slim_plans import plans_with_architecture
 from nnslim.hosts.nnunet.train.described import DescribedTraining
 from nnslim.hosts.nnunet.train.recipe import RateSchedule
 from nnslim.inflation.published_weights import load_encoder, read_weights
