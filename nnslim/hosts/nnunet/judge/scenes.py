@@ -21,7 +21,7 @@ from nnslim.hosts.nnunet.judge.agree_models import (
     predict_maps,
     read_labels,
 )
-from nnslim.hosts.nnunet.model.class_names import classes_of
+from nnslim.hosts.nnunet.model.trained_model import classes_of
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.report.viewer import Scene
 
