@@ -1,10 +1,11 @@
-"""Take channels out of layers for real: new, smaller tensors in the same layer objects, and in the optimiser."""
+"""Remove channels from layers: new, smaller tensors in the same layer objects, and in the optimiser."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NARROWABLE = (*_CONVOLUTIONS, *_TRANSPOSED, *NORMS)
 _WIDTHS = ("out_channels", "in_channels", "groups", "num_features")
 _BUFFERS = ("running_mean", "running_var")
+Axes = tuple[int, int | None]  # on which axes of a tensor the outputs and the inputs lie; None: nowhere
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Cut:
 
     Attributes:
         new: the smaller one.
-        take: gives, of any tensor of the old one's shape, the part that stays.
+        take: gives the part that stays of any tensor of the old one's shape.
     """
 
     new: nn.Parameter
@@ -41,9 +43,9 @@ def narrow_layers(layers: LayerIndex, kept: Mapping[str, Kept]) -> dict[nn.Param
     Args:
         layers: of the network. kept: by layer, see `ChannelMap.narrowing`.
     Returns:
-        old parameter -> what became of it, for `narrow_optimizer`.
+        old parameter -> its cut, for `narrow_optimizer`.
     Raises:
-        SpecError: a layer that is no convolution or norm; nothing was changed.
+        SpecError: a layer is neither a convolution nor a norm; nothing was changed.
     """
     for name in kept:
         if not isinstance(layers[name].module, NARROWABLE):
@@ -56,59 +58,70 @@ def narrow_layers(layers: LayerIndex, kept: Mapping[str, Kept]) -> dict[nn.Param
 
 
 def _narrow(layer: nn.Module, kept: Kept) -> dict[nn.Parameter, Cut]:
-    cuts, depthwise = {}, getattr(layer, "groups", 1) != 1
-    for name, parameter in list(layer._parameters.items()):
-        if parameter is None:
-            continue
-        take = _slicer(axes_of(layer, name), kept)
-        new = nn.Parameter(take(parameter.detach()).clone(), requires_grad=parameter.requires_grad)
-        if parameter.grad is not None:
-            new.grad = take(parameter.grad).clone()
-        setattr(layer, name, new)
-        cuts[parameter] = Cut(new, take)
-    for name in _BUFFERS:
-        if (buffer := layer._buffers.get(name)) is not None:
-            layer._buffers[name] = _slicer((0, None), kept)(buffer).clone()
-    outputs = None if kept.outputs is None else len(kept.outputs)
-    inputs = outputs if depthwise else None if kept.inputs is None else len(kept.inputs)
-    set_widths(layer, outputs, inputs)
+    old = {name: (parameter, axes_of(layer, name)) for name, parameter in layer._parameters.items()}
+    outputs, inputs = (None if side is None else len(side) for side in (kept.outputs, kept.inputs))
+    _change(layer, outputs, inputs, lambda tensor, axes: _part(tensor, axes, kept).clone())
+    cuts = {}
+    for name, (parameter, axes) in old.items():
+        if parameter is not None:
+            take = partial(_part, axes=axes, kept=kept)
+            cuts[parameter] = Cut(getattr(layer, name), take)
+            if parameter.grad is not None:
+                cuts[parameter].new.grad = take(parameter.grad).clone()
     return cuts
 
 
-def set_widths(layer: nn.Module, outputs: int | None, inputs: int | None) -> None:
-    """Set the numbers that a layer keeps beside its tensors; None leaves a side."""
-    if isinstance(layer, NORMS):
-        if outputs is not None:
-            layer.num_features = outputs
-        return
-    if layer.groups != 1 and outputs is not None:
-        layer.groups = outputs
-    layer.out_channels = layer.out_channels if outputs is None else outputs
-    layer.in_channels = layer.in_channels if inputs is None else inputs
-
-
-def axes_of(layer: nn.Module, parameter: str) -> tuple[int, int | None]:
-    """Return on which axes of a parameter the layer's outputs and inputs lie; None where a side has none."""
+def axes_of(layer: nn.Module, parameter: str) -> Axes:
+    """Return the axes of a layer's parameter."""
     if parameter != "weight" or isinstance(layer, NORMS) or layer.groups != 1:
         return 0, None
     return (1, 0) if isinstance(layer, _TRANSPOSED) else (0, 1)
 
 
-def _slicer(axes: tuple[int, int | None], kept: Kept) -> Callable[[Tensor], Tensor]:
-    def take(tensor: Tensor) -> Tensor:
-        for axis, indices in zip(axes, (kept.outputs, kept.inputs), strict=True):
-            if axis is not None and indices is not None:
-                tensor = tensor.index_select(axis, torch.tensor(indices, device=tensor.device))
-        return tensor
+def _part(tensor: Tensor, axes: Axes, kept: Kept) -> Tensor:
+    for axis, indices in zip(axes, (kept.outputs, kept.inputs), strict=True):
+        if axis is not None and indices is not None:
+            tensor = tensor.index_select(axis, torch.tensor(indices, device=tensor.device))
+    return tensor
 
-    return take
+
+def _change(
+    layer: nn.Module, outputs: int | None, inputs: int | None, change: Callable[[Tensor, Axes], Tensor]
+) -> Callable[[], None]:
+    """Give a layer changed tensors and other widths (None leaves a side); return an undo."""
+    tensors = (dict(layer._parameters), dict(layer._buffers))
+    numbers = {name: getattr(layer, name) for name in _WIDTHS if hasattr(layer, name)}
+    changed = {
+        name: nn.Parameter(change(parameter.detach(), axes_of(layer, name)), requires_grad=parameter.requires_grad)
+        for name, parameter in tensors[0].items()
+        if parameter is not None
+    }
+    for name, parameter in changed.items():
+        setattr(layer, name, parameter)
+    for name in _BUFFERS:
+        if (buffer := layer._buffers.get(name)) is not None:
+            layer._buffers[name] = change(buffer, (0, None))
+    grouped = numbers.get("groups", 1) != 1
+    widths = {"out_channels": outputs, "num_features": outputs, "in_channels": outputs if grouped else inputs}
+    widths["groups"] = outputs if grouped else None
+    for name in numbers:
+        if widths[name] is not None:
+            setattr(layer, name, widths[name])
+
+    def undo() -> None:
+        layer._parameters.update(tensors[0])
+        layer._buffers.update(tensors[1])
+        for name, value in numbers.items():
+            setattr(layer, name, value)
+
+    return undo
 
 
 def narrow_optimizer(optimizer: torch.optim.Optimizer, cuts: Mapping[nn.Parameter, Cut]) -> None:
     """Put the new parameters where the old ones were, and cut their state alike.
 
     Works for any optimiser: a state tensor of the old parameter's shape (SGD's momentum, Adam's moments) is cut as the
-    parameter was, everything else (step counts) is handed on. Groups keep their order.
+    parameter was, everything else (step counts) is kept. Groups keep their order.
     """
     for group in optimizer.param_groups:
         group["params"] = [cuts[old].new if old in cuts else old for old in group["params"]]
@@ -124,12 +137,11 @@ def narrow_optimizer(optimizer: torch.optim.Optimizer, cuts: Mapping[nn.Paramete
 
 def widths_of(network: nn.Module) -> dict[str, tuple[int, int | None]]:
     """Return (outputs, inputs) of each convolution and (channels, None) of each norm, by canonical name."""
-    widths = {}
-    for layer in LayerIndex(network).of_type(*NARROWABLE):
-        module = layer.module
-        is_norm = isinstance(module, NORMS)
-        widths[layer.name] = (module.num_features, None) if is_norm else (module.out_channels, module.in_channels)
-    return widths
+    return {layer.name: _widths(layer.module) for layer in LayerIndex(network).of_type(*NARROWABLE)}
+
+
+def _widths(layer: nn.Module) -> tuple[int, int | None]:
+    return (layer.num_features, None) if isinstance(layer, NORMS) else (layer.out_channels, layer.in_channels)
 
 
 def narrow_edits(before: Mapping[str, tuple[int, int | None]], network: nn.Module) -> tuple[NarrowEdit, ...]:
@@ -139,33 +151,16 @@ def narrow_edits(before: Mapping[str, tuple[int, int | None]], network: nn.Modul
 
 
 def resize(layer: nn.Module, outputs: int | None, inputs: int | None) -> Callable[[], None]:
-    """Give a layer other widths, with tensors that are allocated and not set; return an undo."""
-    tensors = (dict(layer._parameters), dict(layer._buffers))
-    numbers = {name: getattr(layer, name) for name in _WIDTHS if hasattr(layer, name)}
-    for name, parameter in tensors[0].items():
-        if parameter is not None:
-            empty = _resized(parameter.detach(), axes_of(layer, name), outputs, inputs)
-            setattr(layer, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
-    for name in _BUFFERS:
-        if (buffer := layer._buffers.get(name)) is not None:
-            layer._buffers[name] = _resized(buffer, (0, None), outputs, None)
-    set_widths(layer, outputs, inputs)
+    """Give a layer other widths, with tensors of zeros; return an undo."""
 
-    def undo() -> None:
-        layer._parameters.update(tensors[0])
-        layer._buffers.update(tensors[1])
-        for name, value in numbers.items():
-            setattr(layer, name, value)
+    def empty(tensor: Tensor, axes: Axes) -> Tensor:
+        shape = list(tensor.shape)
+        for axis, width in zip(axes, (outputs, inputs), strict=True):
+            if axis is not None and width is not None:
+                shape[axis] = width
+        return tensor.new_zeros(shape)
 
-    return undo
-
-
-def _resized(tensor: Tensor, axes: tuple[int, int | None], outputs: int | None, inputs: int | None) -> Tensor:
-    shape = list(tensor.shape)
-    for axis, width in zip(axes, (outputs, inputs), strict=True):
-        if axis is not None and width is not None:
-            shape[axis] = width
-    return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+    return _change(layer, outputs, inputs, empty)
 
 
 @register_edit
@@ -177,8 +172,7 @@ class NarrowEdit(Edit):
 
     Attributes:
         layer: any of the layer's names.
-        outputs: output channels, or the channels of a norm.
-        inputs: input channels, None for a norm.
+        outputs: output channels, or the channels of a norm. inputs: input channels, None for a norm.
     """
 
     layer: str
@@ -187,13 +181,11 @@ class NarrowEdit(Edit):
     kind: ClassVar[str] = "narrow"
 
     def apply(self, layers: LayerIndex, *, fill: bool) -> Callable[[], None]:
-        """See Edit.apply. With `fill` the first channels stay, which is a structure to plan on and no more."""
+        """See Edit.apply. With `fill` the first channels stay: a structure to plan on, not a choice."""
         layer = layers[self.layer].module
         if not isinstance(layer, NARROWABLE):
             raise SpecError(f"layer '{self.layer}': expected a convolution or norm, found {type(layer).__name__}")
-        is_norm = isinstance(layer, NORMS)
-        widths = (layer.num_features, None) if is_norm else (layer.out_channels, layer.in_channels)
-        for wanted, width, side in zip((self.outputs, self.inputs), widths, ("outputs", "inputs"), strict=True):
+        for wanted, width, side in zip((self.outputs, self.inputs), _widths(layer), ("outputs", "inputs"), strict=True):
             if (wanted is None) != (width is None) or (wanted is not None and not 1 <= wanted <= width):
                 raise SpecError(f"layer '{self.layer}': {side} {wanted} asked for, it has {width}")
         old = dict(layer._parameters)
@@ -257,7 +249,7 @@ def _given(aliases: Iterable[str], state_dict: Mapping[str, Any], prefix: str) -
 
 
 def as_base(network: nn.Module) -> nn.Module:
-    """Return a copy of a pruned network that carries no spec and keeps its widths: a base for other edits."""
+    """Return a copy of a pruned network that keeps its widths but carries no spec: a base for other edits."""
     base = copy.deepcopy(network)
     base._load_state_dict_pre_hooks.clear()  # the elastic edit's
     forget_spec(base)
