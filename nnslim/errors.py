@@ -54,6 +54,21 @@ class DownloadError(NNSlimError):
     """Something that could not be fetched, or that arrived damaged."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error that is not ours, at most 300 letters; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def one_line(error: BaseException) -> str:
+    """Return the text of an error that is not ours on one line, at most 300 letters; its kind where it says nothing."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
+def kind_and_line(error: BaseException) -> str:
+    """Return the kind and the text of an error that is not ours, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return a hint that names the known words closest to `word`, for the end of an error message."""
     known = sorted(known)

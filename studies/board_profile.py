@@ -87,8 +87,9 @@ def _measured(job: ProfileJob) -> dict[str, Any]:
     import torch
 
     from nnslim.hosts.nnunet.cases.preprocess import find_cases, preprocess_case
+    from nnslim.hosts.nnunet.cases.write_labels import write_segmentation
     from nnslim.hosts.nnunet.model.trained_model import input_shape, read_trained_model
-    from nnslim.hosts.nnunet.predict.load import load_predictor, write_segmentation
+    from nnslim.hosts.nnunet.predict.load import load_predictor
     from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 
     torch.set_num_threads(1)
@@ -114,7 +115,7 @@ def _measured(job: ProfileJob) -> dict[str, Any]:
         slices.append((time.process_time() - before) / data.shape[1])
         with nullcontext(job.output) if job.output is not None else tempfile.TemporaryDirectory() as folder:
             make_folder(Path(folder))
-            write_segmentation(predictor, logits, properties, Path(folder) / f"{name}{ending}", 1)
+            write_segmentation(predictor, logits, properties, Path(folder) / f"{name}{ending}", threads=1)
         volumes.append(time.process_time() - started)
     peak = peak_bytes()
     for backend in job.backends[1:]:

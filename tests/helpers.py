@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,52 @@ def write_ball_dataset(folder: Path) -> None:
     (folder / "splits_final.json").write_text(json.dumps([{"train": names[:4], "val": names[4:]}]))
     dataset = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "ball": 1}}
     (folder / "dataset.json").write_text(json.dumps({**dataset, "numTraining": 6, "file_ending": ".nii.gz"}))
+
+
+GLOO_TRAINER = '''
+"""nnU-Net's trainer takes CUDA devices under DDP; this one stays on the CPU, so that two processes can be tested."""
+import torch
+import nnunetv2.training.nnUNetTrainer.nnUNetTrainer as module
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+wrap = torch.nn.parallel.DistributedDataParallel
+module.DDP = lambda network, device_ids: wrap(network)
+
+
+class nnUNetTrainerGloo(nnUNetTrainer):
+    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cpu")):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.device, self.grad_scaler = torch.device("cpu"), None
+'''
+
+
+def offer_gloo_trainer(folder: Path, monkeypatch: Any) -> None:
+    """Let nnU-Net find nnUNetTrainerGloo, also in the processes of a test, which take a thread each."""
+    folder.mkdir()
+    (folder / "gloo.py").write_text(GLOO_TRAINER)
+    monkeypatch.setenv("nnUNet_extTrainer", str(folder))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def train_sauron_rank(rank: int, meeting: str, config: Any) -> None:
+    """One of two processes of a training: both end with the same network."""
+    import torch.distributed as dist
+
+    from nnslim.hosts.nnunet.model.trained_model import trainer_class
+    from nnslim.hosts.nnunet.train.sauron_trainer import sauron_trainer_class
+    from nnslim.surgery.narrow import widths_of
+
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    folder = Path(os.environ["nnUNet_preprocessed"]) / "Dataset998_Ball"
+    plans, dataset = (json.loads((folder / name).read_text()) for name in ("nnUNetPlans.json", "dataset.json"))
+    cls = sauron_trainer_class(config, trainer_class("nnUNetTrainerGloo"))
+    trainer = cls({**plans, "continue_training": False}, "3d_fullres", 0, dataset, torch.device("cpu"))
+    trainer.run_training()
+    widths: list[Any] = [None, None]
+    dist.all_gather_object(widths, widths_of(trainer.pruner.network))
+    assert widths[0] == widths[1] != trainer.start_widths
+    mine = torch.cat([p.detach().flatten() for p in trainer.network.parameters()])
+    theirs = [torch.zeros_like(mine), torch.zeros_like(mine)]
+    dist.all_gather(theirs, mine)
+    assert torch.equal(theirs[0], theirs[1])
+    dist.destroy_process_group()

@@ -402,7 +402,7 @@ def test_tucker_helper_and_dictionary_give_the_same_configuration():
 @pytest.mark.parametrize("backend", ["eager", "auto", "openvino"])
 @pytest.mark.parametrize("kind", ["plain", "2d", "anisotropic"])
 def test_context_backends_give_the_labels_of_stock_torch_for_every_fold(backend, kind, make_model, monkeypatch):
-    monkeypatch.setattr("nnslim.running.runner._WORTH_MEASURING", float("inf"))
+    monkeypatch.setattr("nnslim.running.runner.Runner.worth_measuring", float("inf"))
     if backend == "openvino":
         pytest.importorskip("openvino")
     source = make_model(kind, folds=(0, 1))
@@ -414,7 +414,7 @@ def test_context_backends_give_the_labels_of_stock_torch_for_every_fold(backend,
             logits[name] = predictor.predict_logits_from_preprocessed_data(data).float()
         assert slim.report.models[0].slimmed is not None
     assert predictor.network.backend == {"auto": "eager"}.get(backend, backend)
-    assert len(predictor.network._engines) == 2
+    assert len(predictor.network.engines) == 2
     assert logits[backend].shape == logits["stock"].shape and logits[backend].is_contiguous()
     # The stock window sums in half precision, and its Gaussian underflows in the corners: compare labels.
     same = (logits[backend].argmax(0) == logits["stock"].argmax(0)).float().mean()

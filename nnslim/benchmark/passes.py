@@ -115,7 +115,7 @@ def _engine(network: nn.Module, shape: Sequence[int], way: Way) -> tuple[Callabl
         return PlainOpenVINO(network, shape, way.threads), way.backend
     settings = Settings(way.backend, way.precision, way.threads)  # type: ignore[arg-type]
     if way.backend == "auto":
-        from nnslim.running.select import fastest
+        from nnslim.running.runner import fastest
 
         engine, found = fastest(network, shape, settings)
         return engine, f"auto: {found}"

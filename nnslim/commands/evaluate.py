@@ -87,7 +87,7 @@ def _classes(dataset: str | None, predictions: Path) -> tuple[Classes | None, bo
         return read_dataset_json(beside), False
     if Path(dataset).is_file() or dataset.endswith(".json"):
         return read_dataset_json(Path(dataset)), False
-    from nnslim.hosts.totalseg.organ_classes import task_classes
+    from nnslim.hosts.totalseg.tasks import task_classes
 
     return named_classes(task_classes(dataset)), True
 
@@ -100,7 +100,7 @@ def _groups(groups: str | None, found: Evaluation) -> dict[str, list[str]] | Non
         return None
     if groups != _TOTALSEG:
         return read_groups(Path(groups), [one.name for one in found.classes], names)
-    from nnslim.hosts.totalseg.organ_classes import organ_groups
+    from nnslim.hosts.totalseg.tasks import organ_groups
 
     return group_classes(organ_groups(), names)
 

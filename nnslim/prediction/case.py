@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
+
+from nnslim._version import __version__
 
 
 @dataclass(frozen=True)
@@ -65,18 +69,21 @@ class Record:
     versions: dict[str, str] = field(default_factory=dict)
     time: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON values."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Record | None:
         """Return the record of a manifest line, None where it is none; keys of later versions are dropped."""
-        known = {item.name for item in fields(cls)}
-        try:
-            return cls(**{key: value for key, value in values.items() if key in known})
-        except TypeError:
+        if not {"name", "status"} <= values.keys():
             return None
+        return cls(**{item.name: values[item.name] for item in fields(cls) if item.name in values})
+
+
+def versions(*hosts: str) -> dict[str, str]:
+    """Return the versions of nnslim, Python, torch and the hosts, where installed; imports none of them."""
+    found = {"nnslim": __version__, "python": platform.python_version()}
+    for name in ("torch", *hosts):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def now() -> str:

@@ -11,19 +11,17 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from nnslim.errors import InputError
+from nnslim.errors import InputError, one_line
 
 _BLOCK = 1 << 20
 
 
 def check_complete(path: Path) -> None:
-    """Refuse a NIfTI file that is cut short; other formats pass unchecked.
+    """Refuse a NIfTI file that is cut short; other formats pass unchecked. Cost: one pass of decompression.
 
     ITK reads a cut .nii.gz without an error and fills the rest with whatever it has, so a half-copied CT would be
     segmented as if it were whole. On a full disk it writes such files, also without an error.
 
-    Args:
-        path: .nii or .nii.gz file. Cost: one pass of decompression.
     Raises:
         InputError: unreadable header, damaged compression, or fewer bytes of voxels than the header promises.
     """
@@ -32,13 +30,11 @@ def check_complete(path: Path) -> None:
 
 
 def check_image(path: Path) -> None:
-    """Refuse a NIfTI file that readers would take with a wrong meaning; other formats pass unchecked.
+    """Refuse a NIfTI file that readers would misread; other formats pass unchecked. Cost: one pass of decompression.
 
-    ITK takes 1 mm for a spacing of zero or NaN, and 0 for voxels that are NaN, without a word; nnU-Net cannot write
-    what belongs to a 4D file.
+    ITK silently takes 1 mm for a spacing of zero or NaN, and 0 for voxels that are NaN; nnU-Net cannot write what
+    belongs to a 4D file.
 
-    Args:
-        path: .nii or .nii.gz file. Cost: one pass of decompression.
     Raises:
         InputError: what `check_complete` refuses, a fourth axis, a spacing that is not a positive number, or voxels
         that are NaN or infinite.
@@ -61,10 +57,8 @@ def check_image(path: Path) -> None:
 
 
 def not_finite(path: Path, bad: int, total: int) -> str:
-    """Say that so many voxels of an image are no numbers."""
-    return (
-        f"{path.name} has {bad:,} of {total:,} voxels that are NaN or infinite; expected numbers only, 0 for instance"
-    )
+    """Return the message for voxels that are no numbers."""
+    return f"{path.name} has {bad:,} of {total:,} voxels that are NaN or infinite; expected finite numbers"
 
 
 def is_nifti(path: Path) -> bool:
@@ -103,11 +97,7 @@ def _scanned(path: Path, *, finite: bool) -> tuple[Any, int]:
                     bad += usable - int(np.count_nonzero(np.isfinite(np.frombuffer(block, dtype, max(usable, 0)))))
                 size += len(block)
     except (OSError, EOFError, zlib.error, ValueError, nib.filebasedimages.ImageFileError) as error:
-        raise InputError(f"{path.name} cannot be read: {_text(error)}") from error
+        raise InputError(f"{path.name} cannot be read: {one_line(error)}") from error
     if size < expected:
         raise InputError(f"{path.name} cannot be read: cut short, {size:,} bytes of voxels and header of {expected:,}")
     return header, bad
-
-
-def _text(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]

@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from nnslim.errors import OutputError
@@ -31,7 +32,6 @@ class Manifest:
         """Name the files; nothing is written.
 
         Args:
-            folder: output folder.
             part: (number, count) of this run among those that share the folder; None for the only one.
         """
         self.folder = folder
@@ -42,12 +42,8 @@ class Manifest:
         self._started = folder / f"{_STARTED}{suffix}"
 
     def append(self, record: Record) -> None:
-        """Add a line; on a full disk the file is as it was.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
-        _append(self.path, record.to_json())
+        """Add a line; on a full disk the file is as it was, and an OutputError is raised."""
+        _append(self.path, asdict(record))
 
     def read(self) -> dict[str, Record]:
         """Return the latest record of each case, those of all parts included; lines that are torn are passed over."""
@@ -55,11 +51,7 @@ class Manifest:
         return _latest([*self._parts(), self._whole])
 
     def tidy(self) -> None:
-        """Leave one whole line per case in this run's file, and nothing in parts of runs that are over.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
+        """Leave one whole line per case in this run's file, and nothing in parts of runs that are over."""
         if self._part is None and self._parts():
             self._merge(self._parts())
             return
@@ -73,8 +65,6 @@ class Manifest:
 
         Args:
             records: of all cases of this run.
-        Raises:
-            OutputError: it cannot be written.
         """
         self._started.unlink(missing_ok=True)
         if self._part is None:
@@ -212,4 +202,4 @@ def _line(content: dict) -> bytes:
 
 
 def _text(records: Iterable[Record]) -> bytes:
-    return b"".join(_line(record.to_json()) for record in records)
+    return b"".join(_line(asdict(record)) for record in records)

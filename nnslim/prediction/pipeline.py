@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from nnslim.errors import InputError, NNSlimError
+from nnslim.errors import InputError, NNSlimError, kind_and_line
 from nnslim.files import output_error
 from nnslim.prediction.case import Case, Model, Record, Report, now
 from nnslim.prediction.manifest import checksum
@@ -164,7 +164,7 @@ class _Work:
             elif isinstance(error, OSError) and name == "write":
                 self.error = str(output_error(self.target, error))
             else:
-                self.error = one_line(error)
+                self.error = kind_and_line(error)
             self.error = self.error.replace(str(self.beside), str(self.target))
         finally:
             self.seconds[name] = round(time.perf_counter() - begun, 3)
@@ -172,11 +172,6 @@ class _Work:
 
 def _beside(target: str) -> str:
     return f"{_PREFIX}{secrets.token_hex(_TOKEN // 2)}-{target}"
-
-
-def one_line(error: BaseException) -> str:
-    """Return the kind and the text of an error that is not ours, for a list of failed cases."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def input_facts(files: tuple[Path, ...]) -> dict[str, float]:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from nnslim.errors import ConfigError, InputError, OutputError, nearest
 from nnslim.files import make_folder
-from nnslim.prediction.case import Case, PredictionJob, Record, now
+from nnslim.prediction.case import Case, Place, PredictionJob, Record, Report, now
 from nnslim.prediction.engines import Crew, Engine
 from nnslim.prediction.manifest import NAME, Manifest, alone, checksum
-from nnslim.prediction.pipeline import input_facts, remove_leftovers
+from nnslim.prediction.pipeline import Pipeline, input_facts, remove_leftovers
 from nnslim.prediction.schedule import Schedule, in_order, share
 
-_ENGINES = {"here": "here", "local": "local", "ray": "ray_actors"}
+_ENGINES = {"here": __name__, "local": "nnslim.prediction.engines.local", "ray": "nnslim.prediction.engines.ray_actors"}
 _log = logging.getLogger("nnslim")
 
 
@@ -189,5 +189,10 @@ def _is_whole(record: Record, case: Case, target: Path) -> bool:
 def _engine(name: str) -> Engine:
     if name not in _ENGINES:
         raise ConfigError(f"no engine '{name}'; {nearest(name, _ENGINES)}")
-    module: object = importlib.import_module(f"nnslim.prediction.engines.{_ENGINES[name]}")
-    return module.run  # type: ignore[attr-defined,no-any-return]
+    return importlib.import_module(_ENGINES[name]).run  # type: ignore[no-any-return]
+
+
+def run(job: PredictionJob, schedule: Schedule, output: Path, crew: Crew, report: Report) -> None:
+    """Predict in this process: there is nothing to start, and nobody goes on if this process is killed."""
+    with job.open(Place(0, crew.threads, crew.gpu(0))) as model:
+        Pipeline(model, output, overlap=crew.overlap).run(lambda: schedule.take(()), report)

@@ -6,16 +6,15 @@ import heapq
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from nnslim.prediction.case import Case, Record, now
+from nnslim.prediction.case import Case
 
 
 def in_order(cases: Iterable[Case], begun: Mapping[str, int] | None = None) -> list[Case]:
     """Return the order of work: large cases first, so that no worker is left with a large one at the end.
 
     Args:
-        cases: to predict.
-        begun: how often a case was begun by runs that were killed: what killed them might be the case, so that these
-            come last and cannot keep the others from being done.
+        begun: how often a case was begun by runs that were killed: the case may have killed them, so it comes last and
+            cannot keep the others from being done.
     """
     begun = begun or {}
     return sorted(cases, key=lambda case: (begun.get(case.name, 0), -case.voxels, case.name))
@@ -24,10 +23,7 @@ def in_order(cases: Iterable[Case], begun: Mapping[str, int] | None = None) -> l
 def share(cases: Sequence[Case], index: int, count: int) -> list[Case]:
     """Return one of `count` shares of about as many voxels each, the same for everybody who asks.
 
-    The largest case goes to the share that has least, and so on.
-
-    Args:
-        cases: all of the folder, in any order. index: 0..count - 1.
+    The largest case goes to the share that has least, and so on. Shares are numbered from 0.
     """
     loads = [(0, number) for number in range(count)]
     mine = []
@@ -42,19 +38,14 @@ def share(cases: Sequence[Case], index: int, count: int) -> list[Case]:
 class Schedule:
     """The cases that are left, for any number of workers.
 
-    A case that was in the hands of a worker when that died is a suspect: it comes after all others, to a worker that
-    holds nothing else, so that what dies with it is no other case, and the culprit is known. After `attempts` deaths
-    it is given up.
+    A case that a worker held when it died is a suspect: it comes after all others, to a worker that holds nothing
+    else, so that no other case dies with it, and the culprit is known. After `attempts` deaths it is given up.
     """
 
     def __init__(
         self, cases: Iterable[Case], attempts: int = 3, begin: Callable[[Case], None] = lambda case: None
     ) -> None:
-        """Take the cases in their order of work.
-
-        Args:
-            cases: see `in_order`. attempts: workers that may die with a case. begin: called as a case is taken.
-        """
+        """Take the cases, see `in_order`; `begin` is called as one is taken."""
         self._begin = begin
         self._fresh = deque(cases)
         self._suspects: deque[Case] = deque()
@@ -93,13 +84,3 @@ class Schedule:
             else:
                 lost.append(case)
         return lost
-
-
-def given_up(case: Case, attempts: int, why: str) -> Record:
-    """Return the record of a case that no worker survives.
-
-    Args:
-        attempts: workers that ended. why: how the last one did.
-    """
-    error = f"{attempts} workers ended while they had it; the last one was {why}"
-    return Record(case.name, "failed", error, voxels=case.voxels, target=case.target, attempts=attempts, time=now())

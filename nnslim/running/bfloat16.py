@@ -18,8 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnslim.running.processor import has_fast_bfloat16
 
-__all__ = ["bfloat16_is_safe", "has_fast_bfloat16", "in_bfloat16", "passes_in_bfloat16", "wants_bfloat16"]
-
 
 def wants_bfloat16(precision: str, device: torch.device) -> bool:
     """Return whether a training of that precision (f32, bf16, auto) is to compute in bfloat16; on a CPU alone."""

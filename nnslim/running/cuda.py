@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from nnslim.errors import RewriteError
+from nnslim.errors import RewriteError, first_line
 from nnslim.network.graph import layer_of
 from nnslim.running.rewrites import fold_norms
 from nnslim.running.timing import pass_seconds
@@ -36,17 +36,13 @@ class Graphed(nn.Module):
     _one_at_a_time = threading.RLock()
 
     def __init__(self, network: nn.Module, dtype: torch.dtype = torch.half) -> None:
-        """Take the network; nothing is recorded yet.
-
-        Args:
-            network: in eval mode, on its device. dtype: of autocast.
-        """
+        """Take a network in eval mode, on its device; nothing is recorded yet."""
         super().__init__()
         self.network, self.dtype = network, dtype
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._stream: torch.cuda.Stream | None = None
-        self._input: Tensor | None = None
-        self._output: Tensor | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.stream: torch.cuda.Stream | None = None
+        self.input: Tensor | None = None
+        self.output: Tensor | None = None
         self._tried = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,14 +55,14 @@ class Graphed(nn.Module):
                 self._record(x)
             if not self._fits(x):
                 return self._run(x)
-            self._input.copy_(x)
-            self._graph.replay()
-            return self._output.clone()
+            self.input.copy_(x)
+            self.graph.replay()
+            return self.output.clone()
 
     def _fits(self, x: Tensor) -> bool:
         """Return whether the recording is of such a pass."""
-        held = self._input
-        if self._graph is None or held is None or torch.cuda.current_stream(x.device) != self._stream:
+        held = self.input
+        if self.graph is None or held is None or torch.cuda.current_stream(x.device) != self.stream:
             return False
         return (x.shape, x.dtype, x.device) == (held.shape, held.dtype, held.device)
 
@@ -95,16 +91,15 @@ class Graphed(nn.Module):
                 with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                     made = self._run(held)
             except Exception as error:  # an operation that waits for the host, memory; a real fault comes back in _run
-                _log.warning("the pass is not recorded as a CUDA graph, and runs without: %s", _first_line(error))
+                _log.warning("the pass is not recorded as a CUDA graph, and runs without: %s", first_line(error))
                 torch.cuda.synchronize(x.device)
                 return
-        self._graph, self._stream, self._input, self._output = graph, current, held, made
+        self.graph, self.stream, self.input, self.output = graph, current, held, made
         Graphed._recorded.add(self)
 
     @staticmethod
     def _shared(stream: torch.cuda.Stream) -> tuple[int, int] | None:
-        """Return the pool of the recordings that are replayed on that stream; None if there is none."""
-        return next((one._graph.pool() for one in Graphed._recorded if one._stream == stream), None)
+        return next((one.graph.pool() for one in Graphed._recorded if one.stream == stream), None)
 
 
 def variants(graph: fx.GraphModule) -> dict[str, nn.Module]:
@@ -116,9 +111,9 @@ def variants(graph: fx.GraphModule) -> dict[str, nn.Module]:
     made: dict[str, nn.Module] = {"plain": graph}
     flat = any(_is_flat(layer_of(node)) for node in graph.graph.nodes)
     layout = torch.channels_last if flat else torch.channels_last_3d
-    made["channels last"] = _Laid(graph, layout)
+    made["channels last"] = _ChannelsLast(graph, layout)
     try:
-        made["folded"] = _Laid(fold_norms(graph), layout)
+        made["folded"] = _ChannelsLast(fold_norms(graph), layout)
     except RewriteError as error:
         _log.info("norms are not folded: %s", error)
     return made
@@ -139,7 +134,7 @@ def fastest_variant(graph: fx.GraphModule, shape: Sequence[int], dtype: torch.dt
             pass_seconds([recorded], shape, rounds=1)
             kept[name] = recorded
         except Exception as error:  # whatever a compiler raises
-            _log.warning("%s cannot be used on this GPU: %s", name, _first_line(error))
+            _log.warning("%s cannot be used on this GPU: %s", name, first_line(error))
     if not kept:
         return Graphed(graph, dtype)
     seconds = dict(zip(kept, pass_seconds(list(kept.values()), shape), strict=True))
@@ -148,7 +143,7 @@ def fastest_variant(graph: fx.GraphModule, shape: Sequence[int], dtype: torch.dt
     return kept[best]
 
 
-class _Laid(nn.Module):
+class _ChannelsLast(nn.Module):
     """A graph whose input and weights lie channels last."""
 
     def __init__(self, graph: nn.Module, layout: torch.memory_format) -> None:
@@ -165,7 +160,3 @@ class _Laid(nn.Module):
 
 def _is_flat(layer: nn.Module | None) -> bool:
     return isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:300] or type(error).__name__

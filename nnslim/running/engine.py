@@ -12,11 +12,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, fx, nn
 
-from nnslim.errors import BackendError, NNSlimError, RewriteError
-from nnslim.network.graph import layer_of, tidy
+from nnslim.errors import BackendError, NNSlimError, RewriteError, first_line
 from nnslim.running.bfloat16 import bfloat16_is_safe
-from nnslim.running.direct import TiledTransposed, direct
-from nnslim.running.rewrites import fold_norms, rewritten
+from nnslim.running.cpu import channels_last
+from nnslim.running.rewrites import rewritten
 from nnslim.running.timing import run_pass
 
 Backend = Literal["auto", "stock", "eager", "compile", "openvino"]
@@ -32,7 +31,7 @@ class Settings:
 
     Attributes:
         backend: "stock": the network untouched. "eager": torch, after the exact rewrites. "compile": torch.compile.
-            "openvino". "auto": whichever measures fastest here, see `nnslim.running.select`.
+            "openvino". "auto": whichever measures fastest here, see `Runner`.
         precision: of the arithmetic; on a CPU anything but f32 needs the openvino backend. On CUDA f32 is what nnU-Net
             does, autocast to float16; bf16 is autocast to bfloat16.
         threads: CPU threads; None for all that the process may use.
@@ -49,9 +48,7 @@ def make_engine(network: nn.Module, shape: Sequence[int], settings: Settings) ->
     It keeps these weights whatever is loaded into the network later; only "stock" is the network itself.
 
     Args:
-        network: in eval mode, on the device it will run on.
-        shape: (B, C, *patch).
-        settings: not "auto".
+        network: in eval mode, on the device it will run on. shape: (B, C, *patch). settings: not "auto".
     Raises:
         BackendError: the backend is missing, or cannot run this network.
     """
@@ -94,7 +91,7 @@ def check_precision(
         settings: backend and precision; on a CPU "auto" is openvino where the precision is not f32.
         device: that it will run on; None: the network's.
     Raises:
-        BackendError: see above; the message says what would work.
+        BackendError: the message says what would work.
     """
     precision = settings.precision
     if precision == "f32":
@@ -104,7 +101,7 @@ def check_precision(
         if settings.backend in ("stock", "openvino"):
             raise BackendError(f"precision {precision} on CUDA needs eager, compile or auto, found {settings.backend}")
         if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise BackendError(f"precision bf16 is not to be had: {torch.cuda.get_device_name(device)} lacks it")
+            raise BackendError(f"precision bf16 is not available: {torch.cuda.get_device_name(device)} lacks it")
         return
     if settings.backend not in ("openvino", "auto"):
         raise BackendError(f"precision {precision} needs the openvino backend, found {settings.backend}")
@@ -118,37 +115,6 @@ def check_precision(
             f"bf16 is refused for the patch {tuple(shape[2:])}: it leads to a 3D convolution one voxel wide with a "
             "stride above 1, which some processors compute wrongly in bf16; use --precision f32"
         )
-
-
-def channels_last(graph: fx.GraphModule) -> fx.GraphModule:
-    """Return the graph for torch on a CPU: norms folded, convolutions straight in oneDNN, channels last in memory.
-
-    Raises:
-        RewriteError: see `note_shapes`.
-    """
-    graph = fold_norms(graph)
-    for node in list(graph.graph.nodes):
-        made = direct(layer_of(node)) if node.op == "call_module" else None
-        if made is not None:
-            name = f"{str(node.target).replace('.', '_')}_direct"
-            graph.add_submodule(name, made)
-            node.target = name
-    _add_while_laying_out(graph)
-    return tidy(graph)
-
-
-def _add_while_laying_out(graph: fx.GraphModule) -> None:
-    """Let a transposed convolution add the skip connection's product as it writes its own."""
-    for add in [node for node in graph.graph.nodes if node.target is torch.add and len(node.args) == 2]:
-        nodes = [node for node in add.args if isinstance(node, fx.Node)]
-        for node, other in zip(nodes, reversed(nodes), strict=True):
-            if isinstance(layer_of(node), TiledTransposed) and len(node.users) == 1 and other is not node:
-                with graph.graph.inserting_before(add):
-                    made = graph.graph.call_module(node.target, (node.args[0], other))
-                add.replace_all_uses_with(made)
-                graph.graph.erase_node(add)
-                graph.graph.erase_node(node)
-                break
 
 
 def candidates(device: torch.device) -> list[Backend]:
@@ -180,8 +146,6 @@ def first_pass(
 
     Args:
         x: (B, C, *patch). call: runs an engine on it.
-    Raises:
-        BackendError: see `with_fallback`.
     """
     device = next(network.parameters()).device
     for name in dict.fromkeys((settings.backend, "eager", "stock")):
@@ -194,7 +158,7 @@ def first_pass(
         except NNSlimError as error:
             problem = str(error)
         except Exception as error:  # whatever a compiler or a plugin raises
-            problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+            problem = f"{type(error).__name__}: {first_line(error)}"
         if name != "stock":
             _log.warning("backend %s cannot be used: %s", name, problem)
     raise BackendError(f"backend {settings.backend}, precision {settings.precision}: {problem}")

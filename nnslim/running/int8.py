@@ -29,9 +29,8 @@ class Quantised:
 
     Attributes:
         model: the ov.Model.
-        layers: convolutions in all, in_int8: those of them that are computed in eight bits.
-        bytes_before, bytes_after: of the weights in a file.
-        tiles: that were calibrated on.
+        layers, in_int8: convolutions in all, and those that are computed in eight bits.
+        bytes_before, bytes_after: size of the weights in a file. tiles: number that was calibrated on.
     """
 
     model: Any
@@ -73,8 +72,7 @@ def quantize(
         keep_first, keep_last: leave the layer on the image, or those that put out the logits, in float.
         accurate: correct biases layer by layer instead of from one pass; takes a pass for each layer.
     Raises:
-        BackendError: openvino or nncf is missing, there are no tiles, one has another shape, or no layer came out in
-        eight bits: a conversion that changes nothing is no quantisation.
+        BackendError: openvino or nncf is missing, there are no tiles, one has another shape, or no layer was quantised.
     """
     openvino_module()
     nncf = needed("nncf", "nnslim[openvino]")
@@ -103,7 +101,7 @@ def quantize(
     layers = [op for op in made.get_ops() if op.get_type_name() in _CONVOLUTIONS]
     in_int8 = [op for op in layers if op.input_value(0).get_node().get_type_name() == "FakeQuantize"]
     if len(layers) > len(kept) and not in_int8:
-        raise BackendError(f"nothing changed: none of {len(layers)} convolutions came out in eight bits")
+        raise BackendError(f"nothing changed: none of {len(layers)} convolutions was quantised to eight bits")
     return Quantised(made, len(layers), len(in_int8), _size(model), _size(made), len(data))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,18 +54,13 @@ def network_key(network: str, shape: Sequence[int], precision: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
 
 
-def model_folder(cache: Path | None) -> Path:
-    """Return the folder of kept models: `cache`, else openvino in nnslim's cache."""
-    return user_cache() / "openvino" if cache is None else Path(cache)
+def _place(key: str, cache: Path | None) -> Path:
+    return (user_cache() / "openvino" if cache is None else Path(cache)) / key
 
 
 def keep(model: Any, key: str, cache: Path | None) -> None:
-    """Write a model, whole or not at all; one that is there stays.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    target = model_folder(cache) / key
+    """Write a model, whole or not at all, or raise an OutputError; one that is there stays."""
+    target = _place(key, cache)
     if target.exists():
         return
     try:
@@ -78,28 +74,24 @@ def keep(model: Any, key: str, cache: Path | None) -> None:
 
 def recall_model(key: str, cache: Path | None) -> Any | None:
     """Return the model, None where there is none; one that is damaged is removed, with a warning."""
-    folder = model_folder(cache) / key
+    folder = _place(key, cache)
     if not folder.is_dir():
         return None
-    sums = read_json(folder / _SUMS)
-    try:
-        if not sums or any(sha256_of(folder / name) != wanted for name, wanted in sums.items()):
-            raise BackendError("its content has changed")
-        return read_model(folder / "model.xml")
-    except (OSError, BackendError) as error:
-        _log.warning("the kept model %s is damaged and is made again: %s", folder, error)
-        _remove(folder)
+    sums, problem = read_json(folder / _SUMS), "its content has changed"
+    if sums and all((folder / name).is_file() and sha256_of(folder / name) == sums[name] for name in sums):
+        try:
+            return read_model(folder / "model.xml")
+        except BackendError as error:
+            problem = str(error)
+    _log.warning("the kept model %s is damaged and is made again: %s", folder, problem)
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        raise OutputError(f"{folder} is damaged and cannot be removed; remove it by hand")
     return None
 
 
 def write_model(model: Any, path: Path, *, half: bool = False) -> None:
-    """Write `path` (.xml) and the .bin beside it.
-
-    Args:
-        model: an ov.Model. half: store weights in 16 bits.
-    Raises:
-        OutputError: they cannot be written.
-    """
+    """Write an ov.Model as `path` (.xml) and the .bin beside it, or raise an OutputError; half: weights in 16 bits."""
     import openvino
 
     make_folder(path.parent)
@@ -111,26 +103,18 @@ def write_model(model: Any, path: Path, *, half: bool = False) -> None:
 
 
 def read_model(path: Path) -> Any:
-    """Return the ov.Model of an .xml file with a .bin beside it.
-
-    Raises:
-        BackendError: it cannot be read.
-    """
+    """Return the ov.Model of an .xml file with a .bin beside it, or raise a BackendError."""
     import openvino
 
     try:
         # Mapped weights would follow a file that is written again.
         return openvino.Core().read_model(str(path), config={"ENABLE_MMAP": False})
     except RuntimeError as error:
-        raise BackendError(f"{path} is not a readable OpenVINO model: {_first_line(error)}") from error
+        raise BackendError(f"{path} is not a readable OpenVINO model: {str(error).strip().splitlines()[-1]}") from error
 
 
 def replace_model(model: Any, path: Path) -> None:
-    """Write `path` (.xml) and the .bin beside it, or leave what is there.
-
-    Raises:
-        OutputError: they cannot be written.
-    """
+    """Write `path` (.xml) and the .bin beside it, or leave what is there and raise an OutputError."""
     made: list[Path] = []
     beside = path.with_name(f".{path.stem}.new.xml")
     try:
@@ -143,16 +127,3 @@ def replace_model(model: Any, path: Path) -> None:
     finally:
         for file in made:
             file.unlink(missing_ok=True)
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
-    if folder.exists():
-        raise OutputError(f"{folder} is damaged and cannot be removed; remove it by hand")
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

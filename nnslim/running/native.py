@@ -45,14 +45,14 @@ def kernels() -> Kernels | None:
     problem: Exception | None = None
     for threads in (True, False):
         try:
-            return Kernels(ctypes.CDLL(str(_built(threads))))
+            return Kernels(ctypes.CDLL(str(built_library(threads))))
         except (OSError, subprocess.SubprocessError) as error:
             problem = problem or error
     _log.info("native kernels are not used: %s", problem)
     return None
 
 
-def _built(threads: bool) -> Path:
+def built_library(threads: bool) -> Path:
     """Return the library, built where it is not there yet.
 
     With threads it calls OpenMP functions without naming a library for them: they are found in the one that torch has

@@ -83,8 +83,8 @@ class NormPass(nn.Module):
         """(B, C, *spatial) -> one (B, R_k, *spatial) per V_k, then the wide (B, C', *spatial) where it is kept."""
         z = z.contiguous(memory_format=_layout(z))
         made = self.empty_outputs(z)
-        native = self._fits(z)
-        on_gpu = native is None and self._fits_gpu(z)
+        native = self.native_kernels(z)
+        on_gpu = native is None and self.fits_gpu(z)
         for number in range(len(z)):
             rows, outs = _rows(z[number]), [_rows(out[number]) for out in made]
             if native is not None:
@@ -103,7 +103,7 @@ class NormPass(nn.Module):
             made.append(z if self.in_place and self.w is None else _empty(z, len(self.gain)))
         return tuple(made)
 
-    def _fits_gpu(self, z: Tensor) -> bool:
+    def fits_gpu(self, z: Tensor) -> bool:
         """Return whether Triton's kernels can do this pass: only they save the wide tensor's way through memory."""
         if z.device.type != "cuda" or self.w is None or isinstance(z, FakeTensor) or not has_triton():
             return False
@@ -130,7 +130,7 @@ class NormPass(nn.Module):
             bias, v = getattr(self, f"c{number}"), getattr(self, f"v{number}")
             product(z, weight, shift, self.slope, v, bias, outs[number])
 
-    def _fits(self, z: Tensor) -> Kernels | None:
+    def native_kernels(self, z: Tensor) -> Kernels | None:
         """Return the native kernels where they can do this pass."""
         widths = (z.shape[1], len(self.gain))
         if z.device.type != "cpu" or z.dtype != torch.float32 or isinstance(z, FakeTensor) or self.slope > 1:
@@ -158,7 +158,7 @@ class NormPass(nn.Module):
 
     def _one(self, z: Tensor, outs: list[Tensor]) -> None:
         """(N, C) rows of voxels -> the rows of each output, in place."""
-        scale, shift = self._fold(z)
+        scale, shift = self.fold(z)
         weight = None if self.w is None else (self.w * scale[:, None]).t().to(z.dtype)
         scale, shift = scale.to(z.dtype), shift.to(z.dtype)  # of 16 bits under autocast
         wide = outs[-1] if self.keep else None
@@ -182,7 +182,7 @@ class NormPass(nn.Module):
                 else:
                     torch.addmm(bias.to(z.dtype), y, v, out=target)
 
-    def _fold(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def fold(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scale and the shift of each wide channel: norm(y) = scale * y + shift, y = W z without bias."""
         return self._scale_shift(*_moments(z, full=self.w is not None))
 

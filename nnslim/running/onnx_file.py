@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnslim.errors import BackendError, RewriteError
+from nnslim.errors import BackendError, RewriteError, first_line
 from nnslim.files import write_bytes
 from nnslim.optional import needed
 from nnslim.running.openvino import silent_loggers
@@ -27,11 +27,7 @@ _SMALL = 256  # numbers; smaller constants are norms and biases, which 16 bits w
 
 
 def onnx_modules() -> tuple[Any, Any]:
-    """Return the packages onnx and onnxruntime.
-
-    Raises:
-        BackendError: one is not installed.
-    """
+    """Return the packages onnx and onnxruntime, or raise a BackendError."""
     return needed("onnx", "nnslim[onnx]"), needed("onnxruntime", "nnslim[onnx]")
 
 
@@ -61,8 +57,7 @@ def to_onnx(network: nn.Module, shape: Sequence[int]) -> Any:
             old = {"dynamo": False} if "dynamo" in torch.onnx.export.__kwdefaults__ else {}
             torch.onnx.export(network, (image,), file, **(names | {"opset_version": 17}), **old)
         except Exception as error:
-            lines = str(problem).strip().splitlines() or [type(problem).__name__]
-            raise BackendError(f"{type(network).__name__} cannot be exported: {lines[0]}") from error
+            raise BackendError(f"{type(network).__name__} cannot be exported: {first_line(problem)}") from error
     return onnx.load_from_string(file.getvalue())
 
 
@@ -111,7 +106,7 @@ def in_int8(model: Any, tiles: Iterable[Tensor]) -> Any:
     tiles = list(tiles)
     if not tiles:
         raise BackendError("int8 needs calibration tiles, found none")
-    head = _producer(model, model.graph.output[0].name)
+    head = [node.name for node in model.graph.node if node.name and model.graph.output[0].name in node.output]
     with tempfile.TemporaryDirectory() as folder, silent_loggers("root"):
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         onnx.save(model, str(source))
@@ -125,17 +120,13 @@ def in_int8(model: Any, tiles: Iterable[Tensor]) -> Any:
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
             op_types_to_quantize=_QUANTISED,
-            nodes_to_exclude=[head] if head else [],
+            nodes_to_exclude=head,
         )
         return onnx.load(str(target))
 
 
 def run_onnx(file: Path, image: Tensor) -> Tensor:
-    """Return what a file makes of (B, C, *patch), by onnxruntime on the CPU.
-
-    Raises:
-        BackendError: the file does not run.
-    """
+    """Return what a file makes of (B, C, *patch), by onnxruntime on the CPU, or raise a BackendError."""
     _, onnxruntime = onnx_modules()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -144,18 +135,10 @@ def run_onnx(file: Path, image: Tensor) -> Tensor:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         (logits,) = session.run(None, {"image": image.contiguous().numpy()})
     except Exception as error:  # onnxruntime has a class for each kind, below RuntimeError or not
-        raise BackendError(f"{file} does not run: {str(error).strip().splitlines()[0]}") from error
+        raise BackendError(f"{file} does not run: {first_line(error)}") from error
     return torch.from_numpy(logits)
 
 
-def _producer(model: Any, output: str) -> str:
-    return next((node.name for node in model.graph.node if output in node.output), "")
-
-
 def save_onnx(model: Any, file: Path) -> None:
-    """Write a model.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Write a model, or raise an OutputError."""
     write_bytes(file, model.SerializeToString())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nnslim.errors import BackendError, OutputError, RewriteError
+from nnslim.errors import BackendError, OutputError, RewriteError, first_line
 from nnslim.optional import needed
 from nnslim.running.kept_models import keep, network_fingerprint, network_key, read_model, recall_model
 from nnslim.running.rewrites import rewritten
@@ -30,11 +30,7 @@ _log = logging.getLogger("nnslim")
 
 
 def openvino_module() -> Any:
-    """Return the package.
-
-    Raises:
-        BackendError: it is not installed.
-    """
+    """Return the package, or raise a BackendError."""
     return needed("openvino", "nnslim[openvino]")
 
 
@@ -82,7 +78,7 @@ def convert(network: nn.Module, shape: Sequence[int], *, channels_last: bool) ->
     problem: Exception | None = None
     for size in dict.fromkeys(sizes):
         try:
-            model = _converted(_Laid(network, channels_last), size, shape)
+            model = convert_at(_OneOutput(network, channels_last), size, shape)
         except Exception as error:  # whatever torch's tracer and OpenVINO's frontend raise
             problem = problem or error
             continue
@@ -90,11 +86,10 @@ def convert(network: nn.Module, shape: Sequence[int], *, channels_last: bool) ->
             model.set_rt_info(str(channels_last), _LAST)
             return model
         problem = BackendError(f"puts out {tuple(model.outputs[0].shape)} instead of {wanted}")
-    lines = str(problem).strip().splitlines() or [type(problem).__name__]
-    raise BackendError(f"openvino cannot convert {type(network).__name__}: {lines[0]}") from problem
+    raise BackendError(f"openvino cannot convert {type(network).__name__}: {first_line(problem)}") from problem
 
 
-class _Laid(nn.Module):
+class _OneOutput(nn.Module):
     """The network with one output, in the layout that was asked for."""
 
     def __init__(self, network: nn.Module, channels_last: bool) -> None:
@@ -107,7 +102,7 @@ class _Laid(nn.Module):
         return y.movedim(1, -1) if self.channels_last else y
 
 
-def _converted(network: nn.Module, size: Sequence[int], shape: Sequence[int]) -> Any:
+def convert_at(network: nn.Module, size: Sequence[int], shape: Sequence[int]) -> Any:
     openvino = openvino_module()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's tracer is deprecated, and OpenVINO has no other way yet
@@ -190,11 +185,11 @@ class OpenVINOEngine(nn.Module):
             "PERFORMANCE_HINT": "THROUGHPUT" if throughput else "LATENCY",
             **({} if threads is None else {"INFERENCE_NUM_THREADS": int(threads)}),
         }
-        self._ready = _prepared(core, network, (1, *self.shape[1:]), precision, settings, cache)
-        model = self._ready.model
+        self.compiled = _prepared(core, network, (1, *self.shape[1:]), precision, settings, cache)
+        model = self.compiled.model
         count = int(model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")) if throughput else 1
         self._requests = [model.create_infer_request() for _ in range(count)]
-        self._outputs = _Buffers()
+        self.outputs = _Buffers()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *patch) float on the CPU -> (B, heads, *patch) float32."""
@@ -203,7 +198,7 @@ class OpenVINOEngine(nn.Module):
         if x.device.type != "cpu":
             raise BackendError(f"the openvino backend runs on the CPU, found a tensor on {x.device}")
         images = x.detach().float().contiguous().numpy()
-        made = self._outputs.take((len(images), *self._ready.model.outputs[0].shape[1:]))
+        made = self.outputs.take((len(images), *self.compiled.model.outputs[0].shape[1:]))
         tensor = openvino_module().Tensor
         for number, image in enumerate(images):
             request = self._requests[number % len(self._requests)]
@@ -214,7 +209,7 @@ class OpenVINOEngine(nn.Module):
         for request in self._requests:
             request.wait()
         logits = torch.from_numpy(made)
-        return logits.movedim(-1, 1) if self._ready.channels_last else logits
+        return logits.movedim(-1, 1) if self.compiled.channels_last else logits
 
 
 @dataclass(eq=False)
@@ -230,6 +225,9 @@ class _Buffers:
 
     def __init__(self) -> None:
         self._known: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []
+
+    def __len__(self) -> int:
+        return len(self._known)
 
     def take(self, shape: tuple[int, ...]) -> np.ndarray:
         """Return an array of its own kind; its memory is free again when it is deleted, tensors over it included."""
@@ -283,15 +281,11 @@ def _compile(core: Any, model: Any, shape: tuple[int, ...], settings: dict[str, 
 
 
 def check_processor(precision: str) -> None:
-    """Refuse a precision that this processor does not compute in.
-
-    Raises:
-        BackendError: openvino is missing, or the processor lacks the precision.
-    """
+    """Raise a BackendError where openvino is missing, or the processor does not compute in the precision."""
     able = openvino_module().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     needed = _NEEDS.get(precision)
     if needed is not None and needed not in able:
         raise BackendError(
-            f"precision {precision} is not to be had: this processor computes in {', '.join(sorted(able))}; use "
+            f"precision {precision} is not available: this processor computes in {', '.join(sorted(able))}; use "
             "--precision f32"
         )

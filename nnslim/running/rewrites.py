@@ -7,8 +7,10 @@ follow from those of the tensor itself.
 
 from __future__ import annotations
 
+import functools
+import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,8 +29,6 @@ from nnslim.network.graph import (
 )
 from nnslim.running.norm_pass import NormPass
 
-Rewrite = Callable[[fx.GraphModule], fx.GraphModule]
-
 
 def split_concatenations(graph: fx.GraphModule) -> fx.GraphModule:
     """Replace each 1x1 convolution of a concatenation by the sum of one per part.
@@ -44,8 +44,7 @@ def split_concatenations(graph: fx.GraphModule) -> fx.GraphModule:
             conv = layer_of(user)
             if not is_pointwise(conv):
                 continue
-            first = 0
-            products = []
+            first, products = 0, []
             last = max(parts, key=order.__getitem__)
             for part in parts:
                 channels = shape_of(part)[1]
@@ -55,9 +54,7 @@ def split_concatenations(graph: fx.GraphModule) -> fx.GraphModule:
                     products.append(add_layer(graph, piece, f"{user.target}_part", (part,)))
                 first += channels
             with graph.graph.inserting_before(user):
-                total = products[0]
-                for product in products[1:]:
-                    total = graph.graph.call_function(torch.add, (total, product))
+                total = functools.reduce(lambda a, b: graph.graph.call_function(torch.add, (a, b)), products)
             user.replace_all_uses_with(total)
             graph.graph.erase_node(user)
         if not cat.users:
@@ -174,18 +171,10 @@ def _merging_pays(node: fx.Node, first: nn.Module, second: nn.Module) -> bool:
     """Compare MACs per voxel: both apart against the merged one."""
     out = shape_of(node)[2:]
     inner = shape_of(node.args[0])[2:] if isinstance(first, TRANSPOSED) else out
-    voxels, inner_voxels = _product(out), _product(inner)
-    taps = _product(first.kernel_size)
+    voxels, inner_voxels, taps = math.prod(out), math.prod(inner), math.prod(first.kernel_size)
     apart = inner_voxels * first.in_channels * first.out_channels * taps
     apart += voxels * second.in_channels * second.out_channels
     return inner_voxels * first.in_channels * second.out_channels * taps <= apart
-
-
-def _product(sizes: Sequence[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
 
 
 def _merged(first: nn.Module, second: nn.Module) -> nn.Module:
@@ -193,21 +182,11 @@ def _merged(first: nn.Module, second: nn.Module) -> nn.Module:
     outer = matrix(second).double()
     weight = first.weight.detach().double()
     weight = torch.einsum("ro,io...->ir..." if transposed else "ro,oi...->ri...", outer, weight)
-    bias = None
-    if first.bias is not None:
-        bias = outer @ first.bias.detach().double()
+    bias = None if first.bias is None else outer @ first.bias.detach().double()
     if second.bias is not None:
         bias = second.bias.detach().double() + (0 if bias is None else bias)
-    settings = {
-        "kernel_size": first.kernel_size,
-        "stride": first.stride,
-        "padding": first.padding,
-        "dilation": first.dilation,
-        "padding_mode": first.padding_mode,
-        "bias": bias is not None,
-    }
-    if transposed:
-        settings["output_padding"] = first.output_padding
+    names = ["kernel_size", "stride", "padding", "dilation", "padding_mode"] + ["output_padding"] * transposed
+    settings = {**{name: getattr(first, name) for name in names}, "bias": bias is not None}
     like = {"device": first.weight.device, "dtype": first.weight.dtype}
     kind = next(kind for kind in CONVOLUTIONS + TRANSPOSED if isinstance(first, kind))
     made = kind(first.in_channels, second.out_channels, **settings, **like)

@@ -16,7 +16,7 @@ from nnslim.network.graph import layer_of, trace
 from nnslim.network.walk import LayerIndex
 from nnslim.running.engine import Settings, with_fallback
 from nnslim.running.processor import cpu_name
-from nnslim.running.select import machine_threads, remembered
+from nnslim.running.runner import machine_threads, remembered
 from nnslim.running.timing import pass_seconds
 
 # Seconds of the dense pass below which overheads decide, and nobody waits. A whole 128^3 patch takes a GPU 0.02 s.
@@ -75,16 +75,9 @@ class Speed:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Speed:
         """Read what `to_dict` made."""
-        planned = values["planned_ms"]
-        return cls(
-            values["dense_ms"] / 1e3,
-            values["slim_ms"] / 1e3,
-            values["backend"],
-            values["where"],
-            None if planned is None else planned / 1e3,
-            tuple(values["put_back"]),
-            values.get("device", "cpu"),
-        )
+        times = [None if (ms := values[f"{name}_ms"]) is None else ms / 1e3 for name in ("dense", "slim", "planned")]
+        rest = {"planned": times[2], "put_back": tuple(values["put_back"]), "device": values.get("device", "cpu")}
+        return cls(*times[:2], values["backend"], values["where"], **rest)
 
 
 def place(device: torch.device, settings: Settings) -> str:

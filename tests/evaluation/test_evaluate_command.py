@@ -20,7 +20,7 @@ from nnslim.errors import HostError, InputError
 from nnslim.evaluation.classes import read_dataset_json
 from nnslim.evaluation.directories import evaluate_directories
 from nnslim.evaluation.scores import write_summary
-from nnslim.hosts.totalseg.organ_classes import organ_groups, task_classes
+from nnslim.hosts.totalseg.tasks import organ_groups, task_classes
 
 SPACING = (0.8, 0.9, 2.5)
 REGIONS = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "tip": 3}

@@ -99,7 +99,7 @@ def test_precision_that_the_processor_lacks_is_refused_with_what_it_has(tiny_net
     network, shape = tiny_net("plain3d"), (1, 1, 16, 16, 16)
     able("FP32", "INT8")
     for precision in ("bf16", "f16"):
-        with pytest.raises(BackendError, match=f"{precision} is not to be had: this processor computes in FP32, INT8"):
+        with pytest.raises(BackendError, match=f"{precision} is not available: this processor computes in FP32, INT8"):
             check_precision(network, shape, Settings("openvino", precision))
     for backend in ("eager", "stock", "compile"):
         with pytest.raises(BackendError, match=f"precision bf16 needs the openvino backend, found {backend}"):

@@ -18,12 +18,11 @@ from nnslim.compression.compress_network import compress
 from nnslim.compression.config import tucker
 from nnslim.errors import BackendError
 from nnslim.running import engine as backends
-from nnslim.running import select
 from nnslim.running.cuda import Graphed, fastest_variant, variants
 from nnslim.running.engine import Settings, check_precision, make_engine, with_fallback
 from nnslim.running.norm_pass import NormPass
 from nnslim.running.rewrites import rewritten
-from nnslim.running.runner import Runner
+from nnslim.running.runner import Runner, fastest
 from nnslim.running.timing import run_pass
 
 SHAPES = {"plain3d": (1, 1, 16, 16, 16), "anisotropic": (1, 1, 4, 16, 16), "plain2d": (2, 1, 16, 16)}
@@ -73,7 +72,7 @@ def test_autocast_does_not_reach_the_statistics():
     layer, z = NormPass(before, norm, 1.0, [], keep=True), torch.randn(1, 80, 6, 7, 8) + 2
     rows = z[0].movedim(0, -1).reshape(-1, 80)
     with torch.autocast("cpu", torch.bfloat16):
-        scale, shift = layer._fold(rows)
+        scale, shift = layer.fold(rows)
     y = before(z)[0].double().flatten(1)
     torch.testing.assert_close(scale.double(), (y.var(1, correction=0) + norm.eps).rsqrt(), rtol=1e-5, atol=0)
     torch.testing.assert_close(shift.double(), -y.mean(1) * scale.double(), rtol=1e-4, atol=1e-5)
@@ -165,10 +164,10 @@ def test_what_a_recorded_pass_reads_and_hands_out(played):
     with torch.inference_mode():  # as in nnU-Net: what is held must not be of it
         first = engine(x)
     assert network.passes == 4 and len(played.replayed) == 1, "three to warm up, one recorded, then it is replayed"
-    assert not engine._input.is_inference() and not engine._input.requires_grad
-    assert torch.equal(first, 2 * x) and first.data_ptr() != engine._output.data_ptr(), "the caller's own"
+    assert not engine.input.is_inference() and not engine.input.requires_grad
+    assert torch.equal(first, 2 * x) and first.data_ptr() != engine.output.data_ptr(), "the caller's own"
     engine(x + 1)
-    assert torch.equal(engine._input, x + 1) and len(played.replayed) == 2 and network.passes == 4
+    assert torch.equal(engine.input, x + 1) and len(played.replayed) == 2 and network.passes == 4
     assert torch.equal(first, 2 * x)
     for other in (torch.randn(2, 1, 4, 4).as_subclass(OnGPU), x.half()):
         assert torch.equal(engine(other), 2 * other) and len(played.replayed) == 2, "not recorded for these"
@@ -230,7 +229,7 @@ def test_forms_that_fail_are_left_out_and_the_fastest_stays_recorded(tiny_net, m
 def test_recorded_pass_on_a_cpu_is_the_network(tiny_net):
     network, x = tiny_net("plain3d"), torch.randn(SHAPES["plain3d"])
     engine = Graphed(network)
-    assert torch.equal(engine(x), network(x)) and engine._graph is None
+    assert torch.equal(engine(x), network(x)) and engine.graph is None
 
 
 @pytest.mark.slow
@@ -254,7 +253,7 @@ def test_precisions_on_cuda(tiny_net, monkeypatch):
         if able:
             check_precision(network, (1, 1, 16, 16, 4), Settings("auto", "bf16"), CUDA)  # a fault of CPUs alone
         else:
-            with pytest.raises(BackendError, match="bf16 is not to be had: Some GPU lacks it"):
+            with pytest.raises(BackendError, match="bf16 is not available: Some GPU lacks it"):
                 check_precision(network, shape, Settings("auto", "bf16"), CUDA)
     with pytest.raises(BackendError, match="f16 on CUDA needs eager, compile or auto, found stock"):
         check_precision(network, shape, Settings("stock", "f16"), CUDA)
@@ -273,7 +272,7 @@ def test_eager_engine_on_cuda_equals_the_network(tiny_net, kind, precision):
     network, x = slim_net(tiny_net, kind).to(CUDA), torch.randn(SHAPES[kind], device=CUDA)
     engine = make_engine(network, tuple(x.shape), Settings("eager", precision))
     wanted, found = network(x), engine(x)
-    assert engine._graph is not None, "recorded"
+    assert engine.graph is not None, "recorded"
     assert (found.float() - wanted).norm() < 0.05 * wanted.norm()
     again = engine(2 * x)
     assert not torch.equal(again, found) and (engine(x) - found).abs().max() == 0, "outputs are the caller's own"
@@ -288,7 +287,7 @@ def test_triton_pass_on_cuda_equals_torch():
     layer = NormPass(before, norm, 0.01, [after], keep=True).to(CUDA)
     z = torch.randn(2, 16, 24, 24, 24, device=CUDA)
     wide = nn.functional.leaky_relu(norm.to(CUDA)(before.to(CUDA)(z)), 0.01)
-    assert layer._fits_gpu(z)
+    assert layer.fits_gpu(z)
     for kind, close in ((torch.float32, 1e-3), (torch.half, 2e-2)):
         for found, wanted in zip(layer(z.to(kind)), (after.to(CUDA)(wide), wide), strict=True):
             assert (found.float() - wanted).norm() < close * wanted.norm()
@@ -299,7 +298,7 @@ def test_triton_pass_on_cuda_equals_torch():
 def test_auto_on_cuda_measures_and_gives_the_same(tiny_net, tmp_path, monkeypatch):
     monkeypatch.setenv("NNSLIM_CACHE", str(tmp_path))
     network, x = slim_net(tiny_net, "plain3d").to(CUDA), torch.randn(SHAPES["plain3d"], device=CUDA)
-    engine, name = select.fastest(network, tuple(x.shape), Settings())
+    engine, name = fastest(network, tuple(x.shape), Settings())
     assert name in ("stock", "eager", "compile")
     wanted = network(x)
     assert (run_pass(engine, x).float() - wanted).norm() < 0.05 * wanted.norm()

@@ -16,8 +16,8 @@ from nnslim.errors import BackendError, RewriteError
 from nnslim.network.cost import measure_cost
 from nnslim.network.graph import layer_of, trace
 from nnslim.running import native
-from nnslim.running.direct import DirectConv, TiledTransposed, direct
-from nnslim.running.engine import Settings, candidates, channels_last, make_engine, with_fallback
+from nnslim.running.cpu import DirectConv, TiledTransposed, channels_last, direct
+from nnslim.running.engine import Settings, candidates, make_engine, with_fallback
 from nnslim.running.norm_pass import NormPass
 from nnslim.running.rewrites import fold_norms, merge_products, rewritten, split_concatenations
 from nnslim.running.timing import run_pass
@@ -109,7 +109,7 @@ def test_without_native_kernels_the_same(network_and_shape, monkeypatch):
     network, shape = network_and_shape
     x = data(shape)
     wanted = network(x)
-    for module in ("norm_pass", "direct"):
+    for module in ("norm_pass", "cpu"):
         monkeypatch.setattr(f"nnslim.running.{module}.kernels", lambda: None)
     engine = channels_last(rewritten(network.float(), shape))
     assert relative(engine(x.float()).double(), wanted) < 1e-5
@@ -283,7 +283,7 @@ def test_kernels_are_built_once_and_again_for_a_damaged_file(tmp_path, monkeypat
     try:
         assert native.kernels() is not None
         (built,) = (tmp_path / "native").glob("*.so")
-        assert native._built(True) == built
+        assert native.built_library(True) == built
         monkeypatch.setenv("NNSLIM_NATIVE", "0")
         native.kernels.cache_clear()
         assert native.kernels() is None

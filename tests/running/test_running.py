@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from nnslim.network.walk import unwrap
-from nnslim.running import allocator, runner, select
+from nnslim.running import allocator, runner
+from nnslim.running import engine as backends
 from nnslim.running.engine import Settings
 from nnslim.running.runner import Runner
 from nnslim.running.speed import Speed, compare_speed
@@ -39,7 +40,7 @@ def test_runner_follows_the_weights_that_a_host_loads(tiny_net):
         held.load_state_dict(fold)
         plain.load_state_dict(fold)
         torch.testing.assert_close(held(x), plain(x), rtol=1e-4, atol=1e-5)
-    assert len(held._engines) == 3, "one engine for each set of weights, made once"
+    assert len(held.engines) == 3, "one engine for each set of weights, made once"
     assert held.state_dict().keys() == plain.state_dict().keys()
     assert held.decoder is held._orig_mod.decoder and unwrap(held) is held._orig_mod
     batch = torch.randn(2, *SHAPE[1:])
@@ -51,13 +52,14 @@ def test_runner_follows_the_weights_that_a_host_loads(tiny_net):
 @pytest.mark.parametrize("backend", ["stock", "eager"])
 def test_first_patch_takes_one_pass(tiny_net, backend, monkeypatch):
     """An image of few patches would feel one more, to try the engine."""
-    seen, original = [], runner._called
+    seen, original = [], backends.make_engine
 
-    def called(engine, x):
+    def made(network, shape, settings):
+        engine = original(network, shape, settings)
         engine.register_forward_hook(lambda module, given, answer: seen.append(given[0]))
-        return original(engine, x)
+        return engine
 
-    monkeypatch.setattr(runner, "_called", called)
+    monkeypatch.setattr(backends, "make_engine", made)
     held, x = Runner(tiny_net("plain3d").eval(), Settings(backend)), torch.randn(SHAPE)
     first, second = held(x), held(x + 1)
     assert len(seen) == 2 and seen[0] is x
@@ -67,14 +69,14 @@ def test_first_patch_takes_one_pass(tiny_net, backend, monkeypatch):
 
 @torch.no_grad()
 def test_runner_keeps_few_engines_and_stock_is_never_stale(tiny_net):
-    folds, x = states(tiny_net, runner._KEPT + 3), torch.randn(SHAPE)
+    folds, x = states(tiny_net, Runner.most_engines + 3), torch.randn(SHAPE)
     for backend in ("eager", "stock"):
         held, plain = Runner(tiny_net("plain3d").eval(), Settings(backend)), tiny_net("plain3d").eval()
         for fold in (*folds, folds[0]):
             held.load_state_dict(fold)
             plain.load_state_dict(fold)
             torch.testing.assert_close(held(x), plain(x), rtol=1e-4, atol=1e-5)
-        assert len(held._engines) <= runner._KEPT
+        assert len(held.engines) <= Runner.most_engines
 
 
 @torch.no_grad()
@@ -94,7 +96,7 @@ def test_runner_uses_the_threads_that_were_asked_for_and_puts_them_back(tiny_net
     before = torch.get_num_threads()
     Runner(Look().eval(), Settings("stock", threads=3))(torch.zeros(1, 1, 4, 4))
     assert seen[-1] == 3 and torch.get_num_threads() == before
-    assert select.machine_threads() >= 1
+    assert runner.machine_threads() >= 1
 
 
 @torch.no_grad()
@@ -106,8 +108,8 @@ def test_auto_starts_eager_and_measures_between_cases_once_it_is_worth_it(tiny_n
         measured.append(len(engines))
         return [2.0, 1.0][: len(engines)]
 
-    monkeypatch.setattr(select, "pass_seconds", first_is_slow)
-    monkeypatch.setattr(select, "candidates", lambda device: ["eager", "stock"])
+    monkeypatch.setattr(runner, "pass_seconds", first_is_slow)
+    monkeypatch.setattr(runner, "candidates", lambda device: ["eager", "stock"])
     (fold, _, _), x = states(tiny_net), torch.randn(SHAPE)
     held = Runner(tiny_net("plain3d").eval(), Settings("auto"))
     held.load_state_dict(fold)
@@ -131,15 +133,15 @@ def test_auto_starts_eager_and_measures_between_cases_once_it_is_worth_it(tiny_n
 
 def test_memory_that_is_damaged_is_not_used(tiny_net, tmp_path):
     network = tiny_net("plain3d").eval()
-    assert select.remembered(network, SHAPE, Settings()) is None
-    select.remember(network, SHAPE, Settings(), "stock")
-    assert select.remembered(network, SHAPE, Settings()) is None, "stock is no candidate where openvino is installed"
-    select.remember(network, SHAPE, Settings(), "eager")
-    assert select.remembered(network, SHAPE, Settings()) == "eager"
+    assert runner.remembered(network, SHAPE, Settings()) is None
+    runner.remember(network, SHAPE, Settings(), "stock")
+    assert runner.remembered(network, SHAPE, Settings()) is None, "stock is no candidate where openvino is installed"
+    runner.remember(network, SHAPE, Settings(), "eager")
+    assert runner.remembered(network, SHAPE, Settings()) == "eager"
     file = tmp_path / "cache" / "backends.json"
     for content in ("[1]", "{", file.read_text().replace("eager", "magic")):
         file.write_text(content)
-        assert select.remembered(network, SHAPE, Settings()) is None
+        assert runner.remembered(network, SHAPE, Settings()) is None
 
 
 def test_measure_alternates_after_a_pass_that_is_not_counted():

@@ -59,8 +59,8 @@ for rows, narrow, wide, out in [(1000, 16, 40, 24), (65, 20, 33, 7), (1, 5, 8, 3
             y = nn.functional.leaky_relu(exact @ weight.double() + shift.double(), 0.01) @ v.double()
             y = y if added is None else y + added.double()
             assert (made.double() - y).norm() <= close * y.norm()
-NormPass._fits = lambda self, z: None
-NormPass._fits_gpu = lambda self, z: True  # the interpreter takes tensors on the CPU
+NormPass.native_kernels = lambda self, z: None
+NormPass.fits_gpu = lambda self, z: True  # the interpreter takes tensors on the CPU
 for keep in (False, True):
     before, norm = nn.Conv3d(12, 24, 1), nn.InstanceNorm3d(24, affine=True)
     nn.init.uniform_(norm.weight, 0.5, 1.5), nn.init.uniform_(norm.bias, -0.2, 0.2)
@@ -147,9 +147,9 @@ def test_without_triton_the_pass_is_torchs(monkeypatch):
     layer = NormPass(nn.Conv3d(16, 32, 1), nn.InstanceNorm3d(32), 0.01, [nn.Conv3d(32, 8, 1)], keep=False)
     z = SimpleNamespace(device=torch.device("cuda"), dtype=torch.half, shape=(1, 16, 4, 4, 4))
     monkeypatch.setattr(norm_pass, "has_triton", lambda: False)
-    assert not layer._fits_gpu(z)
+    assert not layer.fits_gpu(z)
     pytest.importorskip("triton")
     monkeypatch.setattr(norm_pass, "has_triton", lambda: True)
-    assert layer._fits_gpu(z)
-    assert not layer._fits_gpu(SimpleNamespace(device=torch.device("cuda"), dtype=torch.float64, shape=z.shape))
-    assert not layer._fits_gpu(SimpleNamespace(device=torch.device("cuda"), dtype=torch.half, shape=(1, 65, 4, 4, 4)))
+    assert layer.fits_gpu(z)
+    assert not layer.fits_gpu(SimpleNamespace(device=torch.device("cuda"), dtype=torch.float64, shape=z.shape))
+    assert not layer.fits_gpu(SimpleNamespace(device=torch.device("cuda"), dtype=torch.half, shape=(1, 65, 4, 4, 4)))

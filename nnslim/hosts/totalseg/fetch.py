@@ -24,7 +24,7 @@ _CHUNK = 1 << 14  # bytes; what a cut connection delivered of an unfinished chun
 _WORTH_RETRYING = {408, 425, 429}
 
 
-class _Again(Exception):  # noqa: N818 - a signal between functions of this file, not an error of ours
+class _Again(Exception):  # noqa: N818
     """This attempt failed in a way that another attempt may mend."""
 
 
@@ -64,11 +64,7 @@ def discard(part: Path) -> None:
 
 
 def import_requests() -> Any:
-    """Import the HTTP client late: only a download needs it.
-
-    Raises:
-        HostError: it is not installed.
-    """
+    """Import the HTTP client, which only downloads need, or raise a HostError."""
     return needed("requests", "requests", purpose="a download", error=HostError)
 
 
@@ -77,7 +73,6 @@ def _note(part: Path) -> Path:
 
 
 def _attempt(url: str, part: Path, progress: Progress | None) -> int:
-    """Ask once for the missing bytes and write them."""
     requests = import_requests()
     kept = _kept(url, part)
     # Compressed transfer would make Content-Length and Range count other bytes than those we write.
@@ -89,7 +84,7 @@ def _attempt(url: str, part: Path, progress: Progress | None) -> int:
             if _is_complete(answer, kept):
                 return kept["have"]
             begin, total = _begin(answer, url, part, kept)
-            return _append(answer, url, part, begin, total, progress)
+            return _write_body(answer, url, part, begin, total, progress)
     except requests.exceptions.RequestException as error:
         if isinstance(error, ValueError):  # malformed address or unknown scheme: the same next time
             raise DownloadError(f"could not fetch {url}: {error}") from error
@@ -148,7 +143,7 @@ def _continued(answer: Any, kept: dict[str, Any]) -> int | None:
     return int(found[2])
 
 
-def _append(answer: Any, url: str, part: Path, begin: int, total: int | None, progress: Progress | None) -> int:
+def _write_body(answer: Any, url: str, part: Path, begin: int, total: int | None, progress: Progress | None) -> int:
     """Write the body from byte `begin` on and check the final size."""
     requests = import_requests()
     try:

@@ -17,6 +17,7 @@ from nnslim.compression.storage import half_precision
 from nnslim.errors import ConfigError, HostError
 from nnslim.files import read_json, save_checkpoint, whole_folder, write_json
 from nnslim.hosts.totalseg.task_weights import STAND_IN_NOTE, task_source
+from nnslim.hosts.totalseg.tasks import task_classes, totalseg_table
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -107,13 +108,9 @@ def part_classes(task_id: int) -> dict[int, str]:
     Raises:
         HostError: TotalSegmentator is missing or has no such table.
     """
-    try:
-        from totalsegmentator.map_to_binary import class_map, class_map_5_parts
-    except ImportError as error:
-        raise HostError(f"TotalSegmentator's classes cannot be read ({error}); run pip install nnslim[ts]") from error
     if task_id in _PARTS:
-        return dict(list(class_map_5_parts.values())[_PARTS.index(task_id)])
-    return dict(class_map["total"])
+        return dict(list(totalseg_table("map_to_binary", "class_map_5_parts").values())[_PARTS.index(task_id)])
+    return task_classes("total")
 
 
 def stand_in_plans(layout: Layout, name: str, base_features: int, patch: tuple[int, ...]) -> dict[str, Any]:
@@ -122,7 +119,6 @@ def stand_in_plans(layout: Layout, name: str, base_features: int, patch: tuple[i
     The intensity statistics (Hounsfield units) are round figures of a whole-body CT, not the published ones.
     """
     stages = layout.stages
-    resample = {"order_z": 0, "force_separate_z": None}
     shape = [float(size) for size in patch]
     configuration = {
         "data_identifier": f"nnUNetPlans_{CONFIGURATION}",
@@ -141,14 +137,12 @@ def stand_in_plans(layout: Layout, name: str, base_features: int, patch: tuple[i
         "pool_op_kernel_sizes": [[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
         "conv_kernel_sizes": [[3, 3, 3]] * stages,
         "unet_max_num_features": 10 * base_features,  # 320 as published, in proportion for narrower nets
-        "resampling_fn_data": "resample_data_or_seg_to_shape",
-        "resampling_fn_seg": "resample_data_or_seg_to_shape",
-        "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
-        "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, **resample},
-        "resampling_fn_seg_kwargs": {"is_seg": True, "order": 1, **resample},
-        "resampling_fn_probabilities_kwargs": {"is_seg": False, "order": 1, **resample},
         "batch_dice": False,
     }
+    for what, order in (("data", 3), ("seg", 1), ("probabilities", 1)):
+        settings = {"is_seg": what == "seg", "order": order, "order_z": 0, "force_separate_z": None}
+        configuration[f"resampling_fn_{what}"] = "resample_data_or_seg_to_shape"
+        configuration[f"resampling_fn_{what}_kwargs"] = settings
     intensities = {"min": -1024.0, "max": 3071.0, "mean": 0.0, "median": 40.0, "std": 400.0}
     return {
         "dataset_name": name,
@@ -172,12 +166,9 @@ def build_stand_in(plans: dict[str, Any], heads: int, *, seed: int = 0, device: 
     """Build the untrained network through nnU-Net's own classes, as its predictor would.
 
     Args:
-        plans: see `stand_in_plans`; not modified.
-        heads: output channels, background included.
+        plans: see `stand_in_plans`; not modified. heads: output channels, background included.
         seed: of torch's CPU generator, which is put back as it was.
         device: cpu, or meta to count parameters without memory.
-    Returns:
-        Network in float32; its normalisation layers keep the logits finite.
     Raises:
         HostError: nnU-Net is missing.
     """
@@ -206,7 +197,6 @@ def build_stand_in(plans: dict[str, Any], heads: int, *, seed: int = 0, device: 
 
 
 def _checked(task_id: int, base_features: int, patch_size: Sequence[int] | None) -> tuple[Layout, tuple[int, ...]]:
-    """Return the layout and the patch size in voxels."""
     layout = LAYOUTS.get(task_id)
     if layout is None:
         raise ConfigError(f"no stand-in for task {task_id}; known: {', '.join(str(task) for task in LAYOUTS)}")
@@ -224,7 +214,6 @@ def _checked(task_id: int, base_features: int, patch_size: Sequence[int] | None)
 
 
 def _write(made: Path, plans: dict, dataset: dict, weights: dict[str, Tensor], trainer: str) -> None:
-    """Write plans, dataset description and checkpoint below the dataset folder `made`."""
     model = made / f"{trainer}__nnUNetPlans__{CONFIGURATION}"
     (model / "fold_0").mkdir(parents=True)
     write_json(model / "plans.json", plans)

@@ -15,15 +15,13 @@ from typing import TYPE_CHECKING, Any
 from nnslim.errors import InputError
 from nnslim.hosts.nnunet.cases.preprocess import silent
 from nnslim.hosts.nnunet.model.model_files import content_digest
-from nnslim.hosts.nnunet.predict.directory import absolute_config
-from nnslim.hosts.nnunet.predict.predict_settings import config_identity, digest
+from nnslim.hosts.nnunet.predict.predict_settings import absolute_config, config_identity, digest
 from nnslim.hosts.totalseg.task_weights import download, weights_folder
 from nnslim.hosts.totalseg.tasks import Task, find_task, totalseg_version
-from nnslim.prediction.case import Case, Place, Record
+from nnslim.prediction.case import Case, Place, Record, versions
 from nnslim.prediction.engines import Crew
 from nnslim.prediction.images import check_image, count_voxels
 from nnslim.prediction.run_directory import FolderSettings, run_folder
-from nnslim.prediction.versions import versions
 
 if TYPE_CHECKING:
     from nnslim.running.engine import Backend, Precision
@@ -168,20 +166,17 @@ class TotalsegJob:
         Raises:
             HostError, ConfigError: what cannot be used.
         """
-        from nnslim.compression.config import SlimConfig, load_config
-        from nnslim.hosts.nnunet.predict.predictor_patches import OwnSession
+        from nnslim.hosts.nnunet.predict.predictor_patches import own_session
         from nnslim.hosts.totalseg.many_images import many_images
         from nnslim.running.allocator import keep_heap
 
         settings = self.settings
-        config = SlimConfig() if self.config is None else load_config(self.config)
         run = {"keep_models": True, "threads": place.threads}
         chosen = {"backend": settings.backend, "precision": settings.precision}
         if self.config is None and settings.backend is None and settings.precision is None:
             chosen["backend"] = "stock"
         run |= {key: value for key, value in chosen.items() if value is not None}
-        session = OwnSession(config.model_copy(update={"run": config.run.model_copy(update=run)}))
-        with many_images(session, place.threads) as segment, keep_heap():
+        with many_images(own_session(self.config, run), place.threads) as segment, keep_heap():
             device = {"cuda": "gpu" if place.gpu is None else f"gpu:{place.gpu}"}.get(settings.device, settings.device)
             task = find_task(settings.task, settings.roi)
             options = {"device": device, "quiet": True, "nr_thr_saving": 1, **task.options}

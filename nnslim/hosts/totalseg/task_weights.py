@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from nnslim.errors import ConfigError, DownloadError, HostError, OutputError
 from nnslim.files import make_folder, read_json, sha256_of, write_json
 from nnslim.hosts.totalseg.fetch import Progress, discard, fetch, import_requests
+from nnslim.hosts.totalseg.tasks import totalseg_table, totalseg_version
 from nnslim.hosts.totalseg.unpack import unpack_dataset
 
 log = logging.getLogger("nnslim")
@@ -39,21 +39,20 @@ def weights_folder() -> Path:
 
 
 def task_source(task_id: int, *, base_url: str | None = None) -> tuple[str, str]:
-    """Look up one set of weights in the table of the installed TotalSegmentator.
+    """Return the folder of a set of weights, below the weights folder, and the address of its zip.
 
     Args:
         task_id: nnU-Net dataset number, for example 297.
         base_url: address to use in place of the project's releases; default: env NNSLIM_TS_URL, else the releases.
-    Returns:
-        Folder name below the weights folder, and the address of its zip.
     Raises:
         HostError: TotalSegmentator is missing, has no such table, or does not know the task.
         DownloadError: the task needs a licence, or its weights are not published.
     """
-    table, commercial = _tables()
+    table = totalseg_table("map_tasks_config", "TASK_ID_WEIGHTS_CONFIGS")
+    commercial = totalseg_table("map_to_binary", "commercial_models").values()
     if task_id not in table:
         known = ", ".join(str(key) for key in sorted(key for key in table if isinstance(key, int)))
-        raise HostError(f"TotalSegmentator {_version()} has no weights for task {task_id}; known: {known}")
+        raise HostError(f"TotalSegmentator {totalseg_version()} has no weights for task {task_id}; known: {known}")
     info = table[task_id]
     name, release = info["foldername"], info.get("version")
     if info.get("commercial") or task_id in commercial:
@@ -111,7 +110,10 @@ def download(
         discard(part)  # resuming a wrong file would only give the wrong file again
         raise
     discard(part)
-    write_json(_record_path(target), {**record, "size": size, "fetched": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+    write_json(
+        target.with_name(f"{target.name}.nnslim.json"),
+        {**record, "size": size, "fetched": time.strftime("%Y-%m-%dT%H:%M:%S%z")},
+    )
     return target
 
 
@@ -160,32 +162,6 @@ def disable_usage_statistics(home: Path | None = None) -> Path:
     return path
 
 
-def _tables() -> tuple[dict, set]:
-    """Return TotalSegmentator's table of weights and the numbers of its commercial tasks."""
-    try:
-        from totalsegmentator import map_tasks_config
-        from totalsegmentator.map_to_binary import commercial_models
-    except ImportError as error:
-        raise HostError(
-            f"TotalSegmentator {_version()} has no table of weights that nnslim can read ({error}); "
-            "run pip install -U TotalSegmentator, or fetch weights with its totalseg_download_weights"
-        ) from error
-    table = getattr(map_tasks_config, "TASK_ID_WEIGHTS_CONFIGS", None)
-    if table is None:
-        raise HostError(
-            f"TotalSegmentator {_version()} has no map_tasks_config.TASK_ID_WEIGHTS_CONFIGS; "
-            "run pip install -U TotalSegmentator, or fetch weights with its totalseg_download_weights"
-        )
-    return table, set(commercial_models.values())
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("TotalSegmentator")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
-
-
 def _check_existing(target: Path) -> None:
     """Warn or refuse where the folder that is there cannot be the wanted weights; never change it."""
     if (target / STAND_IN_NOTE).exists():
@@ -197,7 +173,6 @@ def _check_existing(target: Path) -> None:
 
 
 def _normal_sha256(sha256: str | None) -> str | None:
-    """Return the checksum in lower case without a prefix."""
     if sha256 is None:
         return None
     digits = sha256.strip().lower().removeprefix("sha256:")
@@ -206,19 +181,16 @@ def _normal_sha256(sha256: str | None) -> str | None:
     return digits
 
 
-def _record_path(target: Path) -> Path:
-    return target.with_name(f"{target.name}.nnslim.json")
-
-
 def _verify(part: Path, url: str, target: Path, given: str | None) -> dict[str, str]:
     """Compare the zip with the best checksum that is known; return what is worth recording."""
     found = sha256_of(part)
     known, source = given, "given by the user"
     if known is None:
         known, source = published_sha256(url), "published by GitHub"
-    record = read_json(_record_path(target))
+    noted = target.with_name(f"{target.name}.nnslim.json")
+    record = read_json(noted)
     if known is None and record.get("url") == url and record.get("sha256"):
-        known, source = record["sha256"], f"recorded in {_record_path(target)} at the last download"
+        known, source = record["sha256"], f"recorded in {noted} at the last download"
     if known is None:
         log.warning("%s: no checksum is known, only length and zip CRCs are checked; sha256 %s", url, found)
         source = "length and CRC only"
@@ -228,7 +200,6 @@ def _verify(part: Path, url: str, target: Path, given: str | None) -> dict[str, 
 
 
 def _advice(url: str, target: Path) -> str:
-    """Say what a person without a network can do."""
     return (
         f"The weights would be put at {target}. Without a network: fetch {url} on another machine and unpack it in "
         f"{target.parent}, or take untrained weights for timing and tests with scripts/00_setup_ts.py --stand-in"

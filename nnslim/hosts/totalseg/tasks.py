@@ -1,13 +1,15 @@
-"""TotalSegmentator's table of tasks, read without importing what takes seconds."""
+"""TotalSegmentator's own tables: tasks, classes and organ groups; reading them imports nothing that takes seconds."""
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnslim.errors import ConfigError, HostError, nearest
+from nnslim.errors import ConfigError, HostError, InputError, nearest
 from nnslim.optional import installed_version
 
 _MODES = {"_fastest": "fastest", "_fast": "fast"}
@@ -57,6 +59,22 @@ def totalseg_version() -> str:
     return installed_version("TotalSegmentator", "TotalSegmentator", "'nnslim[ts]'", error=HostError)
 
 
+def totalseg_table(module: str, name: str) -> Any:
+    """Return a table of the installed TotalSegmentator, such as "map_to_binary", "class_map".
+
+    Raises:
+        HostError: TotalSegmentator is missing, or of a version without that table.
+    """
+    version = totalseg_version()
+    try:
+        return getattr(importlib.import_module(f"totalsegmentator.{module}"), name)
+    except (ImportError, AttributeError) as error:
+        raise HostError(
+            f"TotalSegmentator {version} has no table {module}.{name} that nnslim can read ({error}); "
+            "run pip install -U TotalSegmentator"
+        ) from error
+
+
 def find_task(name: str, classes: Sequence[str] = ()) -> Task:
     """Return a task by name: "total", "total_fast", "total_fastest", "lung_vessels" ...
 
@@ -67,35 +85,62 @@ def find_task(name: str, classes: Sequence[str] = ()) -> Task:
         HostError: TotalSegmentator is missing, or of a version without that table.
         ConfigError: no such task, resolution or class.
     """
-    version = totalseg_version()
-    try:
-        from totalsegmentator.map_tasks_config import DEFAULT_CONFIG, TASK_CONFIGS
-        from totalsegmentator.map_to_binary import class_map
-    except ImportError as error:
-        raise HostError(f"TotalSegmentator {version} has no table of tasks that nnslim can read ({error})") from error
-    ending = next((end for end in _MODES if name not in TASK_CONFIGS and name.endswith(end)), "")
+    version, configs = totalseg_version(), totalseg_table("map_tasks_config", "TASK_CONFIGS")
+    ending = next((end for end in _MODES if name not in configs and name.endswith(end)), "")
     base, mode = name.removesuffix(ending), _MODES.get(ending, "default")
-    if base not in TASK_CONFIGS:
-        raise ConfigError(f"TotalSegmentator {version} has no task '{name}'; {nearest(name, TASK_CONFIGS)}")
-    raw = TASK_CONFIGS[base]
+    if base not in configs:
+        raise ConfigError(f"TotalSegmentator {version} has no task '{name}'; {nearest(name, configs)}")
+    raw = configs[base]
     modes = raw.get("sub_modes", {"default": raw})
     if mode not in modes:
         known = ", ".join(sorted(base if key == "default" else f"{base}_{key}" for key in modes))
         raise ConfigError(f"TotalSegmentator {version} has no task '{name}'; it has {known}")
-    known = set(class_map[base].values())
+    labels = dict(totalseg_table("map_to_binary", "class_map")[base])
+    known = set(labels.values())
     if unknown := [wanted for wanted in classes if wanted not in known]:
         raise ConfigError(f"task {base} has no class '{unknown[0]}'; {nearest(unknown[0], known)}")
     if classes and not base.startswith("total"):
         raise ConfigError(f"--roi goes with the tasks total, total_v3 and total_mr only, found {base}")
-    chosen = {**DEFAULT_CONFIG, **modes[mode]}
+    chosen = {**totalseg_table("map_tasks_config", "DEFAULT_CONFIG"), **modes[mode]}
     ids = chosen["task_id"]
     return Task(
         base,
         mode,
-        dict(class_map[base]),
+        labels,
         tuple(ids) if isinstance(ids, list) else (ids,),
         chosen["trainer"],
         chosen["plans"] or "nnUNetPlans",
         chosen["model"],
         tuple(chosen["folds"] or ()),
     )
+
+
+def task_classes(task: str) -> dict[int, str]:
+    """Return the classes of a task such as "total", label to name, without background.
+
+    Raises:
+        HostError: TotalSegmentator is missing. InputError: it has no such task.
+    """
+    known = totalseg_table("map_to_binary", "class_map")
+    if task not in known:
+        raise InputError(f"'{task}' is neither a dataset.json nor a task of TotalSegmentator; {nearest(task, known)}")
+    return dict(known[task])
+
+
+def organ_groups() -> dict[str, set[str]]:
+    """Return class names by group: organs, vertebrae, cardiac, muscles, ribs; of the CT and the MR models together.
+
+    Raises:
+        HostError: TotalSegmentator is missing.
+    """
+    groups: dict[str, set[str]] = {}
+    ct, both = totalseg_table("map_to_binary", "class_map_5_parts"), sys.modules["totalsegmentator.map_to_binary"]
+    for parts in (ct, getattr(both, "class_map_parts_mr", {})):
+        for part, classes in parts.items():
+            groups.setdefault(part.removeprefix("class_map_part_"), set()).update(classes.values())
+    # A class may be an organ of one model and a muscle of the other: it stays where the CT model has it.
+    placed: set[str] = set()
+    for members in groups.values():
+        members -= placed
+        placed |= members
+    return groups

@@ -52,7 +52,7 @@ def crew_here(device: str, workers: int | None, threads: int | None, *, overlap:
 
     Args:
         device: cpu, cuda or mps.
-        workers: None: one per GPU; without GPUs, or with one, none but this process.
+        workers: None: one per GPU; without GPUs, or with one, this process alone.
         threads: of each worker; None: an equal share of the CPUs that this process may use.
         overlap: see `Crew`.
     Raises:

@@ -1,4 +1,4 @@
-"""Ray: workers on the machines of a cluster; what a machine held that is lost, another one predicts.
+"""Ray: workers on the machines of a cluster; what a lost machine held is predicted by another one.
 
 Images, model and output must lie at the same path on all machines (a shared file system), and nnslim must be installed
 there.
@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
 import queue
 import threading
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nnslim.errors import HostError, NNSlimError
+from nnslim.errors import HostError, NNSlimError, kind_and_line
 from nnslim.prediction.case import Case, Place, PredictionJob, Record, Report
 from nnslim.prediction.engines import Crew
-from nnslim.prediction.pipeline import Pipeline, one_line
-from nnslim.prediction.schedule import Schedule, given_up
+from nnslim.prediction.engines.team import Member, Team, loaded
+from nnslim.prediction.schedule import Schedule
 
-_BAD_STARTS = 3  # actors in a row that die before they have loaded the model
 _AHEAD = 2  # cases that an actor holds: one in its forward pass, and the next
-_log = logging.getLogger("nnslim")
 
 
 def run(job: PredictionJob, schedule: Schedule, output: Path, crew: Crew, report: Report) -> None:
@@ -41,7 +38,7 @@ def run(job: PredictionJob, schedule: Schedule, output: Path, crew: Crew, report
     if own:
         ray.init(address=crew.address, log_to_driver=False, logging_level=logging.WARNING)
     try:
-        _Actors(ray, job, schedule, output.absolute(), _sized(ray, crew), report).work()
+        _RayTeam(ray, job, schedule, output.absolute(), _sized(ray, crew), report).work()
     finally:
         if own:
             ray.shutdown()
@@ -63,114 +60,75 @@ def _sized(ray: Any, crew: Crew) -> Crew:
     return replace(crew, workers=workers, threads=crew.threads or max(cpus // math.ceil(workers / len(machines)), 1))
 
 
-@dataclass
-class _Actor:
-    """The driver's view of an actor."""
+class _RayWorker(Member):
+    """An actor and the references to what it was asked: to open the model (None), and to predict cases."""
 
-    handle: Any
-    opening: Any
-    ready: bool = False
-    running: dict[Any, Case] = field(default_factory=dict)  # by the reference of the answer
+    def __init__(self, index: int, actor: Any, opening: Any) -> None:
+        super().__init__(index)
+        self.actor = actor
+        self.asked: dict[Any, Case | None] = {opening: None}
+
+    @property
+    def wants(self) -> bool:
+        return self.ready and len(self.held) < _AHEAD
+
+    def give(self, case: Case) -> None:
+        super().give(case)
+        self.asked[self.actor.predict.remote(case)] = case
 
 
-class _Actors:
-    """All actors, from the driver's side."""
+class _RayTeam(Team):
+    members: list[_RayWorker]  # type: ignore[assignment]
 
-    def __init__(
-        self, ray: Any, job: PredictionJob, schedule: Schedule, output: Path, crew: Crew, report: Report
-    ) -> None:
+    def __init__(self, ray: Any, *given: Any) -> None:
+        super().__init__(*given)
         self._ray = ray
-        self._schedule = schedule
-        self._crew = crew
-        self._report = report
-        self._payload = pickle.dumps(job)
-        self._output = output
-        self._first_alone = job.first_alone
-        self._actors: list[_Actor] = []
-        self._bad_starts = 0
-        self._why = ""
         # An actor class of its own on each run: it answers several calls at a time, one per case that it holds.
-        resources = {"num_cpus": crew.threads or 1, "num_gpus": 1 if crew.gpus else 0}
-        self._kind = ray.remote(_Worker).options(**resources, max_restarts=0, max_concurrency=_AHEAD + 1)
+        resources = {"num_cpus": self.crew.threads or 1, "num_gpus": 1 if self.crew.gpus else 0}
+        self._kind = ray.remote(_Actor).options(**resources, max_restarts=0, max_concurrency=_AHEAD + 1)
 
-    def work(self) -> None:
-        count = min(self._crew.workers, self._schedule.waiting)
-        for _ in range(min(count, 1) if self._first_alone else count):
-            self._start()
-        while self._schedule.waiting or any(actor.running for actor in self._actors):
-            if not self._actors:
-                raise HostError(f"no worker can be started: the last {self._bad_starts} were {self._why}")
-            asked = {a.opening: a for a in self._actors if not a.ready}
-            asked |= {reference: actor for actor in self._actors for reference in actor.running}
-            done, _ = self._ray.wait(list(asked), num_returns=1)
-            for reference in done:
-                if asked[reference] in self._actors:
-                    self._hear(asked[reference], reference)
-            if self._first_alone and any(actor.ready for actor in self._actors):
-                self._first_alone = False
-                for _ in range(1, count):
-                    self._start()
-            for actor in self._actors:
-                self._feed(actor)
+    def start(self, index: int) -> _RayWorker:
+        actor, place = self._kind.remote(), Place(index, self.crew.threads, 0 if self.crew.gpus else None)
+        return _RayWorker(index, actor, actor.open.remote(self.payload, place, self.output, self.crew))
 
-    def _start(self) -> None:
-        handle = self._kind.remote()
-        place = Place(len(self._actors), self._crew.threads, 0 if self._crew.gpus else None)
-        opening = handle.open.remote(self._payload, place, str(self._output), self._crew.overlap)
-        self._actors.append(_Actor(handle, opening))
+    def listen(self) -> None:
+        asked = {reference: worker for worker in self.members for reference in worker.asked}
+        done, _ = self._ray.wait(list(asked), num_returns=1)
+        for reference in done:
+            self._hear(asked[reference], reference)
 
-    def _feed(self, actor: _Actor) -> None:
-        while actor.ready and len(actor.running) < _AHEAD:
-            case = self._schedule.take(tuple(actor.running.values()))
-            if case is None:
-                return
-            actor.running[actor.handle.predict.remote(case)] = case
-
-    def _hear(self, actor: _Actor, reference: Any) -> None:
+    def _hear(self, worker: _RayWorker, reference: Any) -> None:
         try:
             answer = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
             cause = error.cause
-            if isinstance(cause, NNSlimError):  # the model cannot be used, by nobody
+            if isinstance(cause, NNSlimError):  # no worker can use the model
                 raise cause from None
-            self._buried(actor, f"ended by {one_line(cause or error)}")
+            self._bury(worker, f"ended by {kind_and_line(cause or error)}")
         except self._ray.exceptions.RayError as error:  # its process or its machine is gone
-            self._buried(actor, f"lost ({type(error).__name__})")
+            self._bury(worker, f"lost ({type(error).__name__})")
         else:
-            if reference == actor.opening:
-                actor.ready, self._bad_starts = True, 0
+            if worker.asked.pop(reference) is None:
+                self.opened(worker)
             else:
-                case = actor.running.pop(reference)
-                record: Record = answer
-                self._report(replace(record, attempts=self._schedule.attempts(case)))
+                self.told(worker, answer)
 
-    def _buried(self, actor: _Actor, why: str) -> None:
-        self._actors.remove(actor)
-        self._why = why
-        held = list(actor.running.values())
-        if held:
-            _log.warning("a worker was %s; it had %s", why, ", ".join(case.name for case in held))
-        for case in self._schedule.died(held):
-            self._report(given_up(case, self._schedule.attempts(case) - 1, why))
-        if not actor.ready:
-            self._bad_starts += 1
-            _log.warning("a worker was %s before it had loaded the model", why)
-        self._ray.kill(actor.handle)  # what is left of it
-        if self._schedule.waiting and self._bad_starts < _BAD_STARTS:
-            self._start()
+    def _bury(self, worker: _RayWorker, why: str) -> None:
+        self._ray.kill(worker.actor)  # what is left of it
+        self.died(worker, why)
 
 
-class _Worker:
-    """The actor: a pipeline in a thread, fed by the calls."""
+class _Actor:
+    """A pipeline in a thread, fed by the calls."""
 
     def __init__(self) -> None:
         self._inbox: queue.Queue[Case | None] = queue.Queue()
         self._answers: dict[str, Future[Record]] = {}
         self._loaded: Future[None] = Future()
 
-    def open(self, payload: bytes, place: Place, output: str, overlap: bool) -> None:
-        """Load the model; returns when that is done, or raises why not."""
-        threading.Thread(target=self._work, args=(payload, place, Path(output), overlap), daemon=True).start()
+    def open(self, *given: Any) -> None:
+        """Load the model; return when that is done, or raise what went wrong."""
+        threading.Thread(target=self._work, args=given, daemon=True).start()
         self._loaded.result()
 
     def predict(self, case: Case) -> Record:
@@ -180,11 +138,11 @@ class _Worker:
         self._inbox.put(case)
         return answer.result()
 
-    def _work(self, payload: bytes, place: Place, output: Path, overlap: bool) -> None:
+    def _work(self, payload: bytes, place: Place, output: Path, crew: Crew) -> None:
         try:
-            with pickle.loads(payload).open(place) as model:
+            with loaded(payload, place, output, crew) as pipeline:
                 self._loaded.set_result(None)
-                Pipeline(model, output, overlap=overlap).run(self._inbox.get, self._answer)
+                pipeline.run(self._inbox.get, self._answer)
         except BaseException as error:
             if not self._loaded.done():
                 self._loaded.set_exception(error)

@@ -73,7 +73,7 @@ def prepared(tmp_path):
             paths.append(tmp_path / f"{number}.npy")
             data = np.random.default_rng(number).standard_normal((channels, *shape)).astype(np.float32)
             np.save(paths[-1], data)
-        return PreparedImages(source_of(folder), paths, tmp_path / "nothing")
+        return PreparedImages(source_of(folder), paths)
 
     return make
 
@@ -203,7 +203,7 @@ def test_patches_are_mirrored_along_the_models_axes_only(make_model, prepared, m
     for axes in ((0, 2), (1,), None):
         source = copy.copy(images.source)
         object.__setattr__(source, "mirror_axes", axes)
-        patches = AugmentedPatches(PreparedImages(source, images.paths, images.folder), 24)
+        patches = AugmentedPatches(PreparedImages(source, images.paths), 24)
         allowed = {whole.numpy().tobytes()}
         for axis in axes or ():
             allowed |= {
@@ -265,30 +265,30 @@ def test_prepare_images_two_channels_are_kept_in_order(make_model, tmp_path, scr
         assert np.corrcoef(images.load(0)[1].ravel(), raw.ravel())[0, 1] > 0.999
     write_image(tmp_path / "single", "a.nii.gz", (18, 18, 18))
     with pytest.raises(InputError, match="holds no image named"):
-        prepare_images(source, tmp_path / "single", 4)
+        prepare_images(source, tmp_path / "single", 4).__enter__()
     write_image(tmp_path / "single", "b_0000.nii.gz", (18, 18, 18))
     with pytest.raises(InputError, match=r"needs 2 channel\(s\) \(T1, T2\), found 1 file"):
-        prepare_images(source, tmp_path / "single", 4)
+        prepare_images(source, tmp_path / "single", 4).__enter__()
     assert not list(scratch.iterdir())
 
 
 def test_prepare_images_faults_are_named_and_leave_nothing(make_model, case_folder, tmp_path, scratch):
     source = source_of(make_model())
     with pytest.raises(InputError, match="nowhere does not exist"):
-        prepare_images(source, tmp_path / "nowhere", 4)
+        prepare_images(source, tmp_path / "nowhere", 4).__enter__()
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no image named"):
-        prepare_images(source, tmp_path / "empty", 4)
+        prepare_images(source, tmp_path / "empty", 4).__enter__()
     victim = case_folder / "b_0000.nii.gz"
     victim.write_bytes(victim.read_bytes()[:3000])
     with pytest.raises(InputError, match="b_0000"):
-        prepare_images(source, case_folder, 4)
+        prepare_images(source, case_folder, 4).__enter__()
     assert not list(scratch.iterdir())
 
 
 def test_prepare_images_cascade_is_refused(make_model, case_folder, scratch):
     with pytest.raises(ModelError, match="second stage of a cascade"):
-        prepare_images(source_of(make_model("cascade")), case_folder, 4)
+        prepare_images(source_of(make_model("cascade")), case_folder, 4).__enter__()
 
 
 def test_prepare_images_full_disk_is_named(make_model, case_folder, scratch, monkeypatch):
@@ -301,7 +301,7 @@ def test_prepare_images_full_disk_is_named(make_model, case_folder, scratch, mon
 
     monkeypatch.setattr(module.np, "save", full)
     with pytest.raises(OutputError, match="the disk is full"):
-        prepare_images(source_of(make_model()), case_folder, 4)
+        prepare_images(source_of(make_model()), case_folder, 4).__enter__()
     assert not list(scratch.iterdir())
 
 

@@ -57,7 +57,7 @@ def test_model_compressed_on_the_fly_is_calibrated_once_for_each_fold(make_model
         predictor = load(source, (0, 1))
         found = logits(predictor).argmax(0)
     assert slim.report.models[0].slimmed is not None
-    engines = list(predictor.network._engines.values())
+    engines = list(predictor.network.engines.values())
     assert len(engines) == 2 and all(isinstance(engine, OpenVINOEngine) for engine in engines)
     assert 0.9 < float((found == wanted).float().mean()) < 1, "close to single precision, and not the same"
     no_calibration()

@@ -21,7 +21,6 @@ from helpers import ROOT, make_predictor
 from nnslim.errors import InputError
 from nnslim.hosts.nnunet.cases.preprocess import list_cases, silent
 from nnslim.hosts.nnunet.predict.directory import NNUNetJob, nnunet_cases, predict_folder
-from nnslim.hosts.nnunet.predict.load import load_predictor
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.prediction.engines import Crew, crew_here
 from nnslim.prediction.run_directory import FolderSettings
@@ -124,7 +123,7 @@ def test_faults_of_images_are_named_and_the_rest_is_done(make_model, tmp_path):
     assert errors == {
         "zero": "zero_0000.nii.gz has a voxel spacing of 0 x 1 x 1 mm; expected positive numbers",
         "nan_spacing": "nan_spacing_0000.nii.gz has a voxel spacing of 1 x nan x 1 mm; expected positive numbers",
-        "nan": "nan_0000.nii.gz has 2 of 4,896 voxels that are NaN or infinite; expected numbers only, 0 for instance",
+        "nan": "nan_0000.nii.gz has 2 of 4,896 voxels that are NaN or infinite; expected finite numbers",
         "4d": "4d_0000.nii.gz has 4 axes (16 x 17 x 18 x 2 voxels); expected 3, and a file of its own for each channel "
         "or time",
         "cut": errors["cut"],
@@ -166,7 +165,7 @@ def test_listing_leaves_out_what_is_no_case_and_says_so(case_folder, caplog):
 def test_model_that_fails_on_one_case_only_fails_that_case(make_model, case_folder, tmp_path, monkeypatch):
     """Whatever nnU-Net raises."""
     model = make_model()
-    predictor = type(load_predictor(model, None, STOCK))
+    predictor = type(make_predictor())
     original = predictor.predict_logits_from_preprocessed_data
     calls = []
 

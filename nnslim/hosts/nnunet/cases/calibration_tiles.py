@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace, TracebackType
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -67,19 +66,12 @@ class Source:
         return bool(self.label_manager.has_regions)
 
 
+@dataclass(frozen=True)
 class PreparedImages:
-    """Preprocessed images in a folder of their own, which goes away at the end; only one is in memory at a time."""
+    """Preprocessed images on disk; only one is in memory at a time."""
 
-    def __init__(self, source: Source, paths: Sequence[Path], folder: Path) -> None:
-        self.source, self.paths, self.folder = source, tuple(paths), folder
-
-    def __enter__(self) -> PreparedImages:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+    source: Source
+    paths: Sequence[Path]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -89,18 +81,16 @@ class PreparedImages:
         return np.load(self.paths[number], mmap_mode="r")
 
     def part(self, start: int, stop: int | None = None) -> PreparedImages:
-        """Return some of the images; the folder still belongs to the whole."""
-        return PreparedImages(self.source, self.paths[start:stop], self.folder)
+        """Return some of the images."""
+        return PreparedImages(self.source, self.paths[start:stop])
 
     @property
     def fingerprint(self) -> str:
         """Hash of the preprocessed images, which is what the weights depend on."""
-        digest = hashlib.sha256()
-        for path in self.paths:
-            digest.update(sha256_of(path).encode())
-        return digest.hexdigest()
+        return hashlib.sha256("".join(map(sha256_of, self.paths)).encode()).hexdigest()
 
 
+@contextmanager
 def prepare_images(
     source: Source,
     images: Path,
@@ -108,16 +98,14 @@ def prepare_images(
     *,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> PreparedImages:
-    """Preprocess up to `count` images of a folder as nnU-Net does before prediction.
+) -> Iterator[PreparedImages]:
+    """Preprocess up to `count` images of a folder as nnU-Net does before prediction, for the time of a `with` block.
 
     Args:
         source: the model's settings.
         images: folder of `<case>_0000<ending>` files; a model with one channel also takes `<case><ending>`.
         count: how many cases; chosen by the seed where there are more.
         progress: called with (cases done, cases in all).
-    Returns:
-        PreparedImages, to be used in a `with` block.
     Raises:
         InputError: no images, or one that cannot be read. ModelError: a cascade. OutputError: disk full.
     """
@@ -127,22 +115,17 @@ def prepare_images(
     if len(names) > count:
         chosen = np.random.default_rng(seed).permutation(len(names))[:count]
         names = [names[number] for number in sorted(chosen)]
-    folder = Path(tempfile.mkdtemp(prefix="nnslim-"))
-    try:
-        paths = []
-        for number, name in enumerate(names, start=1):
+    with tempfile.TemporaryDirectory(prefix="nnslim-", ignore_cleanup_errors=True) as folder:
+        paths = [Path(folder) / f"{number:04d}.npy" for number in range(1, len(names) + 1)]
+        for number, (name, path) in enumerate(zip(names, paths, strict=True), start=1):
             data, _ = preprocess_case(source, cases[name], None)
-            paths.append(folder / f"{number:04d}.npy")
-            np.save(paths[-1], np.ascontiguousarray(data, dtype=np.float32))
+            try:
+                np.save(path, np.ascontiguousarray(data, dtype=np.float32))
+            except OSError as error:
+                raise output_error(Path(folder), error) from error
             if progress is not None:
                 progress(number, len(names))
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise output_error(folder, error) from error
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return PreparedImages(source, paths, folder)
+        yield PreparedImages(source, paths)
 
 
 def _cases(source: Source, images: Path) -> dict[str, list[Path]]:
@@ -160,15 +143,14 @@ def _cases(source: Source, images: Path) -> dict[str, list[Path]]:
 class ImageTiles:
     """Tiles of nnU-Net's sliding window, the same ones each time; implements `nnslim.surgery.streaming.Tiles`.
 
-    Mirrored, each tile is followed by one of its mirror images: test-time mirroring shows
-    the network what the images alone never do.
+    Mirrored, each tile is followed by one of its mirror images: test-time mirroring shows the network what the images
+    alone never do.
     """
 
     def __init__(self, images: PreparedImages, per_image: int, *, seed: int = 0, mirrored: bool = False) -> None:
         """Choose tiles.
 
         Args:
-            images: prepared images.
             per_image: tiles of each image at most, chosen by the seed among those that show more than air.
             mirrored: follow each by a mirror image, along one or more of the axes that the model may be mirrored along.
         """
@@ -193,7 +175,7 @@ class ImageTiles:
 
 
 def _some(axes: Sequence[int] | None, rng: np.random.Generator) -> tuple[int, ...]:
-    """Return one or more of the axes, all choices alike; none of none."""
+    """Return one or more of the axes, all choices alike; none where there are none."""
     if not axes:
         return ()
     chosen = int(rng.integers(1, 2 ** len(axes)))
@@ -242,12 +224,6 @@ class AugmentedPatches(torch.utils.data.Dataset):
     """Random patches with the augmentation that nnU-Net trains with; patch `index` is the same each time."""
 
     def __init__(self, images: PreparedImages, length: int, *, seed: int = 0) -> None:
-        """Prepare the transforms.
-
-        Args:
-            images: prepared images.
-            length: number of patches.
-        """
         self._images, self._length, self._seed = images, length, seed
         self._transform, self._initial = _transforms(images.source)
 

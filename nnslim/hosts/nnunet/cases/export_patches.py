@@ -8,11 +8,13 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from nnslim.compression.config import RunConfig
+from nnslim.errors import InputError
 from nnslim.hosts.nnunet.cases import write_labels as streamed
-from nnslim.hosts.nnunet.cases.one_image import one_image_here
+from nnslim.hosts.nnunet.cases.preprocess import list_cases
 from nnslim.hosts.nnunet.cases.resampling_functions import lean_configuration
 from nnslim.patching import AttributePatch
 
@@ -27,6 +29,12 @@ _PLACES = {
 }
 _PREPROCESSOR = "nnunetv2.preprocessing.preprocessors.default_preprocessor"
 _PREDICTOR = "nnunetv2.inference.predict_from_raw_data"
+# nnU-Net's names of arguments.
+_SOURCE, _OUTPUT = "list_of_lists_or_source_folder", "output_folder_or_list_of_truncated_output_files"
+_WORKERS = ("num_processes_preprocessing", "num_processes_segmentation_export")
+_PARTS = ("num_parts", "part_id")
+_STAGE = "folder_with_segs_from_prev_stage"
+_ARGUMENTS = ("self", _SOURCE, _OUTPUT, "save_probabilities", "overwrite", *_WORKERS, _STAGE, *_PARTS)
 
 
 class ExportPatches:
@@ -80,7 +88,26 @@ class ExportPatches:
         return run is not None and run.export == "streamed"
 
     def _here(self, owner: Any, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        return one_image_here(lambda: (run := self._run()) is not None and run.processes == "auto", original)
+        """Predict a single image in this process.
+
+        nnU-Net starts 12 processes to list a folder, others to preprocess and to export, and each imports torch and
+        nnU-Net anew: for several images that is spread over them, for one the caller waits for it and nothing
+        overlaps. nnU-Net's own `predict_from_files_sequential` calls the same functions with the same arguments: the
+        files are the same.
+        """
+
+        @functools.wraps(original)
+        def predict_from_files(*args: Any, **named: Any) -> Any:
+            run = self._run()
+            given = {**dict(zip(_ARGUMENTS, args, strict=False)), **named}
+            alone = _only_case(given) if run is not None and run.processes == "auto" else None
+            if alone is None:
+                return original(*args, **named)
+            own = ("self", _SOURCE, _OUTPUT, *_WORKERS, *_PARTS)
+            rest = {key: value for key, value in given.items() if key not in own}
+            return given["self"].predict_from_files_sequential(*alone, **rest)
+
+        return predict_from_files
 
     def _choice(self, module: Any, name: str, original: Callable[..., Any]) -> Exporter:
         streamed.originals[f"{module.__name__}.{name}"] = original
@@ -121,3 +148,38 @@ class Exporter:
 def named_function(module: str, name: str) -> Callable[..., Any]:
     """Return a function by its name."""
     return getattr(importlib.import_module(module), name)
+
+
+def _only_case(given: dict[str, Any]) -> tuple[list[list[str]], Any] | None:
+    """Return the files of the only case, and where its result goes, as nnU-Net takes them; None if there is not one."""
+    predictor, source, output = (given.get(key) for key in ("self", _SOURCE, _OUTPUT))
+    if given.get("num_parts", 1) != 1 or not hasattr(predictor, "predict_from_files_sequential"):
+        return None
+    if not isinstance(source, str):
+        if len(source) != 1:
+            return None
+        files = list(source)
+    else:
+        found = _listed(Path(source), predictor.dataset_json["file_ending"])
+        if found is None:
+            return None
+        name, files = found
+        if isinstance(output, str):
+            output = [str(Path(output) / name)]
+    if output is not None:  # nnU-Net makes the folder only where it starts processes
+        folder = Path(output) if isinstance(output, str) else Path(output[0]).parent
+        folder.mkdir(parents=True, exist_ok=True)
+    return files, output
+
+
+def _listed(folder: Path, ending: str) -> tuple[str, list[list[str]]] | None:
+    """Return the name and the files of the only case of a folder; None if nnU-Net may see it otherwise."""
+    try:
+        listing = list_cases(folder, ending)
+    except InputError:  # nnU-Net says it in its own way
+        return None
+    strange = listing.problems or any(file.name.endswith(ending) for file in listing.left_out)
+    if len(listing.cases) != 1 or strange or not folder.is_dir():
+        return None
+    ((name, files),) = listing.cases.items()
+    return name, [[str(file) for file in files]]

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from nnslim.errors import InputError, ModelError
+from nnslim.errors import InputError, ModelError, one_line
 from nnslim.prediction.images import check_image, not_finite
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".gipl", ".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg")
@@ -166,9 +166,8 @@ def preprocess_case(
                 predictor.dataset_json,
             )
     except Exception as error:  # readers raise whatever their format library raises
-        text = " ".join(str(error).split()) or type(error).__name__
         names = [file.name for file in files] + ([previous.name] if previous else [])
-        raise InputError(f"{', '.join(names)} cannot be read: {text[:300]}") from error
+        raise InputError(f"{', '.join(names)} cannot be read: {one_line(error)}") from error
     if not np.isfinite(data).all():
         raise InputError(_not_finite(predictor, files))
     if previous is not None:  # a cascade sees the stage before it as one channel per label

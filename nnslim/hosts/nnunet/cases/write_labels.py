@@ -19,7 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnslim.errors import InputError, OutputError
+from nnslim.hosts.nnunet.cases.preprocess import silent
 from nnslim.hosts.nnunet.cases.resampling_functions import Stand, grid_of, known_function, lean_configuration
+from nnslim.prediction.images import check_complete
 from nnslim.resampling.labels import Regions, label_map
 
 _EXPORT = "nnunetv2.inference.export_prediction"
@@ -27,33 +30,40 @@ originals: dict[str, Callable[..., Any]] = {}  # what the patches of this proces
 _log = logging.getLogger("nnslim")
 
 
-def write_prediction(
-    model: Any,
+def write_segmentation(
+    predictor: Any,
     logits: Tensor | np.ndarray,
     properties: dict[str, Any],
-    truncated: Path,
+    path: Path,
     *,
     streamed: bool = True,
     threads: int | None = None,
-) -> Path:
+) -> None:
     """Write the segmentation of a case in the geometry of its image.
 
     Args:
-        model: what has nnU-Net's `plans_manager`, `configuration_manager` and `dataset_json` (an nnUNetPredictor).
+        predictor: what has nnU-Net's `plans_manager`, `configuration_manager` and `dataset_json`.
         logits: (heads, *spatial) at the network's resolution, on the CPU; not modified.
         properties: nnU-Net's, from preprocessing.
-        truncated: file to write, without its ending.
+        path: file to write, with the dataset's ending.
         streamed: False for nnU-Net's own export.
         threads: of torch; default: nnU-Net's.
-    Returns:
-        The file.
+    Raises:
+        OutputError: it cannot be written.
     """
     export = export_prediction_from_logits if streamed else _original("export_prediction_from_logits")
     logits = logits if streamed or isinstance(logits, np.ndarray) else logits.numpy()
-    rest = {} if threads is None else {"num_threads_torch": threads}
-    given = (logits, properties, model.configuration_manager, model.plans_manager, model.dataset_json, str(truncated))
-    export(*given, **rest)
-    return Path(f"{truncated}{model.dataset_json['file_ending']}")
+    truncated = str(path).removesuffix(predictor.dataset_json["file_ending"])
+    plans, configuration = predictor.plans_manager, predictor.configuration_manager
+    try:
+        with silent():
+            export(logits, properties, configuration, plans, predictor.dataset_json, truncated, **_threads(threads))
+    except RuntimeError as error:  # SimpleITK's way to report a failed write
+        raise OutputError(f"cannot write {path}: {' '.join(str(error).split())[-300:]}") from error
+    try:
+        check_complete(path)  # ITK writes what fits on a full disk, and says nothing
+    except InputError as error:
+        raise OutputError(f"cannot write {path}: it came out cut short; the disk is probably full") from error
 
 
 def export_prediction_from_logits(
@@ -74,20 +84,11 @@ def export_prediction_from_logits(
         use_cropped_logits_resampling: TotalSegmentator's wish to need less memory, met by approximation there. Here
             it is met anyway, exactly; its own function is used where this one does not know the resampling function.
     """
-    dataset = dataset_json_dict_or_file
-    if isinstance(dataset, str):
-        dataset = json.loads(Path(dataset).read_text(encoding="utf-8"))
-    labels = plans_manager.get_label_manager(dataset)
-    given = (predicted_array_or_file, properties_dict)
-    rest = {} if num_threads_torch is None else {"num_threads_torch": num_threads_torch}
-    if save_probabilities or not _known(configuration_manager, labels):
-        call = _plain("export_prediction_from_logits", use_cropped_logits_resampling)
-        call(*given, configuration_manager, plans_manager, dataset, output_file_truncated, save_probabilities, **rest)
-        return
-    configuration, labels = _streaming(configuration_manager, labels)
-    plans = Stand(plans_manager, get_label_manager=lambda *_: labels)
-    call = _plain("export_prediction_from_logits", False)
-    call(*given, configuration, plans, dataset, output_file_truncated, False, **rest)
+    models = configuration_manager, plans_manager, _dataset(dataset_json_dict_or_file)
+    ours = None if save_probabilities else _stand_ins(*models)
+    call = _plain("export_prediction_from_logits", use_cropped_logits_resampling and ours is None)
+    given = (predicted_array_or_file, properties_dict, *(ours or models), output_file_truncated)
+    call(*given, save_probabilities, **_threads(num_threads_torch))
 
 
 def convert_predicted_logits_to_segmentation_with_correct_shape(
@@ -101,14 +102,13 @@ def convert_predicted_logits_to_segmentation_with_correct_shape(
     use_cropped_logits_resampling: bool = False,
 ) -> Any:
     """Do what nnU-Net's function of this name does; see `export_prediction_from_logits`."""
-    rest = {} if num_threads_torch is None else {"num_threads_torch": num_threads_torch}
+    ours = not return_probabilities and _known(configuration_manager, label_manager)
+    if ours:
+        configuration_manager, label_manager = _streaming(configuration_manager, label_manager)
     name = "convert_predicted_logits_to_segmentation_with_correct_shape"
-    if return_probabilities or not _known(configuration_manager, label_manager):
-        call = _plain(name, use_cropped_logits_resampling)
-        given = (predicted_logits, plans_manager, configuration_manager, label_manager, properties_dict)
-        return call(*given, return_probabilities, **rest)
-    configuration, labels = _streaming(configuration_manager, label_manager)
-    return _plain(name, False)(predicted_logits, plans_manager, configuration, labels, properties_dict, False, **rest)
+    given = (predicted_logits, plans_manager, configuration_manager, label_manager, properties_dict)
+    call = _plain(name, use_cropped_logits_resampling and not ours)
+    return call(*given, return_probabilities, **_threads(num_threads_torch))
 
 
 def resample_and_save(
@@ -123,15 +123,20 @@ def resample_and_save(
     **more: Any,
 ) -> None:
     """Do what nnU-Net's function of this name does: the segmentation that the next stage of a cascade starts from."""
-    dataset = dataset_json_dict_or_file
-    if isinstance(dataset, str):
-        dataset = json.loads(Path(dataset).read_text(encoding="utf-8"))
-    labels = plans_manager.get_label_manager(dataset)
-    if _known(configuration_manager, labels):
-        configuration_manager, labels = _streaming(configuration_manager, labels)
-        plans_manager = Stand(plans_manager, get_label_manager=lambda *_: labels)
-    given = (predicted, target_shape, output_file, plans_manager, configuration_manager, properties_dict, dataset)
+    models = configuration_manager, plans_manager, _dataset(dataset_json_dict_or_file)
+    configuration, plans, dataset = _stand_ins(*models) or models
+    given = (predicted, target_shape, output_file, plans, configuration, properties_dict, dataset)
     _original("resample_and_save")(*given, *rest, **more)
+
+
+def _dataset(content_or_file: dict[str, Any] | str) -> dict[str, Any]:
+    if isinstance(content_or_file, str):
+        return json.loads(Path(content_or_file).read_text(encoding="utf-8"))
+    return content_or_file
+
+
+def _threads(count: int | None) -> dict[str, int]:
+    return {} if count is None else {"num_threads_torch": count}
 
 
 def preprocess_fromfiles_save_to_queue(*given: Any, **named: Any) -> None:
@@ -168,7 +173,7 @@ def _plain(name: str, cropped: bool) -> Callable[..., Any]:
 
 
 def _known(configuration: Any, labels: Any) -> bool:
-    """Whether resampling and choosing of labels are nnU-Net's, as we know them."""
+    """Return whether scores are resampled and labels chosen by the functions of nnU-Net that we know."""
     if isinstance(labels, Stand):
         return False  # called by nnU-Net's export inside ours: it is seen to
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -181,6 +186,15 @@ def _known(configuration: Any, labels: Any) -> bool:
         return True
     _log.debug("export by nnU-Net's own functions: %s, %s", function, type(labels).__name__)
     return False
+
+
+def _stand_ins(configuration: Any, plans: Any, dataset: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]] | None:
+    """Return what makes nnU-Net's export resample and choose labels in our way; None where that is not nnU-Net's."""
+    labels = plans.get_label_manager(dataset)
+    if not _known(configuration, labels):
+        return None
+    configuration, labels = _streaming(configuration, labels)
+    return configuration, Stand(plans, get_label_manager=lambda *_: labels), dataset
 
 
 def _streaming(configuration: Any, labels: Any) -> tuple[Any, Any]:

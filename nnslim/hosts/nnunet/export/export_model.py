@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from nnslim._version import __version__
-from nnslim.errors import InputError, ModelError, OutputError
+from nnslim.errors import InputError, ModelError, OutputError, first_line
 from nnslim.evaluation.parity import Parity, parity
 from nnslim.files import make_folder, output_error, write_json
 from nnslim.hosts.nnunet.cases.calibration_tiles import ImageTiles, Source, prepare_images
 from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network, channels_and_heads
+from nnslim.running.int8 import quantize
 from nnslim.running.kept_models import write_model
+from nnslim.running.onnx_file import in_int8, run_onnx, save_onnx, to_onnx, with_half_weights
+from nnslim.running.openvino import OpenVINOEngine, convert
 
 ENDINGS = {"onnx": ".onnx", "openvino": ".xml"}
 PRECISIONS = ("f32", "f16", "int8")
@@ -109,11 +111,7 @@ def export_model(
 
 
 def read_patch(text: str) -> tuple[int, ...]:
-    """Return the sizes of "96,96,96".
-
-    Raises:
-        InputError: not whole numbers above 0 between commas.
-    """
+    """Return the sizes of "96,96,96", or raise an InputError."""
     try:
         sizes = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -124,18 +122,8 @@ def read_patch(text: str) -> tuple[int, ...]:
 
 
 def run_exported(file: Path, image: Tensor) -> Tensor:
-    """Return what an exported file makes of (1, C, *patch): (1, heads, *patch) logits.
-
-    Raises:
-        BackendError: a package is missing, or the file does not run.
-    """
-    if file.suffix == ".onnx":
-        from nnslim.running.onnx_file import run_onnx
-
-        return run_onnx(file, image)
-    from nnslim.running.openvino import OpenVINOEngine
-
-    return OpenVINOEngine(file, tuple(image.shape))(image)
+    """Return what an exported file makes of (1, C, *patch): (1, heads, *patch) logits; or raise a BackendError."""
+    return run_onnx(file, image) if file.suffix == ".onnx" else OpenVINOEngine(file, tuple(image.shape))(image)
 
 
 def describe(
@@ -197,7 +185,7 @@ def _targets(output: Path, settings: ExportSettings) -> tuple[Path, ...]:
 
 
 def _patch(model: TrainedModel, network: nn.Module, inputs: int, asked: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Return the patch, after a try with another one than the model's."""
+    """Return the patch; one that is not the model's is tried."""
     own = tuple(int(size) for size in model.configuration_manager.patch_size)
     if asked is None or tuple(asked) == own:
         return own
@@ -207,7 +195,7 @@ def _patch(model: TrainedModel, network: nn.Module, inputs: int, asked: tuple[in
         with torch.inference_mode():
             network(torch.zeros(1, inputs, *asked))
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"the network does not take the patch {asked} ({reason}); its own is {own}") from error
     return tuple(asked)
 
@@ -227,14 +215,11 @@ def calibration_tiles(
         manager = copy.deepcopy(source.configuration_manager)
         manager.configuration["patch_size"] = list(shape[2:])
         source = replace(source, configuration_manager=manager)
-    with prepare_images(
-        source, settings.images, count + 1, seed=settings.seed, progress=lambda done, total: tell("images", done, total)
-    ) as images:
-        split = max(len(images) - 1, 1)
-        tile = next(iter(ImageTiles(images.part(len(images) - 1), 1, seed=settings.seed)))
-        calibration = []
-        if settings.precision == "int8":
-            calibration = list(ImageTiles(images.part(0, split), _TILES, seed=settings.seed))
+    seed, step = settings.seed, lambda done, total: tell("images", done, total)
+    with prepare_images(source, settings.images, count + 1, seed=seed, progress=step) as images:
+        tile = next(iter(ImageTiles(images.part(len(images) - 1), 1, seed=seed)))
+        rest = images.part(0, max(len(images) - 1, 1) if settings.precision == "int8" else 0)
+        calibration = list(ImageTiles(rest, _TILES, seed=seed))
     if tile.shape[1] != shape[1]:
         raise ModelError(f"the network takes {shape[1]} channels, its images have {tile.shape[1]}")
     return calibration, tile, f"a tile of {settings.images}"
@@ -253,24 +238,16 @@ def _write(
 ) -> tuple[str, ...]:
     """Write the file and return lines for the user."""
     if settings.format == "onnx":
-        from nnslim.running.onnx_file import in_int8, save_onnx, to_onnx, with_half_weights
-
         made = to_onnx(network, shape)
         if settings.precision == "f16":
             made = with_half_weights(made)
-        if settings.precision == "int8":
-            made = in_int8(made, tiles)
-        save_onnx(made, file)
-        return ()
-    if settings.precision == "int8":
-        from nnslim.running.int8 import quantize
-
+        save_onnx(in_int8(made, tiles) if settings.precision == "int8" else made, file)
+    elif settings.precision == "int8":
         quantised = quantize(network, shape, tiles, channels_last=False)
         write_model(quantised.model, file)
         return (quantised.line(),)
-    from nnslim.running.openvino import convert
-
-    write_model(convert(network, shape, channels_last=False), file, half=settings.precision == "f16")
+    else:
+        write_model(convert(network, shape, channels_last=False), file, half=settings.precision == "f16")
     return ()
 
 
@@ -279,12 +256,7 @@ def _beside(output: Path) -> Iterator[Path]:
     """Give a folder beside `output` that goes away with what is still in it."""
     make_folder(output.parent)
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.stem}-", dir=output.parent))
-    except OSError as error:
-        raise output_error(output.parent, error) from error
-    try:
-        yield folder
+        with tempfile.TemporaryDirectory(prefix=f".{output.stem}-", dir=output.parent) as folder:
+            yield Path(folder)
     except OSError as error:
         raise output_error(output, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ def keep_int8(
     shape = input_shape(model)
     checked = {}
     data = _Data(model, shape, images, seed, tell)
-    for number, (fold, network) in enumerate(_networks(model)):
+    for number, (fold, checkpoint) in enumerate(model.checkpoints.items()):
+        network = build_network(replace(model, checkpoints={fold: checkpoint}))
         tell("calibrating", number, len(model.checkpoints))
         quantised, checked[fold] = data.quantise(network, f"fold {fold}")
         if checked[fold].passed:
@@ -114,8 +115,3 @@ class _Data:
         checked = parity(wanted, found, precision="int8", tile=self.name, regions=self.regions)
         _log.info("%s: %s; %s", what, quantised.line(), checked.line())
         return quantised, checked
-
-
-def _networks(model: TrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    for fold, checkpoint in model.checkpoints.items():
-        yield fold, build_network(replace(model, checkpoints={fold: checkpoint}))

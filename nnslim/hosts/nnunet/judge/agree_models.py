@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nnslim.compression.record import read_record, write_record
-from nnslim.errors import InputError, ModelError, NNSlimError
+from nnslim.errors import InputError, ModelError, NNSlimError, kind_and_line
 from nnslim.evaluation.agreement import Agreement, CaseAgreement, LabelMaps, compare_answers
 from nnslim.evaluation.expected import TEMPERATURE, harden
 from nnslim.evaluation.pictures import agreement_figure
@@ -22,7 +22,6 @@ from nnslim.hosts.nnunet.model.trained_model import classes_of, read_trained_mod
 from nnslim.hosts.nnunet.predict.load import load_predictor
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.prediction.images import check_complete
-from nnslim.prediction.pipeline import one_line
 
 
 class ComparedCase(NamedTuple):
@@ -119,7 +118,7 @@ def agreement_of_cases(
         except NNSlimError as error:
             agreement.failed[case.name] = str(error)
         except (RuntimeError, MemoryError) as error:  # torch: out of memory, among others
-            agreement.failed[case.name] = one_line(error)
+            agreement.failed[case.name] = kind_and_line(error)
         if progress is not None:
             progress(number, len(cases))
     if not agreement.cases:
@@ -187,7 +186,7 @@ def read_labels(predictor: Any, path: Path) -> np.ndarray:
     try:
         labels = predictor.plans_manager.image_reader_writer_class().read_seg(str(path))[0][0]
     except Exception as error:  # readers raise whatever their format library raises
-        raise InputError(f"{path.name} cannot be read: {one_line(error)}") from error
+        raise InputError(f"{path.name} cannot be read: {kind_and_line(error)}") from error
     return np.rint(labels).astype(np.int64)
 
 

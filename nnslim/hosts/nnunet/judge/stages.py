@@ -22,8 +22,7 @@ from nnslim.benchmark.passes import Way
 from nnslim.compression.config import SlimConfig
 from nnslim.errors import NNSlimError
 from nnslim.hosts.nnunet.cases.preprocess import find_cases
-from nnslim.hosts.nnunet.predict.directory import NNUNetModel
-from nnslim.hosts.nnunet.predict.load import load_predictor
+from nnslim.hosts.nnunet.predict.load import NNUNetModel, load_predictor
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.patching import AttributePatch
 from nnslim.prediction.case import Case

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnslim.hosts.nnunet.cases.preprocess import check_stage, list_cases, preprocess_case, silent
+from nnslim.hosts.nnunet.cases.preprocess import check_stage, list_cases
 from nnslim.hosts.nnunet.model.model_files import read_json_object
-from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings, with_place
+from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings, absolute_config, with_place
 from nnslim.prediction.case import Case, Place, Record
 from nnslim.prediction.engines import Crew
 from nnslim.prediction.images import count_voxels
@@ -50,12 +50,6 @@ def predict_folder(
     job = NNUNetJob(Path(model).absolute(), absolute_config(config), settings)
     cases = nnunet_cases(Path(images).absolute(), job.ending)
     return run_folder(job, cases, Path(output), folder or FolderSettings(crew=Crew(threads=settings.threads)), progress)
-
-
-def absolute_config(config: Any) -> Any:
-    """Return the same, the path of a YAML file absolute."""
-    is_file = isinstance(config, (str, Path)) and Path(config).suffix in (".yml", ".yaml")
-    return Path(config).absolute() if is_file else config
 
 
 def nnunet_cases(images: Path, ending: str) -> list[Case]:
@@ -113,7 +107,7 @@ class NNUNetJob:
         return self.settings.stamp(self.model, self.config)
 
     @contextmanager
-    def open(self, place: Place) -> Iterator[NNUNetModel]:
+    def open(self, place: Place) -> Iterator[Any]:
         """Load the model.
 
         Raises:
@@ -121,7 +115,7 @@ class NNUNetJob:
         """
         import torch
 
-        from nnslim.hosts.nnunet.predict.load import load_predictor
+        from nnslim.hosts.nnunet.predict.load import NNUNetModel, load_predictor
         from nnslim.running.allocator import keep_heap
 
         settings = with_place(self.settings, place.threads, place.gpu)
@@ -135,33 +129,3 @@ class NNUNetJob:
                 yield NNUNetModel(predictor, settings)
         finally:
             torch.set_num_threads(before)
-
-
-class NNUNetModel:
-    """A loaded predictor, stage by stage; implements `Model`."""
-
-    def __init__(self, predictor: Any, settings: PredictSettings) -> None:
-        """Hold an initialised nnUNetPredictor."""
-        self._predictor = predictor
-        self._settings = settings
-
-    def read(self, case: Case) -> tuple[Any, dict[str, Any]]:
-        """Return (channels, *spatial) preprocessed data and nnU-Net's properties."""
-        from nnslim.hosts.nnunet.predict.load import streams
-
-        previous = self._settings.previous_stage and self._settings.previous_stage / case.target
-        return preprocess_case(self._predictor, list(case.files), previous, lean=streams(self._predictor))
-
-    def forward(self, case: Case, data: tuple[Any, dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
-        """Return (heads, *spatial) logits on the CPU, and the properties."""
-        import torch
-
-        array, properties = data
-        with silent():
-            return self._predictor.predict_logits_from_preprocessed_data(torch.from_numpy(array)), properties
-
-    def write(self, case: Case, result: tuple[Any, dict[str, Any]], beside: Path) -> None:
-        """Resample the logits to the image, label, and write."""
-        from nnslim.hosts.nnunet.predict.load import write_segmentation
-
-        write_segmentation(self._predictor, *result, beside, self._settings.threads)

@@ -1,27 +1,24 @@
-"""A loaded predictor, and a folder predicted with it."""
+"""A loaded predictor, and the three stages of a case with it."""
 
 from __future__ import annotations
 
-import functools
-import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nnslim.compression.config import SlimConfig, load_config
-from nnslim.errors import InputError, ModelError, OutputError
-from nnslim.hosts.nnunet.cases.preprocess import silent
-from nnslim.hosts.nnunet.cases.write_labels import write_prediction
+from nnslim.compression.config import RunConfig
+from nnslim.errors import ModelError
+from nnslim.hosts.nnunet.cases.preprocess import preprocess_case, silent
+from nnslim.hosts.nnunet.cases.write_labels import write_segmentation
 from nnslim.hosts.nnunet.model.compatibility import predictor_class
 from nnslim.hosts.nnunet.model.trained_model import build_network, read_trained_model
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
-from nnslim.hosts.nnunet.predict.predictor_patches import OwnSession, slim_predictor
+from nnslim.hosts.nnunet.predict.predictor_patches import own_session, slim_predictor
 from nnslim.hosts.nnunet.predict.sliding_window import window_logits
-from nnslim.prediction.images import check_complete
-from nnslim.running.select import machine_threads
-
-_log = logging.getLogger("nnslim")
+from nnslim.prediction.case import Case
+from nnslim.running.runner import machine_threads
 
 
 def load_predictor(model: Path, config: Any, settings: PredictSettings) -> Any:
@@ -30,23 +27,16 @@ def load_predictor(model: Path, config: Any, settings: PredictSettings) -> Any:
     Raises:
         ModelError, ConfigError, HostError: what cannot be used.
     """
-    cls = predictor_class()
-    slim = SlimConfig() if config is None else load_config(config)
     chosen = {key: getattr(settings, key) for key in ("backend", "precision", "threads", "export")}
-    slim = slim.model_copy(
-        update={"run": slim.run.model_copy(update={key: value for key, value in chosen.items() if value is not None})}
-    )
+    session = own_session(config, {key: value for key, value in chosen.items() if value is not None})
     # Read, checked and built here, once: nnU-Net would run code in checkpoints, and reports faults as bare KeyErrors.
     source = read_trained_model(model, settings.folds, settings.checkpoint, trust=settings.trust)
     device = torch.device(settings.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError("device cuda was asked for, but torch finds no CUDA device; use --device cpu")
     with silent():
-        predictor = cls(
-            tile_step_size=settings.step_size,
-            use_mirroring=settings.mirroring,
-            device=device,
-            allow_tqdm=False,
+        predictor = _predictor_class(session.config.run)(
+            tile_step_size=settings.step_size, use_mirroring=settings.mirroring, device=device, allow_tqdm=False
         )
         predictor.manual_initialization(
             build_network(source),
@@ -57,49 +47,47 @@ def load_predictor(model: Path, config: Any, settings: PredictSettings) -> Any:
             source.trainer_name,
             next(iter(source.checkpoints.values())).get("inference_allowed_mirroring_axes"),
         )
-    slim_predictor(predictor, OwnSession(slim), str(model), Path(model))
-    predictor.nnslim_export = slim.run.export
-    if slim.run.backend != "stock":
-        # On this object alone: nothing of nnU-Net's class is touched outside a context.
-        predictor._internal_predict_sliding_window_return_logits = functools.partial(
-            window_logits, predictor, batch=slim.run.tile_batch, contiguous=slim.run.export == "stock"
-        )
+    slim_predictor(predictor, session, str(model), Path(model))
     return predictor
 
 
-def streams(predictor: Any) -> bool:
-    """Return whether a predictor of `load_predictor` exports, and so preprocesses, in our way."""
-    return getattr(predictor, "nnslim_export", "stock") == "streamed"
+def _predictor_class(run: RunConfig) -> Any:
+    """Return a subclass of nnU-Net's predictor with our sliding window; the backend "stock" keeps nnU-Net's."""
+
+    class SettledPredictor(predictor_class()):  # type: ignore[misc]
+        export = run.export
+
+        def _internal_predict_sliding_window_return_logits(
+            self, data: torch.Tensor, slicers: Sequence[Any], do_on_device: bool = True
+        ) -> torch.Tensor:
+            if run.backend == "stock":
+                return super()._internal_predict_sliding_window_return_logits(data, slicers, do_on_device)
+            contiguous = run.export == "stock"
+            return window_logits(self, data, slicers, do_on_device, run.tile_batch, contiguous=contiguous)
+
+    return SettledPredictor
 
 
-def write_segmentation(
-    predictor: Any, logits: torch.Tensor, properties: dict[str, Any], path: Path, threads: int | None = None
-) -> None:
-    """Resample logits to the image's geometry, label, and write.
+class NNUNetModel:
+    """A loaded predictor, stage by stage; implements `nnslim.prediction.case.Model`."""
 
-    Args:
-        predictor: an initialised nnUNetPredictor.
-        logits: (heads, *spatial) on the CPU, at the model's spacing.
-        properties: nnU-Net's, of the case.
-        path: file to write, with the dataset's ending.
-        threads: of torch, for the resampling; None: all.
-    Raises:
-        OutputError: it cannot be written.
-    """
-    truncated = Path(str(path).removesuffix(predictor.dataset_json["file_ending"]))
-    try:
+    def __init__(self, predictor: Any, settings: PredictSettings) -> None:
+        """Hold the predictor, from `load_predictor`."""
+        self._predictor, self._settings = predictor, settings
+        self._streamed = predictor.export == "streamed"  # and so preprocesses without large copies
+
+    def read(self, case: Case) -> tuple[Any, dict[str, Any]]:
+        """Return (channels, *spatial) preprocessed data and nnU-Net's properties."""
+        previous = self._settings.previous_stage and self._settings.previous_stage / case.target
+        return preprocess_case(self._predictor, list(case.files), previous, lean=self._streamed)
+
+    def forward(self, case: Case, data: tuple[Any, dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
+        """Return (heads, *spatial) logits on the CPU, and the properties."""
+        array, properties = data
         with silent():
-            write_prediction(
-                predictor,
-                logits,
-                properties,
-                truncated,
-                streamed=streams(predictor),
-                threads=threads or machine_threads(),
-            )
-    except RuntimeError as error:  # SimpleITK's way to report a failed write
-        raise OutputError(f"cannot write {path}: {' '.join(str(error).split())[-300:]}") from error
-    try:
-        check_complete(path)  # ITK writes what fits on a full disk, and says nothing
-    except InputError as error:
-        raise OutputError(f"cannot write {path}: it came out cut short; the disk is probably full") from error
+            return self._predictor.predict_logits_from_preprocessed_data(torch.from_numpy(array)), properties
+
+    def write(self, case: Case, result: tuple[Any, dict[str, Any]], beside: Path) -> None:
+        """Resample the logits to the image, label, and write."""
+        threads = self._settings.threads or machine_threads()
+        write_segmentation(self._predictor, *result, beside, streamed=self._streamed, threads=threads)

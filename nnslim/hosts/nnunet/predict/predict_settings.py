@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nnslim.hosts.nnunet.model.model_files import chosen_folds, content_digest
-from nnslim.prediction.versions import versions
+from nnslim.prediction.case import versions
 
 if TYPE_CHECKING:
     from nnslim.running.engine import Backend, Precision
@@ -59,6 +59,12 @@ class PredictSettings:
             "config": config_identity(config),
         }
         return digest(decisive), versions("nnunetv2")
+
+
+def absolute_config(config: Any) -> Any:
+    """Return the same, the path of a YAML file absolute."""
+    is_file = isinstance(config, (str, Path)) and Path(config).suffix in (".yml", ".yaml")
+    return Path(config).absolute() if is_file else config
 
 
 def config_identity(config: Any) -> dict[str, Any] | None:

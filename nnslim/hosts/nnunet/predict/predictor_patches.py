@@ -15,7 +15,7 @@ from torch import nn
 
 from nnslim.compression.cache import cache_folder, cache_key, recall_weights, store_weights
 from nnslim.compression.compress_network import Slimmed, StateDict, compress
-from nnslim.compression.config import RunConfig, SlimConfig
+from nnslim.compression.config import RunConfig, SlimConfig, load_config
 from nnslim.compression.guard import Guard
 from nnslim.compression.model_report import ModelReport, Report
 from nnslim.errors import OutputError
@@ -48,6 +48,12 @@ class OwnSession:
     config: SlimConfig
     report: Report = field(default_factory=Report)
     kept: KeptPredictors = field(default_factory=KeptPredictors)
+
+
+def own_session(config: Any, run: dict[str, Any]) -> OwnSession:
+    """Return a session for what NNSlimContext takes, or None for no compression, with these settings of `run`."""
+    slim = SlimConfig() if config is None else load_config(config)
+    return OwnSession(slim.model_copy(update={"run": slim.run.model_copy(update=run)}))
 
 
 def predictor_patches(
@@ -152,7 +158,7 @@ def slim_predictor(predictor: Any, session: Session, source: str, folder: Path |
     Args:
         source: what the report calls the model. folder: of the model, where it has one.
     Raises:
-        BackendError: the precision that was asked for is not to be had here, or goes wrong for this network.
+        BackendError: the precision that was asked for is not available here, or goes wrong for this network.
         ConfigError: int8 without images to calibrate it on.
     """
     compiled = hasattr(predictor.network, "_orig_mod")
@@ -164,7 +170,7 @@ def slim_predictor(predictor: Any, session: Session, source: str, folder: Path |
     refuse_changed_plans(config, predictor.configuration_manager)
     started = time.perf_counter()
     slimmed, cached, note, speed = None, False, "", None
-    shape = (1, _input_channels(predictor), *predictor.configuration_manager.patch_size)
+    shape = (1, input_channels(predictor), *predictor.configuration_manager.patch_size)
     if not config.active:
         note = "no method is named" if config.apply else "compression is switched off"
     elif spec_of(dense) is not None:
@@ -205,7 +211,8 @@ def _untouched(run: RunConfig) -> bool:
     return run.backend == "stock" and run.tile_batch == 1 and run.precision == "f32"
 
 
-def _input_channels(predictor: Any) -> int:
+def input_channels(predictor: Any) -> int:
+    """Return the channels that the network of an initialised predictor takes."""
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
     return determine_num_input_channels(

@@ -1,13 +1,45 @@
-"""Convolutions called straight in oneDNN, on tensors that are channels-last in memory."""
+"""Torch on a CPU: folded norms, and convolutions called directly in oneDNN on tensors with their channels last."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from nnslim.network.graph import CONVOLUTIONS, TRANSPOSED
+from nnslim.network.graph import CONVOLUTIONS, TRANSPOSED, layer_of, tidy
 from nnslim.running.native import LANES, WIDEST, Kernels, kernels
+from nnslim.running.rewrites import fold_norms
+
+
+def channels_last(graph: fx.GraphModule) -> fx.GraphModule:
+    """Return the graph for torch on a CPU: norms folded, convolutions straight in oneDNN, channels last in memory.
+
+    Raises:
+        RewriteError: see `note_shapes`.
+    """
+    graph = fold_norms(graph)
+    for node in list(graph.graph.nodes):
+        made = direct(layer_of(node)) if node.op == "call_module" else None
+        if made is not None:
+            name = f"{str(node.target).replace('.', '_')}_direct"
+            graph.add_submodule(name, made)
+            node.target = name
+    _add_while_laying_out(graph)
+    return tidy(graph)
+
+
+def _add_while_laying_out(graph: fx.GraphModule) -> None:
+    """Let a transposed convolution add the skip connection's product as it writes its own."""
+    for add in [node for node in graph.graph.nodes if node.target is torch.add and len(node.args) == 2]:
+        nodes = [node for node in add.args if isinstance(node, fx.Node)]
+        for node, other in zip(nodes, reversed(nodes), strict=True):
+            if isinstance(layer_of(node), TiledTransposed) and len(node.users) == 1 and other is not node:
+                with graph.graph.inserting_before(add):
+                    made = graph.graph.call_module(node.target, (node.args[0], other))
+                add.replace_all_uses_with(made)
+                graph.graph.erase_node(add)
+                graph.graph.erase_node(node)
+                break
 
 
 class DirectConv(nn.Module):
@@ -36,7 +68,7 @@ class DirectConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, *spatial) -> (B, C_out, *spatial')."""
-        x = _channels_last(x, self.layout)
+        x = _laid_out(x, self.layout)
         if self.native is not None and x.dtype == torch.float32:
             return self._native(x)
         return torch.mkldnn_convolution(
@@ -97,7 +129,7 @@ class TiledTransposed(nn.Module):
         return out
 
 
-def _channels_last(x: Tensor, layout: torch.memory_format) -> Tensor:
+def _laid_out(x: Tensor, layout: torch.memory_format) -> Tensor:
     """Return x with the strides of the layout, also where one channel leaves them open: oneDNN follows them."""
     x = x.contiguous(memory_format=layout)
     if x.shape[1] != 1:
