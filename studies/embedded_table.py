@@ -19,7 +19,7 @@ from nnslim.evaluation.directories import evaluate_directories
 from nnslim.hosts.nnunet.compress.compress_model import compress_model
 from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_trained_model
 from nnslim.hosts.nnunet.train.finetune_model import finetune_model
-from nnslim.hosts.nnunet.train.finetune_settings import FinetuneSettings
+from nnslim.hosts.nnunet.train.settings import TrainingSettings
 from nnslim.network.operations import count_operations
 from nnslim.network.reached import reached_parameters
 from nnslim.network.walk import deep_supervision
@@ -176,7 +176,7 @@ def _made(row: Variant, settings: TableSettings) -> tuple[Path, int]:
     if steps:
         tuned = settings.work / f"{row.name}.tuned"
         epochs = max(1, steps // _STEPS)
-        tuning = FinetuneSettings(
+        tuning = TrainingSettings(
             epochs=epochs,
             iterations=steps // epochs,
             validation_iterations=1,

@@ -38,7 +38,7 @@ from nnslim.hosts.nnunet.model.trained_model import (
     read_trained_model,
 )
 from nnslim.hosts.nnunet.train.finetune_model import finetune_model
-from nnslim.hosts.nnunet.train.finetune_settings import FinetuneSettings
+from nnslim.hosts.nnunet.train.settings import TrainingSettings
 from nnslim.network.cost import measure_cost
 from nnslim.network.spec import SlimSpec, apply_spec, spec_of
 from nnslim.tables import markdown
@@ -53,7 +53,7 @@ class Labelled:
     """What to fine-tune on: number or name of an nnU-Net dataset, and how."""
 
     dataset: int | str
-    settings: FinetuneSettings
+    settings: TrainingSettings
 
 
 @dataclass
@@ -297,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     labelled = None
     if args.dataset is not None:
-        tuning = FinetuneSettings(
+        tuning = TrainingSettings(
             epochs=args.epochs,
             iterations=args.iterations,
             validation_iterations=5,

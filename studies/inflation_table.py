@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
+from nnslim.compression.config import changed_settings
 from nnslim.errors import ConfigError
 from nnslim.figures import new_figure, own_style, save_figure
 from nnslim.hosts.nnunet.model.inflated import inflate_model, target_of, write_inflated
 from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 from nnslim.hosts.nnunet.train.described import DescribedTraining
-from nnslim.hosts.nnunet.train.window_trainer import window_settings, window_trainer_class
+from nnslim.hosts.nnunet.train.settings import read_section
+from nnslim.hosts.nnunet.train.window_trainer import window_trainer_class
 from nnslim.inflation.window_net import WindowConfig
 from nnslim.network.walk import unwrap
 from nnslim.tables import markdown, read_table
@@ -234,9 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--validation-iterations", type=int, default=4, help="batches behind each point (4)")
     parser.add_argument("--cases", type=int, default=20, help="validation cases to predict (20)")
     chosen = parser.parse_args(arguments)
-    settings = window_settings(chosen.window)
+    settings = read_section("window", chosen.window, "--window")
     if chosen.weights:
-        settings = window_settings(settings, weights=chosen.weights)
+        settings = changed_settings(settings, {"weights": chosen.weights}, "--weights")
     looks = chosen.validation_iterations
     study = Study(
         chosen.dataset,

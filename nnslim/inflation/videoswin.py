@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 _BLOCK = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.(.+)")
 _MERGE = re.compile(r"layers\.(\d+)\.downsample\.(.+)")
-_INNER = {"mlp.fc1.": "mlp.0.", "mlp.fc2.": "mlp.3."}
 DERIVED = ("relative_position_index", "attn_mask")
 
 
@@ -57,10 +57,7 @@ class VideoSwin(nn.Module):
             return SwinTransformerBlock(*args, attn_layer=exact, **kwargs)
 
         patch = settings["patch_size"]
-
-        def embedding(**kwargs: Any) -> nn.Module:
-            return swin.PatchEmbed3d(in_channels=channels, **kwargs)
-
+        embedding = partial(swin.PatchEmbed3d, in_channels=channels)
         self.trunk = swin.SwinTransformer3d(num_classes=1, block=block, patch_embed=embedding, **settings)
         self.trunk.norm = self.trunk.head = nn.Identity()
         width, stages = settings["embed_dim"], len(settings["depths"])
@@ -130,9 +127,7 @@ def videoswin_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if key.endswith(DERIVED):
             continue
         if found := _BLOCK.fullmatch(key):
-            inner = found[3]
-            for old, new in _INNER.items():
-                inner = inner.replace(old, new)
+            inner = found[3].replace("mlp.fc1.", "mlp.0.").replace("mlp.fc2.", "mlp.3.")
             made[f"features.{2 * int(found[1])}.{found[2]}.{inner}"] = value
         elif found := _MERGE.fullmatch(key):
             made[f"features.{2 * int(found[1]) + (-1 if before else 1)}.{found[2]}"] = value

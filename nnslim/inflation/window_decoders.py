@@ -33,20 +33,13 @@ class UPerNet(nn.Module):
     """
 
     def __init__(
-        self,
-        channels: Sequence[int],
-        strides: Sequence[int],
-        classes: int,
-        *,
-        width: int | None = None,
-        dropout: float = 0.1,
+        self, channels: Sequence[int], strides: Sequence[int], classes: int, *, width: int | None = None
     ) -> None:
         """Build.
 
         Args:
             channels, strides: of the encoder's maps. classes: of the logits.
             width: inner channels; default: 512 for a pyramid, else as many as a map has.
-            dropout: of channels, before the logits.
         """
         super().__init__()
         flat = len(set(strides)) == 1
@@ -59,7 +52,7 @@ class UPerNet(nn.Module):
         self.lateral = nn.ModuleList(_block(count, width, 1) for count in channels[:-1])
         self.smooth = nn.ModuleList(_block(width, width) for _ in channels[:-1])
         self.fuse = _block(len(channels) * width, width)
-        self.dropout = nn.Dropout2d(dropout)
+        self.dropout = nn.Dropout2d(0.1)
         self.logits = nn.Conv2d(width, classes, 1)
 
     def forward(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
@@ -82,21 +75,10 @@ def _pyramid(channels: Sequence[int]) -> list[nn.Module]:
     if len(channels) > 4:
         raise ConfigError(f"inflation: upernet takes up to 4 maps, found {len(channels)}")
     first, second = channels[0], channels[min(1, len(channels) - 1)]
-    quarter = nn.Sequential(
-        nn.ConvTranspose2d(first, first, 2, 2),
-        nn.BatchNorm2d(first),
-        nn.GELU(),
-        nn.ConvTranspose2d(first, first, 2, 2),
-    )
-    made = [quarter, nn.ConvTranspose2d(second, second, 2, 2), nn.Identity(), _Halve()]
+    up = [nn.ConvTranspose2d(first, first, 2, 2) for _ in range(2)]
+    quarter = nn.Sequential(up[0], nn.BatchNorm2d(first), nn.GELU(), up[1])
+    made = [quarter, nn.ConvTranspose2d(second, second, 2, 2), nn.Identity(), nn.MaxPool2d(2, ceil_mode=True)]
     return made[-len(channels) :]
-
-
-class _Halve(nn.MaxPool2d):
-    """Maximum over 2 x 2, also of an odd edge or a single token."""
-
-    def __init__(self) -> None:
-        super().__init__(2, ceil_mode=True)
 
 
 class SETRPUP(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,17 +48,11 @@ class WindowEncoder(nn.Module):
         embed: Conv3d (depth, p, p), stride (1, p, p): the tokens of all windows of a volume, without cutting them out.
         trunk: timm's network behind its patch embedding; its weights keep timm's names.
         channels, strides: of the maps that `forward` gives, strides in pixels.
-        multiple: of which in-plane sizes must be.
+        multiple: in-plane sizes are multiples of it.
     """
 
     def __init__(
-        self,
-        channels: int,
-        depth: int,
-        size: Sequence[int],
-        *,
-        model: str,
-        options: dict[str, Any] | None = None,
+        self, channels: int, depth: int, size: Sequence[int], *, model: str, options: dict[str, Any] | None = None
     ) -> None:
         """Build with random weights.
 
@@ -77,14 +72,8 @@ class WindowEncoder(nn.Module):
         swin = model.startswith("swin_")
         extra: dict[str, Any] = {"strict_img_size": False, "always_partition": True} if swin else {}
         try:
-            trunk = timm.create_model(
-                model,
-                pretrained=False,
-                num_classes=0,
-                img_size=tuple(edge * patch for edge in grid),
-                **extra,
-                **options,
-            )
+            pixels = tuple(edge * patch for edge in grid)
+            trunk = timm.create_model(model, pretrained=False, num_classes=0, img_size=pixels, **extra, **options)
         except (RuntimeError, TypeError, AssertionError) as error:
             raise ConfigError(f"inflation: timm cannot make '{model}' with {options}: {error}") from error
         kind = type(trunk).__name__
@@ -123,20 +112,17 @@ class WindowEncoder(nn.Module):
 
     def encode(self, tokens: Tensor) -> list[Tensor]:
         """Encode embedded windows (N, dim, h, w)."""
-        if self.kind != "Beit":
-            made = self.trunk.forward_intermediates(tokens, indices=self.taken, intermediates_only=True)
-            return list(made)
         rows, columns = tokens.shape[2:]
-        if rows > self.grid[0] or columns > self.grid[1]:
-            raise InputError(
-                f"a BEiT encoder built for slices of {tuple(self.multiple * edge for edge in self.grid)} pixels got "
-                f"{(self.multiple * rows, self.multiple * columns)}: its table of relative positions ends there"
-            )
-        # One table for one grid: a smaller slice is filled up with its border.
-        padding = (0, self.grid[1] - columns, 0, self.grid[0] - rows)
-        filled = nn.functional.pad(tokens, padding, mode="replicate") if any(padding) else tokens
-        made = self.trunk.forward_intermediates(filled, indices=self.taken, intermediates_only=True)
-        return [each[:, :, :rows, :columns] for each in made]
+        if self.kind == "Beit":
+            if rows > self.grid[0] or columns > self.grid[1]:
+                raise InputError(
+                    f"a BEiT encoder built for slices of {tuple(self.multiple * edge for edge in self.grid)} pixels "
+                    f"got {(self.multiple * rows, self.multiple * columns)}: its table of relative positions ends there"
+                )
+            # One table for one grid: a smaller slice is filled up with its border.
+            tokens = repeat_ends(tokens, 0, self.grid[0] - rows, self.grid[1] - columns)
+        made = self.trunk.forward_intermediates(tokens, indices=self.taken, intermediates_only=True)
+        return list(made) if self.kind != "Beit" else [each[:, :, :rows, :columns] for each in made]
 
 
 def _patch_of(timm: Any, model: str) -> int:
@@ -144,9 +130,8 @@ def _patch_of(timm: Any, model: str) -> int:
         raise ConfigError(f"inflation: timm {timm.__version__} has no network '{model}'; {nearest(model, ENCODERS)}")
     if model.startswith("swin_"):
         return 4
-    for word in model.split("_"):
-        if word.startswith("patch") and word[5:].isdigit():
-            return int(word[5:])
+    if found := re.search(r"_patch(\d+)(?:_|$)", model):
+        return int(found[1])
     raise ConfigError(f"inflation: the name '{model}' does not tell a patch size; give patch_size among the options")
 
 
@@ -185,7 +170,6 @@ def reach_of(depth: int) -> int:
 
 
 def repeat_ends(volume: Tensor, before: int, bottom: int = 0, right: int = 0) -> Tensor:
-    """Repeat the first and the last slice `before` times each, and the last rows and columns."""
-    if not (before or bottom or right):
-        return volume
-    return nn.functional.pad(volume, (0, right, 0, bottom, before, before), mode="replicate")
+    """Repeat the last rows and columns of (N, C, H, W), of (N, C, D, H, W) also the first and last slices."""
+    padding = (0, right, 0, bottom, before, before)[: 2 * (volume.dim() - 2)]
+    return nn.functional.pad(volume, padding, mode="replicate") if any(padding) else volume

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -14,12 +14,11 @@ from nnslim.errors import ConfigError
 from nnslim.inflation.videoswin import VideoSwin
 from nnslim.inflation.window_decoders import make_decoder
 from nnslim.inflation.window_encoders import make_encoder, reach_of, repeat_ends
+from nnslim.methods.base import MethodConfig
 
 
-class WindowConfig(BaseModel):
+class WindowConfig(MethodConfig):
     """What a window network is, where its first weights come from, and how it is trained."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     encoder: Literal["vit", "dino", "dinov2", "beit", "swin", "videoswin"] = Field("dinov2", description="kind")
     model: str | None = Field(None, description="timm's (or torchvision's) name of the network; default: the kind's")

@@ -57,7 +57,7 @@ def flat_network(encoder, size=32):
 
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_W1_every_combination_predicts_every_slice_at_any_size_and_learns_everywhere(encoder, decoder):
+def test_every_combination_predicts_every_slice_at_any_size_and_learns_everywhere(encoder, decoder):
     network = window_net(encoder, decoder, channels=2, size=(32, 48)).train()
     logits = network(torch.randn(2, 2, 2, 32, 48))
     assert logits.shape == (2, 3, 2, 32, 48)
@@ -112,7 +112,7 @@ def test_center_ignores_neighbours_and_depth_one_is_the_2d_baseline():
         assert not torch.allclose(deep(volume), one(volume), atol=1e-2)
 
 
-def test_W3_size_no_multiple_of_the_patch_is_filled_with_its_border_and_cut_back():
+def test_size_no_multiple_of_the_patch_is_filled_with_its_border_and_cut_back():
     network = trained(window_net("vit"))
     volume = torch.randn(1, 1, 2, 30, 25)
     filled = torch.nn.functional.pad(volume, (0, 7, 0, 2, 0, 0), mode="replicate")

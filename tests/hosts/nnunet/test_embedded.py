@@ -24,7 +24,7 @@ from nnslim.hosts.nnunet.model.slim_network import NETWORK_CLASS_NAME
 from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_trained_model
 from nnslim.hosts.nnunet.train.daeformer_trainer import CEAndSquaredDice, daeformer_trainer_class
 from nnslim.hosts.nnunet.train.finetune_model import finetune_model
-from nnslim.hosts.nnunet.train.finetune_settings import FinetuneSettings
+from nnslim.hosts.nnunet.train.settings import TrainingSettings
 from nnslim.methods.embedded import SparseEdit
 from nnslim.network.daeformer import FORMS, DAEFormer, DAEFormerForm
 from nnslim.network.spec import spec_of
@@ -172,7 +172,7 @@ def test_pruned_coarser_model_is_fine_tuned_with_zeros_that_stay_and_grow(datase
     start = levers(drop_stages=1, coarser=1.5, sparsity=0.5, start_sparsity=0.05)
     compress_model(read_trained_model(dense), tmp_path / "start", start)
     before = read_trained_model(tmp_path / "start")
-    settings = FinetuneSettings(
+    settings = TrainingSettings(
         epochs=3, iterations=4, validation_iterations=1, optimizer="sgd", learning_rate=1e-3, batch_size=2, processes=1
     )
     tuned = finetune_model(tmp_path / "start", tmp_path / "tuned", 998, settings)
@@ -232,7 +232,7 @@ def test_profile_of_a_folder_that_is_not_there_says_so(tmp_path):
 def test_daeformer_is_trained_predicted_by_stock_nnunet_fine_tuned_and_exported(dataset, tmp_path, monkeypatch):
     form = DAEFormer(1, 2, (16, 32), (1, 1))
     monkeypatch.setitem(FORMS, "tiny", DAEFormerForm((16, 32), (1, 1)))
-    monkeypatch.setenv("NNSLIM_DAEFORMER", "tiny")
+    monkeypatch.setenv("NNSLIM_TRAINING", "daeformer: {form: tiny}")
     folder = train_short(998, "2d", 0, TINY, trainer_base=daeformer_trainer_class()).parent
     assert folder.name == "nnUNetTrainerDAEFormer__nnUNetPlans__2d"
     predictor = make_predictor()
@@ -245,7 +245,7 @@ def test_daeformer_is_trained_predicted_by_stock_nnunet_fine_tuned_and_exported(
         exported = export_model(model, tmp_path / name, ExportSettings(kind))
         assert exported.parity.passed and exported.files[0].is_file(), exported.parity
     compress_model(model, tmp_path / "pruned", levers(sparsity=0.3))
-    settings = FinetuneSettings(epochs=1, iterations=2, validation_iterations=1, batch_size=2, processes=1)
+    settings = TrainingSettings(epochs=1, iterations=2, validation_iterations=1, batch_size=2, processes=1)
     tuned = read_trained_model(finetune_model(tmp_path / "pruned", tmp_path / "tuned", 998, settings))
     assert tuned.is_slim and tuned.checkpoints["0"]["current_epoch"] == 1
 
@@ -253,15 +253,15 @@ def test_daeformer_is_trained_predicted_by_stock_nnunet_fine_tuned_and_exported(
 def test_daeformer_trainer_is_found_by_name_and_refuses_volumes(dataset, monkeypatch, make_model):
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-    import nnslim.hosts.nnunet.train as package
+    import nnslim.hosts.nnunet.train.ext as trainers
 
-    monkeypatch.setenv("nnUNet_extTrainer", str(Path(package.__file__).parent / "ext"))
+    monkeypatch.setenv("nnUNet_extTrainer", trainers.__path__[0])
     trainer = recursive_find_trainer_class_by_name("nnUNetTrainerDAEFormer")
     assert trainer.__name__ == "nnUNetTrainerDAEFormer"
     model = read_trained_model(make_model("plain"))
     with pytest.raises(ConfigError, match=r"works on slices whose edges are multiples of 8; configuration 3d_fullres"):
         trainer({**model.plans, "continue_training": False}, "3d_fullres", 0, model.dataset)
-    monkeypatch.setenv("NNSLIM_DAEFORMER", "65")
+    monkeypatch.setenv("NNSLIM_TRAINING", "daeformer: {form: 65}")
     with pytest.raises(ConfigError, match="no DAEFormer form '65'; nearest: 64"):
         trainer({**model.plans, "continue_training": False}, "3d_fullres", 0, model.dataset)
 

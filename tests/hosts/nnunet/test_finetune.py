@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -13,25 +12,22 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from helpers import make_predictor, random_data, write_ball_dataset
+from helpers import final_of, offer_gloo_trainer, stock_prediction, write_ball_dataset
 
 from nnslim.cli import main
-from nnslim.compression.config import tucker
+from nnslim.compression.config import changed_settings, tucker
 from nnslim.compression.distillation import distillation_loss
 from nnslim.errors import ConfigError, InputError, ModelError, OutputError
+from nnslim.hosts.nnunet.cases.prepared_data import find_dataset, prepare_data
 from nnslim.hosts.nnunet.compress.compress_model import compress_model
-from nnslim.hosts.nnunet.model.trained_model import load_checkpoint, model_key, read_trained_model, trainer_class
-from nnslim.hosts.nnunet.train import finetune_fold as fold_module
-from nnslim.hosts.nnunet.train.finetune_fold import load_teacher, run_rank
-from nnslim.hosts.nnunet.train.finetune_model import _job, finetune_model
-from nnslim.hosts.nnunet.train.finetune_record import begin_record
-from nnslim.hosts.nnunet.train.finetune_settings import FinetuneSettings
-from nnslim.hosts.nnunet.train.finetune_trainer import DistilledLoss, finetune_trainer_class
-from nnslim.hosts.nnunet.train.prepared_data import find_dataset, prepare_data
+from nnslim.hosts.nnunet.model.trained_model import model_key, read_trained_model
+from nnslim.hosts.nnunet.train.finetune_model import begin_record, finetune_model, fold_job, run_ranks
+from nnslim.hosts.nnunet.train.finetune_trainer import DistilledLoss, fold_trainer
+from nnslim.hosts.nnunet.train.settings import FINETUNING, TrainingSettings
 from nnslim.network.spec import spec_of
 from studies.short_training import ShortTraining, train_short
 
-TINY = FinetuneSettings(epochs=2, iterations=2, validation_iterations=1, batch_size=2, learning_rate=1e-3, processes=1)
+TINY = TrainingSettings(epochs=2, iterations=2, validation_iterations=1, batch_size=2, learning_rate=1e-3, processes=1)
 STOCK = "nnUNetPlans_3d_fullres"
 
 
@@ -58,33 +54,16 @@ def ball(tmp_path_factory):
         yield Ball(dense, root / "slim", root / "preprocessed" / "Dataset998_Ball")
 
 
-def settings_with(**changes) -> FinetuneSettings:
-    return dataclasses.replace(TINY, **changes)
-
-
-def final_of(folder, fold=0, name="checkpoint_final.pth"):
-    return load_checkpoint(folder / f"fold_{fold}" / name, trust=True)
-
-
-def stock_prediction(folder, fold=0, name="checkpoint_final.pth"):
-    """Load by nnU-Net's own predictor; return its network and the logits of noise."""
-    predictor = make_predictor()
-    predictor.initialize_from_trained_model_folder(str(folder), (fold,), name)
-    return predictor, predictor.predict_logits_from_preprocessed_data(random_data(predictor))
+def settings_with(**changes) -> TrainingSettings:
+    return changed_settings(TINY, changes, "test")
 
 
 def make_trainer(ball, output, teacher=None, **changes):
     """Return the trainer of fold 0, initialised, with the slim weights."""
-    settings = settings_with(teacher=teacher, **changes)
     source = read_trained_model(ball.slim)
     data = prepare_data(source, 998, 1)
-    job = _job(source, output, data, "0", "nnUNetTrainer", settings)
-    network = None if teacher is None else load_teacher(job)
-    cls = finetune_trainer_class(trainer_class(job.trainer_name), job, network)
-    trainer = cls({**job.plans, "continue_training": False}, job.configuration, 0, job.dataset, torch.device("cpu"))
-    trainer.initialize()
-    fold_module._load_start(trainer.network, job)
-    return trainer
+    settings = settings_with(teacher=teacher, **changes).with_defaults(**FINETUNING)
+    return fold_trainer(fold_job(source, output, data, "0", "nnUNetTrainer", settings), torch.device("cpu"))
 
 
 def test_finetune_adamw_constant_gives_a_folder_that_stock_nnunet_loads(ball, tmp_path):
@@ -185,7 +164,7 @@ def test_finetune_continue_of_a_finished_run_trains_nothing_and_longer_goes_on(b
 def test_finetune_existing_output_is_neither_overwritten_nor_resumed_with_other_settings(ball, tmp_path):
     output = finetune_model(ball.slim, tmp_path / "out", 998, settings_with(epochs=1))
     kept = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
-    with pytest.raises(OutputError, match=r"out exists and is not overwritten.*--continue"):
+    with pytest.raises(OutputError, match=r"out exists and is not overwritten; continue it with --continue"):
         finetune_model(ball.slim, output, 998, TINY)
     with pytest.raises(ConfigError, match=r"begun with learning_rate = 0\.001, now it is 0\.01"):
         finetune_model(ball.slim, output, 998, settings_with(resume=True, learning_rate=1e-2))
@@ -197,8 +176,8 @@ def test_finetune_existing_output_is_neither_overwritten_nor_resumed_with_other_
 
 
 def test_trainer_teacher_adds_its_term_to_loss_and_gradient(ball, tmp_path):
-    plain = make_trainer(ball, tmp_path / "a")
-    taught = make_trainer(ball, tmp_path / "b", teacher=ball.dense, distill=0.5)
+    plain = make_trainer(ball, tmp_path / "a", precision="f32")
+    taught = make_trainer(ball, tmp_path / "b", teacher=ball.dense, distill=0.5, precision="f32")
     generator = torch.Generator().manual_seed(3)
     size = plain.configuration_manager.patch_size
     data = torch.randn(2, 1, *size, generator=generator)
@@ -247,7 +226,7 @@ def test_command_takes_any_trainer_and_fold(ball, tmp_path, monkeypatch, capfd, 
         assert checkpoint["trainer_name"] == "nnUNetTrainerNoMirroring"
         assert checkpoint["inference_allowed_mirroring_axes"] is None
         assert checkpoint["init_args"]["fold"] == fold
-        assert torch.isfinite(stock_prediction(output, fold)[1]).all()
+        assert torch.isfinite(stock_prediction(output, (fold,))[1]).all()
     record = json.loads((output / "nnslim.json").read_text())
     assert record["folds"] == ["1", "all"] == list(record["finetune"]["folds"])
 
@@ -288,11 +267,12 @@ def test_prepare_data_without_raw_data_says_what_is_missing(ball, tmp_path, monk
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer": "adam"}, "optimizer = 'adam': expected one of adamw, sgd"),
-        ({"schedule": "cosine"}, "schedule = 'cosine'"),
-        ({"epochs": 0}, "epochs = 0: expected 1 or more"),
-        ({"learning_rate": float("nan")}, "learning_rate = nan"),
-        ({"distill": -1.0}, "distill = -1.0"),
+        ({"optimizer": "adam"}, "optimizer: Input should be 'adamw' or 'sgd', found 'adam'"),
+        ({"schedule": "cosine"}, "schedule: Input should be 'constant' or 'poly', found 'cosine'"),
+        ({"epochs": 0}, "epochs: Input should be greater than or equal to 1, found 0"),
+        ({"learning_rate": float("nan")}, "learning_rate: Input should be a finite number, found nan"),
+        ({"distill": -1.0}, "distill: Input should be greater than or equal to 0, found -1.0"),
+        ({"epoch": 1}, "unknown key 'epoch'; nearest: epochs"),
         ({"num_gpus": 2}, "num_gpus = 2: nnU-Net trains on several devices with cuda only"),
         ({"folds": ["first"]}, "fold 'first': expected a number or 'all'"),
     ],
@@ -335,38 +315,15 @@ def test_save_checkpoint_failure_keeps_the_checkpoint_before(ball, tmp_path, mon
     assert path.read_bytes() == kept and [p.name for p in path.parent.glob("*.pth*")] == [path.name]
 
 
-GLOO_TRAINER = '''
-"""nnU-Net's trainer takes CUDA devices under DDP; this one stays on the CPU, so that two processes can be tested."""
-import torch
-import nnunetv2.training.nnUNetTrainer.nnUNetTrainer as module
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
-wrap = torch.nn.parallel.DistributedDataParallel
-module.DDP = lambda network, device_ids: wrap(network)
-
-
-class nnUNetTrainerGloo(nnUNetTrainer):
-    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cpu")):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.device, self.grad_scaler = torch.device("cpu"), None
-'''
-
-
-def test_run_rank_two_processes_train_one_model(ball, tmp_path, monkeypatch):
+def test_two_processes_train_one_model(ball, tmp_path, monkeypatch):
     pytest.importorskip("nnunetv2.utilities.find_objects", reason="nnUNet_extTrainer came with nnU-Net 2.8")
-    (tmp_path / "trainers").mkdir()
-    (tmp_path / "trainers" / "gloo.py").write_text(GLOO_TRAINER)
-    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path / "trainers"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    settings = settings_with(teacher=ball.dense, epochs=1)
+    offer_gloo_trainer(tmp_path / "trainers", monkeypatch)
+    settings = settings_with(teacher=ball.dense, epochs=1).with_defaults(**FINETUNING)
     source, output = read_trained_model(ball.slim), tmp_path / "out"
     data = prepare_data(source, 998, 1)
     output.mkdir()
     begin_record(source, output, data, "nnUNetTrainerGloo", settings)
-    job = _job(source, output, data, "0", "nnUNetTrainerGloo", settings)
-    from nnslim.hosts.nnunet.train.finetune_model import _free_port
-
-    torch.multiprocessing.spawn(run_rank, args=(job, 2, _free_port(), "cpu"), nprocs=2, join=True)
+    run_ranks(fold_job(source, output, data, "0", "nnUNetTrainerGloo", settings), 2, "cpu")
     final = final_of(output)
     assert final["trainer_name"] == "nnUNetTrainerGloo" and final["current_epoch"] == 1
     assert set(final["network_weights"]) == set(source.weights[0])  # no "module." from the wrapper

@@ -18,12 +18,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 from torch.testing import assert_close
 
-import nnslim.hosts.nnunet.train.ext.nnslim_window as ext_trainers
+import nnslim.hosts.nnunet.train.ext.nnslim_trainers as ext_trainers
 from nnslim.errors import ConfigError, ModelError
 from nnslim.hosts.nnunet.model.inflated import inflate_model, preprocessed_files, target_of, write_inflated
 from nnslim.hosts.nnunet.model.shipped import shipped_model
 from nnslim.hosts.nnunet.model.trained_model import build_network, build_untrained, read_trained_model, trainer_class
-from nnslim.hosts.nnunet.train.window_trainer import DiceFocal, PlannedWindowNet, window_settings, window_trainer_class
+from nnslim.hosts.nnunet.train.window_trainer import DiceFocal, PlannedWindowNet, window_trainer_class
 from nnslim.inflation import WindowConfig
 from nnslim.tables import read_table
 from studies.inflation_table import InflationRun, Study, draw_curves, measure_inflation, rows_of
@@ -265,30 +265,13 @@ def test_window_model_trains_from_2d_weights_resumes_and_is_predicted_by_stock_n
 
 def test_window_trainers_are_found_by_stock_nnunet_with_settings_of_the_environment(balls, monkeypatch):
     monkeypatch.setenv("nnUNet_extTrainer", str(Path(ext_trainers.__file__).parent))
-    monkeypatch.setenv("NNSLIM_WINDOW", "{encoder: swin, depth: 7}")
+    monkeypatch.setenv("NNSLIM_TRAINING", "{window: {encoder: swin, depth: 7}}")
     for name, depth in (("nnUNetTrainerWindow", 7), ("nnUNetTrainerWindow2D", 1)):
         found = trainer_class(name)
         assert found.__name__ == name
-        assert found.given().depth == depth and found.given().encoder == "swin"
+        assert found.settings_now().window.depth == depth and found.settings_now().window.encoder == "swin"
     with pytest.raises(AttributeError):
         ext_trainers.nnUNetTrainerOther  # noqa: B018
-
-
-def test_window_settings_from_yaml_and_what_is_wrong_with_them(tmp_path, monkeypatch):
-    monkeypatch.delenv("NNSLIM_WINDOW", raising=False)
-    (tmp_path / "w.yml").write_text("encoder: beit\noptions: {embed_dim: 24}\n")
-    read = window_settings(str(tmp_path / "w.yml"), depth=3)
-    assert (read.encoder, read.options, read.depth) == ("beit", {"embed_dim": 24}, 3)
-    assert window_settings() == WindowConfig()
-    for text, message in (
-        ("{encoder: resnet}", "encoder: Input should be"),
-        ("{encodre: vit}", "unknown key 'encodre'; nearest: encoder"),
-        ("[1, 2]", "expected a YAML file or keys and values"),
-        ("{encoder: ", "not readable YAML"),
-        (str(tmp_path / "none.yml"), "not readable YAML"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            window_settings(text)
 
 
 def test_dice_focal_is_monai_s_for_labels_and_regions():

@@ -13,16 +13,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import make_predictor, random_data, write_ball_dataset
-from sauron_ranks import train_rank
+from helpers import final_of, offer_gloo_trainer, stock_prediction, train_sauron_rank, write_ball_dataset
 
 from nnslim.compression.record import SlimRecord
 from nnslim.context import NNSlimContext
 from nnslim.errors import ConfigError, InputError, OutputError
-from nnslim.hosts.nnunet.model.trained_model import build_network, load_checkpoint, read_trained_model, trainer_class
+from nnslim.hosts.nnunet.model.trained_model import build_network, read_trained_model, trainer_class
 from nnslim.hosts.nnunet.train import train_dataset as train_module
 from nnslim.hosts.nnunet.train.sauron_trainer import sauron_trainer_class
-from nnslim.hosts.nnunet.train.train_dataset import TrainingRun, train_dataset
+from nnslim.hosts.nnunet.train.settings import TrainingSettings
+from nnslim.hosts.nnunet.train.train_dataset import train_dataset
 from nnslim.methods.sauron import SauronConfig
 from nnslim.network.spec import spec_of
 from nnslim.network.walk import LayerIndex
@@ -33,8 +33,11 @@ from studies.short_training import preprocess_once
 # Thresholds that move and bite within four epochs
 QUICK = {"epochs": 4, "iterations": 2, "validation_iterations": 1, "batch_size": 2, "batches": 2, "patience": 1}
 BITES = SauronConfig(**QUICK, threshold_first=0.75, threshold_max=0.85, min_filters=4, settle=0.25)
-RUN = TrainingRun(998)
 NAME = "nnUNetTrainerSauron__nnUNetPlans__3d_fullres"
+
+
+def settings(config=BITES, **changes) -> TrainingSettings:
+    return TrainingSettings(sauron=config, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def world(tmp_path_factory):
         kwargs["features_per_stage"] = [8, 16, 24]
         (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
         patch.setenv("nnUNet_n_proc_DA", "0")  # augmentation in this process: random numbers can be repeated
-        whole = train_dataset(BITES, RUN)
+        whole = train_dataset(998, settings())
         kept = Path(shutil.move(whole, root / "whole"))
         yield SimpleNamespace(whole=kept, results=root / "results" / "Dataset998_Ball", preprocessed=folder)
 
@@ -64,19 +67,9 @@ def results(world):
     shutil.rmtree(world.results, ignore_errors=True)
 
 
-def final_of(folder, fold=0, name="checkpoint_final.pth"):
-    return load_checkpoint(Path(folder) / f"fold_{fold}" / name, trust=True)
-
-
 def rows_of(folder, fold=0):
     with (folder / f"fold_{fold}" / "pruning.csv").open() as stream:
         return list(csv.DictReader(stream))
-
-
-def stock_prediction(folder, folds=(0,), name="checkpoint_final.pth"):
-    predictor = make_predictor()
-    predictor.initialize_from_trained_model_folder(str(folder), folds, name)
-    return predictor, predictor.predict_logits_from_preprocessed_data(random_data(predictor))
 
 
 def test_training_narrows_the_network_and_stock_nnunet_predicts_with_every_checkpoint(world):
@@ -104,7 +97,7 @@ def test_training_narrows_the_network_and_stock_nnunet_predicts_with_every_check
 
 
 def test_training_in_bfloat16_prunes_alike_and_leaves_float32_weights(world, results):
-    folder = train_dataset(BITES.model_copy(update={"precision": "bf16"}), RUN)
+    folder = train_dataset(998, settings(precision="bf16"))
     exact, half = rows_of(world.whole), rows_of(folder)
     first = [float(rows[0]["train_loss"]) for rows in (exact, half)]
     assert first[0] != first[1] and first[0] == pytest.approx(first[1], abs=0.03)
@@ -153,10 +146,10 @@ def test_killed_and_resumed_training_is_the_same_curve(moment, world, results):
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        train_dataset(BITES, RUN, stop)
+        train_dataset(998, settings(), stop)
     with pytest.raises(OutputError, match=r"fold_0 has a checkpoint_latest.pth .*--continue"):
-        train_dataset(BITES, RUN)
-    again = train_dataset(BITES, TrainingRun(998, resume=True))
+        train_dataset(998, settings())
+    again = train_dataset(998, settings(resume=True))
     assert again == results / NAME
     whole, resumed = final_of(world.whole), final_of(again)
     for key in ("train_losses", "val_losses", "mean_fg_dice"):
@@ -176,7 +169,7 @@ def test_killed_and_resumed_training_is_the_same_curve(moment, world, results):
 def test_folds_of_other_widths_predict_together(world, results):
     shutil.copytree(world.whole, results / NAME)
     other = BITES.model_copy(update={"threshold_first": 0.65, "threshold_max": 0.7})
-    folder = train_dataset(other, TrainingRun(998, fold="all"))
+    folder = train_dataset(998, settings(other, folds=["all"]))
     widths = [final_of(folder, fold)["nnslim_sauron"]["spec"] for fold in (0, "all")]
     assert widths[0] != widths[1]
     single = [stock_prediction(folder, (fold,))[1].float() for fold in (0, "all")]
@@ -190,7 +183,7 @@ def test_adam_and_start_from_a_pruned_model_go_on_narrower(world, results):
         threshold_first=0.8,
         threshold_max=0.9,
     )
-    folder = train_dataset(config, RUN)
+    folder = train_dataset(998, settings(config))
     before, after = final_of(world.whole), final_of(folder)
     record = json.loads((folder / "fold_0" / "nnslim.json").read_text())
     assert after["nnslim_sauron"]["history"][0]["filters_left"] < before["nnslim_sauron"]["history"][-1]["filters_left"]
@@ -229,7 +222,8 @@ def test_stock_command_finds_the_trainer_by_name(world, results, monkeypatch):
     import nnslim.hosts.nnunet.train.ext as trainers
 
     monkeypatch.setenv("nnUNet_extTrainer", trainers.__path__[0])
-    monkeypatch.setenv("NNSLIM_SAURON", BITES.model_copy(update={"epochs": 2, "settle": 0.0}).model_dump_json())
+    section = BITES.model_copy(update={"settle": 0.0}).model_dump_json()
+    monkeypatch.setenv("NNSLIM_TRAINING", f'{{"epochs": 2, "sauron": {section}}}')
     # In a process of its own: where TotalSegmentator is imported after nnU-Net's trainer, nnU-Net's validation cannot
     # send its export to other processes.
     code = "from nnunetv2.run.run_training import run_training_entry as run; run()"
@@ -269,6 +263,7 @@ def test_train_command_runs_and_its_options_reach_the_training(world, results, c
     assert final["init_args"]["plans"]["configurations"]["3d_fullres"]["batch_size"] == 3
     assert final["logging"]["lrs"] == [0.002] and final["nnslim_sauron"]["settings"]["strength"] == 0
     assert final["nnslim_sauron"]["settings"]["iterations"] == 2
+    assert final["nnslim_sauron"]["settings"]["fold"] is None  # what -f means is the fold of the data
     refused = command("train", "-d", 998, "--method", "tucker")
     assert refused[0] == 2 and "tucker needs no training" in refused[2]
     refused = command("train", "-d", 998, "--method", "sauron", "--configuration", "2d_x")
@@ -279,20 +274,19 @@ def test_train_command_runs_and_its_options_reach_the_training(world, results, c
 
 def test_unusable_settings_are_named(world, results, monkeypatch, tmp_path):
     with pytest.raises(InputError, match="dataset '7': expected one dataset"):
-        train_dataset(BITES, TrainingRun(7))
+        train_dataset(7, settings())
     monkeypatch.setenv("NNSLIM_SAURON", "tucker-balanced")
     with pytest.raises(ConfigError, match="'tucker-balanced': that configuration has no method sauron"):
         sauron_trainer_class()
     monkeypatch.delenv("nnUNet_results")
     with pytest.raises(ConfigError, match="nnUNet_results is not set"):
-        train_dataset(BITES, RUN)
+        train_dataset(998, settings())
 
 
 def test_pruned_model_is_compressed_and_fine_tuned_like_any_other(world, results, tmp_path, monkeypatch):
     from nnslim.compression.config import tucker
     from nnslim.hosts.nnunet.compress.compress_model import compress_model
     from nnslim.hosts.nnunet.train.finetune_model import finetune_model
-    from nnslim.hosts.nnunet.train.finetune_settings import FinetuneSettings
 
     pruned = read_trained_model(world.whole)
     slimmed = compress_model(pruned, tmp_path / "both", tucker(rank_factor=0.5, rank_min=2), allow_slower=True)
@@ -304,7 +298,7 @@ def test_pruned_model_is_compressed_and_fine_tuned_like_any_other(world, results
     compress_model(pruned, tmp_path / "exact", full, allow_slower=True)
     exact, alone = stock_prediction(tmp_path / "exact")[1], stock_prediction(world.whole)[1]
     torch.testing.assert_close(exact, alone, rtol=1e-2, atol=2e-2)
-    tuning = FinetuneSettings(epochs=1, iterations=1, validation_iterations=1, batch_size=2, processes=1)
+    tuning = TrainingSettings(epochs=1, iterations=1, validation_iterations=1, batch_size=2, processes=1)
     tuned = finetune_model(world.whole, tmp_path / "tuned", 998, tuning)
     for key, value in final_of(tuned)["network_weights"].items():
         assert value.shape == final_of(world.whole)["network_weights"][key].shape
@@ -336,34 +330,12 @@ def test_folds_of_other_widths_are_compressed_one_by_one(world, tmp_path):
     assert torch.isfinite(stock_prediction(tmp_path / "out", (1,))[1]).all()
 
 
-GLOO = '''
-"""Two processes on the CPU: nnU-Net's trainer takes CUDA devices under DDP."""
-import torch
-import nnunetv2.training.nnUNetTrainer.nnUNetTrainer as module
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
-wrap = torch.nn.parallel.DistributedDataParallel
-module.DDP = lambda network, device_ids: wrap(network)
-
-
-class nnUNetTrainerGloo(nnUNetTrainer):
-    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cpu")):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.device, self.grad_scaler = torch.device("cpu"), None
-'''
-
-
 def test_two_processes_remove_the_same_filters(world, results, tmp_path, monkeypatch):
     pytest.importorskip("nnunetv2.utilities.find_objects", reason="nnUNet_extTrainer came with nnU-Net 2.8")
-    from nnslim.hosts.nnunet.train.finetune_model import _free_port
-
-    (tmp_path / "trainers").mkdir()
-    (tmp_path / "trainers" / "gloo.py").write_text(GLOO)
-    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path / "trainers"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    torch.multiprocessing.spawn(
-        train_rank, args=(_free_port(), BITES.model_copy(update={"fold": True})), nprocs=2, join=True
-    )
+    offer_gloo_trainer(tmp_path / "trainers", monkeypatch)
+    meeting = (tmp_path / "ranks").as_uri()
+    config = BITES.model_copy(update={"fold": True})
+    torch.multiprocessing.spawn(train_sauron_rank, args=(meeting, config), nprocs=2, join=True)
     (folder,) = results.iterdir()
     assert final_of(folder)["trainer_name"] == "nnUNetTrainerGloo"
 
@@ -372,7 +344,7 @@ def test_trainer_with_sauron_in_it_gets_it_once():
     plain = trainer_class("nnUNetTrainerNoMirroring")
     once = sauron_trainer_class(SauronConfig(), plain)
     twice = sauron_trainer_class(BITES, once)
-    assert twice.__bases__ == once.__bases__ and twice.sauron is BITES
+    assert twice.__bases__ == once.__bases__ and twice.given.sauron is BITES
     assert twice.__name__ == "nnUNetTrainerNoMirroringSauron" and twice.plain_name == "nnUNetTrainerNoMirroring"
 
 
@@ -390,8 +362,8 @@ def test_compiled_network_is_unwrapped_narrowed_and_compiled_again(world, result
 
     Compiled.__name__ = "nnUNetTrainer"
     monkeypatch.setattr(torch, "compile", aot_eager)
-    monkeypatch.setattr(train_module, "sauron_trainer_class", lambda config: sauron_trainer_class(config, Compiled))
-    folder = train_dataset(BITES, RUN)
+    monkeypatch.setattr(train_module, "sauron_trainer_class", lambda chosen: sauron_trainer_class(chosen, Compiled))
+    folder = train_dataset(998, settings())
     rows, plain = rows_of(folder), rows_of(world.whole)
     assert [row["filters"] for row in rows] == [row["filters"] for row in plain]
     removals = sum(any(int(row["removed"]) for row in plain if row["epoch"] == str(epoch)) for epoch in range(4))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,20 +10,17 @@ from dynamic_network_architectures.architectures import primus
 from helpers import make_predictor, random_data, write_ball_dataset
 from torch import nn
 
-import nnslim.hosts.nnunet.train.trainer_names as trainer_package
+import nnslim.hosts.nnunet.train.ext as trainers
 from nnslim import NNSlimContext
 from nnslim.compression.config import from_dict, load_config
 from nnslim.errors import ConfigError, ModelError
 from nnslim.hosts.nnunet.compress.compress_model import compress_model
 from nnslim.hosts.nnunet.model.planned import PlannedUNETR, built_from_plans, planned_architecture
 from nnslim.hosts.nnunet.model.trained_model import build_network, read_trained_model
+from nnslim.hosts.nnunet.train.ext.nnslim_trainers import trainer_named, trainer_names
 from nnslim.hosts.nnunet.train.recipe import RateSchedule, parameter_groups
-from nnslim.hosts.nnunet.train.token_sparse_trainer import (
-    settings_in_force,
-    token_sparse_trainer_class,
-    unetr_trainer_class,
-)
-from nnslim.hosts.nnunet.train.trainer_names import trainer_named, trainer_names
+from nnslim.hosts.nnunet.train.settings import settings_in_force
+from nnslim.hosts.nnunet.train.token_sparse_trainer import token_sparse_trainer_class, unetr_trainer_class
 from nnslim.methods.token_sparse import TokenSparseConfig, set_ratio
 from nnslim.methods.token_sparse.config import RecipeConfig, UNETRConfig
 from nnslim.methods.token_sparse.supervision import SupervisedLoss
@@ -166,35 +162,29 @@ def test_trainers_are_found_by_name_also_by_nnunet(monkeypatch):
 
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-    monkeypatch.setenv("nnUNet_extTrainer", str(Path(trainer_package.__file__).parent / "ext"))
-    assert len(trainer_names()) == 9
+    monkeypatch.setenv("nnUNet_extTrainer", trainers.__path__[0])
+    assert len(trainer_names()) == 13
     for name in ("nnUNet_Primus_M_TokenSparse_Trainer", "nnUNet_UNETR_TokenSparse_Trainer"):
         assert recursive_find_trainer_class_by_name(name).__name__ == name
     with pytest.raises(ConfigError, match="nnUNet_Primus_M_TokenSparse_Trainer"):
         trainer_named("nnUNet_Primus_M_TokenSparse")
 
 
+@pytest.mark.parametrize("variable", ["NNSLIM_TRAINING", "NNSLIM_TOKEN_SPARSE"])
 @pytest.mark.parametrize(
     ("preset", "ratio"), [("token-sparse", 0.5), ("token-sparse-btcv", 0.9), ("token-sparse-brats", 0.75)]
 )
-def test_presets_reach_the_trainers_through_the_environment(preset, ratio, monkeypatch):
-    monkeypatch.setenv("NNSLIM_TOKEN_SPARSE", preset)
-    assert settings_in_force().ratio == ratio
+def test_presets_reach_the_trainers_through_the_environment(preset, ratio, variable, monkeypatch):
+    monkeypatch.setenv(variable, preset)
+    assert settings_in_force("token_sparse").token_sparse.ratio == ratio
     assert load_config(preset).methods[0].method == "token_sparse"
 
 
-def test_training_without_a_preset_is_taught_by_labels(monkeypatch):
-    monkeypatch.delenv("NNSLIM_TOKEN_SPARSE", raising=False)
-    settings = settings_in_force()
+def test_training_without_a_preset_is_taught_by_labels():
+    settings = settings_in_force("token_sparse").token_sparse
     assert (settings.supervision, settings.scorer, settings.ratio) == (1, "mlp", 0.5)
     assert settings.stages(12) == ([3], [0.5], ["mlp"])
     assert settings.stages(24) == ([6], [0.5], ["mlp"])
-
-
-def test_environment_that_names_another_method_is_refused(monkeypatch):
-    monkeypatch.setenv("NNSLIM_TOKEN_SPARSE", "tucker-balanced")
-    with pytest.raises(ConfigError, match="no method 'token_sparse'"):
-        settings_in_force()
 
 
 def test_published_preset_gives_the_published_network():

@@ -22,7 +22,7 @@ from nnslim.hosts.nnunet.model.trained_model import (
     trainer_class,
     write_model,
 )
-from nnslim.inflation.inflate_unet import Fit, inflate_unet
+from nnslim.inflation.inflated_unet import Fit, inflate_unet
 from nnslim.inflation.kernels import Mode
 
 Note = Callable[[str], None]

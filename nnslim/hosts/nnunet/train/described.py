@@ -1,4 +1,4 @@
-"""What trainers share whose networks nnU-Net's plans do not describe yet: the model folder that they leave does."""
+"""What trainers share whose networks nnU-Net's plans do not describe yet: the model that they leave is described."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 from nnslim.files import write_json
 from nnslim.hosts.nnunet.model.planned import PLAIN_TRAINER
 from nnslim.hosts.nnunet.model.trained_model import allowed_globals
+from nnslim.hosts.nnunet.train.steady import SteadyTraining
 
 
-class DescribedTraining:
+class DescribedTraining(SteadyTraining):
     """Mixed into an nnU-Net trainer that builds its network itself.
 
     plans.json describes the network and the checkpoints name nnU-Net's default trainer, which builds from plans: so
-    stock nnU-Net predicts with the folder wherever nnslim is installed. There is no deep supervision.
+    stock nnU-Net predicts with the model wherever nnslim is installed. There is no deep supervision.
     """
 
     def described_plans(self) -> dict[str, Any]:
@@ -27,25 +28,17 @@ class DescribedTraining:
         if self.local_rank == 0:
             write_json(Path(self.output_folder_base) / "plans.json", self.described_plans())
 
-    def save_checkpoint(self, filename: str) -> None:
-        """Save under the name of nnU-Net's default trainer."""
-        cls, kept = type(self), self.my_init_kwargs
-        own = cls.__name__
-        cls.__name__ = PLAIN_TRAINER
-        self.my_init_kwargs = {**kept, "plans": self.described_plans()}
-        try:
-            super().save_checkpoint(filename)
-        finally:
-            cls.__name__, self.my_init_kwargs = own, kept
+    def changed_content(self) -> dict[str, Any]:
+        """Name nnU-Net's default trainer, and the plans from which it builds the network."""
+        arguments = {**self.my_init_kwargs, "plans": self.described_plans()}
+        return {"trainer_name": PLAIN_TRAINER, "init_args": arguments}
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """Resume; nnU-Net's Primus trainers cannot on torch >= 2.6, which refuses the numbers in their checkpoints."""
         if not self.was_initialized:
             self.initialize()  # this may load a checkpoint, too, and leaving that would end what is allowed here
-        kept = self.my_init_kwargs
         with allowed_globals():
             super().load_checkpoint(filename_or_checkpoint)
-        self.my_init_kwargs = kept
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """There is none."""

@@ -1,68 +1,71 @@
-"""Fine-tune a model, slim or dense, with labels inside nnU-Net's trainer; the result is an ordinary model folder."""
+"""Fine-tune a model, slim or dense, with labels inside nnU-Net's trainer; the result is an ordinary model."""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
-import socket
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nnslim.compression.record import RECORD, read_record
+from nnslim._version import __version__
+from nnslim.compression.record import RECORD, read_record, write_record
 from nnslim.errors import ConfigError, InputError, ModelError, OutputError
-from nnslim.files import make_folder
-from nnslim.hosts.nnunet.model.pruned import plans_for_fold
+from nnslim.files import make_folder, read_json
+from nnslim.hosts.nnunet.cases.prepared_data import PreparedData, model_key, plans_on, prepare_data
 from nnslim.hosts.nnunet.model.trained_model import (
     TrainedModel,
     builds_from_plans,
     channels_and_heads,
     load_checkpoint,
-    model_key,
     read_trained_model,
     trainer_class,
 )
-from nnslim.hosts.nnunet.train.finetune_fold import run_fold, run_rank
-from nnslim.hosts.nnunet.train.finetune_record import FINAL, begin_record, finish_record, plain_settings
-from nnslim.hosts.nnunet.train.finetune_settings import FinetuneSettings, FoldJob
-from nnslim.hosts.nnunet.train.prepared_data import PreparedData, prepare_data
-from nnslim.hosts.nnunet.train.steady import LATEST
+from nnslim.hosts.nnunet.train.finetune_trainer import BEFORE, FoldJob, fold_trainer
+from nnslim.hosts.nnunet.train.settings import FINETUNING, KINDS, TrainingSettings
+from nnslim.hosts.nnunet.train.steady import FINAL, LATEST, quiet_nnunet
 
 _log = logging.getLogger("nnslim")
 # A resumed run may differ in these: where it runs, how long, and what is done before and after.
-_MAY_DIFFER = ("epochs", "device", "num_gpus", "resume", "validate", "processes", "folds", "trust", "previous_stage")
+_MAY_DIFFER = ("epochs", "device", "num_gpus", "resume", "validation", "processes", "folds", "trust", "previous_stage")
 
 
 def finetune_model(
     model: Path,
     output: Path,
     dataset: int | str,
-    settings: FinetuneSettings | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    settings: TrainingSettings | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """Fine-tune the folds of a model and write a model folder that stock nnU-Net loads.
+    """Fine-tune the folds of a model and write a model that stock nnU-Net loads.
 
     The dataset is preprocessed with the model's own plans where that has not been done. A fold that the model lacks
     starts from its first fold. checkpoint_latest, _best and _final.pth are kept apart, as nnU-Net does.
 
     Args:
-        model: trained model folder, slim or dense.
-        output: folder to write; must not exist or be empty, unless `settings.resume`.
+        model: directory of a trained model, slim or dense.
+        output: directory to write; must not exist or be empty, unless `settings.resume`.
         dataset: number or name of a raw or preprocessed dataset.
-        settings: how.
+        settings: how; what is None is as in `FINETUNING`.
         progress: called with (epochs done, epochs in all), the folds together; on one device only.
     Returns:
-        The output folder.
+        The output directory.
     Raises:
         ModelError: the model or the teacher cannot be used. InputError: the dataset cannot.
         ConfigError: settings that cannot be met, or that are not those of the run to be resumed.
         OutputError: the output exists, or cannot be written.
     """
-    settings = settings or FinetuneSettings()
+    settings = (settings or TrainingSettings()).with_defaults(**FINETUNING)
     model, output = Path(model), Path(output)
-    _check_device(settings)
+    if settings.device == "cuda" and torch.cuda.device_count() < settings.num_gpus:
+        raise ConfigError(
+            f"{settings.num_gpus} CUDA device(s) were asked for, torch finds {torch.cuda.device_count()}; "
+            "use --device cpu or a smaller --num-gpus"
+        )
     _check_output(output, settings)
     source = read_trained_model(model, None, settings.checkpoint, trust=settings.trust)
     trainer_name = _trainer_name(source, settings)
@@ -70,45 +73,42 @@ def finetune_model(
         _check_teacher(source, settings)
     _check_stage(source, settings)
     data = prepare_data(source, dataset, settings.processes)
-    folds = [str(fold) for fold in settings.folds] if settings.folds else list(source.checkpoints)
+    folds = list(settings.folds or source.checkpoints)
     make_folder(output)
-    started = begin_record(source, output, data, trainer_name, settings)
-    jobs = [_job(source, output, data, fold, trainer_name, settings) for fold in folds]
-    total = settings.epochs * len(jobs)
-    for number, job in enumerate(jobs):
-        _train(job, number * settings.epochs, total, progress or _ignore)
-    finish_record(output, started, folds, data)
+    record = begin_record(source, output, data, trainer_name, settings)
+    total = settings.epochs * len(folds)
+    for number, fold in enumerate(folds):
+        before = number * settings.epochs
+        job = fold_job(source, output, data, fold, trainer_name, settings)
+        _train(job, lambda epochs, before=before: progress(before + epochs, total))
+    results = record["finetune"]["folds"]
+    results |= {fold: fold_result(output / f"fold_{fold}", data.dataset) for fold in folds}
+    write_record(output, record, checkpoint=FINAL, folds=sorted(results))
     return output
 
 
-def _check_device(settings: FinetuneSettings) -> None:
-    if settings.device == "cuda" and torch.cuda.device_count() < settings.num_gpus:
-        raise ConfigError(
-            f"{settings.num_gpus} CUDA device(s) were asked for, torch finds {torch.cuda.device_count()}; "
-            "use --device cpu or a smaller --num-gpus"
-        )
-
-
-def _check_output(output: Path, settings: FinetuneSettings) -> None:
+def _check_output(output: Path, settings: TrainingSettings) -> None:
     if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file; expected a folder to write")
+        raise OutputError(f"{output} is a file; expected a directory to write")
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not settings.resume:
-        raise OutputError(
-            f"{output} exists and is not overwritten; go on with it by --continue, or choose another folder"
-        )
+        raise OutputError(f"{output} exists and is not overwritten; continue it with --continue, or choose another")
     before = read_record(output, required=False).get("finetune", {}).get("settings")
     if before is None:
         raise OutputError(f"{output} cannot be resumed: its {RECORD} is missing or has no 'finetune' entry")
-    for name, value in plain_settings(settings).items():
+    for name, value in _plain(settings).items():
         if name not in _MAY_DIFFER and before.get(name) != value:
             raise ConfigError(
                 f"{output} was begun with {name} = {before.get(name)}, now it is {value}; resume with the same"
             )
 
 
-def _trainer_name(source: TrainedModel, settings: FinetuneSettings) -> str:
+def _plain(settings: TrainingSettings) -> dict[str, Any]:
+    return settings.model_dump(mode="json", exclude=set(KINDS))
+
+
+def _trainer_name(source: TrainedModel, settings: TrainingSettings) -> str:
     """Return the trainer's class name, after checking that nnU-Net has it and that it can build the network."""
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -128,7 +128,7 @@ def _trainer_name(source: TrainedModel, settings: FinetuneSettings) -> str:
     return name
 
 
-def _check_teacher(source: TrainedModel, settings: FinetuneSettings) -> None:
+def _check_teacher(source: TrainedModel, settings: TrainingSettings) -> None:
     """Refuse a teacher that sees other voxels, or has other channels or heads, than the model."""
     teacher = read_trained_model(Path(settings.teacher), None, trust=settings.trust)
     ours, theirs = channels_and_heads(source), channels_and_heads(teacher)
@@ -145,35 +145,38 @@ def _check_teacher(source: TrainedModel, settings: FinetuneSettings) -> None:
         )
 
 
-def _check_stage(source: TrainedModel, settings: FinetuneSettings) -> None:
+def _check_stage(source: TrainedModel, settings: TrainingSettings) -> None:
     stage = source.configuration_manager.previous_stage_name
     if stage is None:
         return
     if not os.environ.get("nnUNet_results"):
         raise ConfigError(f"{source.path.name} is the second stage of a cascade; set the variable nnUNet_results")
     if settings.previous_stage is not None and not settings.previous_stage.is_dir():
-        raise InputError(f"{settings.previous_stage} is no folder; expected the segmentations of '{stage}'")
+        raise InputError(f"{settings.previous_stage} is not a directory; expected the segmentations of '{stage}'")
 
 
-def _job(
-    source: TrainedModel,
-    output: Path,
-    data: PreparedData,
-    fold: str,
-    trainer_name: str,
-    settings: FinetuneSettings,
+def fold_job(
+    source: TrainedModel, output: Path, data: PreparedData, fold: str, trainer_name: str, settings: TrainingSettings
 ) -> FoldJob:
+    """Return what a process needs to train a fold.
+
+    An output directory named trainer__plans__configuration gives the plans their name, so that
+    `nnUNetv2_predict -p` finds it.
+    """
     start = fold if fold in source.checkpoints else next(iter(source.checkpoints))
     if start != fold:
         text = "%s has no fold %s: it starts from fold %s, which may have seen its validation cases"
         _log.warning(text, source.path.name, fold, start)
     # nnU-Net removes the latest once it has written the final one: where both exist, a finished run was made longer.
     latest = [output / f"fold_{fold}" / name for name in (LATEST, FINAL)] if settings.resume else []
+    plans, parts = plans_on(source, data, start), output.name.split("__")
+    if len(parts) == 3 and parts[1]:
+        plans["plans_name"] = parts[1]
     return FoldJob(
         model=source.path,
         source_fold=start,
         checkpoint_name=source.checkpoint_name,
-        plans=training_plans(source, data, output.name, settings.batch_size, start),
+        plans=plans,
         dataset=data.dataset,
         configuration=source.configuration,
         fold=int(fold) if fold.isdigit() else fold,
@@ -184,54 +187,99 @@ def _job(
     )
 
 
-def training_plans(
-    source: TrainedModel, data: PreparedData, folder_name: str, batch_size: int | None, fold: str
-) -> dict[str, Any]:
-    """Return the model's plans, pointed at the prepared data; of a pruned model with the widths of the fold.
-
-    An output folder named trainer__plans__configuration gives the plans their name, so that `nnUNetv2_predict -p`
-    finds it.
-    """
-    plans = plans_for_fold(source, fold)
-    settings = plans["configurations"][source.configuration]
-    settings["data_identifier"] = data.identifier
-    if batch_size is not None:
-        settings["batch_size"] = batch_size
-    plans["dataset_name"] = data.name
-    parts = folder_name.split("__")
-    if len(parts) == 3 and parts[1]:
-        plans["plans_name"] = parts[1]
-    return plans
-
-
-def _train(job: FoldJob, before: int, total: int, progress: Callable[[int, int], None]) -> None:
-    """Train one fold; one that is finished already costs nothing, unless it is to be validated.
-
-    Args:
-        job: what to train.
-        before: epochs of the folds before this one. total: epochs of all.
-        progress: called with (epochs done, total).
-    """
-    settings, trained = job.settings, 0
+def _train(job: FoldJob, progress: Callable[[int], None]) -> None:
+    """Train one fold; one that is finished already costs nothing, unless its cases are to be predicted."""
+    settings = job.settings
     if job.resume_from is not None:
         trained = int(load_checkpoint(job.resume_from, trust=True)["current_epoch"])
         _log.info("fold %s: %d of %d epochs are done", job.fold, min(trained, settings.epochs), settings.epochs)
-        if trained >= settings.epochs and job.resume_from.name == FINAL and not settings.validate:
-            progress(before + settings.epochs, total)
+        if trained >= settings.epochs and job.resume_from.name == FINAL and not settings.validation:
+            progress(settings.epochs)
             return
     if settings.num_gpus > 1:
-        arguments = (job, settings.num_gpus, _free_port())
-        torch.multiprocessing.spawn(run_rank, args=arguments, nprocs=settings.num_gpus, join=True)
+        run_ranks(job, settings.num_gpus)
     else:
-        run_fold(job, torch.device(settings.device), lambda epochs: progress(before + epochs, total))
-    progress(before + settings.epochs, total)
+        run_fold(job, torch.device(settings.device), lambda epochs, _: progress(epochs))
+    progress(settings.epochs)
 
 
-def _ignore(done: int, total: int) -> None:
-    pass
+def run_fold(job: FoldJob, device: torch.device, after_epoch: Callable[[int, int], None] | None = None) -> None:
+    """Train one fold in this process, see `fold_trainer`."""
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # as nnUNetv2_train
+    with quiet_nnunet():
+        fold_trainer(job, device, after_epoch).train_on()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def run_ranks(job: FoldJob, count: int, device: str = "cuda") -> None:
+    """Train one fold in several processes of this machine; each makes its trainer anew, which cannot be pickled.
+
+    Args:
+        device: nnU-Net's trainer takes the CUDA device of its rank whatever this says.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        meeting = (Path(place) / "ranks").as_uri()
+        torch.multiprocessing.spawn(_run_rank, args=(job, count, meeting, device), nprocs=count, join=True)
+
+
+def _run_rank(rank: int, job: FoldJob, count: int, meeting: str, device: str) -> None:
+    import torch.distributed as dist
+
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", init_method=meeting, rank=rank, world_size=count)
+    try:
+        run_fold(job, torch.device(device, rank) if device == "cuda" else torch.device(device))
+    finally:
+        dist.destroy_process_group()
+
+
+def begin_record(
+    source: TrainedModel, output: Path, data: PreparedData, trainer_name: str, settings: TrainingSettings
+) -> dict[str, Any]:
+    """Write nnslim.json: the source's, if it has one, with what this run was asked to do.
+
+    Raises:
+        ConfigError: the output was begun from another model, dataset or trainer.
+    """
+    begun = read_record(output, required=False).get("finetune", {})
+    before = read_record(source.path, required=False) or {"nnslim": __version__, "source": source.path.name}
+    entry = {
+        "nnslim": __version__,
+        "source": source.path.name,
+        "dataset": data.name,
+        "trainer": trainer_name,
+        "settings": _plain(settings),
+        "folds": begun.get("folds", {}),
+    }
+    for name in ("source", "dataset", "trainer"):
+        if begun and begun.get(name) != entry[name]:
+            raise ConfigError(f"{output} was begun with {name} {begun.get(name)}, now it is {entry[name]}")
+    if "finetune" in before:
+        entry["earlier"] = before["finetune"]
+    return write_record(output, before, finetune=entry)
+
+
+def fold_result(folder: Path, dataset: dict[str, Any]) -> dict[str, Any]:
+    """Return epochs, seconds and pseudo-Dice (nnU-Net's, on random validation patches) of a finished fold."""
+    checkpoint = load_checkpoint(folder / FINAL, trust=True)  # this process, or one that it started, wrote it
+    log, before = checkpoint["logging"], read_json(folder / BEFORE)
+    spans = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True)
+    return {
+        "epochs": int(checkpoint["current_epoch"]),
+        "seconds": round(sum(end - start for start, end in spans), 1),
+        "pseudo_dice_before": _by_class(before.get("dice_per_class_or_region", []), dataset),
+        "pseudo_dice": _by_class(log["dice_per_class_or_region"][-1], dataset),
+        "best_mean_pseudo_dice": float(max(log["mean_fg_dice"])),
+    }
+
+
+def _by_class(values: list[float], dataset: dict[str, Any]) -> dict[str, float | None]:
+    """Name nnU-Net's list: regions in the order of dataset.json, labels in the order of their numbers."""
+    named = [(name, value) for name, value in dataset["labels"].items() if name != "ignore" and value not in (0, [0])]
+    if not any(isinstance(value, list) for _, value in named):
+        named.sort(key=lambda pair: pair[1])
+    # NaN, where no patch showed the class, is no JSON
+    return {
+        name: None if math.isnan(dice) else round(float(dice), 4)
+        for (name, _), dice in zip(named, values, strict=False)
+    }

@@ -1,10 +1,12 @@
-"""nnU-Net's trainer made to fine-tune: a folder of its own, optimiser, rate, seed, and perhaps a teacher."""
+"""nnU-Net's trainer made to fine-tune: an output of its own, optimiser, rate, seed, and perhaps a teacher."""
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,68 +15,72 @@ import torch
 from torch import Tensor, nn
 
 from nnslim.compression.distillation import distillation_loss
+from nnslim.errors import InputError
 from nnslim.files import write_json
-from nnslim.hosts.nnunet.train.finetune_settings import FoldJob
+from nnslim.hosts.nnunet.model.trained_model import build_network, read_trained_model, trainer_class
+from nnslim.hosts.nnunet.train.settings import TrainingSettings
 from nnslim.hosts.nnunet.train.steady import SteadyTraining, reseed
 from nnslim.network.spec import Held, held_by
-from nnslim.network.walk import unwrap
-from nnslim.running.bfloat16 import bfloat16_is_safe, in_bfloat16, wants_bfloat16
+from nnslim.running.bfloat16 import passes_in_bfloat16
 
 _log = logging.getLogger("nnslim")
-_CPU = torch.device("cpu")
 BEFORE = "before.json"
 
 
+@dataclass(frozen=True)
+class FoldJob:
+    """All that one process needs to train one fold; it can be pickled.
+
+    Attributes:
+        model, source_fold, checkpoint_name: where the first weights come from.
+        plans, dataset, configuration, fold, trainer_name: what nnU-Net's trainer is made from.
+        output: model directory to write into.
+        resume_from: checkpoint to go on from.
+    """
+
+    model: Path
+    source_fold: str
+    checkpoint_name: str
+    plans: dict[str, Any] = field(repr=False)
+    dataset: dict[str, Any] = field(repr=False)
+    configuration: str
+    fold: int | str
+    trainer_name: str
+    output: Path
+    settings: TrainingSettings
+    resume_from: Path | None = None
+
+
 class FineTuning(SteadyTraining):
-    """What a fine-tuning trainer does otherwise than the nnU-Net trainer that it is mixed into."""
+    """What fine-tuning changes in the nnU-Net trainer that it is mixed into."""
 
     job: FoldJob
     teacher: nn.Module | None
-    after_epoch: Callable[[int], None]
     held: Sequence[Held] = ()
     step_of_epoch: int = 0
 
-    def __init__(
-        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = _CPU
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device=device)
-        settings = self.job.settings
+    def settle(self) -> None:
+        """Take over what only a fine-tuning has."""
+        super().settle()
         if len(self.configuration_manager.network_arch_init_kwargs.get("strides") or ()) == 2:
             # nnU-Net gives the last scale of deep supervision no weight: of a single one that is 0 / 0.
             self.enable_deep_supervision = False
-        self.plans_manager.plans.pop("continue_training", None)  # nnU-Net before 2.7 would keep it in plans.json
-        self.num_epochs = settings.epochs
-        self.initial_lr = settings.learning_rate
-        self.num_iterations_per_epoch = settings.iterations or self.num_iterations_per_epoch
-        self.num_val_iterations_per_epoch = settings.validation_iterations or self.num_val_iterations_per_epoch
-        if settings.weight_decay is not None:
-            self.weight_decay = settings.weight_decay
-        if settings.previous_stage is not None:
-            self.folder_with_segs_from_previous_stage = str(settings.previous_stage)
-        self.random_seed = settings.seed
+        if self.settings.previous_stage is not None:
+            self.folder_with_segs_from_previous_stage = str(self.settings.previous_stage)
         self.keep_latest()
 
-    def initialize(self) -> None:
-        """Let a CPU compute in bfloat16 where that is wanted; nnU-Net itself has mixed precision on GPUs only."""
-        super().initialize()
-        if not wants_bfloat16(self.job.settings.precision, self.device):
-            return
-        shape = (self.batch_size, self.num_input_channels, *self.configuration_manager.patch_size)
-        networks = [network for network in (unwrap(self.network), self.teacher) if network is not None]
-        if all(bfloat16_is_safe(network, shape) for network in networks):
-            for network in networks:
-                network.forward = in_bfloat16(network.forward)
-        else:
-            _log.warning("fine-tuning computes in float32: torch gets a layer of this network wrong in bfloat16")
+    def computing(self) -> list[nn.Module]:
+        """Return the network, and the teacher where there is one."""
+        return [*super().computing(), *([] if self.teacher is None else [self.teacher])]
 
     @property
     def output_folder_base(self) -> str:
-        """The folder that the user chose."""
+        """The directory that the user chose."""
         return str(self.job.output)
 
     @output_folder_base.setter
     def output_folder_base(self, _: str | None) -> None:
-        """Keep the user's folder: nnU-Net's constructor sets one under nnUNet_results and creates it at once."""
+        """Keep the user's: nnU-Net's constructor sets one under nnUNet_results and creates it at once."""
 
     def configure_optimizers(self, *_: Any, **__: Any) -> tuple[torch.optim.Optimizer, Any]:
         """Return the optimiser and schedule asked for; trainers that ask again in mid-training keep what they have."""
@@ -83,11 +89,11 @@ class FineTuning(SteadyTraining):
         if self.optimizer is not None:
             return self.optimizer, self.lr_scheduler
         rate, parameters = self.initial_lr, self.network.parameters()
-        if self.job.settings.optimizer == "adamw":
+        if self.settings.optimizer == "adamw":
             optimizer = torch.optim.AdamW(parameters, rate, weight_decay=self.weight_decay)
         else:
             optimizer = torch.optim.SGD(parameters, rate, weight_decay=self.weight_decay, momentum=0.99, nesterov=True)
-        exponent = 0.9 if self.job.settings.schedule == "poly" else 0.0  # x**0 = 1: constant
+        exponent = 0.9 if self.settings.schedule == "poly" else 0.0  # x**0 = 1: constant
         return optimizer, PolyLRScheduler(optimizer, rate, self.num_epochs, exponent=exponent)
 
     def _build_loss(self) -> nn.Module:
@@ -95,13 +101,13 @@ class FineTuning(SteadyTraining):
         if self.teacher is None:
             return loss
         self.teacher.to(self.device)
-        return DistilledLoss(loss, self.job.settings.distill, regions=self.label_manager.has_regions)
+        return DistilledLoss(loss, self.settings.distill, regions=self.label_manager.has_regions)
 
     def train_step(self, batch: dict) -> dict:
         """Let the teacher see the same augmented patch first; its logits wait in the loss."""
         if self.teacher is not None:
             mixed = torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
-            with torch.no_grad(), mixed:
+            with torch.no_grad(), mixed, passes_in_bfloat16(self.teacher, self.in_bfloat16):
                 self.loss.teacher_logits = self.teacher(batch["data"].to(self.device, non_blocking=True))
         steps = self.num_iterations_per_epoch
         if self.held and self.step_of_epoch in (0, steps // 2):  # twice an epoch, as published for zeros
@@ -133,7 +139,7 @@ class FineTuning(SteadyTraining):
         super().on_train_start()
         if self.current_epoch > 0:
             return
-        reseed(self.job.settings.seed, -1, self.local_rank)
+        reseed(self.settings.seed, -1, self.local_rank)
         kept, self.logger = self.logger, _Notes()
         try:
             with torch.no_grad():
@@ -150,7 +156,6 @@ class FineTuning(SteadyTraining):
     def on_epoch_end(self) -> None:
         """Write checkpoint_latest.pth after every epoch, and after nnU-Net has updated what it calls best."""
         super().on_epoch_end()
-        self.write_latest()
         log = self.logger.get_checkpoint()
         _log.info(
             "fold %s, epoch %d of %d: rate %.3g, train loss %.4f, validation loss %.4f, pseudo-Dice %.4f",
@@ -159,8 +164,7 @@ class FineTuning(SteadyTraining):
             self.num_epochs,
             *(log[key][-1] for key in ("lrs", "train_losses", "val_losses", "mean_fg_dice")),
         )
-        if self.local_rank == 0:
-            self.after_epoch(self.current_epoch)
+        self.write_latest()
 
 
 class DistilledLoss(nn.Module):
@@ -196,18 +200,38 @@ class _Notes(dict):
         return {key: np.asarray(value, dtype=float).tolist() for key, value in self.items()}
 
 
-def finetune_trainer_class(
-    base: type, job: FoldJob, teacher: nn.Module | None = None, after_epoch: Callable[[int], None] = lambda _: None
-) -> type:
-    """Return a trainer class for a job that keeps the *name* of its base.
+def fold_trainer(
+    job: FoldJob, device: torch.device, after_epoch: Callable[[int, int], None] | None = None
+) -> FineTuning:
+    """Return the trainer of a fold with the model's weights, or those of a checkpoint of the same training.
 
-    nnU-Net stores the class name in each checkpoint and looks it up at inference, where only the base is needed.
+    Its class keeps the *name* of the trainer that the job asks for: nnU-Net stores it in each checkpoint and looks it
+    up at inference, where only that trainer is needed.
 
     Args:
-        base: an nnUNetTrainer class.
-        job: what to train.
-        teacher: frozen network without deep supervision, for the distillation term.
-        after_epoch: called with the epochs done, after each, in the first process only.
+        after_epoch: see `SteadyTraining`.
+    Raises:
+        ModelError: the weights do not fit the network that the trainer builds.
+        InputError: a cascade's first stage is missing. OutputError: a checkpoint cannot be written.
     """
-    given = {"job": job, "teacher": teacher, "after_epoch": staticmethod(after_epoch)}
-    return type(base.__name__, (FineTuning, base), given)
+    settings, teacher = job.settings, None
+    if settings.teacher is not None:
+        # Without deep supervision, frozen: the fold of the same number, where it has one.
+        same = (Path(settings.teacher) / f"fold_{job.fold}").is_dir()
+        found = read_trained_model(Path(settings.teacher), [job.fold] if same else None, trust=settings.trust)
+        teacher = build_network(found).requires_grad_(False)
+    given = {"job": job, "given": settings, "teacher": teacher}
+    base = trainer_class(job.trainer_name)
+    plans = {**copy.deepcopy(job.plans), "continue_training": job.resume_from is not None}
+    trainer = type(base.__name__, (FineTuning, base), given)(plans, job.configuration, job.fold, job.dataset, device)
+    trainer.after_epoch = after_epoch
+    stage = trainer.folder_with_segs_from_previous_stage
+    if stage is not None and not Path(stage).is_dir():
+        raise InputError(f"the cascade's first stage should have left its segmentations in {stage}, which is missing")
+    trainer.initialize()
+    if job.resume_from is not None:
+        trainer.load_checkpoint(str(job.resume_from))
+    else:
+        source = read_trained_model(job.model, [job.source_fold], job.checkpoint_name, trust=settings.trust)
+        trainer.load_all(source.weights[0], f"{job.model}/fold_{job.source_fold}/{job.checkpoint_name}")
+    return trainer

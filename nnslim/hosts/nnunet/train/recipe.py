@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -16,26 +17,34 @@ def parameter_groups(network: nn.Module, recipe: RecipeConfig) -> list[dict]:
 
     As published: rate * layer_decay ** (depth + 1 - id), id 0 for embeddings, i + 1 for block i; all else at full rate.
     """
-    names = [name for name, _ in network.named_parameters()]
-    numbers = [int(found[1]) for name in names if (found := _BLOCK.search(name))]
+    numbers = [int(found[1]) for name, _ in network.named_parameters() if (found := _BLOCK.search(name))]
     depth = max(numbers, default=-1) + 1
+
+    def scale(name: str) -> float:
+        if name.rsplit(".", 1)[-1] in _EMBEDDINGS or "patch_embed" in name or "down_projection" in name:
+            position = 0
+        elif found := _BLOCK.search(name):
+            position = int(found[1]) + 1
+        else:
+            return 1.0
+        return recipe.layer_decay ** (depth + 1 - position)
+
+    return grouped(network, scale, recipe.weight_decay)
+
+
+def grouped(network: nn.Module, scale: Callable[[str], float], weight_decay: float) -> list[dict]:
+    """Return an optimiser's groups: the scale of the rate by a parameter's name, decay for matrices only."""
     groups: dict[tuple[float, float], dict] = {}
     for name, parameter in network.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        found, last = _BLOCK.search(name), name.rsplit(".", 1)[-1]
-        position = int(found[1]) + 1 if found else None
-        if last in _EMBEDDINGS or "patch_embed" in name or "down_projection" in name:
-            position = 0
-        scale = 1.0 if position is None else recipe.layer_decay ** (depth + 1 - position)
-        decay = 0.0 if last in _EMBEDDINGS or parameter.ndim < 2 else recipe.weight_decay
-        group = groups.setdefault((scale, decay), {"params": [], "scale": scale, "weight_decay": decay})
-        group["params"].append(parameter)
+        if parameter.requires_grad:
+            plain = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in _EMBEDDINGS
+            key = scale(name), 0.0 if plain else weight_decay
+            groups.setdefault(key, {"params": [], "scale": key[0], "weight_decay": key[1]})["params"].append(parameter)
     return list(groups.values())
 
 
 _BLOCK = re.compile(r"(?:encoder|eva|vit)\.blocks\.(\d+)\.")
-_EMBEDDINGS = ("pos_embed", "cls_token", "register_tokens")
+_EMBEDDINGS = ("pos_embed", "cls_token", "register_tokens", "relative_position_bias_table")
 
 
 class RateSchedule:

@@ -1,17 +1,35 @@
-"""What nnslim's trainers do otherwise than nnU-Net's: each epoch's random numbers, and checkpoints that are whole."""
+"""What nnslim's trainers share: their settings, each epoch's random numbers, and checkpoints that are whole."""
 
 from __future__ import annotations
 
+import os
 import random
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from nnslim.errors import OutputError
+from nnslim.errors import ModelError, OutputError
+from nnslim.files import save_checkpoint as write_checkpoint
+from nnslim.hosts.nnunet.train.settings import TrainingSettings, settings_in_force
+from nnslim.network.walk import unwrap
+from nnslim.running.bfloat16 import bfloat16_is_safe, passes_in_bfloat16, wants_bfloat16
 
-LATEST = "checkpoint_latest.pth"
+LATEST, FINAL, BEST = "checkpoint_latest.pth", "checkpoint_final.pth", "checkpoint_best.pth"
+_CPU = torch.device("cpu")
+# Setting -> attribute of nnU-Net's trainer.
+_ATTRIBUTES = {
+    "epochs": "num_epochs",
+    "iterations": "num_iterations_per_epoch",
+    "validation_iterations": "num_val_iterations_per_epoch",
+    "learning_rate": "initial_lr",
+    "weight_decay": "weight_decay",
+}
 
 
 def reseed(seed: int, epoch: int, rank: int) -> None:
@@ -22,23 +40,113 @@ def reseed(seed: int, epoch: int, rank: int) -> None:
     torch.manual_seed(value)
 
 
+@contextmanager
+def quiet_nnunet() -> Iterator[None]:
+    """Silence what nnU-Net prints; it logs to a file, too."""
+    with open(os.devnull, "w") as sink, redirect_stdout(sink):  # noqa: PTH123
+        yield
+
+
 class SteadyTraining:
-    """A mixin of nnUNetTrainer: a run that was killed at any moment goes on as if it had not been.
+    """A mixin of nnUNetTrainer that takes settings; a run that is killed at any moment can be resumed without a trace.
 
     Attributes:
-        random_seed: of augmentation.
+        kind: section of the settings. given: settings; None reads those in force when a trainer is made.
+        settings: those of this trainer.
+        after_epoch: called with (epochs done, epochs in all), in the first process only.
+        in_bfloat16: whether the network computes in bfloat16 on the CPU; nnU-Net has mixed precision on GPUs only.
     """
 
-    random_seed: int = 0
+    kind: str = ""
+    given: TrainingSettings | None = None
+    in_bfloat16: bool = False
+    after_epoch: Callable[[int, int], None] | None = None
+
+    @classmethod
+    def settings_now(cls) -> TrainingSettings:
+        """Return the settings that a trainer made now would have."""
+        if cls.given is None:
+            return settings_in_force(cls.kind)
+        return cls.given.for_kind(cls.kind) if cls.kind else cls.given
+
+    def __init__(  # nnU-Net looks at the names of these parameters
+        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = _CPU
+    ) -> None:
+        self.settings = self.settings_now()
+        plans = self.planned(plans, configuration)
+        if self.settings.batch_size is not None:
+            plans["configurations"][configuration]["batch_size"] = self.settings.batch_size
+        super().__init__(plans, configuration, fold, dataset_json, device=device)
+        self.plans_manager.plans.pop("continue_training", None)  # nnU-Net before 2.7 would keep it in plans.json
+        for key, name in _ATTRIBUTES.items():
+            if (value := getattr(self.settings, key)) is not None:
+                setattr(self, name, value)
+        self.settle()
+
+    def planned(self, plans: dict, configuration: str) -> dict:
+        """Return the plans that the trainer is made with."""
+        return plans
+
+    def settle(self) -> None:
+        """Do what is left to do once nnU-Net's constructor has run and the settings are taken over."""
 
     def keep_latest(self) -> None:
         """Let `write_latest` alone write checkpoint_latest.pth; nnU-Net's own is one epoch's best behind."""
         self.save_every = sys.maxsize
 
+    def initialize(self) -> None:
+        """Build the network, and decide in which precision it computes."""
+        super().initialize()
+        shape = (self.batch_size, self.num_input_channels, *self.configuration_manager.patch_size)
+        if wants_bfloat16(self.settings.precision or "f32", self.device):
+            self.in_bfloat16 = all(bfloat16_is_safe(network, shape) for network in self.computing())
+            if not self.in_bfloat16:
+                self.print_to_log_file("float32: torch computes a layer of this network wrongly in bfloat16")
+
+    def computing(self) -> list[nn.Module]:
+        """Return the networks that compute in a training step."""
+        return [unwrap(self.network)]
+
+    def train_step(self, batch: dict) -> dict:
+        """See nnU-Net's; in the precision of the training."""
+        with passes_in_bfloat16(unwrap(self.network), self.in_bfloat16):
+            return super().train_step(batch)
+
+    def validation_step(self, batch: dict) -> dict:
+        """See nnU-Net's; in the precision of the training."""
+        with passes_in_bfloat16(unwrap(self.network), self.in_bfloat16):
+            return super().validation_step(batch)
+
     def on_train_epoch_start(self) -> None:
         """Make each epoch's random numbers depend on its number only, so that a resumed run draws the same ones."""
         super().on_train_epoch_start()
-        reseed(self.random_seed, self.current_epoch, self.local_rank)
+        if self.settings.seed is not None:
+            reseed(self.settings.seed, self.current_epoch, self.local_rank)
+
+    def load_all(self, weights: dict[str, Tensor], where: object) -> None:
+        """Load all weights, segmentation heads included, which nnU-Net's -pretrained_weights leaves out.
+
+        Raises:
+            ModelError: they do not fit; the message says `where` they are from.
+        """
+        try:
+            unwrap(self.network).load_state_dict({key: value.float() for key, value in weights.items()})
+        except RuntimeError as error:
+            lines = " ".join(line.strip() for line in str(error).splitlines()[:2])
+            name = type(self).__name__
+            raise ModelError(f"{where} does not fit the network that trainer {name} builds: {lines[:300]}") from error
+
+    def train_on(self) -> None:
+        """Train the epochs that are left and, where the settings say so, predict the validation cases."""
+        try:
+            if self.current_epoch < self.num_epochs:
+                self.run_training()
+            if self.settings.validation:
+                self.perform_actual_validation()
+        finally:
+            for loader in (self.dataloader_train, self.dataloader_val):
+                if hasattr(loader, "_finish"):  # processes that augment
+                    loader._finish()
 
     def write_latest(self) -> None:
         """Write checkpoint_latest.pth, at the end of `on_epoch_end`: after nnU-Net has updated what it calls best."""
@@ -46,6 +154,8 @@ class SteadyTraining:
             self.current_epoch -= 1  # as nnU-Net does around its last checkpoint: saving adds one
             self.save_checkpoint(str(Path(self.output_folder) / LATEST))
             self.current_epoch += 1
+        if self.local_rank == 0 and self.after_epoch is not None:
+            self.after_epoch(self.current_epoch, self.num_epochs)
 
     def save_checkpoint(self, filename: str) -> None:
         """Write beside, then rename: a run that is killed while it saves can still be resumed."""
@@ -53,11 +163,14 @@ class SteadyTraining:
         try:
             super().save_checkpoint(str(beside))
             if beside.is_file() and self.local_rank == 0:
-                self.complete_checkpoint(beside)
+                if changed := self.changed_content():
+                    content = torch.load(beside, map_location="cpu", weights_only=False)
+                    write_checkpoint({**content, **changed}, beside)
                 beside.replace(filename)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             beside.unlink(missing_ok=True)
-            raise OutputError(f"cannot write {filename}: {error}; the checkpoint before it is kept") from error
+            raise OutputError(f"cannot write {filename}: {error}; the previous checkpoint is kept") from error
 
-    def complete_checkpoint(self, path: Path) -> None:
-        """Change what nnU-Net has written before it gets its name; nothing, unless a trainer has more to keep."""
+    def changed_content(self) -> dict[str, Any]:
+        """Return what a checkpoint holds in place of, or beside, what nnU-Net writes."""
+        return {}

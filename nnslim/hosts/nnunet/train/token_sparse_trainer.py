@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from nnslim.compression.config import load_config
-from nnslim.errors import ConfigError, ModelError
+from nnslim.errors import ModelError
 from nnslim.hosts.nnunet.model.planned import PlannedUNETR, planned_architecture
-from nnslim.hosts.nnunet.model.slim_plans import plans_with_architecture, with_spec
+from nnslim.hosts.nnunet.model.slim_plans import plans_with_architecture, with_architecture
 from nnslim.hosts.nnunet.model.trained_model import load_checkpoint
 from nnslim.hosts.nnunet.train.described import DescribedTraining
 from nnslim.hosts.nnunet.train.recipe import RateSchedule, parameter_groups
+from nnslim.hosts.nnunet.train.settings import TrainingSettings
 from nnslim.methods.token_sparse.config import RecipeConfig, TokenSparseConfig
 from nnslim.methods.token_sparse.plan import token_sparse_edits
 from nnslim.methods.token_sparse.reduction import TokenReduction
@@ -24,42 +22,37 @@ from nnslim.methods.token_sparse.supervision import SupervisedLoss
 from nnslim.network.spec import SlimSpec, apply_spec, spec_of
 from nnslim.network.walk import unwrap
 
-SETTINGS = "NNSLIM_TOKEN_SPARSE"  # environment: a preset's name or a YAML file, for `nnUNetv2_train`
-_CPU = torch.device("cpu")
-
-
-def settings_in_force(settings: TokenSparseConfig | None = None) -> TokenSparseConfig:
-    """Return the settings given, else those of the environment variable NNSLIM_TOKEN_SPARSE, else the preset's.
-
-    Raises:
-        ConfigError: the configuration that is named has no method token_sparse.
-    """
-    if settings is not None:
-        return settings
-    name = os.environ.get(SETTINGS, "token-sparse-train")
-    for entry in load_config(name).methods:
-        if isinstance(entry.settings, TokenSparseConfig):
-            return entry.settings
-    raise ConfigError(f"{SETTINGS}={name}: this configuration has no method 'token_sparse'")
-
 
 class TokenSparseTraining(DescribedTraining):
-    """What a token-sparse trainer does otherwise than the nnU-Net trainer that it is mixed into."""
+    """What token sparsity changes in the nnU-Net trainer that it is mixed into."""
 
-    given: TokenSparseConfig | None
+    kind = "token_sparse"
 
-    def __init__(
-        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = _CPU
-    ) -> None:
-        self.sparse = settings_in_force(self.given)
+    @property
+    def sparse(self) -> TokenSparseConfig:
+        """The section of the settings."""
+        return self.settings.token_sparse
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: Any,
+        configuration_manager: Any,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """Build the network of the trainer that this one is mixed into and make it token-sparse."""
+        given = (plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision)
+        network = super().build_network_architecture(*given)
+        edits = token_sparse_edits(network, cls.settings_now().token_sparse)
+        return apply_spec(SlimSpec(edits), network, fill=True)
+
+    def settle(self) -> None:
+        """Take over what the recipe has beside the shared settings."""
+        super().settle()
         recipe = self.sparse.recipe
-        if recipe.batch_size is not None:
-            plans["configurations"][configuration]["batch_size"] = recipe.batch_size
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = recipe.epochs or self.num_epochs
         self.warmup_duration_whole_net = recipe.warmup_epochs or self.warmup_duration_whole_net
-        self.weight_decay = recipe.weight_decay
-        self.initial_lr = recipe.learning_rate or self.initial_lr
         if recipe.rate_per_256 is not None:
             self.initial_lr = recipe.rate_per_256 * self.configuration_manager.batch_size / 256
 
@@ -100,17 +93,10 @@ class TokenSparseTraining(DescribedTraining):
 
     def described_plans(self) -> dict[str, Any]:
         """Return the plans with the sparse architecture in the configuration that is trained."""
-        network = unwrap(self.network)
-        architecture = dict(self.dense_architecture or planned_architecture(network, ()))
-        spec = spec_of(network)
-        if spec is not None:
-            architecture = with_spec(architecture, spec)
-        return plans_with_architecture(self.plans_manager.plans, self.configuration_name, architecture)
-
-    @property
-    def dense_architecture(self) -> dict[str, Any] | None:
-        """What the plans say of the network before its edits."""
-        return getattr(unwrap(self.network), "nnslim_dense_architecture", None)
+        network, name = unwrap(self.network), self.configuration_name
+        architecture = planned_architecture(network, self.configuration_manager.patch_size)
+        plans = plans_with_architecture(self.plans_manager.plans, name, architecture)
+        return plans if (spec := spec_of(network)) is None else with_architecture(plans, name, spec)
 
     def on_train_epoch_start(self) -> None:
         """Raise the ratios where a schedule says so."""
@@ -161,38 +147,27 @@ def token_sparse_trainer_class(base: type, settings: TokenSparseConfig | None = 
 
     Args:
         base: an nnU-Net trainer whose network holds an encoder that nnslim knows.
-        settings: None to read them when the trainer is made, see `settings_in_force`.
-        name: of the class, and so of the results folder; default: that of `base`.
+        settings: None to read NNSLIM_TRAINING when the trainer is made; else the preset token-sparse-train.
+        name: name of the class, and so of the results directory; default: that of `base`.
     """
-    build_dense = base.build_network_architecture
-
-    @functools.wraps(build_dense)  # nnU-Net looks at the signature
-    def build(*args: Any, **kwargs: Any) -> nn.Module:
-        network = build_dense(*args, **kwargs)
-        patch = next(each for each in (*args, *kwargs.values()) if hasattr(each, "patch_size")).patch_size
-        architecture = planned_architecture(network, patch)
-        network = apply_spec(SlimSpec(token_sparse_edits(network, settings_in_force(settings))), network, fill=True)
-        network.nnslim_dense_architecture = architecture
-        return network
-
-    given = {"given": settings, "build_network_architecture": staticmethod(build)}
-    return type(name or base.__name__, (TokenSparseTraining, base), given)
+    given = None if settings is None else TrainingSettings(token_sparse=settings)
+    return type(name or base.__name__, (TokenSparseTraining, base), {"given": given})
 
 
-def unetr_trainer_class(
-    settings: TokenSparseConfig | None = None, name: str = "nnUNet_UNETR_TokenSparse_Trainer"
-) -> type:
-    """Return a trainer of the published token-sparse UNETR, by nnU-Net's recipe for Primus; ratio 0 trains it dense."""
-    from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import AbstractPrimus
+class UNETRTraining(TokenSparseTraining):
+    """The same for the published token-sparse UNETR, which no trainer of nnU-Net builds."""
 
-    def build(
+    @classmethod
+    def build_network_architecture(
+        cls,
         plans_manager: Any,
         configuration_manager: Any,
         num_input_channels: int,
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        sparse = settings_in_force(settings)
+        """Build the network that the settings describe."""
+        sparse = cls.settings_now().token_sparse
         places, ratios, scorers = sparse.stages(sparse.unetr.depth)
         return PlannedUNETR(
             num_input_channels,
@@ -207,5 +182,12 @@ def unetr_trainer_class(
             **sparse.unetr.model_dump(),
         )
 
-    given = {"given": settings, "build_network_architecture": staticmethod(build)}
-    return type(name, (TokenSparseTraining, AbstractPrimus), given)
+
+def unetr_trainer_class(
+    settings: TokenSparseConfig | None = None, name: str = "nnUNet_UNETR_TokenSparse_Trainer"
+) -> type:
+    """Return a trainer of the published token-sparse UNETR, by nnU-Net's recipe for Primus; ratio 0 trains it dense."""
+    from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import AbstractPrimus
+
+    given = None if settings is None else TrainingSettings(token_sparse=settings)
+    return type(name, (UNETRTraining, AbstractPrimus), {"given": given})

@@ -16,10 +16,10 @@ from typing import Any
 
 from nnslim.errors import ConfigError, InputError
 from nnslim.files import make_folder, read_json, write_json
+from nnslim.hosts.nnunet.model.pruned import plans_for_fold
 from nnslim.hosts.nnunet.model.trained_model import TrainedModel, model_key, preprocessing_key
 
 _log = logging.getLogger("nnslim")
-# What decides the voxels that a network sees; patch and batch size are no part of it.
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class PreparedData:
 
     Attributes:
         name: e.g. Dataset004_Hippocampus.
-        identifier: folder of the preprocessed cases, inside nnUNet_preprocessed/<name>.
+        identifier: directory of the preprocessed cases, inside nnUNet_preprocessed/<name>.
         dataset: content of dataset.json.
     """
 
@@ -70,13 +70,14 @@ def _number(name: str) -> int | None:
 def prepare_data(model: TrainedModel, dataset: int | str, processes: int) -> PreparedData:
     """Return the dataset preprocessed with the model's own plans; do what is missing.
 
-    Data that stock nnU-Net preprocessed with the same spacing, normalisation and resampling are used as they are. Else
-    the cases go to a folder of their own, so that data of other plans are neither mistaken for these nor overwritten.
+    Data that stock nnU-Net preprocessed with the same spacing, normalisation and resampling are used as they are.
+    Otherwise the cases go to their own directory, so that data of other plans are neither mistaken for these nor
+    overwritten.
 
     Args:
         model: the model to train on.
         dataset: number or name, raw (nnUNet_raw) or preprocessed (nnUNet_preprocessed).
-        processes: that preprocess.
+        processes: how many preprocess.
     Raises:
         InputError: the dataset is missing, does not fit the model, or cannot be preprocessed.
         ConfigError: an environment variable of nnU-Net is not set.
@@ -115,10 +116,9 @@ def check_fits(model: TrainedModel, description: dict[str, Any], name: str) -> N
             f"{name} does not fit {model.path.name}: its dataset.json has labels {found[0]} and {found[2]} channel(s), "
             f"the model's has labels {expected[0]} and {expected[2]} channel(s)"
         )
-    if list(description["labels"]) != list(model.dataset["labels"]):
-        _log.warning(
-            "labels of %s are called %s, those of the model %s", name, *map(_names, (description, model.dataset))
-        )
+    names = [", ".join(each["labels"]) for each in (description, model.dataset)]
+    if names[0] != names[1]:
+        _log.warning("labels of %s are called %s, those of the model %s", name, *names)
 
 
 def _labels_and_channels(description: dict[str, Any]) -> tuple[list[Any], Any, int]:
@@ -126,12 +126,8 @@ def _labels_and_channels(description: dict[str, Any]) -> tuple[list[Any], Any, i
     return sorted(description["labels"].values(), key=str), description.get("regions_class_order"), len(channels)
 
 
-def _names(description: dict[str, Any]) -> str:
-    return ", ".join(description["labels"])
-
-
 def _fitting_identifiers(model: TrainedModel, folder: Path) -> list[str]:
-    """Return data folders whose plans, kept beside them, preprocess as the model's; its own name comes first."""
+    """Return data directories whose plans, kept beside them, preprocess as the model's do; its own name first."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     key, found = model_key(model), []
@@ -160,7 +156,7 @@ def _raw_cases(raw: Path | None, description: dict[str, Any]) -> set[str]:
 
 
 def _preprocess(model: TrainedModel, name: str, folder: Path, raw: Path, processes: int) -> str:
-    """Run nnU-Net's preprocessing with the model's plans, and return the name of the folder of cases."""
+    """Run nnU-Net's preprocessing with the model's plans, and return the name of the directory of cases."""
     from nnunetv2.experiment_planning import plan_and_preprocess_api as api
 
     make_folder(folder)
@@ -190,3 +186,11 @@ def _call(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Call with the options that this nnU-Net's function knows: `show_progress_bar` came late."""
     known = inspect.signature(function).parameters
     return function(*arguments, **{key: value for key, value in options.items() if key in known})
+
+
+def plans_on(model: TrainedModel, data: PreparedData, fold: str) -> dict[str, Any]:
+    """Return the plans of a model, pointed at prepared data; of a pruned model with the widths of the fold."""
+    plans = plans_for_fold(model, fold)
+    plans["configurations"][model.configuration]["data_identifier"] = data.identifier
+    plans["dataset_name"] = data.name
+    return plans
