@@ -175,7 +175,7 @@ def table_rows(what: str, scores: str, classes: int, timings: Sequence[Timing], 
         if rows and "seconds" in rows[0]:
             row["speedup"] = round(rows[0]["seconds"] / row["seconds"], 1)
             row["memory"] = round(row["peak_mb"] / rows[0]["peak_mb"], 3)
-            row["own_memory"] = round(row["own_mb"] / rows[0]["own_mb"], 3)
+            row["own_memory"] = round(row["own_mb"] / max(1, rows[0]["own_mb"]), 3)
         if first is not None:
             mine = np.load(folder / f"{timing.name}.npy", mmap_mode="r")
             same = mine == first if what == "labels" else np.abs(mine - first) <= 1e-5 * np.ptp(first)
