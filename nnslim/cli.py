@@ -46,7 +46,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
 
 
 def main() -> None:
-    """Entry point: errors that a user can mend become one line and exit code 2."""
+    """Entry point: errors that a user can fix become one line and exit code 2."""
     try:
         app()
     except NNSlimError as error:

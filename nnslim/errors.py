@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class NNSlimError(Exception):
-    """Base of all errors that a user can cause or mend. The command line prints the message and exits with 2."""
+    """Base of all errors that a user can cause or fix. The command line prints the message and exits with 2."""
 
 
 class ConfigError(NNSlimError):
@@ -39,11 +39,11 @@ class OutputError(NNSlimError):
 
 
 class RewriteError(NNSlimError):
-    """A network that cannot be rewritten or prepared for a backend; whoever asked runs it as it is."""
+    """A network that cannot be rewritten or prepared for a backend; the caller then runs it unchanged."""
 
 
 class BackendError(NNSlimError):
-    """A backend that is not installed here, or that cannot run the network; whoever asked falls back to another."""
+    """A backend that is not installed here, or that cannot run the network; the caller falls back to another."""
 
 
 class SlowerError(NNSlimError):

@@ -25,15 +25,19 @@ ImagesOption = Annotated[Path | None, typer.Option("-i", "--images", help="folde
 FoldOption = Annotated[list[str] | None, typer.Option("-f", "--fold", help="fold, repeatable; default: all")]
 CheckpointOption = Annotated[str | None, typer.Option("-chk", help="default: checkpoint_final.pth, else _best")]
 PreviousStageOption = Annotated[
-    Path | None, typer.Option(help="for a cascade: folder of the segmentations of the stage before")
+    Path | None, typer.Option(help="for a cascade: folder of the segmentations of the previous stage")
 ]
-TrustOption = Annotated[bool, typer.Option("--trust-checkpoint", help="load as nnU-Net does, code included")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-checkpoint", help="load checkpoints as nnU-Net does, including code in them")
+]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="no progress bar, warnings and errors only")]
 # As words, not from the engine: importing that takes torch's seconds, also for --help.
 Backend = Enum("Backend", {name: name for name in ("auto", "stock", "eager", "compile", "openvino")}, type=str)
 Precision = Enum("Precision", {name: name for name in ("f32", "bf16", "f16", "int8")}, type=str)
 BackendOption = Annotated[Backend | None, typer.Option(help="how the network runs; default: the config's, else auto")]
-PrecisionOption = Annotated[Precision | None, typer.Option(help="of the arithmetic; all but f32 need openvino")]
+PrecisionOption = Annotated[
+    Precision | None, typer.Option(help="precision of the arithmetic; all but f32 need openvino")
+]
 
 
 def start(quiet: bool) -> None:

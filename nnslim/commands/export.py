@@ -18,11 +18,16 @@ _ExportPrecision = Enum("_ExportPrecision", {name: name for name in ("f32", "f16
 def export(
     model: Annotated[Path, typer.Option("-m", "--model", help="model folder, dense or slim")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="file to write: .onnx or .xml; none: int8 beside checkpoints")
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="file to write, .onnx or .xml; without it: int8 models beside the checkpoints"
+        ),
     ] = None,
-    format_: Annotated[_Format | None, typer.Option("--format", help="default: by the ending of the output")] = None,
+    format_: Annotated[
+        _Format | None, typer.Option("--format", help="default: by the file ending of the output")
+    ] = None,
     precision: Annotated[
-        _ExportPrecision, typer.Option(help="f16: of the weights; int8: calibrated on images")
+        _ExportPrecision, typer.Option(help="f16: weights in 16 bits; int8: calibrated on images")
     ] = _ExportPrecision.f32,  # type: ignore[attr-defined]
     images: Annotated[
         Path | None, typer.Option("-i", "--images", help="folder of images: to calibrate int8, and to compare on")
@@ -58,7 +63,9 @@ def _int8_beside(source: Any, precision: str, images: Path | None, step: Step) -
     from nnslim.hosts.nnunet.export.int8_models import keep_int8
 
     if precision != "int8" or images is None:
-        raise InputError("name a file to write with -o; only --precision int8 with -i can go beside the checkpoints")
+        raise InputError(
+            "name a file to write with -o; only --precision int8 with -i can be written beside the checkpoints"
+        )
     checked = keep_int8(source, images, progress=step)
     lines = [f"fold {fold}: {found.line()}" for fold, found in checked.items()]
     return lines, all(found.passed for found in checked.values())

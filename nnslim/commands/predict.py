@@ -39,7 +39,7 @@ def predict(
     output: Annotated[Path, typer.Option("-o", "--output", help="folder for the segmentations")],
     model: Annotated[Path | None, typer.Option("-m", "--model", help="model folder, dense or slim")] = None,
     task: Annotated[
-        str | None, typer.Option(help="TotalSegmentator's, in place of -m: total, total_fast, total_mr ...")
+        str | None, typer.Option(help="TotalSegmentator task, in place of -m: total, total_fast, total_mr ...")
     ] = None,
     config: Annotated[str | None, typer.Option("-c", "--config", help="compress on the fly with this config")] = None,
     calibration: Annotated[
@@ -47,11 +47,11 @@ def predict(
     ] = None,
     engine: Annotated[Engine, typer.Option(help="local: this machine; ray; slurm")] = Engine.local,  # type: ignore[attr-defined]
     workers: Annotated[
-        int | None, typer.Option(min=1, help="processes; default: one per GPU, else none but this one")
+        int | None, typer.Option(min=1, help="worker processes; default: one per GPU, else this process")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each; default: an equal share")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per worker; default: an equal share")] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite/--resume", help="predict again what is done, or go on where a run stopped")
+        bool, typer.Option("--overwrite/--resume", help="predict finished cases again, or continue where a run stopped")
     ] = False,
     overlap: Annotated[bool, typer.Option(help="read, predict and write neighbouring cases at the same time")] = True,
     fold: FoldOption = None,
@@ -67,18 +67,18 @@ def predict(
         list[str] | None, typer.Option(help="with --task: class to segment, repeatable; default: all")
     ] = None,
     parts: Annotated[
-        int | None, typer.Option(min=1, help="with slurm: shares in all; default: the array's tasks")
+        int | None, typer.Option(min=1, help="with slurm: total number of shares; default: the tasks of the array")
     ] = None,
     print_sbatch: Annotated[
         bool, typer.Option("--print-sbatch", help="with slurm: print the script to submit")
     ] = False,
     ray_address: Annotated[
-        str | None, typer.Option(help="with ray: of the cluster; default: the running one, else a local one")
+        str | None, typer.Option(help="with ray: address of the cluster; default: the running one, else a local one")
     ] = None,
     trust: TrustOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Predict a folder: a bad case is reported and the others go on, what is done is whole and is not repeated."""
+    """Predict a folder: a bad case is reported and the others continue; finished cases are whole and not repeated."""
     if (model is None) == (task is None):
         raise ConfigError("give one of -m MODEL and --task TASK")
     goes_with_models = (fold, checkpoint, previous_stage, mirroring, step_size != _STEP, trust)
@@ -111,7 +111,7 @@ def predict(
 
 
 def _refuse(out_of_place: bool, names: Sequence[str], values: Sequence[Any], place: str) -> None:
-    """Refuse options that would do nothing here."""
+    """Refuse options that would have no effect."""
     if out_of_place and (given := [name for name, value in zip(names, values, strict=True) if value]):
         raise ConfigError(f"{given[0]} goes with {place}")
 
@@ -133,7 +133,7 @@ def _tell(results: Sequence[Record], output: Path) -> None:
 
 
 def _with_images(config: str | None, calibration: Path | None) -> Any:
-    """Return what the workers read; with neither, nothing that takes torch's seconds here."""
+    """Return what the workers read; torch, which takes seconds to import, is needed for images only."""
     if calibration is None:
         return config
     from nnslim.compression.config import load_config

@@ -57,7 +57,7 @@ def check_image(path: Path) -> None:
 
 
 def not_finite(path: Path, bad: int, total: int) -> str:
-    """Return the message for voxels that are no numbers."""
+    """Return the message for voxels that are not finite."""
     return f"{path.name} has {bad:,} of {total:,} voxels that are NaN or infinite; expected finite numbers"
 
 
@@ -77,7 +77,7 @@ def count_voxels(path: Path) -> int:
 
 
 def _scanned(path: Path, *, finite: bool) -> tuple[Any, int]:
-    """Read a NIfTI file once; return its header as it is, and on request how many voxels are no numbers.
+    """Read a NIfTI file once; return its header as it is, and on request how many voxels are not finite.
 
     Raises:
         InputError: see `check_complete`.

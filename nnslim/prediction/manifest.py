@@ -1,4 +1,4 @@
-"""manifest.jsonl: one line for each case that is done or failed, whole or not there, whoever is killed when."""
+"""manifest.jsonl: one line for each finished or failed case, complete or absent whenever a process is killed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _STARTED = ".nnslim-started"
 
 
 class Manifest:
-    """The manifest of an output folder; of several runs that share one, each writes a part of its own.
+    """The manifest of an output folder; if several runs share one, each writes its own part.
 
     File systems between machines do not append atomically, so no file has two writers. A part that is complete gets
-    another name, and whoever finds all of them complete brings them together.
+    another name, and the run that finds all parts complete merges them.
     """
 
     def __init__(self, folder: Path, part: tuple[int, int] | None = None) -> None:
@@ -47,7 +47,7 @@ class Manifest:
 
     def read(self) -> dict[str, Record]:
         """Return the latest record of each case, those of all parts included; lines that are torn are passed over."""
-        # The parts first: whoever merges them removes them only after the whole is in place.
+        # The parts first: they are removed only after the merged file is in place.
         return _latest([*self._parts(), self._whole])
 
     def tidy(self) -> None:
@@ -152,7 +152,7 @@ def _append(path: Path, content: dict) -> None:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             size = os.fstat(handle).st_size
-            if size and os.pread(handle, 1, size - 1) != b"\n":  # somebody was killed while writing
+            if size and os.pread(handle, 1, size - 1) != b"\n":  # a process was killed while writing
                 line = b"\n" + line
             try:
                 written = os.write(handle, line)

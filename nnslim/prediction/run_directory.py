@@ -1,4 +1,4 @@
-"""Predict what is left of a folder: skip what is done and whole, order the rest, keep the manifest."""
+"""Predict what is left of a folder: skip finished cases, order the rest, keep the manifest."""
 
 from __future__ import annotations
 
@@ -50,8 +50,7 @@ def run_folder(
     """Predict the cases that are not done, and return one record for each case, in the order given.
 
     A case is done if the manifest has it as done by the same model with the same settings from the same images, and
-    the file has the checksum that the manifest gives; a file that is there without a word about it in the manifest is
-    somebody else's and stays.
+    the file has the checksum that the manifest gives. A file that the manifest does not mention is kept.
 
     Args:
         job: the model. cases: of the folder, all of them. output: created if missing. settings: see there.
@@ -87,7 +86,7 @@ def run_folder(
 
 @contextmanager
 def _folder(output: Path, shared: bool) -> Iterator[None]:
-    """Make a folder; one that is new and still empty when a run is refused goes again, unless others use it, too."""
+    """Make a folder; a new one that is still empty when a run is refused is removed, unless it is shared."""
     there = output.exists()
     make_folder(output)
     try:
@@ -193,6 +192,6 @@ def _engine(name: str) -> Engine:
 
 
 def run(job: PredictionJob, schedule: Schedule, output: Path, crew: Crew, report: Report) -> None:
-    """Predict in this process: there is nothing to start, and nobody goes on if this process is killed."""
+    """Predict in this process: nothing is started, and nothing continues if this process is killed."""
     with job.open(Place(0, crew.threads, crew.gpu(0))) as model:
         Pipeline(model, output, overlap=crew.overlap).run(lambda: schedule.take(()), report)

@@ -2,7 +2,7 @@
 
 oneDNN's bfloat16 kernels for AMX give a wrong answer, larger than the right one, for a 3D convolution whose output is
 one voxel wide and whose stride along that axis is above 1 (pytorch#169688). Which release and which processor have the
-fault cannot be told from here, so no such convolution is computed in bfloat16 at all.
+fault is unknown here, so no such convolution is computed in bfloat16 at all.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def quantize(
         shape: (B, C, *patch) that the tiles have; the model has batch 1.
         tiles: (1, C, *patch) float32 each; all are used, some ten are enough.
         channels_last: layout of the logits of a network that is converted here, see `convert`.
-        keep_first, keep_last: leave the layer on the image, or those that put out the logits, in float.
+        keep_first, keep_last: leave the layer on the image, or those that make the logits, in float.
         accurate: correct biases layer by layer instead of from one pass; takes a pass for each layer.
     Raises:
         BackendError: openvino or nncf is missing, there are no tiles, one has another shape, or no layer was quantised.

@@ -12,7 +12,7 @@ _GROUP = Path("/sys/fs/cgroup")
 
 
 def reset_peak() -> bool:
-    """Let the high-water mark of resident memory start anew; returns False where the system cannot."""
+    """Reset the high-water mark of resident memory; return False where the system cannot."""
     try:
         (_PROCESS / "clear_refs").write_text("5")
     except OSError:

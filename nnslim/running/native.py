@@ -36,7 +36,7 @@ def compiler() -> str | None:
 
 @functools.lru_cache(maxsize=1)
 def kernels() -> Kernels | None:
-    """Return the kernels, building them where that was not done yet; None where they cannot be had, with a message.
+    """Return the kernels, building them where that was not done yet; None where they are not available, with a message.
 
     NNSLIM_NATIVE=0 does without them. Everything works without them, several times slower in places.
     """

@@ -51,8 +51,8 @@ class NormPass(nn.Module):
             norm: instance norm without running statistics.
             slope: of the activation for negative numbers; 1 for no activation.
             following: pointwise convolutions V_k of the activation's output.
-            keep: whether the wide tensor is put out, too, after the others.
-            in_place: the input is nobody else's, and may be overwritten by the wide output.
+            keep: whether the wide tensor is returned as well, after the others.
+            in_place: nothing else uses the input, so it may be overwritten by the wide output.
         """
         super().__init__()
         weight = norm.weight
@@ -96,7 +96,7 @@ class NormPass(nn.Module):
         return made
 
     def empty_outputs(self, z: Tensor) -> tuple[Tensor, ...]:
-        """Return what `forward` puts out, with nothing in it yet; also how a graph learns its shapes."""
+        """Return the uninitialised outputs of `forward`; a graph also learns its shapes from them."""
         widths = [getattr(self, f"v{n}").shape[1] for n in range(self.outputs - self.keep)]
         made = [_empty(z, width) for width in widths]
         if self.keep:

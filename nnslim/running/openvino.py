@@ -57,7 +57,7 @@ def convert(network: nn.Module, shape: Sequence[int], *, channels_last: bool) ->
     Args:
         network: in eval mode; of several outputs the first counts.
         shape: (B, C, *patch).
-        channels_last: put out (B, *patch, heads), which saves a pass over the logits, instead of (B, heads, *patch).
+        channels_last: return (B, *patch, heads), which saves a pass over the logits, instead of (B, heads, *patch).
     Raises:
         BackendError: openvino is missing, or cannot convert this network.
     """
@@ -85,7 +85,7 @@ def convert(network: nn.Module, shape: Sequence[int], *, channels_last: bool) ->
         if tuple(model.outputs[0].shape) == wanted:
             model.set_rt_info(str(channels_last), _LAST)
             return model
-        problem = BackendError(f"puts out {tuple(model.outputs[0].shape)} instead of {wanted}")
+        problem = BackendError(f"returns {tuple(model.outputs[0].shape)} instead of {wanted}")
     raise BackendError(f"openvino cannot convert {type(network).__name__}: {first_line(problem)}") from problem
 
 
@@ -146,7 +146,7 @@ def _small(network: nn.Module, shape: Sequence[int]) -> tuple[int, ...]:
 class OpenVINOEngine(nn.Module):
     """Runs a network's present weights with OpenVINO; (B, C, *patch) -> (B, heads, *patch), channels last in memory.
 
-    What is put out belongs to the caller: its memory is used again only when nobody holds it any more.
+    Outputs belong to the caller: their memory is reused only when nothing refers to them any more.
     """
 
     def __init__(
@@ -230,7 +230,7 @@ class _Buffers:
         return len(self._known)
 
     def take(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Return an array of its own kind; its memory is free again when it is deleted, tensors over it included."""
+        """Return an array of its own kind; its memory is reused once it and the tensors over it are deleted."""
         busy = [(array, ref) for array, ref in self._known if ref() is not None]
         free = [array for array, ref in self._known if ref() is None and array.shape == shape]
         array = free[0] if free else np.empty(shape, dtype=np.float32)

@@ -93,8 +93,8 @@ def merge_products(graph: fx.GraphModule) -> fx.GraphModule:
 def fold_norms(graph: fx.GraphModule) -> fx.GraphModule:
     """Replace 1x1 -> instance norm -> leaky ReLU -> 1x1 by one pass over the low-rank tensor, see `NormPass`.
 
-    Any of the products, and the activation, may be missing. A wide tensor that somebody else needs, too, is put out by
-    the same pass.
+    Any of the products, and the activation, may be missing. A wide tensor that other nodes need as well is
+    returned by the same pass.
     """
     graph = copied(graph)
     for norm in [node for node in graph.graph.nodes if _is_plain_norm(layer_of(node))]:

@@ -356,7 +356,7 @@ def test_part_of_reads_ranges_steps_tasks_and_reruns():
     assert part_of(slurm(7, 2, first=3), parts=8) == (7, 8)  # --array=3,7: two of eight are run again
     assert part_of(slurm(1, 2, SLURM_PROCID="2", SLURM_STEP_NUM_TASKS="4")) == (6, 8)
     assert part_of({"SLURM_JOB_ID": "5"}) == (0, 1)
-    with pytest.raises(InputError, match="array task 7 is none of 2 shares; submit a whole range such as --array=0-1"):
+    with pytest.raises(InputError, match="array task 7 is not one of 2 shares; submit a range such as --array=0-1"):
         part_of(slurm(7, 2, first=3))
     with pytest.raises(InputError, match="inside a Slurm job; make the script with --print-sbatch"):
         part_of({})

@@ -97,10 +97,10 @@ def fetch_missing(task: Task) -> None:
 def task_cases(images: Path, *, ml: bool) -> list[Case]:
     """Return the images of a folder: `<case>.nii.gz` or .nii, and `<case>/ct.nii.gz` (or mri), or one image.
 
-    A name that two images claim is a case that cannot be predicted; what is nobody's is named in a warning.
+    A name that two images claim is a case that cannot be predicted; other files are named in a warning.
 
     Raises:
-        InputError: there is none.
+        InputError: no image was found.
     """
     if not images.exists():
         raise InputError(f"{images} does not exist; expected a folder of images or one image")

@@ -155,7 +155,7 @@ def disable_usage_statistics(home: Path | None = None) -> Path:
     make_folder(path.parent)
     config = read_json(path)
     if path.exists() and not config:
-        raise ConfigError(f"{path} is not a JSON object; mend or remove it, then run again")
+        raise ConfigError(f"{path} is not a JSON object; repair or remove it, then run again")
     # TotalSegmentator does not fill gaps in an existing file, so a new one needs all keys that it reads.
     fresh = {"totalseg_id": f"totalseg_{secrets.token_hex(4).upper()}", "prediction_counter": 0}
     write_json(path.resolve(), {**fresh, **config, "send_usage_stats": False})

@@ -56,7 +56,7 @@ def crew_here(device: str, workers: int | None, threads: int | None, *, overlap:
         threads: of each worker; None: an equal share of the CPUs that this process may use.
         overlap: see `Crew`.
     Raises:
-        HostError: cuda is asked for, and there is none.
+        HostError: cuda is asked for, and is not available.
     """
     gpus = 0
     if device == "cuda":

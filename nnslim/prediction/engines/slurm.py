@@ -64,7 +64,7 @@ def _array(environment: Mapping[str, str], parts: int | None) -> tuple[int, int]
         number = (task - first) // max(stride, 1)
     if not 0 <= number < count:
         raise InputError(
-            f"array task {task} is none of {count} shares; submit a whole range such as --array=0-{count - 1}, or say "
+            f"array task {task} is not one of {count} shares; submit a range such as --array=0-{count - 1}, or say "
             "with --parts how many shares there are"
         )
     return number, count

@@ -48,7 +48,7 @@ class Listing:
 
     Attributes:
         cases: files of each case, one per channel, in channel order.
-        problems: case -> why it cannot be told which files it has.
+        problems: case -> why its files are ambiguous or unusable.
         left_out: files that are no case's.
     """
 
@@ -143,7 +143,7 @@ def preprocess_case(
         (channels, *spatial) data, and nnU-Net's properties of the case.
     Raises:
         InputError: wrong number of channels, a file that is cut short or cannot be read, more than three axes, a
-        spacing that is no length, or intensities that are no numbers.
+        spacing that is not a length, or intensities that are not finite.
     """
     from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
@@ -177,7 +177,7 @@ def preprocess_case(
 
 
 def _not_finite(predictor: Any, files: list[Path]) -> str:
-    """Say which file holds how many voxels that are no numbers: one of them spoils the normalisation of all."""
+    """Return which file holds how many voxels that are not finite: one of them spoils the normalisation of all."""
     reader = predictor.plans_manager.image_reader_writer_class()
     for file in files:
         image, _ = reader.read_images([str(file)])

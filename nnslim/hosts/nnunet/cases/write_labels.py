@@ -175,7 +175,7 @@ def _plain(name: str, cropped: bool) -> Callable[..., Any]:
 def _known(configuration: Any, labels: Any) -> bool:
     """Return whether scores are resampled and labels chosen by the functions of nnU-Net that we know."""
     if isinstance(labels, Stand):
-        return False  # called by nnU-Net's export inside ours: it is seen to
+        return False  # called by nnU-Net's export inside ours, which has replaced them already
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
     function = configuration.resampling_fn_probabilities

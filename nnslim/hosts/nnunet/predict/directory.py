@@ -29,7 +29,7 @@ def predict_folder(
     progress: Callable[[int, int], None] | None = None,
     folder: FolderSettings | None = None,
 ) -> list[Record]:
-    """Predict every case of a folder; a case that fails is reported, the rest goes on, what is done is not repeated.
+    """Predict every case of a folder; one that fails is reported, the others continue, finished ones are kept.
 
     Args:
         images: folder of `<case>_0000<ending>` files, one per channel, or one such file.
@@ -53,10 +53,10 @@ def predict_folder(
 
 
 def nnunet_cases(images: Path, ending: str) -> list[Case]:
-    """Return the cases of a folder, or of one file; files that are nobody's are named in a warning.
+    """Return the cases of a folder, or of one file; files that belong to no case are named in a warning.
 
     Raises:
-        InputError: there is none.
+        InputError: no case was found.
     """
     found = list_cases(images, ending)
     if found.left_out:
