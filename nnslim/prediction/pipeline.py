@@ -35,16 +35,8 @@ class Pipeline:
     """
 
     def __init__(self, model: Model, output: Path, *, overlap: bool = True) -> None:
-        """Prepare.
-
-        Args:
-            model: loaded.
-            output: folder of the results; exists.
-            overlap: False does one thing at a time, which takes least memory.
-        """
-        self._model = model
-        self._output = output
-        self._overlap = overlap
+        """Take a loaded model and the folder of results; without `overlap` memory is lowest, one thing at a time."""
+        self._model, self._output, self._overlap = model, output, overlap
         self._peaks = PeakMeter()
         self._worker = f"{socket.gethostname()}:{os.getpid()}"
 
@@ -175,11 +167,7 @@ def _beside(target: str) -> str:
 
 
 def input_facts(files: tuple[Path, ...]) -> dict[str, float]:
-    """Return what tells whether images have changed: bytes, and the latest modification (Unix seconds).
-
-    Raises:
-        InputError: a file is not there.
-    """
+    """Return what tells whether images have changed: bytes, and the latest modification (Unix seconds)."""
     try:
         found = [file.stat() for file in files]
     except OSError as error:

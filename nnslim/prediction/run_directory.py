@@ -70,7 +70,7 @@ def run_folder(
         _spare_images(cases, output)
         manifest = Manifest(output, settings.part)
         manifest.tidy()
-        keeper = _Keeper(manifest, job.stamp(), len(cases), progress)
+        keeper = _Keeper(manifest, *job.stamp(), len(cases), progress)
         begun = manifest.begun()
         left = in_order(_left(cases, output, begun, keeper, settings.overwrite), begun)
         remove_leftovers(output, targets)
@@ -109,31 +109,26 @@ def _spare_images(cases: Sequence[Case], output: Path) -> None:
                 raise OutputError(f"the result {target} would replace the image {place}; choose another output folder")
 
 
+@dataclass
 class _Keeper:
     """Writes each record down as it comes."""
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        stamp: tuple[str, dict[str, str]],
-        total: int,
-        progress: Callable[[int, int], None] | None,
-    ) -> None:
-        self.manifest = manifest
-        self.model, self._versions = stamp
-        self._total = total
-        self._progress = progress
-        self.records: dict[str, Record] = {}
+    manifest: Manifest
+    model: str
+    versions: dict[str, str]
+    total: int
+    progress: Callable[[int, int], None] | None
+    records: dict[str, Record] = field(default_factory=dict)
 
     def keep(self, record: Record) -> None:
-        record = replace(record, model=self.model, versions=self._versions)
+        record = replace(record, model=self.model, versions=self.versions)
         self.manifest.append(record)
         self.note(record)
 
     def note(self, record: Record) -> None:
         self.records[record.name] = record
-        if self._progress is not None:
-            self._progress(len(self.records), self._total)
+        if self.progress is not None:
+            self.progress(len(self.records), self.total)
 
 
 def _left(
@@ -162,12 +157,8 @@ def _left(
         else:
             left.append(case)
     if strangers:
-        _log.warning(
-            "%d results are kept that %s does not name (%s ...); --overwrite predicts them again",
-            len(strangers),
-            NAME,
-            strangers[0],
-        )
+        text = "%d results are kept that %s does not name (%s ...); --overwrite predicts them again"
+        _log.warning(text, len(strangers), NAME, strangers[0])
     return left
 
 

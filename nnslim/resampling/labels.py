@@ -8,6 +8,7 @@ blocks of a real prediction have one class left and need no arithmetic at all.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -153,12 +154,7 @@ def _slabs_of_classes(scores: Tensor, grid: Grid, out: Tensor) -> Iterator[tuple
     walks = [slabs(volume, grid) for volume in scores]
     for low, high, first in walks[0]:
         rest = (next(walk)[2] for walk in walks[1:])
-        yield out[low:high], _chain(first, rest)
-
-
-def _chain(first: Tensor, rest: Iterator[Tensor]) -> Iterator[Tensor]:
-    yield first
-    yield from rest
+        yield out[low:high], itertools.chain((first,), rest)
 
 
 def _round(scores: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -170,7 +166,7 @@ def _by_blocks(scores: Tensor, grid: Grid, out: Tensor, regions: Regions | None,
     for d_low, d_high in cuts[0]:
         begin, end, _ = grid.axes[0].part(d_low, d_high)
         box = scores[:, begin:end]
-        low, high = _extremes(box, 1)
+        low, high = box.amin(1), box.amax(1)  # several times faster than aminmax
         for h_low, h_high in cuts[1]:
             begin, end, _ = grid.axes[1].part(h_low, h_high)
             lows, highs = _column_bounds(low[:, begin:end], high[:, begin:end], grid.axes[2], cuts[2])
@@ -191,11 +187,6 @@ def _by_blocks(scores: Tensor, grid: Grid, out: Tensor, regions: Regions | None,
 def _cuts(axis: Axis) -> list[tuple[int, int]]:
     size = axis.size[1]
     return [(low, min(low + _BLOCK, size)) for low in range(0, size, _BLOCK)]
-
-
-def _extremes(box: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Return the least and the greatest along a dim; two reductions are several times faster than one of both."""
-    return box.amin(dim), box.amax(dim)
 
 
 def _column_bounds(low: Tensor, high: Tensor, axis: Axis, cuts: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:

@@ -93,11 +93,7 @@ def two_taps(axis: Axis) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
 
 @functools.lru_cache(maxsize=64)
 def spline_axis(n_in: int, n_out: int, order: int) -> Axis:
-    """Return the axis of skimage's `resize(mode="edge", anti_aliasing=False)`, before its clipping.
-
-    Args:
-        order: of the spline, 0 to 5.
-    """
+    """Return the axis of skimage's `resize(mode="edge", anti_aliasing=False)` by a spline, before its clipping."""
     return _axis(spline_weights(n_in, n_out, order))
 
 
@@ -204,7 +200,7 @@ def slabs(volume: Tensor, grid: Grid, length: int | None = None) -> Iterator[tup
 
     Args:
         volume: (D, H, W), any number type; on the device of the grid's weights.
-        grid: how. length: of a slab in output voxels, on the axis that it lies across.
+        length: of a slab in output voxels, on the axis that it lies across.
     Yields:
         (begin, end, (end - begin, ...) float32): along `grid.last_axis`, which comes first in what is yielded (the
         other two follow in their order); along the first axis where it is None.
@@ -249,14 +245,7 @@ def _bounds(volume: Tensor, grid: Grid) -> tuple[Tensor, Tensor] | None:
 
 
 def resample(data: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Resample every channel.
-
-    Args:
-        data: (C, D, H, W).
-        dtype: of the result.
-    Returns:
-        (C, D', H', W'); nothing of that size is held beside it.
-    """
+    """(C, D, H, W) -> (C, D', H', W') of that type; nothing of that size is held beside the result."""
     made = torch.empty((len(data), *grid.shape), dtype=dtype, device=data.device)
     front = grid.last_axis or 0
     for volume, out in zip(data, made, strict=True):
@@ -275,7 +264,7 @@ def grid_like_resize(
         shape, new_shape: three sizes each. order: of the spline. order_last: along `last_axis`.
     """
     axes = tuple(
-        (mapped_axis(n, m, order_last) if number == last_axis else spline_axis(n, m, order))
+        mapped_axis(n, m, order_last) if number == last_axis else spline_axis(n, m, order)
         for number, (n, m) in enumerate(zip(shape, new_shape, strict=True))
     )
     return Grid(axes, last_axis)  # type: ignore[arg-type]

@@ -189,7 +189,7 @@ class TotalsegModel:
     """`totalsegmentator()` with its task, stage by stage; implements `Model`."""
 
     def __init__(self, segment: Callable[..., Any], task: Task, settings: TaskSettings, threads: int | None) -> None:
-        """Hold the function and how its result is to be written."""
+        """Hold the function and how its result is written."""
         self._segment = segment
         self._task = task
         self._settings = settings
@@ -228,8 +228,7 @@ def write_classes(labels: Any, classes: dict[int, str], folder: Path, threads: i
 
     Args:
         labels: nibabel image of the label map, its names in the last header extension.
-        classes: label -> file name without ending.
-        folder: exists. threads: files at a time.
+        classes: label -> file name without ending. threads: files at a time.
     """
     import nibabel as nib
     import numpy as np

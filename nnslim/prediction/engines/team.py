@@ -93,8 +93,8 @@ class Team:
         for case in self._schedule.died(member.held.values()):
             attempts = self._schedule.attempts(case) - 1
             error = f"{attempts} workers ended while they had it; the last one was {why}"
-            lost = Record(case.name, "failed", error, voxels=case.voxels, target=case.target, attempts=attempts)
-            self._report(replace(lost, time=now()))
+            rest = {"voxels": case.voxels, "target": case.target, "attempts": attempts, "time": now()}
+            self._report(Record(case.name, "failed", error, **rest))
         if not member.ready:
             self._bad_starts += 1
             _log.warning("worker %d was %s before it had loaded the model", member.index, why)

@@ -26,11 +26,7 @@ class KeptPredictors:
     """What predictors have loaded, the latest used last. One network serves all predictors that share it, in turn."""
 
     def __init__(self, limit: int = 8) -> None:
-        """Keep nothing yet.
-
-        Args:
-            limit: models at once; the longest unused goes first. TotalSegmentator has five parts and a rough one.
-        """
+        """Set how many models are kept, the latest used; TotalSegmentator has five parts and a rough one."""
         self._kept: OrderedDict[tuple[Any, ...], dict[str, Any]] = OrderedDict()
         self._limit = limit
 
@@ -55,11 +51,7 @@ class KeptPredictors:
 
 
 def loading_key(predictor: Any, folder: str, folds: Any, checkpoint_name: str) -> tuple[Any, ...]:
-    """Return what decides the content of a loaded predictor: the folder and its files as they are now, and the device.
-
-    Args:
-        predictor: not initialised. folder, folds, checkpoint_name: as nnU-Net gets them.
-    """
+    """Return what decides the content of a loaded predictor: the folder, its files as they are now, the device."""
     path = Path(folder).resolve()
     files = sorted(path.glob("*.json")) + sorted(path.glob(f"fold_*/{checkpoint_name}"))
     state = tuple((str(file), (stat := file.stat()).st_mtime_ns, stat.st_size) for file in files)
