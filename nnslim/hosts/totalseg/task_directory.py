@@ -133,7 +133,7 @@ def _case(name: str, files: list[Path], images: Path, ml: bool) -> Case:
 
 @dataclass(frozen=True)
 class TotalsegJob:
-    """A task with settings; implements `Job`."""
+    """A task with settings; implements `PredictionJob`."""
 
     settings: TaskSettings
     config: Any = None

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nnslim.hosts.nnunet.cases.preprocess import check_stage, list_cases
-from nnslim.hosts.nnunet.model.model_files import read_json_object
-from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings, absolute_config, with_place
-from nnslim.prediction.case import Case, Place, Record
+from nnslim.hosts.nnunet.model.model_files import chosen_folds, content_digest, read_json_object
+from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings, absolute_config, config_identity, digest
+from nnslim.prediction.case import Case, Place, Record, versions
 from nnslim.prediction.engines import Crew
 from nnslim.prediction.images import count_voxels
 from nnslim.prediction.run_directory import FolderSettings, run_folder
@@ -64,21 +64,17 @@ def nnunet_cases(images: Path, ending: str) -> list[Case]:
         _log.warning("%d files are not named <case>_0000%s and left out: %s", len(found.left_out), ending, names)
     for name in found.problems:
         found.cases.setdefault(name, [])
+    cases = sorted(found.cases.items())
+    sizes = [max(map(count_voxels, files), default=0) for _, files in cases]
     return [
-        Case(
-            name,
-            tuple(files),
-            f"{name}{ending}",
-            max(map(count_voxels, files), default=0),
-            found.problems.get(name, ""),
-        )
-        for name, files in sorted(found.cases.items())
+        Case(name, tuple(files), f"{name}{ending}", size, found.problems.get(name, ""))
+        for (name, files), size in zip(cases, sizes, strict=True)
     ]
 
 
 @dataclass(frozen=True)
 class NNUNetJob:
-    """A model folder, dense or slim, with settings; implements `Job`.
+    """A model folder, dense or slim, with settings; implements `PredictionJob`.
 
     Attributes:
         model: model folder. config: what NNSlimContext takes, to compress on the fly. settings: how to predict.
@@ -90,11 +86,7 @@ class NNUNetJob:
 
     @property
     def ending(self) -> str:
-        """File ending of images and results.
-
-        Raises:
-            ModelError: not a model folder.
-        """
+        """File ending of images and results."""
         return str(read_json_object(self.model / "dataset.json").get("file_ending", ".nii.gz"))
 
     @property
@@ -103,8 +95,23 @@ class NNUNetJob:
         return self.config is not None
 
     def stamp(self) -> tuple[str, dict[str, str]]:
-        """See `PredictSettings.stamp`."""
-        return self.settings.stamp(self.model, self.config)
+        """Return the identity of the model with its settings, see `Record`, and the versions.
+
+        What only changes the time, or the rounding, does not count: device, threads, backend.
+
+        Raises:
+            ModelError: no such folder, or no fold. ConfigError: the config cannot be used.
+        """
+        settings = self.settings
+        decisive = {
+            "weights": content_digest(self.model, *chosen_folds(self.model, settings.folds, settings.checkpoint)),
+            "step_size": settings.step_size,
+            "mirroring": settings.mirroring,
+            "previous_stage": settings.previous_stage and str(settings.previous_stage),
+            "precision": settings.precision,
+            "config": config_identity(self.config),
+        }
+        return digest(decisive), versions("nnunetv2")
 
     @contextmanager
     def open(self, place: Place) -> Iterator[Any]:
@@ -118,7 +125,9 @@ class NNUNetJob:
         from nnslim.hosts.nnunet.predict.load import NNUNetModel, load_predictor
         from nnslim.running.allocator import keep_heap
 
-        settings = with_place(self.settings, place.threads, place.gpu)
+        settings = replace(self.settings, threads=place.threads or self.settings.threads)
+        if place.gpu is not None and settings.device == "cuda":
+            settings = replace(settings, device=f"cuda:{place.gpu}")
         before = torch.get_num_threads()
         if place.threads is not None:
             torch.set_num_threads(place.threads)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-from nnslim.hosts.nnunet.model.model_files import chosen_folds, content_digest
-from nnslim.prediction.case import versions
 
 if TYPE_CHECKING:
     from nnslim.running.engine import Backend, Precision
@@ -41,25 +37,6 @@ class PredictSettings:
     threads: int | None = None
     export: Literal["streamed", "stock"] | None = None
 
-    def stamp(self, model: Path, config: Any) -> tuple[str, dict[str, str]]:
-        """Return the identity of a model with these settings, see `Record`, and the versions.
-
-        What only changes the time, or the rounding, does not count: device, threads, backend.
-
-        Raises:
-            ModelError: no such folder, or no fold. ConfigError: the config cannot be used.
-        """
-        folds, name = chosen_folds(model, self.folds, self.checkpoint)
-        decisive = {
-            "weights": content_digest(model, folds, name),
-            "step_size": self.step_size,
-            "mirroring": self.mirroring,
-            "previous_stage": self.previous_stage and str(self.previous_stage),
-            "precision": self.precision,
-            "config": config_identity(config),
-        }
-        return digest(decisive), versions("nnunetv2")
-
 
 def absolute_config(config: Any) -> Any:
     """Return the same, the path of a YAML file absolute."""
@@ -83,13 +60,3 @@ def config_identity(config: Any) -> dict[str, Any] | None:
 def digest(decisive: dict[str, Any]) -> str:
     """Return 16 hexadecimal digits of JSON values."""
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def with_place(settings: PredictSettings, threads: int | None, gpu: int | None) -> PredictSettings:
-    """Return the settings for a worker that has so many threads and that GPU; None: as they are."""
-    changes: dict[str, Any] = {}
-    if threads is not None:
-        changes["threads"] = threads
-    if gpu is not None and settings.device == "cuda":
-        changes["device"] = f"cuda:{gpu}"
-    return dataclasses.replace(settings, **changes)
