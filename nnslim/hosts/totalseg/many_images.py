@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from nnslim.files import make_folder
 from nnslim.hosts.nnunet.cases.export_patches import ExportPatches
 from nnslim.hosts.nnunet.model.compatibility import predictor_class
 from nnslim.hosts.nnunet.predict.predictor_patches import OwnSession, predictor_patches
-from nnslim.hosts.totalseg.task_weights import totalseg_home
+from nnslim.hosts.totalseg.task_weights import locked_home
 from nnslim.patching import AttributePatch
 
 # What reads or writes files in TotalSegmentator's home, each written in place.
@@ -76,14 +74,3 @@ def _locked(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
 
     return locked
-
-
-@contextmanager
-def locked_home() -> Iterator[None]:
-    """Hold TotalSegmentator's home against other workers: it writes its files in place."""
-    home = totalseg_home()
-    make_folder(home)
-    with (home / ".nnslim.lock").open("w") as stream:
-        with suppress(OSError):  # a file system without locks; then as TotalSegmentator alone
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield

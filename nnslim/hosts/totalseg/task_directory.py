@@ -16,7 +16,7 @@ from nnslim.errors import InputError
 from nnslim.hosts.nnunet.cases.preprocess import silent
 from nnslim.hosts.nnunet.model.model_files import content_digest
 from nnslim.hosts.nnunet.predict.predict_settings import absolute_config, config_identity, digest
-from nnslim.hosts.totalseg.task_weights import download, weights_folder
+from nnslim.hosts.totalseg.task_weights import download, locked_home, weights_folder
 from nnslim.hosts.totalseg.tasks import Task, find_task, totalseg_version
 from nnslim.prediction.case import Case, Place, Record, versions
 from nnslim.prediction.engines import Crew
@@ -87,8 +87,6 @@ def fetch_missing(task: Task) -> None:
         DownloadError: they need a licence, or cannot be fetched. OutputError: they cannot be written.
     """
     for number in task.missing(weights_folder()):
-        from nnslim.hosts.totalseg.many_images import locked_home
-
         _log.info("fetching the weights of TotalSegmentator's model %d", number)
         with locked_home():  # of tasks of a Slurm array one fetches, the others find
             download(number, weights_folder())

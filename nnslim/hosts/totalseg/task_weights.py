@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import re
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from nnslim.errors import ConfigError, DownloadError, HostError, OutputError
@@ -29,6 +32,17 @@ def totalseg_home() -> Path:
     # Same exception as in its config.py: in some containers the home folder is the root.
     home = Path("/tmp") if str(Path.home()) == "/" else Path.home()
     return home / ".totalsegmentator"
+
+
+@contextmanager
+def locked_home() -> Iterator[None]:
+    """Hold TotalSegmentator's home against other workers: it writes its files in place."""
+    home = totalseg_home()
+    make_folder(home)
+    with (home / ".nnslim.lock").open("w") as stream:
+        with suppress(OSError):  # a file system without locks; then as TotalSegmentator alone
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def weights_folder() -> Path:

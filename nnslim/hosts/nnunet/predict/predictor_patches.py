@@ -79,19 +79,16 @@ def predictor_patches(
             self: Any, model_training_output_dir: str, use_folds: Any, checkpoint_name: str = "checkpoint_final.pth"
         ) -> Any:
             session = current()
-            if session is None:
-                result = original(self, model_training_output_dir, use_folds, checkpoint_name)
-                prepare()
-                return result
-            keeps = session.config.run.keep_models
+            keeps = session is not None and session.config.run.keep_models
             key = loading_key(self, model_training_output_dir, use_folds, checkpoint_name) if keeps else ()
             if keeps and session.kept.give(self, key):
                 prepare()
                 return None
             result = original(self, model_training_output_dir, use_folds, checkpoint_name)
             prepare()
-            folder = str(model_training_output_dir)
-            slim_predictor(self, session, folder, Path(folder))
+            if session is not None:
+                folder = str(model_training_output_dir)
+                slim_predictor(self, session, folder, Path(folder))
             if keeps:
                 session.kept.keep(self, key)
             return result
@@ -100,29 +97,11 @@ def predictor_patches(
 
     def manually(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def manual_initialization(
-            self: Any,
-            network: nn.Module,
-            plans_manager: Any,
-            configuration_manager: Any,
-            parameters: Sequence[StateDict] | None,
-            dataset_json: dict[str, Any],
-            trainer_name: str,
-            inference_allowed_mirroring_axes: Any,
-        ) -> Any:
-            result = original(
-                self,
-                network,
-                plans_manager,
-                configuration_manager,
-                parameters,
-                dataset_json,
-                trainer_name,
-                inference_allowed_mirroring_axes,
-            )
+        def manual_initialization(self: Any, *given: Any, **named: Any) -> Any:
+            result = original(self, *given, **named)
             prepare()
             if (session := current()) is not None:
-                slim_predictor(self, session, f"{plans_manager.dataset_name} ({trainer_name}, in memory)")
+                slim_predictor(self, session, f"{self.plans_manager.dataset_name} ({self.trainer_name}, in memory)")
             return result
 
         return manual_initialization
