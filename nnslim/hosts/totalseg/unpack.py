@@ -94,10 +94,10 @@ def _check_room(entries: list[zipfile.ZipInfo], target: Path) -> None:
 def _extract(opened: zipfile.ZipFile, entries: list[zipfile.ZipInfo], target: Path) -> None:
     """Write the entries into a side folder and move the whole into place."""
     # The leading dot keeps the side folder out of nnU-Net's search for names that start with "Dataset".
-    side = Path(tempfile.mkdtemp(prefix=f".unpack-{target.name}-", dir=target.parent))
-    try:
+    prefix = f".unpack-{target.name}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent, ignore_cleanup_errors=True) as side:
         for entry in entries:
-            path = side.joinpath(*PurePosixPath(entry.filename).parts)
+            path = Path(side).joinpath(*PurePosixPath(entry.filename).parts)
             if entry.is_dir():
                 path.mkdir(parents=True, exist_ok=True)
                 continue
@@ -105,15 +105,8 @@ def _extract(opened: zipfile.ZipFile, entries: list[zipfile.ZipInfo], target: Pa
             # zipfile reads no more than the declared size, so the sum checked above is a true bound.
             with opened.open(entry) as source, path.open("xb") as sink:
                 shutil.copyfileobj(source, sink, 1 << 20)
-        move_into_place(side / target.name, target)
-    finally:
-        shutil.rmtree(side, ignore_errors=True)
-
-
-def move_into_place(made: Path, target: Path) -> None:
-    """Rename the finished folder `made` to `target`; if another process was quicker, its folder stays."""
-    try:
-        made.replace(target)
-    except OSError:
-        if not target.is_dir():
-            raise
+        try:
+            Path(side, target.name).replace(target)
+        except OSError:
+            if not target.is_dir():  # else another process was quicker, and its folder stays
+                raise
