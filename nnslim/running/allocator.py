@@ -18,7 +18,7 @@ _holders = 0
 
 def available() -> bool:
     """Return whether this C library has glibc's settings."""
-    return platform.libc_ver()[0] == "glibc" and hasattr(_libc(), "mallopt")
+    return platform.libc_ver()[0] == "glibc" and hasattr(c_library(), "mallopt")
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def keep_heap() -> Iterator[bool]:
     with _lock:
         _holders += 1
         if _holders == 1:
-            _set(_LARGE, 0)
+            set_malloc(_LARGE, 0)
     try:
         yield True
     finally:
@@ -49,16 +49,16 @@ def keep_heap() -> Iterator[bool]:
             if _holders == 0:
                 # glibc has no way to read its settings; these are its documented defaults. Its own adaptation of the
                 # threshold stays off for this process, as after any call of mallopt.
-                _set(128 * 1024, 65536)
-                _libc().malloc_trim(0)
+                set_malloc(128 * 1024, 65536)
+                c_library().malloc_trim(0)
 
 
-def _set(trim_threshold: int, mmap_max: int) -> None:
-    libc = _libc()
+def set_malloc(trim_threshold: int, mmap_max: int) -> None:
+    libc = c_library()
     for setting, value in ((_MMAP_MAX, mmap_max), (_TRIM_THRESHOLD, trim_threshold)):
         if not libc.mallopt(setting, value):
             _log.debug("mallopt(%d, %d) was refused", setting, value)
 
 
-def _libc() -> ctypes.CDLL:
+def c_library() -> ctypes.CDLL:
     return ctypes.CDLL(None)

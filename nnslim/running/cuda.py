@@ -32,7 +32,7 @@ class Graphed(nn.Module):
     time, from its input to the copy of its output.
     """
 
-    _recorded: ClassVar[weakref.WeakSet[Graphed]] = weakref.WeakSet()
+    recordings: ClassVar[weakref.WeakSet[Graphed]] = weakref.WeakSet()
     _one_at_a_time = threading.RLock()
 
     def __init__(self, network: nn.Module, dtype: torch.dtype = torch.half) -> None:
@@ -54,7 +54,7 @@ class Graphed(nn.Module):
                 self._tried = True
                 self._record(x)
             if not self._fits(x):
-                return self._run(x)
+                return self.run(x)
             self.input.copy_(x)
             self.graph.replay()
             return self.output.clone()
@@ -66,7 +66,7 @@ class Graphed(nn.Module):
             return False
         return (x.shape, x.dtype, x.device) == (held.shape, held.dtype, held.device)
 
-    def _run(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         # Autocast keeps the weights that it has cast until the outermost block ends: a recorded pass must not use them.
         with torch.autocast(x.device.type, self.dtype, cache_enabled=False):
             return self.network(x)
@@ -82,24 +82,24 @@ class Graphed(nn.Module):
                 side.wait_stream(current)
                 with torch.cuda.stream(side):
                     for _ in range(_WARM):
-                        self._run(held)
+                        self.run(held)
                 current.wait_stream(side)
                 graph = torch.cuda.CUDAGraph()
                 # On a stream of this device: torch's own may be of another. Other threads may go on, e.g. one that
                 # pins memory: only what this one does must be recordable.
                 pool = self._shared(current)
                 with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                    made = self._run(held)
-            except Exception as error:  # an operation that waits for the host, memory; a real fault comes back in _run
+                    made = self.run(held)
+            except Exception as error:  # an operation that waits for the host, memory; a real fault comes back in run
                 _log.warning("the pass is not recorded as a CUDA graph, and runs without: %s", first_line(error))
                 torch.cuda.synchronize(x.device)
                 return
         self.graph, self.stream, self.input, self.output = graph, current, held, made
-        Graphed._recorded.add(self)
+        Graphed.recordings.add(self)
 
     @staticmethod
     def _shared(stream: torch.cuda.Stream) -> tuple[int, int] | None:
-        return next((one.graph.pool() for one in Graphed._recorded if one.stream == stream), None)
+        return next((one.graph.pool() for one in Graphed.recordings if one.stream == stream), None)
 
 
 def variants(graph: fx.GraphModule) -> dict[str, nn.Module]:

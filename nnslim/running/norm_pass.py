@@ -88,11 +88,11 @@ class NormPass(nn.Module):
         for number in range(len(z)):
             rows, outs = _rows(z[number]), [_rows(out[number]) for out in made]
             if native is not None:
-                self._one_native(native, rows, outs)
+                self._by_kernel(native, rows, outs)
             elif on_gpu:
-                self._one_on_gpu(rows, outs)
+                self._by_triton(rows, outs)
             else:
-                self._one(rows, outs)
+                self.by_torch(rows, outs)
         return made
 
     def empty_outputs(self, z: Tensor) -> tuple[Tensor, ...]:
@@ -113,7 +113,7 @@ class NormPass(nn.Module):
 
         return fits(z.shape[1], [getattr(self, f"v{n}").shape[1] for n in range(self.outputs - self.keep)])
 
-    def _one_on_gpu(self, z: Tensor, outs: list[Tensor]) -> None:
+    def _by_triton(self, z: Tensor, outs: list[Tensor]) -> None:
         """(N, C) rows of voxels -> the rows of each output, in place, by Triton's kernels."""
         from nnslim.running.triton_pass import moments, product
 
@@ -141,7 +141,7 @@ class NormPass(nn.Module):
             return None
         return kernels()
 
-    def _one_native(self, native: Kernels, z: Tensor, outs: list[Tensor]) -> None:
+    def _by_kernel(self, native: Kernels, z: Tensor, outs: list[Tensor]) -> None:
         mean, square = native.moments(z, full=self.w is not None)
         scale, shift = self._scale_shift(mean, square)
         weight = None if self.w is None else (self.w * scale[:, None]).t().contiguous()
@@ -156,7 +156,7 @@ class NormPass(nn.Module):
         bias = v.new_zeros(v.shape[1]) if bias is None else bias
         return nn.functional.pad(v, room).contiguous(), nn.functional.pad(bias, room).contiguous()
 
-    def _one(self, z: Tensor, outs: list[Tensor]) -> None:
+    def by_torch(self, z: Tensor, outs: list[Tensor]) -> None:
         """(N, C) rows of voxels -> the rows of each output, in place."""
         scale, shift = self.fold(z)
         weight = None if self.w is None else (self.w * scale[:, None]).t().to(z.dtype)

@@ -143,8 +143,8 @@ def played(monkeypatch):
     }
     for name, value in names.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(Graphed, "_recorded", weakref.WeakSet())
-    monkeypatch.setattr(Graphed, "_run", lambda self, x: self.network(x))  # without autocast: equal to the bit
+    monkeypatch.setattr(Graphed, "recordings", weakref.WeakSet())
+    monkeypatch.setattr(Graphed, "run", lambda self, x: self.network(x))  # without autocast: equal to the bit
     return state
 
 

@@ -72,7 +72,7 @@ def test_each_rewrite_is_exact(network_and_shape, rewrite):
 def test_shapes_noted_after_each_rewrite_are_those_that_run(network_and_shape, monkeypatch):
     """Only new nodes are looked at; the low-rank pass is not computed block by block to learn its shape."""
     network, shape = network_and_shape
-    monkeypatch.setattr(NormPass, "_one", None)
+    monkeypatch.setattr(NormPass, "by_torch", None)
     graphs = [trace(network, shape)]
     for rewrite in (split_concatenations, merge_products, fold_norms):
         graphs.append(rewrite(graphs[-1]))

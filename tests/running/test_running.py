@@ -215,14 +215,14 @@ def test_heap_is_kept_inside_and_given_back_after():
 
 def test_heap_nests_over_threads_and_does_nothing_elsewhere(monkeypatch):
     calls = []
-    monkeypatch.setattr(allocator, "_set", lambda *values: calls.append(values))
+    monkeypatch.setattr(allocator, "set_malloc", lambda *values: calls.append(values))
     monkeypatch.setattr(allocator, "available", lambda: True)
 
     class Trim:
         def malloc_trim(self, keep: int) -> None:
             calls.append("trim")
 
-    monkeypatch.setattr(allocator, "_libc", Trim)
+    monkeypatch.setattr(allocator, "c_library", Trim)
     with allocator.keep_heap():
 
         def inner() -> None:

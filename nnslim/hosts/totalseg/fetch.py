@@ -148,7 +148,7 @@ def _write_body(answer: Any, url: str, part: Path, begin: int, total: int | None
     requests = import_requests()
     try:
         with part.open("ab") as stream:
-            _claim(stream, part, begin)
+            claim(stream, part, begin)
             if not begin:
                 seen = {"etag": answer.headers.get("ETag"), "last_modified": answer.headers.get("Last-Modified")}
                 write_json(_note(part), {"url": url, "size": total, **seen})
@@ -169,7 +169,7 @@ def _write_body(answer: Any, url: str, part: Path, begin: int, total: int | None
     return done
 
 
-def _claim(stream: Any, part: Path, begin: int) -> None:
+def claim(stream: Any, part: Path, begin: int) -> None:
     """Lock the open file against a second process that downloads the same, and cut it to `begin` bytes."""
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

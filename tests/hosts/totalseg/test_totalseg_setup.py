@@ -339,7 +339,7 @@ def test_download_full_disk_is_an_output_error(server, folder, monkeypatch):
     assert not (folder / NAME).exists()
     full = Path("/dev/full")
     if full.exists():
-        monkeypatch.setattr(fetch_module, "_claim", lambda *_: None)  # a device can be neither locked nor cut
+        monkeypatch.setattr(fetch_module, "claim", lambda *_: None)  # a device can be neither locked nor cut
         (folder / "full.part").symlink_to(full)
         with pytest.raises(OutputError, match="disk is full"):
             fetch(server.url + ZIP, folder / "full.part")
