@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import os
+import sys
 from pathlib import Path
 
 from nnslim.hosts.nnunet.model.shipped import write_for_shipping
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # studies/ is no installed package
+from studies.command import new_parser, run_command
 from studies.short_training import ShortTraining, add_training_options, train_short, use_folders
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = new_parser(__doc__)
     add_training_options(parser, 1e-2, "default: 0.01")
     parser.add_argument("--pretrained", type=Path, help="checkpoint to start from")
     parser.add_argument("--ship", type=Path, help="also write the half-precision copy to this new folder")
@@ -28,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

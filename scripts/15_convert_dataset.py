@@ -8,20 +8,17 @@ nnU-Net takes splits_final.json from the preprocessed folder: copy it there afte
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from nnslim.errors import NNSlimError
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # studies/ is no installed package
+from studies.command import new_parser, run_command
 from studies.public_datasets import convert_brats, convert_btcv
 from studies.synapse_dataset import convert_synapse
 
 
-def main() -> int:
-    """Read the arguments and convert; 2 for input that cannot be used."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = new_parser(__doc__)
     parser.add_argument("dataset", choices=["btcv", "brats", "synapse"])
     parser.add_argument("-i", "--input", type=Path, required=True, help="downloaded folder")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write; must not exist")
@@ -29,16 +26,11 @@ def main() -> int:
         "--spacing", type=float, nargs=3, default=(1.0, 1.0, 1.0), help="synapse: mm of slices, rows, columns (1 1 1)"
     )
     chosen = parser.parse_args()
-    try:
-        if chosen.dataset == "synapse":
-            convert_synapse(chosen.input, chosen.output, chosen.spacing)
-        else:
-            {"btcv": convert_btcv, "brats": convert_brats}[chosen.dataset](chosen.input, chosen.output)
-    except NNSlimError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    if chosen.dataset == "synapse":
+        convert_synapse(chosen.input, chosen.output, chosen.spacing)
+    else:
+        {"btcv": convert_btcv, "brats": convert_brats}[chosen.dataset](chosen.input, chosen.output)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)
