@@ -178,7 +178,7 @@ def stage_figure(profiles: Mapping[str, Mapping[str, float]]) -> Any:
     figure = new_figure((8, 1.4 + 0.5 * len(profiles)))
     axes = figure.add_subplot()
     left = np.zeros(len(profiles))
-    for number, stage in enumerate(stages_of(profiles)):
+    for number, stage in enumerate(stage_names(profiles)):
         seconds = np.array([profile.get(stage, 0.0) for profile in profiles.values()])
         axes.barh(range(len(profiles)), seconds, left=left, color=SERIES[number % len(SERIES)], label=stage)
         left += seconds
@@ -191,7 +191,7 @@ def stage_figure(profiles: Mapping[str, Mapping[str, float]]) -> Any:
     return figure
 
 
-def stages_of(profiles: Mapping[str, Mapping[str, float]]) -> list[str]:
+def stage_names(profiles: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Return the names of all stages, in order."""
     return list(dict.fromkeys(stage for profile in profiles.values() for stage in profile))
 

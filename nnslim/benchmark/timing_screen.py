@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rich.table import Table
 
-from nnslim.benchmark.timing_figures import stages_of
+from nnslim.benchmark.timing_figures import stage_names
 from nnslim.benchmark.timings import Row, number_in
 from nnslim.network.cost import Cost
 
@@ -63,7 +63,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 def stage_table(profiles: Mapping[str, Mapping[str, float]]) -> Table:
     """Return the seconds of each stage, one pipeline per row, for a console."""
-    stages = stages_of(profiles)
+    stages = stage_names(profiles)
     lines = [
         (name, *(f"{profile.get(stage, 0.0):.3f}" for stage in stages), f"{sum(profile.values()):.3f}")
         for name, profile in profiles.items()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nnslim._version import __version__
-from nnslim.benchmark.timing_figures import QualityPoint, pareto, quality_figure, stage_figure, stages_of, way_of
+from nnslim.benchmark.timing_figures import QualityPoint, pareto, quality_figure, stage_figure, stage_names, way_of
 from nnslim.benchmark.timings import Benchmark, number_in
 from nnslim.compression.record import SlimRecord
 from nnslim.errors import InputError
@@ -110,7 +110,7 @@ def _benchmark_view(benchmark: Benchmark, record: SlimRecord) -> View:
         }
         for row in benchmark.rows
     ]
-    figure, stages = stage_figure(benchmark.profiles), stages_of(benchmark.profiles)
+    figure, stages = stage_figure(benchmark.profiles), stage_names(benchmark.profiles)
     return {
         "table": benchmark,
         "rows": rows,

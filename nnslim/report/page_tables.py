@@ -55,7 +55,7 @@ def best_pair(benchmarks: Iterable[Benchmark], record: SlimRecord) -> Pair | Non
     return min(pairs, key=lambda pair: number_in(pair.slim, "time_median_ms"), default=None)
 
 
-def pass_seconds(pair: Pair | None, record: SlimRecord) -> tuple[float, float] | None:
+def dense_and_slim_seconds(pair: Pair | None, record: SlimRecord) -> tuple[float, float] | None:
     """Return seconds of a pass (dense, slim): from a benchmark, else from when the model was compressed."""
     if pair is not None:
         return number_in(pair.dense, "time_median_ms") / 1e3, number_in(pair.slim, "time_median_ms") / 1e3

@@ -14,7 +14,7 @@ from nnslim.compression.record import SlimRecord
 from nnslim.report.number_format import dice, giga, megabytes, seconds, short
 from nnslim.report.page_data import ReportData
 from nnslim.report.page_figures import fold_name
-from nnslim.report.page_tables import View, best_pair, is_network, pass_seconds
+from nnslim.report.page_tables import View, best_pair, dense_and_slim_seconds, is_network
 
 _FEW = 6  # classes whose Dice is listed under a case
 
@@ -29,7 +29,7 @@ def summary(data: ReportData) -> str:
     kinds = ", ".join(dict.fromkeys(one.action for one in changed))
     text = f"{len(changed)} of {len(record.decisions)} layers were replaced ({kinds}): "
     text += f"{times_fewer(record.dense.macs, record.slim.macs)} multiply-accumulates"
-    if timed := pass_seconds(best_pair(data.benchmarks, record), record):
+    if timed := dense_and_slim_seconds(best_pair(data.benchmarks, record), record):
         text += f", {times_fewer(*timed, 'less')} time for a forward pass"
     if record.agreement:
         text += f", a mean Dice of {dice(record.agreement.mean_dice)} against the dense model"
@@ -99,7 +99,7 @@ def _size_tile(data: ReportData) -> View:
 
 def _time_tile(data: ReportData) -> View:
     pair = best_pair(data.benchmarks, data.record)
-    timed = pass_seconds(pair, data.record)
+    timed = dense_and_slim_seconds(pair, data.record)
     if timed is None:
         return _tile("time", "One forward pass", "", note="nnslim benchmark measures it")
     dense, slim = timed
@@ -296,7 +296,7 @@ def gaps(data: ReportData) -> dict[str, str]:
             "nnslim evaluate -p PREDICTIONS -g LABELS -o metrics.csv, then nnslim report --metrics slim=metrics.csv",
         ),
         "Time of a forward pass, dense and slim": (
-            pass_seconds(best_pair(data.benchmarks, record), record) is None,
+            dense_and_slim_seconds(best_pair(data.benchmarks, record), record) is None,
             f"{benchmark} -o DIR, then {report}",
         ),
         "Stages of the whole pipeline, dense and slim": (
