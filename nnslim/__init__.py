@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from nnslim import former
 from nnslim._version import __version__
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ _HOMES = {
     "SlimConfig": "nnslim.compression.config",
     "load_config": "nnslim.compression.config",
 }
+
+former.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -26,6 +26,9 @@ class ModelError(NNSlimError):
     """A folder, plans file or checkpoint that is not a usable nnU-Net model."""
 
 
+ModelFolderError = ModelError  # its former name
+
+
 class HostError(NNSlimError):
     """nnU-Net, TotalSegmentator or torch is missing, or of a version whose methods we do not know."""
 
