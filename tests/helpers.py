@@ -160,6 +160,45 @@ def write_ball_dataset(folder: Path) -> None:
     (folder / "dataset.json").write_text(json.dumps({**dataset, "numTraining": 6, "file_ending": ".nii.gz"}))
 
 
+def load_stock(folder: Path, folds: Any = (0,), **options: Any) -> Any:
+    """Return nnU-Net's predictor with that model loaded, on the CPU."""
+    predictor = make_predictor(**options)
+    predictor.initialize_from_trained_model_folder(str(folder), folds)
+    return predictor
+
+
+def slim_model(source: Path, target: Path, factor: float = 0.4, images: Path | None = None, **run: Any) -> Path:
+    """Compress a model by Tucker with that rank factor, into `target`."""
+    from nnslim.compression.config import load_config
+    from nnslim.hosts.nnunet.compress.compress_model import compress_model
+    from nnslim.hosts.nnunet.model.trained_model import read_trained_model
+
+    methods = [{"method": "tucker", "rank_factor": factor, "rank_min": 2}]
+    compress_model(
+        read_trained_model(source), target, load_config({"version": 1, "methods": methods, "run": run}), images=images
+    )
+    return target
+
+
+def smooth_tiles(shape: tuple[int, ...], count: int, seed: int = 3) -> list[torch.Tensor]:
+    """Return `count` smooth random tiles of a shape (1, 1, *patch): white noise tells no layers apart."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = [torch.randn(1, 1, 3, 3, 3, generator=generator) for _ in range(count)]
+    return [torch.nn.functional.interpolate(one, shape[2:], mode="trilinear") for one in coarse]
+
+
+def tiny_primus(size: tuple[int, ...], kind: Any = None, registers: int = 0, **changes: Any) -> torch.nn.Module:
+    """Return a Primus of four blocks and 48 channels in eval mode, nothing in it at its initial 0 or 1."""
+    from dynamic_network_architectures.architectures.primus import Primus
+
+    torch.manual_seed(1)
+    settings = {"num_register_tokens": registers, "init_values": 0.1, **changes}
+    network = (kind or Primus)(1, 48, (8, 8, 8), 3, 4, 4, size, **settings)
+    for parameter in network.parameters():
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    return network.eval()
+
+
 GLOO_TRAINER = '''
 """nnU-Net's trainer takes CUDA devices under DDP; this one stays on the CPU, so that two processes can be tested."""
 import torch

@@ -11,7 +11,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import make_predictor, random_data
+from helpers import load_stock, make_predictor, random_data
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 import nnslim.maths.lowrank
@@ -30,12 +30,6 @@ HALF = {"methods": [{"method": "tucker", "rank_factor": 0.5, "rank_min": 2}], "r
 QUARTER = {"methods": [{"method": "tucker", "rank_factor": 0.25, "rank_min": 2}], "run": STOCK}
 
 
-def _load(folder, folds=(0,), **options):
-    predictor = make_predictor(**options)
-    predictor.initialize_from_trained_model_folder(str(folder), folds)
-    return predictor
-
-
 def _parameters(predictor):
     return sum(p.numel() for p in predictor.network.parameters())
 
@@ -48,8 +42,8 @@ def test_context_all_folds_give_logits_of_the_compressed_folder(make_model, tmp_
     source = make_model("residual", folds=(0, 1))
     compress_model(read_trained_model(source), tmp_path / "slim", from_dict(HALF))
     with NNSlimContext(HALF) as slim:
-        inside = _load(source, (0, 1))
-    assert torch.equal(_logits(inside), _logits(_load(tmp_path / "slim", (0, 1))))
+        inside = load_stock(source, (0, 1))
+    assert torch.equal(_logits(inside), _logits(load_stock(tmp_path / "slim", (0, 1))))
     assert len(inside.list_of_parameters) == 2
     report = slim.report.models[0]
     assert report.folds == 2 and report.slimmed.slim.macs < report.slimmed.dense.macs
@@ -58,7 +52,7 @@ def test_context_all_folds_give_logits_of_the_compressed_folder(make_model, tmp_
 
 def test_context_case_after_case_reloads_slim_weights(make_model):
     with NNSlimContext(HALF):
-        predictor = _load(make_model(folds=(0, 1)), (0, 1))
+        predictor = load_stock(make_model(folds=(0, 1)), (0, 1))
     first = _logits(predictor)
     assert spec_of(predictor.network) is not None
     assert torch.equal(first, _logits(predictor))  # nnU-Net loads both folds again for each case
@@ -68,7 +62,7 @@ def test_context_normal_exit_puts_the_very_same_objects_back(make_model):
     before = dict(vars(nnUNetPredictor))
     with NNSlimContext(HALF):
         assert nnUNetPredictor.manual_initialization is not before["manual_initialization"]
-        _load(make_model())
+        load_stock(make_model())
     assert dict(vars(nnUNetPredictor)) == before
     assert all(vars(nnUNetPredictor)[name] is value for name, value in before.items())
 
@@ -83,8 +77,8 @@ def test_context_exception_in_body_puts_everything_back_and_is_not_hidden():
 def test_context_outside_models_are_dense(make_model):
     source = make_model()
     with NNSlimContext(HALF):
-        slim = _load(source)
-    dense = _load(source)
+        slim = load_stock(source)
+    dense = load_stock(source)
     assert spec_of(dense.network) is None
     assert _parameters(slim) < _parameters(dense)
 
@@ -94,10 +88,10 @@ def test_context_nested_inner_configuration_counts(make_model):
     before = dict(vars(nnUNetPredictor))
     with NNSlimContext(HALF) as outer:
         with NNSlimContext(QUARTER) as inner:
-            quarter = _load(source)
-        half = _load(source)
+            quarter = load_stock(source)
+        half = load_stock(source)
         with NNSlimContext({"apply": False, **HALF}) as off:
-            dense = _load(source)
+            dense = load_stock(source)
     assert _parameters(quarter) < _parameters(half) < _parameters(dense)
     assert [len(context.report.models) for context in (outer, inner, off)] == [1, 1, 1]
     assert "switched off" in str(off.report)
@@ -110,7 +104,7 @@ def test_context_contexts_closed_out_of_order_leave_nothing_behind(make_model):
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert _parameters(_load(make_model())) > 0 and len(second.report.models) == 1
+    assert _parameters(load_stock(make_model())) > 0 and len(second.report.models) == 1
     second.__exit__(None, None, None)
     assert dict(vars(nnUNetPredictor)) == before
 
@@ -128,14 +122,14 @@ def test_context_threads_each_use_their_own_and_cannot_corrupt_each_other(make_m
     expected = {}
     for name, config in (("half", HALF), ("quarter", QUARTER)):
         with NNSlimContext(config):
-            expected[name] = _parameters(_load(source))
+            expected[name] = _parameters(load_stock(source))
     gate = threading.Barrier(2)
 
     def work(name, config):
         gate.wait()
         for _ in range(6):
             with NNSlimContext(config):
-                sizes[name].append(_parameters(_load(source)))
+                sizes[name].append(_parameters(load_stock(source)))
 
     threads = [threading.Thread(target=work, args=item) for item in (("half", HALF), ("quarter", QUARTER))]
     for thread in threads:
@@ -149,7 +143,7 @@ def test_context_threads_each_use_their_own_and_cannot_corrupt_each_other(make_m
 def test_context_worker_thread_without_its_own_uses_the_active_one(make_model):
     source, found = make_model(), []
     with NNSlimContext(HALF) as slim:
-        thread = threading.Thread(target=lambda: found.append(spec_of(_load(source).network)))
+        thread = threading.Thread(target=lambda: found.append(spec_of(load_stock(source).network)))
         thread.start()
         thread.join()
     assert found[0] is not None and len(slim.report.models) == 1
@@ -205,9 +199,9 @@ def test_context_second_load_reads_the_cache_and_decomposes_nothing(make_model, 
 
     monkeypatch.setattr("nnslim.methods.tucker.edit.partial_tucker", counted)
     with NNSlimContext(HALF) as slim:
-        first = _load(source, (0, 1))
+        first = load_stock(source, (0, 1))
         decompositions = len(calls)
-        second = _load(source, (0, 1))
+        second = load_stock(source, (0, 1))
     layers = sum(decision.action == "tucker" for decision in slim.report.models[0].slimmed.decisions)
     assert decompositions == 2 * layers and len(calls) == decompositions
     assert [model.from_cache for model in slim.report.models] == [False, True]
@@ -218,7 +212,7 @@ def test_context_cache_that_cannot_be_written_is_a_warning(make_model, tmp_path,
     (tmp_path / "file").write_text("not a folder")
     config = {**HALF, "cache": {"folder": str(tmp_path / "file" / "cache")}}
     with NNSlimContext(config) as slim, caplog.at_level(logging.WARNING, "nnslim"):
-        assert spec_of(_load(make_model()).network) is not None
+        assert spec_of(load_stock(make_model()).network) is not None
     assert "compressed weights are not kept" in caplog.text and slim.report.models[0].from_cache is False
 
 
@@ -233,21 +227,21 @@ def test_context_tucker_cnn_dictionary_works_and_apply_tucker_false_leaves_dense
         "load_model": True,
     }
     with NNSlimContext(legacy) as slim:
-        predictor = _load(source)
+        predictor = load_stock(source)
         logits = _logits(predictor)
     assert slim.report.models[0].slimmed is not None and torch.isfinite(logits).all()
     assert len(list((tmp_path / "kept" / "nnslim").glob("*.pt"))) == 1
     with NNSlimContext({**legacy, "apply_tucker": False}) as off:
-        assert spec_of(_load(source).network) is None
+        assert spec_of(load_stock(source).network) is None
     assert off.report.models[0].slimmed is None
 
 
 def test_context_slim_folder_inside_context_is_left_as_it_is(make_model, tmp_path):
     compress_model(read_trained_model(make_model()), tmp_path / "slim", from_dict(HALF))
     with NNSlimContext(QUARTER) as slim:
-        predictor = _load(tmp_path / "slim")
+        predictor = load_stock(tmp_path / "slim")
     assert "slim model already" in str(slim.report)
-    assert torch.equal(_logits(predictor), _logits(_load(tmp_path / "slim")))
+    assert torch.equal(_logits(predictor), _logits(load_stock(tmp_path / "slim")))
 
 
 def test_context_trainer_with_own_network_is_compressed_in_memory(make_model, tmp_path):
@@ -260,13 +254,13 @@ def test_context_trainer_with_own_network_is_compressed_in_memory(make_model, tm
     content |= {"network_weights": network.state_dict(), "trainer_name": "nnUNetTrainerBN"}
     torch.save(content, source / "fold_0" / "checkpoint_final.pth")
     with NNSlimContext(HALF) as slim:
-        assert torch.isfinite(_logits(_load(source))).all()
+        assert torch.isfinite(_logits(load_stock(source))).all()
     assert slim.report.models[0].slimmed.slim.macs < slim.report.models[0].slimmed.dense.macs
 
 
 @pytest.mark.parametrize("with_parameters", [True, False])
 def test_context_manual_initialization_slims_a_copy(make_model, with_parameters):
-    dense = _load(make_model(folds=(0, 1)), (0, 1))
+    dense = load_stock(make_model(folds=(0, 1)), (0, 1))
     network = dense.network
     before = {key: value.clone() for key, value in network.state_dict().items()}
     predictor = make_predictor()
@@ -290,7 +284,7 @@ def test_context_manual_initialization_slims_a_copy(make_model, with_parameters)
 def test_context_compiled_network_is_unwrapped_slimmed_and_compiled_again(make_model, monkeypatch):
     monkeypatch.setenv("nnUNet_compile", "true")
     with NNSlimContext(HALF):
-        predictor = _load(make_model())
+        predictor = load_stock(make_model())
     assert hasattr(predictor.network, "_orig_mod")
     assert spec_of(predictor.network._orig_mod) is not None
 
@@ -303,7 +297,7 @@ def test_tile_batch_not_dividing_the_tiles_drops_none(make_model, kind, batch):
     one = {"methods": HALF["methods"], "run": {"tile_batch": 1}}
     with NNSlimContext(one):
         # Even weights: in the corners of a tile the half-precision Gaussian underflows in nnU-Net's own sums.
-        predictor = _load(source, use_gaussian=False)
+        predictor = load_stock(source, use_gaussian=False)
         stock = _logits(predictor)
     with NNSlimContext({**one, "run": {"tile_batch": batch}}):
         batched = _logits(predictor)
@@ -317,14 +311,14 @@ def test_tile_batch_not_dividing_the_tiles_drops_none(make_model, kind, batch):
 def test_tile_batch_with_mirroring_equals_one_by_one(make_model):
     source = make_model()
     with NNSlimContext({"apply": False, "run": {"tile_batch": 3}}):
-        predictor = _load(source, use_mirroring=True, use_gaussian=False)
+        predictor = load_stock(source, use_mirroring=True, use_gaussian=False)
         batched = _logits(predictor)
     stock = _logits(predictor)
     torch.testing.assert_close(batched, stock, rtol=0, atol=4e-3 * float(stock.abs().max()))
 
 
 def test_tile_batch_gaussian_weights_do_not_depend_on_the_batch(make_model):
-    predictor = _load(make_model())
+    predictor = load_stock(make_model())
     data = random_data(predictor)
     slicers = predictor._internal_get_sliding_window_slicers(tuple(data.shape[1:]))
     one, three = (window_logits(predictor, data, slicers, False, batch) for batch in (1, 3))
@@ -385,7 +379,7 @@ def test_context_predict_from_files_through_worker_processes(make_model, case_fo
 
     source = make_model()
     with NNSlimContext(HALF) as slim:
-        predictor = _load(source)
+        predictor = load_stock(source)
         predictor.predict_from_files(
             str(case_folder), str(tmp_path / "out"), num_processes_preprocessing=1, num_processes_segmentation_export=1
         )
@@ -409,7 +403,7 @@ def test_context_backends_give_the_labels_of_stock_torch_for_every_fold(backend,
     logits = {}
     for name in ("stock", backend):
         with NNSlimContext({**HALF, "run": {"backend": name, "guard": False, "export": "stock"}}) as slim:
-            predictor = _load(source, (0, 1))
+            predictor = load_stock(source, (0, 1))
             data = random_data(predictor)
             logits[name] = predictor.predict_logits_from_preprocessed_data(data).float()
         assert slim.report.models[0].slimmed is not None
@@ -447,7 +441,7 @@ def test_slim_model_that_is_slower_stays_dense_and_the_report_says_by_how_much(m
     source = make_model()
     factored_takes(1.0, first=1.0)
     with NNSlimContext(GUARDED) as slim:
-        predictor = _load(source)
+        predictor = load_stock(source)
     assert spec_of(predictor.network) is None
     assert "left as it is (the slim model would be slower here: 19 s per patch, dense 10 s" in str(slim.report)
     assert "no factored layer saves time, of 9 measured: encoder.stages.0" in str(slim.report)
@@ -457,16 +451,16 @@ def test_slim_model_that_is_slower_stays_dense_and_the_report_says_by_how_much(m
     forced = compress_model(read_trained_model(source), tmp_path / "slim", from_dict(GUARDED), allow_slower=True)
     assert not forced.speed.gains and not forced.speed.put_back and len(forced.spec.edits) == 9
     with NNSlimContext(HALF):
-        assert spec_of(_load(source).network) == forced.spec
+        assert spec_of(load_stock(source).network) == forced.spec
 
 
 def test_layers_go_back_to_dense_until_the_model_is_faster(make_model, factored_takes, tmp_path):
     source = make_model()
     with NNSlimContext(HALF):
-        whole = spec_of(_load(source).network)
+        whole = spec_of(load_stock(source).network)
     factored_takes(-0.5, first=8.0)
     with NNSlimContext(GUARDED) as slim:
-        predictor = _load(source)
+        predictor = load_stock(source)
     (report,) = slim.report.models
     spec, back = spec_of(predictor.network), report.speed.put_back
     assert back and set(spec.edits) == {edit for edit in whole.edits if edit.layer not in back}

@@ -21,7 +21,7 @@ from nnslim.network.walk import LayerIndex
 FULL = TuckerConfig.published(1.0)
 
 
-def slim_of(network, config, shape):
+def planned_and_applied(network, config, shape):
     plan = plan_tucker(network, config, measure_cost(network, shape))
     return apply_spec(SlimSpec(plan.edits), copy.deepcopy(network), fill=True), plan
 
@@ -60,7 +60,7 @@ def test_each_convolution_is_factored_once_and_every_parameter_gets_a_gradient(t
 
     monkeypatch.setattr(edit, "partial_tucker", counted)
     network, shape = tiny_net("plain3d", deep_supervision=True), tiny_shape("plain3d")
-    slim, plan = slim_of(network, FULL, shape)
+    slim, plan = planned_and_applied(network, FULL, shape)
     chains = {id(module) for module in slim.modules() if isinstance(module, TuckerConv)}
     assert len(calls) == len(chains) == len(plan.edits) == len(plan.decisions)
     added = sum(d.parameters_after - d.parameters_before for d in plan.decisions)
@@ -78,7 +78,7 @@ def test_residual_encoder_with_biasless_projections_is_factored(tiny_net, tiny_s
     biasless = [n for n, m in network.named_modules() if isinstance(m, nn.Conv3d) and m.bias is None]
     assert biasless
     assert all(".skip." in name for name in biasless)
-    slim, plan = slim_of(network, FULL, shape)
+    slim, plan = planned_and_applied(network, FULL, shape)
     assert set(biasless) <= {edit.layer for edit in plan.edits}
     assert all(slim.get_submodule(f"{name}.last").bias is None for name in biasless)
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_convolution_attributes_are_carried_over(conv):
 def test_grouped_convolution_is_kept_dense_and_named():
     """Grouped convolutions were factored wrongly, or raised."""
     network = nn.Sequential(nn.Conv3d(4, 8, 3, padding=1, groups=2))
-    slim, plan = slim_of(network, FULL, (1, 4, 6, 6, 6))
+    slim, plan = planned_and_applied(network, FULL, (1, 4, 6, 6, 6))
     assert plan.decisions[0].reason == "grouped convolution (groups=2)"
     x = random(1, 4, 6, 6, 6)
     assert torch.equal(slim(x), network(x))
@@ -122,12 +122,12 @@ def test_no_layer_gets_more_expensive_and_sensitive_ones_stay_dense(tiny_net, ti
     """Everything was factored: first layer, heads, 1x1x1 layers, and layers that cost more afterwards."""
     network, shape = tiny_net("residual3d"), tiny_shape("residual3d")
     for factor in (0.9, 0.5, 0.1):
-        slim, plan = slim_of(network, TuckerConfig(rank_factor=factor, rank_min=4), shape)
+        slim, plan = planned_and_applied(network, TuckerConfig(rank_factor=factor, rank_min=4), shape)
         assert all(d.macs_after < d.macs_before for d in plan.decisions if d.action == "tucker")
         kept = {d.reason for d in plan.decisions if d.action == "dense"}
         assert {"first layer", "segmentation head", "1x1 kernel"} <= kept
         assert measure_cost(slim, shape).macs() <= measure_cost(network, shape).macs()
-    _, plan = slim_of(network, TuckerConfig(rank_factor=0.9, rank_min=None, transposed=True), shape)
+    _, plan = planned_and_applied(network, TuckerConfig(rank_factor=0.9, rank_min=None, transposed=True), shape)
     upsampling = next(d for d in plan.decisions if d.layer == "decoder.transpconvs.0")
     assert upsampling.reason == "would not get cheaper (53,504 MACs against 49,152)"
 
@@ -190,7 +190,7 @@ def test_configurations_are_independent_objects():
 def test_state_dict_keys_follow_a_stated_rule(tiny_net, tiny_shape, kind):
     """Alias attributes were deleted, so the keys no longer fitted stock networks."""
     network, shape = tiny_net(kind), tiny_shape(kind)
-    slim, plan = slim_of(network, TuckerConfig(rank_factor=0.5, rank_min=2, one_sided=False), shape)
+    slim, plan = planned_and_applied(network, TuckerConfig(rank_factor=0.5, rank_min=2, one_sided=False), shape)
     assert plan.edits
     expected = set(network.state_dict())
     index = LayerIndex(network)

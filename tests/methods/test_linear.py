@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from dynamic_network_architectures.architectures.primus import Primus
+from helpers import tiny_primus
 from torch import nn
 
 from nnslim.compression.calibration import Calibration
@@ -43,14 +43,6 @@ def correlated(seed, rows=400, inputs=12, rank=4):
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(1, rows, inputs, generator=generator)
     return torch.randn(1, rows, rank, generator=generator) @ plane + 0.05 * noise + mean
-
-
-def primus():
-    torch.manual_seed(1)
-    network = Primus(1, 48, (8, 8, 8), 3, 4, 4, SIZE, init_values=0.1)
-    for parameter in network.parameters():
-        parameter.data.add_(0.02 * torch.randn_like(parameter))
-    return network.eval()
 
 
 def slimmed(network, config, shape, tiles=None):
@@ -127,7 +119,7 @@ def test_full_rank_is_the_layer_itself():
 
 
 def test_counts_are_exact_and_layers_that_save_nothing_stay_dense():
-    network = primus()
+    network = tiny_primus(SIZE)
     cost = measure_cost(network, SHAPE)
     plan, slim = slimmed(network, LinearConfig(rank_factor=0.25), SHAPE)
     after = measure_cost(slim, SHAPE)
@@ -143,7 +135,7 @@ def test_counts_are_exact_and_layers_that_save_nothing_stay_dense():
 
 
 def test_a_budget_is_met_and_spent_where_errors_are_large():
-    network, tiles = primus(), [torch.randn(SHAPE) for _ in range(2)]
+    network, tiles = tiny_primus(SIZE), [torch.randn(SHAPE) for _ in range(2)]
     cost = measure_cost(network, SHAPE)
     plan, slim = slimmed(network, LinearConfig(macs=0.7, rank_multiple=4), SHAPE, tiles)
     share = measure_cost(slim, SHAPE).macs() / cost.macs()
@@ -154,7 +146,7 @@ def test_a_budget_is_met_and_spent_where_errors_are_large():
 
 
 def test_energy_keeps_what_it_says():
-    network, tiles = primus(), [torch.randn(SHAPE) for _ in range(2)]
+    network, tiles = tiny_primus(SIZE), [torch.randn(SHAPE) for _ in range(2)]
     plan = slimmed(network, LinearConfig(energy=0.8, rank_multiple=1, rank_min=1), SHAPE, tiles)[0]
     errors = [each.error for each in plan.decisions if each.ranks]
     assert errors and max(errors) ** 2 <= 0.2 + 1e-9
@@ -165,7 +157,7 @@ def test_settings_that_cannot_be_used_are_refused():
         LinearConfig()
     with pytest.raises(ValueError, match="found rank_factor, macs"):
         LinearConfig(rank_factor=0.2, macs=0.5)
-    network = primus()
+    network = tiny_primus(SIZE)
     with pytest.raises(ConfigError, match=r"no linear layer matches exclude pattern 'evo\.\*'; nearest: eva"):
         slimmed(network, LinearConfig(rank_factor=0.2, exclude=("evo.*",)), SHAPE)
     with pytest.raises(ConfigError, match="none of the network's 0 linear layers"):
@@ -173,7 +165,7 @@ def test_settings_that_cannot_be_used_are_refused():
 
 
 def test_on_top_of_token_sparsity_with_data_and_rebuilt_from_the_spec():
-    network, tiles = primus(), [torch.randn(SHAPE) for _ in range(2)]
+    network, tiles = tiny_primus(SIZE), [torch.randn(SHAPE) for _ in range(2)]
     methods = [
         {"method": "token_sparse", "ratio": 0.2, "scorer": "energy", "completion": "last"},
         {"method": "linear", "rank_factor": 0.25},
@@ -193,7 +185,7 @@ def test_on_top_of_token_sparsity_with_data_and_rebuilt_from_the_spec():
 
 
 def test_without_images_errors_are_those_of_the_weights():
-    network = primus()
+    network = tiny_primus(SIZE)
     config = from_dict({"methods": [{"method": "linear", "rank_factor": 0.25, "include": ["*.mlp.*"]}]})
     slim = compress(network, [network.state_dict()], config, SHAPE)
     layers, made = LayerIndex(network), LayerIndex(slim.network)

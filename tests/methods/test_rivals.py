@@ -6,8 +6,7 @@ import copy
 from dataclasses import replace
 
 import pytest
-import torch
-from torch import nn
+from helpers import smooth_tiles
 
 from nnslim.compression.calibration import Calibration
 from nnslim.compression.config import from_dict
@@ -30,9 +29,7 @@ def net(tiny_net):
 
 @pytest.fixture(scope="module")
 def tiles():
-    generator = torch.Generator().manual_seed(3)
-    coarse = [torch.randn(1, 1, 3, 3, 3, generator=generator) for _ in range(3)]
-    return [nn.functional.interpolate(one, SHAPE[2:], mode="trilinear") for one in coarse]
+    return smooth_tiles(SHAPE, 3)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 import warnings
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from dynamic_network_architectures.architectures.primus import Primus, PrimusV2
+from helpers import ROOT, tiny_primus
 from monai.networks.nets import UNETR
 
 from nnslim.compression.compress_network import compress
@@ -26,24 +28,16 @@ from nnslim.running.engine import Settings, make_engine
 SIZE = (32, 32, 24)  # 48 tokens
 
 
-def primus(kind=Primus, registers=0, **changes):
-    torch.manual_seed(1)
-    network = kind(1, 48, (8, 8, 8), 3, 4, 4, SIZE, num_register_tokens=registers, init_values=0.1, **changes)
-    for parameter in network.parameters():  # nothing at its initial 0 or 1
-        parameter.data.add_(0.02 * torch.randn_like(parameter))
-    return network.eval()
-
-
 def unetr():
     torch.manual_seed(1)
     return UNETR(1, 3, (32, 32, 32), feature_size=4, hidden_size=24, mlp_dim=48, num_heads=2).eval()
 
 
 NETWORKS = {
-    "primus": (primus, SIZE),
-    "primus-v2": (lambda: primus(PrimusV2), SIZE),
-    "primus-registers": (lambda: primus(registers=2, scale_attn_inner=True), SIZE),
-    "primus-no-rope": (lambda: primus(use_rot_pos_emb=False), SIZE),
+    "primus": (lambda: tiny_primus(SIZE), SIZE),
+    "primus-v2": (lambda: tiny_primus(SIZE, PrimusV2), SIZE),
+    "primus-registers": (lambda: tiny_primus(SIZE, registers=2, scale_attn_inner=True), SIZE),
+    "primus-no-rope": (lambda: tiny_primus(SIZE, use_rot_pos_emb=False), SIZE),
     "unetr": (unetr, (32, 32, 32)),
 }
 CONFIGS = {
@@ -117,7 +111,7 @@ def test_gradients_reach_every_new_weight(name):
 
 def test_rotary_embedding_follows_the_tokens():
     """Without learned positions a kept token must be as it is in a network that never had the others."""
-    dense = primus(use_abs_pos_embed=False).eva
+    dense = tiny_primus(SIZE, use_abs_pos_embed=False).eva
     from nnslim.methods.token_sparse.reduction import take_rope
 
     rope, kept = dense.rope.get_embed(), torch.tensor([[3, 7, 20, 41]])
@@ -126,7 +120,7 @@ def test_rotary_embedding_follows_the_tokens():
 
 
 def test_attention_scorer_is_the_attention_of_the_block(monkeypatch):
-    block, rope = primus().eva.blocks[1], primus().eva.rope.get_embed()
+    block, rope = tiny_primus(SIZE).eva.blocks[1], tiny_primus(SIZE).eva.rope.get_embed()
     x = torch.randn(2, 48, 48)
     seen = []
     block.attn.fused_attn = False
@@ -142,7 +136,7 @@ def test_air_scorer_sees_the_image_and_keeps_the_body():
     image[..., 8:24, 8:24, :16] = torch.randn(16, 16, 16)  # 2 x 2 x 2 tokens of body in 4 x 4 x 3
     content = image_content(image, 48)
     assert (content > 0.1).sum() == 8
-    sparse = sparse_of(primus(), scorer="air", locations=(0,), ratio=0.8)
+    sparse = sparse_of(tiny_primus(SIZE), scorer="air", locations=(0,), ratio=0.8)
     kept = []
     sparse.eva.reduction.register_forward_hook(lambda _, __, now: kept.append(now.positions))
     with torch.no_grad():
@@ -165,7 +159,7 @@ def test_macs_of_primus_m_are_those_of_the_sheet():
 
 
 def test_plan_tells_what_the_encoder_costs_before_and_after():
-    dense = primus()
+    dense = tiny_primus(SIZE)
     cost = measure_cost(dense, (1, 1, *SIZE))
     plan = plan_token_sparse(dense, TokenSparseConfig(ratio=0.5, scorer="energy"), cost)
     (decision,) = plan.decisions
@@ -179,7 +173,7 @@ def test_compress_with_images_fits_the_completion_and_errs_less():
     from nnslim.methods.token_sparse.plan import fit_completion
 
     torch.manual_seed(0)
-    dense = primus()
+    dense = tiny_primus(SIZE)
     tiles = [torch.randn(1, 1, *SIZE) for _ in range(12)]
     config = TokenSparseConfig(ratio=0.5, scorer="energy", completion="fusion")
     slim = sparse_of(dense, **config.model_dump(include={"ratio", "scorer", "completion"}))
@@ -190,7 +184,7 @@ def test_compress_with_images_fits_the_completion_and_errs_less():
 
 
 def test_compress_gives_the_same_weights_twice_and_counts_the_saving():
-    dense = primus()
+    dense = tiny_primus(SIZE)
     settings = load_config({"methods": [{"method": "token_sparse", "ratio": 0.5}], "run": {"guard": False}})
     assert isinstance(settings, SlimConfig)
     first, second = (compress(dense, [dense.state_dict()], settings, (1, 1, *SIZE)) for _ in range(2))
@@ -221,7 +215,7 @@ def test_config_faults_are_named(settings, message):
 
 
 def test_location_beyond_the_depth_is_refused_and_changes_nothing():
-    network = primus()
+    network = tiny_primus(SIZE)
     before = list(dict(network.named_modules()))
     with pytest.raises(SpecError, match="location 9 is beyond its 4 blocks"):
         apply_spec(SlimSpec(token_sparse_edits(network, TokenSparseConfig(locations=(9,)))), network)
@@ -230,7 +224,7 @@ def test_location_beyond_the_depth_is_refused_and_changes_nothing():
 
 @pytest.mark.parametrize("config", ["mlp-fusion", "merge"])
 def test_sparse_primus_compiles_whole_in_training_and_evaluation(config):
-    sparse = sparse_of(primus(), **CONFIGS[config])
+    sparse = sparse_of(tiny_primus(SIZE), **CONFIGS[config])
     image = torch.randn(1, 1, *SIZE)
     explained = torch.compile(sparse, fullgraph=True, backend="eager")
     with torch.no_grad():
@@ -242,7 +236,7 @@ def test_sparse_primus_compiles_whole_in_training_and_evaluation(config):
 def test_sparse_primus_runs_in_openvino(config):
     import openvino
 
-    sparse = sparse_of(primus(), **CONFIGS[config])
+    sparse = sparse_of(tiny_primus(SIZE), **CONFIGS[config])
     image = torch.randn(1, 1, *SIZE)
     with torch.no_grad():
         expected = sparse(image)
@@ -255,9 +249,9 @@ def test_sparse_primus_runs_in_openvino(config):
 
     # the backend's own conversion, which once ended the process: in one of its own
     program = (
-        "import torch\nfrom test_token_sparse_edit import CONFIGS, SIZE, primus, sparse_of\n"
+        "import torch\nfrom helpers import tiny_primus\nfrom test_token_sparse_edit import CONFIGS, SIZE, sparse_of\n"
         "from nnslim.running.engine import Settings, make_engine\n"
-        f"network, image = sparse_of(primus(), **CONFIGS[{config!r}]), torch.randn(1, 1, *SIZE)\n"
+        f"network, image = sparse_of(tiny_primus(SIZE), **CONFIGS[{config!r}]), torch.randn(1, 1, *SIZE)\n"
         "with torch.inference_mode():\n"
         "    found, expected = make_engine(network, image.shape, Settings('openvino'))(image), network(image)\n"
         "print(float((found - expected).abs().max() / expected.abs().max()))\n"
@@ -266,7 +260,10 @@ def test_sparse_primus_runs_in_openvino(config):
         with pytest.raises(BackendError, match="adds up by index"):
             make_engine(sparse, image.shape, Settings("openvino"))
         return
-    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(done.stdout) <= 1e-4
 

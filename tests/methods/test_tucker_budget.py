@@ -8,6 +8,7 @@ import itertools
 import pydantic
 import pytest
 import torch
+from helpers import smooth_tiles
 from torch import nn
 
 from nnslim.errors import ConfigError, RankError
@@ -40,9 +41,7 @@ def cost(net):
 
 @pytest.fixture(scope="module")
 def tiles():
-    generator = torch.Generator().manual_seed(3)
-    coarse = [torch.randn(1, 1, 3, 3, 3, generator=generator) for _ in range(2)]
-    return [nn.functional.interpolate(one, SHAPE[2:], mode="trilinear") for one in coarse]
+    return smooth_tiles(SHAPE, 2)
 
 
 def planned(net, cost, tiles=None, **settings):

@@ -9,23 +9,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from helpers import make_plans
+from helpers import make_plans, slim_model
 
-from nnslim.compression.config import load_config
 from nnslim.errors import InputError, ModelError
 from nnslim.evaluation.agreement import Agreement
 from nnslim.evaluation.overlap import dice_per_label
-from nnslim.hosts.nnunet.compress.compress_model import compress_model
 from nnslim.hosts.nnunet.judge.agree_models import agreement_of_models, write_agreement
-from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 from nnslim.hosts.nnunet.predict.directory import predict_folder
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
-
-
-def slim_of(source: Path, target: Path, factor: float = 0.3) -> Path:
-    methods = [{"method": "tucker", "rank_factor": factor, "rank_min": 2}]
-    compress_model(read_trained_model(source), target, load_config({"version": 1, "methods": methods}))
-    return target
 
 
 def label_map(path: Path) -> np.ndarray:
@@ -52,7 +43,7 @@ def test_identical_models_agree_fully(make_model, case_folder, kind):
 
 def test_figures_are_those_of_predicted_segmentations(make_model, case_folder, labels, tmp_path):
     source = make_model(folds=(0, 1))
-    slim = slim_of(source, tmp_path / "slim")
+    slim = slim_model(source, tmp_path / "slim", 0.3)
     seen = []
     agreement = agreement_of_models(source, slim, case_folder, labels, progress=lambda *counts: seen.append(counts))
     assert seen == [(1, 3), (2, 3), (3, 3)]
@@ -71,7 +62,7 @@ def test_figures_are_those_of_predicted_segmentations(make_model, case_folder, l
 
 def test_regions_are_compared_with_labels_as_unions(make_model, case_folder, labels, tmp_path):
     source = make_model("regions")
-    agreement = agreement_of_models(source, slim_of(source, tmp_path / "slim"), case_folder, labels)
+    agreement = agreement_of_models(source, slim_model(source, tmp_path / "slim", 0.3), case_folder, labels)
     predict_folder(case_folder, tmp_path / "out", source)
     predicted, truth = label_map(tmp_path / "out" / "a.nii.gz"), label_map(labels / "a.nii.gz")
     unions = dice_per_label((predicted > 0).astype(int), (truth > 0).astype(int), (1,))
@@ -116,7 +107,7 @@ def test_write_agreement_keeps_everything_else(make_model, case_folder, tmp_path
     from matplotlib.image import imread
 
     source = make_model()
-    slim = slim_of(source, tmp_path / "slim")
+    slim = slim_model(source, tmp_path / "slim", 0.3)
     before = json.loads((slim / "nnslim.json").read_text())
     agreement = agreement_of_models(source, slim, case_folder)
     write_agreement(slim, agreement)
@@ -133,7 +124,7 @@ def test_write_agreement_keeps_everything_else(make_model, case_folder, tmp_path
 
 
 def test_write_agreement_damaged_record_is_not_overwritten(make_model, tmp_path):
-    slim = slim_of(make_model(), tmp_path / "slim")
+    slim = slim_model(make_model(), tmp_path / "slim", 0.3)
     (slim / "nnslim.json").write_text('{"spec": ')
     with pytest.raises(ModelError, match="cannot be read as JSON"):
         write_agreement(slim, Agreement(("x",)), figure=False)
@@ -203,7 +194,7 @@ def agree(command):
 
 def test_command_prints_and_writes(make_model, case_folder, labels, tmp_path, agree):
     source = make_model()
-    slim = slim_of(source, tmp_path / "slim")
+    slim = slim_model(source, tmp_path / "slim", 0.3)
     code, out, err = agree("-q", "-m", slim, "--dense", source, "-i", case_folder, "-l", labels)
     assert code == 0 and err == ""
     stored = Agreement.from_dict(json.loads((slim / "nnslim.json").read_text())["agreement"])
@@ -220,7 +211,7 @@ def test_command_faults_exit_2_before_anything_is_predicted(make_model, case_fol
     source = make_model()
     code, _, err = agree("-q", "-m", source, "--dense", source, "-i", case_folder)
     assert code == 2 and "has no nnslim.json" in err
-    slim = slim_of(source, tmp_path / "slim")
+    slim = slim_model(source, tmp_path / "slim", 0.3)
     code, _, err = agree("-q", "-m", slim, "--dense", tmp_path / "none", "-i", case_folder)
     assert code == 2 and "none is not a folder" in err
     assert not (slim / "agreement.png").exists()

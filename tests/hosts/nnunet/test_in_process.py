@@ -10,7 +10,7 @@ import nnunetv2.inference.data_iterators as data_iterators
 import nnunetv2.utilities.utils as listing
 import numpy as np
 import pytest
-from helpers import make_predictor
+from helpers import load_stock
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnslim import NNSlimContext
@@ -38,12 +38,6 @@ def no_processes(monkeypatch):
     monkeypatch.setattr(nnUNetPredictor, "predict_from_data_iterator", fail)
 
 
-def _load(model):
-    predictor = make_predictor()
-    predictor.initialize_from_trained_model_folder(str(model), (0,))
-    return predictor
-
-
 def _array(path):
     return np.asarray(nib.load(path).dataobj)
 
@@ -51,11 +45,11 @@ def _array(path):
 def test_file_is_that_of_the_workers(make_model, one_image, tmp_path, monkeypatch):
     model = make_model()
     few = {"num_processes_preprocessing": 1, "num_processes_segmentation_export": 1}
-    _load(model).predict_from_files(str(one_image), str(tmp_path / "workers"), **few)
+    load_stock(model).predict_from_files(str(one_image), str(tmp_path / "workers"), **few)
     with monkeypatch.context() as patched, NNSlimContext({"run": {"backend": "stock", "export": "stock"}}):
         patched.setattr(listing, "Pool", None)
         patched.setattr(nnUNetPredictor, "predict_from_data_iterator", None)
-        _load(model).predict_from_files(str(one_image), str(tmp_path / "new" / "here"), **few)
+        load_stock(model).predict_from_files(str(one_image), str(tmp_path / "new" / "here"), **few)
     found, expected = tmp_path / "new" / "here", tmp_path / "workers"
     assert np.array_equal(_array(found / "a.nii.gz"), _array(expected / "a.nii.gz"))
     assert {path.name for path in found.iterdir()} == {path.name for path in expected.iterdir()}
@@ -66,7 +60,7 @@ def test_file_is_that_of_the_workers(make_model, one_image, tmp_path, monkeypatc
 def test_files_by_name_and_labels_returned(make_model, one_image, tmp_path, no_processes):
     files = [[str(one_image / "a_0000.nii.gz")]]
     with NNSlimContext(DENSE):
-        predictor = _load(make_model())
+        predictor = load_stock(make_model())
         (labels,) = predictor.predict_from_files(files, None)
         predictor.predict_from_files(files, [str(tmp_path / "named" / "x")])
     assert labels.shape == (17, 20, 18)
@@ -92,7 +86,9 @@ def test_anything_else_is_left_to_nnunet(make_model, case_folder, tmp_path, monk
     }.get(case, DENSE)
     parts = (2, 1) if case == "part" else (1, 0)
     with NNSlimContext(config):
-        _load(make_model()).predict_from_files(str(case_folder), str(tmp_path / "out"), False, True, 2, 4, None, *parts)
+        load_stock(make_model()).predict_from_files(
+            str(case_folder), str(tmp_path / "out"), False, True, 2, 4, None, *parts
+        )
     assert seen == [(str(case_folder), str(tmp_path / "out"), False, True, 2, 4, None, *parts)]
     assert not (tmp_path / "out").exists()
 
@@ -111,7 +107,7 @@ def test_wrapper_put_around_it_inside_the_block_is_called_once_and_stays(make_mo
 
         nnUNetPredictor.predict_from_files = counted
         try:
-            predictor = _load(make_model())  # where the patches are looked after
+            predictor = load_stock(make_model())  # where the patches are looked after
             predictor.predict_from_files(str(one_image), str(tmp_path / "out"))
             assert vars(nnUNetPredictor)["predict_from_files"] is counted
         finally:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import slim_model
 
 from nnslim.compression.config import load_config
 from nnslim.compression.storage import half_precision
@@ -43,11 +44,6 @@ def config(tmp_path) -> Path:
     return path
 
 
-def slim_of(source: Path, target: Path) -> Path:
-    compress_model(read_trained_model(source), target, load_config({"version": 1, "methods": [METHOD]}))
-    return target
-
-
 def distance(one: torch.Tensor, other: torch.Tensor, regions: bool) -> float:
     p, q = (x.sigmoid() if regions else x.softmax(0) for x in (one, other))
     return float((p - q).square().mean())
@@ -72,7 +68,7 @@ def test_error_grid_faults_leave_nothing(make_model, tmp_path):
         error_grid_folder(read_trained_model(source), tmp_path / "out" / "grid", step=0)
     assert list((tmp_path / "out").iterdir()) == []
     with pytest.raises(ModelError, match="slim model already"):
-        error_grid_folder(read_trained_model(slim_of(source, tmp_path / "slim")), tmp_path / "out" / "grid")
+        error_grid_folder(read_trained_model(slim_model(source, tmp_path / "slim")), tmp_path / "out" / "grid")
 
 
 # --- plan ---
@@ -132,7 +128,7 @@ def test_plan_faults_exit_2(make_model, config, tmp_path, nnslim):
     (tmp_path / "none.yml").write_text("apply: false\nmethods: [{method: tucker}]\n")
     _, line = nnslim("plan", "-m", source, "-c", tmp_path / "none.yml", "-o", table, expect=2)
     assert "nothing to plan" in line
-    slim = slim_of(source, tmp_path / "slim")
+    slim = slim_model(source, tmp_path / "slim")
     assert "slim model already" in nnslim("plan", "-m", slim, "-c", config, "-o", table, expect=2)[1]
     assert not table.exists()
     table.write_text("mine")
@@ -164,7 +160,7 @@ def test_distill_comes_nearer_to_the_dense_answers(
     make_model, stock_logits, case_folder, tmp_path, nnslim, kind, folds
 ):
     source = make_model(kind, folds=folds)
-    slim = slim_of(source, tmp_path / "slim")
+    slim = slim_model(source, tmp_path / "slim")
     write_json(slim / "nnslim.json", read_json(slim / "nnslim.json") | {"agreement": {"of": "the old weights"}})
     target = tmp_path / "nnUNetTrainer__nnUNetPlansBetter__x"
     out, _ = nnslim(
@@ -190,7 +186,7 @@ def test_distill_comes_nearer_to_the_dense_answers(
 
 def test_distill_keeps_half_precision(make_model, case_folder, tmp_path):
     source = make_model()
-    slim = slim_of(source, tmp_path / "slim")
+    slim = slim_model(source, tmp_path / "slim")
     path = slim / "fold_0" / "checkpoint_final.pth"
     content = torch.load(path, weights_only=False)
     torch.save(content | {"network_weights": half_precision(content["network_weights"])}, path)
@@ -203,7 +199,7 @@ def test_distill_keeps_half_precision(make_model, case_folder, tmp_path):
 
 def test_distill_goes_on_where_it_stopped(make_model, case_folder, tmp_path, monkeypatch):
     source = make_model(folds=(0, 1))
-    slim = slim_of(source, tmp_path / "slim")
+    slim = slim_model(source, tmp_path / "slim")
     config, pair = distill_config(case_folder, steps=8, every=4), read_pair(slim, source)
     whole = distill_model(*pair, tmp_path / "whole", config)
 
@@ -234,14 +230,14 @@ def test_distill_goes_on_where_it_stopped(make_model, case_folder, tmp_path, mon
 
 def test_distill_reports_the_estimated_drop(make_model, case_folder, tmp_path):
     source = make_model()
-    pair = read_pair(slim_of(source, tmp_path / "slim"), source)
+    pair = read_pair(slim_model(source, tmp_path / "slim"), source)
     recovery = distill_model(*pair, tmp_path / "out", distill_config(case_folder, steps=20, learning_rate=3e-3))[0]
     assert np.isnan(recovery.before) or recovery.after <= recovery.before  # the best state is kept
 
 
 def test_distill_refuses_a_teacher_that_does_not_belong(make_model, tmp_path):
     source = make_model(folds=(0,))
-    slim = slim_of(source, tmp_path / "slim")
+    slim = slim_model(source, tmp_path / "slim")
     for kind, message in (
         ("residual", "of another structure"),
         ("anisotropic", "other labels or another preprocessing|of another structure"),
@@ -260,7 +256,7 @@ def test_distill_refuses_a_teacher_that_does_not_belong(make_model, tmp_path):
 
 def test_distill_faults_exit_2_before_the_work(make_model, case_folder, tmp_path, nnslim, monkeypatch):
     source = make_model()
-    slim, out = slim_of(source, tmp_path / "slim"), tmp_path / "out"
+    slim, out = slim_model(source, tmp_path / "slim"), tmp_path / "out"
     common = ("distill", "-m", slim, "--teacher", source, "-i", case_folder, "-o")
     assert "nothing to do" in nnslim(*common, out, "--steps", 0, expect=2)[1]
     assert "learning_rate" in nnslim(*common, out, "--learning-rate", -1, expect=2)[1]

@@ -13,14 +13,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK
+from helpers import slim_model
 from html_tree import numbers, parse, rows
 
 from nnslim.cli import main
-from nnslim.compression.config import load_config
 from nnslim.errors import InputError, ModelError
 from nnslim.evaluation.agreement import CaseAgreement
 from nnslim.files import sha256_of
-from nnslim.hosts.nnunet.compress.compress_model import compress_model
 from nnslim.hosts.nnunet.judge.agree_models import agreement_of_models, write_agreement
 from nnslim.hosts.nnunet.judge.report_data import ReportSettings, gather, write_page
 from nnslim.hosts.nnunet.judge.scenes import representative, to_canonical
@@ -31,14 +30,6 @@ from nnslim.methods.tucker.layers import TuckerConv, kernel_of
 from nnslim.network.walk import LayerIndex
 
 SCRIPT = "(function(a){})(globalThis);/* Niivue */"
-
-
-def slim_of(source: Path, target: Path, images: Path | None = None) -> Path:
-    """A slim folder; no guard, since networks this narrow have nothing to gain."""
-    methods = [{"method": "tucker", "rank_factor": 0.4, "rank_min": 2}]
-    config = load_config({"version": 1, "methods": methods, "run": {"guard": False}})
-    compress_model(read_trained_model(source), target, config, images=images)
-    return target
 
 
 @pytest.fixture
@@ -60,7 +51,7 @@ def canonical(path: Path) -> nib.Nifti1Image:
 
 def test_page_shows_what_both_models_predict(make_model, case_folder, labels, niivue, tmp_path, monkeypatch, capsys):
     source = make_model(folds=(0, 1))
-    slim = slim_of(source, tmp_path / "slim")
+    slim = slim_model(source, tmp_path / "slim", guard=False)
     page = tmp_path / "out.html"
     arguments = ["-m", slim, "-o", page, "--dense", source, "-i", case_folder, "-l", labels]
     monkeypatch.setattr(
@@ -112,7 +103,7 @@ def main_exits_with(expected: int) -> None:
 @pytest.mark.parametrize("kind", ["2d", "regions", "anisotropic", "residual"])
 def test_report_of_every_kind_of_model(make_model, case_folder, niivue, tmp_path, kind):
     source = make_model(kind)
-    slim = slim_of(source, tmp_path / "slim")
+    slim = slim_model(source, tmp_path / "slim", guard=False)
     settings = ReportSettings(source, case_folder, viewer=True, niivue=niivue)
     page, data = write_page(slim, None, settings)
     assert page == slim / "report.html"
@@ -130,7 +121,7 @@ def test_report_of_every_kind_of_model(make_model, case_folder, niivue, tmp_path
 
 def test_recorded_agreement_is_used_where_it_has_all_cases(make_model, case_folder, labels, tmp_path):
     source = make_model()
-    slim = slim_of(source, tmp_path / "slim")
+    slim = slim_model(source, tmp_path / "slim", guard=False)
     agreement = agreement_of_models(source, slim, case_folder, labels)
     agreement.cases[1].classes["one"] = replaced = agreement.cases[1].classes["two"]  # to be known again
     write_agreement(slim, agreement, figure=False)
@@ -145,7 +136,7 @@ def test_recorded_agreement_is_used_where_it_has_all_cases(make_model, case_fold
 
 def test_errors_of_layers_are_those_of_their_weights(make_model, tmp_path):
     source = make_model()
-    slim = slim_of(source, tmp_path / "slim")
+    slim = slim_model(source, tmp_path / "slim", guard=False)
     dense, made = (LayerIndex(build_network(read_trained_model(path))) for path in (source, slim))
     record = json.loads((slim / "nnslim.json").read_text())
     checked = 0
@@ -165,7 +156,10 @@ def test_errors_of_layers_that_are_fitted_are_those_of_the_fit(make_model, case_
     source = make_model()
     fitted, plain = (
         {layer["layer"]: layer["error"] for layer in json.loads((slim / "nnslim.json").read_text())["layers"]}
-        for slim in (slim_of(source, tmp_path / "fitted", case_folder), slim_of(source, tmp_path / "plain"))
+        for slim in (
+            slim_model(source, tmp_path / "fitted", images=case_folder, guard=False),
+            slim_model(source, tmp_path / "plain", guard=False),
+        )
     )
     known = [name for name, error in fitted.items() if error is not None]
     assert known == [name for name, error in plain.items() if error is not None]
@@ -218,8 +212,8 @@ def test_representative_cases():
 
 def test_names_of_models_and_tables(make_model, tmp_path):
     source = make_model()
-    slim = slim_of(source, tmp_path / "mine" / source.name)
-    other = slim_of(source, tmp_path / "other" / source.name)
+    slim = slim_model(source, tmp_path / "mine" / source.name, guard=False)
+    other = slim_model(source, tmp_path / "other" / source.name, guard=False)
     scores = tmp_path / "scores.csv"
     scores.write_text("case,label,dice,nsd\na,1,0.5,0.6\n")
     data = gather(slim, ReportSettings(others=[str(other), f"x={other}"], scores=[str(scores), f"dense={scores}"]))
@@ -232,7 +226,7 @@ def test_names_of_models_and_tables(make_model, tmp_path):
 
 def test_sizes_of_checkpoints(make_model, tmp_path):
     source = make_model(folds=(0, 1))
-    slim = slim_of(source, tmp_path / "slim")
+    slim = slim_model(source, tmp_path / "slim", guard=False)
     page, data = write_page(slim)
     files = [[folder / f"fold_{fold}" / "checkpoint_final.pth" for fold in "01"] for folder in (source, slim)]
     dense, small = ([path.stat().st_size for path in paths] for paths in files)
@@ -253,7 +247,7 @@ def test_sizes_of_checkpoints(make_model, tmp_path):
 )
 def test_faults_exit_2_with_one_line(make_model, case_folder, niivue, tmp_path, monkeypatch, capsys, fault):
     source = make_model()
-    slim = slim_of(source, tmp_path / "slim")
+    slim = slim_model(source, tmp_path / "slim", guard=False)
     arguments: list[object] = ["-m", slim]
     if fault == "dense folder":
         arguments, expected = ["-m", source], "has no nnslim.json"
@@ -283,7 +277,7 @@ def test_faults_exit_2_with_one_line(make_model, case_folder, niivue, tmp_path, 
 
 def test_cascade_is_shown_with_the_stage_before(make_model, case_folder, labels, tmp_path):
     source = make_model("cascade")
-    slim = slim_of(source, tmp_path / "slim")
+    slim = slim_model(source, tmp_path / "slim", guard=False)
     (case_folder / "c_0000.nii.gz").unlink()
     with pytest.raises(ModelError, match="3d_lowres"):
         gather(slim, ReportSettings(source, case_folder))
