@@ -145,7 +145,7 @@ def test_mirrored_tiles_follow_their_originals_where_the_model_may_be_mirrored(m
     for tile, mirrored in zip(plain, made[1::2], strict=True):
         assert any(torch.equal(tile.flip(chosen), mirrored) for chosen in choices)
     assert all(torch.equal(one, two) for one, two in zip(made, both, strict=True))
-    images.source = dataclasses.replace(images.source, mirror_axes=None)
+    images = dataclasses.replace(images, source=dataclasses.replace(images.source, mirror_axes=None))
     assert len(list(ImageTiles(images, 4, seed=1, mirrored=True))) == 4
 
 
