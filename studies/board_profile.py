@@ -23,7 +23,7 @@ from typing import Any
 
 from nnslim.errors import ConfigError, InputError, NNSlimError
 from nnslim.files import make_folder, write_json
-from nnslim.running.memory import peak_bytes
+from nnslim.running.machine import peak_bytes
 from studies.command import new_parser, run_command
 
 _MARK = "nnslim-profile: "

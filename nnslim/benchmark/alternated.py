@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from nnslim.errors import NNSlimError
-from nnslim.running.memory import available_bytes, peak_bytes, refuse_beyond, reset_peak
+from nnslim.running.machine import available_bytes, keep_heap, peak_bytes, refuse_beyond, reset_peak
 from nnslim.running.timing import timed
 
 Progress = Callable[[str, int, int], None]
@@ -30,7 +30,7 @@ class Candidate:
     Attributes:
         run: one pass, finished when it returns; a dict that it returns is kept with the time.
         facts: what is known before the first pass, as JSON values.
-        keep_heap: see `nnslim.running.allocator`.
+        keep_heap: see `nnslim.running.machine`.
     """
 
     run: Callable[[], Any]
@@ -231,8 +231,6 @@ def _obey(order: str, candidate: Candidate, heap: ExitStack) -> dict[str, Any]:
 
 def _hold_heap(candidate: Candidate, heap: ExitStack) -> None:
     if candidate.keep_heap:
-        from nnslim.running.allocator import keep_heap  # here: jobs without torch start fast
-
         heap.enter_context(keep_heap())
 
 

@@ -19,7 +19,7 @@ from nnslim.files import save_checkpoint
 from nnslim.network.cost import Cost, measure_cost
 from nnslim.optional import needed
 from nnslim.running.engine import BACKENDS, Settings, make_engine
-from nnslim.running.processor import cpu_name
+from nnslim.running.machine import cpu_name
 
 # What people would do without nnslim; here to be compared with.
 REFERENCES = ("stock-compile", "openvino-plain")

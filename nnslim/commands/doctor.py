@@ -11,7 +11,7 @@ import typer
 
 from nnslim._version import __version__
 from nnslim.errors import HostError
-from nnslim.running.processor import cpu_flags, cpu_name, has_fast_bfloat16
+from nnslim.running.machine import cpu_flags, cpu_name, has_fast_bfloat16, heap_can_be_kept, machine_threads
 
 _PACKAGES = (
     ("nnunetv2", "the host"),
@@ -88,14 +88,14 @@ def _processor() -> list[str]:
 
     flags = cpu_flags()
     wide = [name for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8") if name in flags]
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = machine_threads()
     lines = [
-        f"{cpu_name()}, {affinity} core(s) for this process, torch uses {torch.get_num_threads()} thread(s)",
+        f"{cpu_name()}, {threads} core(s) for this process, torch uses {torch.get_num_threads()} thread(s)",
         f"features: {', '.join(wide) or 'none of avx2, avx512, vnni, bf16, amx'}",
     ]
     cap = os.environ.get("nnUNet_def_n_proc", "8")
-    if affinity and int(cap) < affinity:
-        lines.append(f"nnU-Net caps torch at {cap} threads; nnUNet_def_n_proc={affinity} lets it use all cores")
+    if int(cap) < threads:
+        lines.append(f"nnU-Net caps torch at {cap} threads; nnUNet_def_n_proc={threads} lets it use all cores")
     if not has_fast_bfloat16():
         lines.append("bf16 and fp16 have no fast path on this processor")
     if "avx512_vnni" in flags or "avx_vnni" in flags:
@@ -118,7 +118,7 @@ def _gpu() -> list[str]:
 def _backends() -> list[str]:
     import torch
 
-    from nnslim.running import allocator, native
+    from nnslim.running import native
     from nnslim.running.engine import candidates
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -130,7 +130,7 @@ def _backends() -> list[str]:
         lines.append(f"native kernels: not built by {compiler}, or switched off by NNSLIM_NATIVE=0")
     else:
         lines.append(f"native kernels: built by {compiler}")
-    heap = "is kept between tiles" if allocator.available() else "is left alone (not glibc)"
+    heap = "is kept between tiles" if heap_can_be_kept() else "is left alone (not glibc)"
     lines.append(f"heap {heap}")
     return lines
 

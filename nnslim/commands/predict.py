@@ -151,7 +151,7 @@ def _folder_settings(
     parts: int | None,
     address: str | None,
 ) -> FolderSettings:
-    from nnslim.prediction.engines import Crew, crew_here
+    from nnslim.prediction.case import Crew, crew_here
     from nnslim.prediction.engines.slurm import part_of
     from nnslim.prediction.run_directory import FolderSettings
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nnslim._version import __version__
+from nnslim.errors import HostError
+from nnslim.running.machine import machine_threads
 
 
 @dataclass(frozen=True)
@@ -96,15 +98,12 @@ class Model(Protocol):
 
     def read(self, case: Case) -> Any:
         """Return what `forward` needs."""
-        ...
 
     def forward(self, case: Case, data: Any) -> Any:
         """Return what `write` needs."""
-        ...
 
     def write(self, case: Case, result: Any, beside: Path) -> None:
         """Write the file or folder `beside`, which ends as `case.target` does."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -116,17 +115,38 @@ class Place:
     gpu: int | None = None
 
 
+@dataclass(frozen=True)
+class Crew:
+    """How many workers there are, and what each has.
+
+    Attributes:
+        workers: at least 1; 0 lets a cluster decide: one per GPU, else one per machine.
+        threads: CPU threads of each; None: all that a worker's machine has.
+        gpus: how many there are; worker i takes number i modulo this. 0: none is used.
+        overlap: reading, forward pass and writing of neighbouring cases at the same time.
+        address: of a Ray cluster; None: the running one, else one of its own.
+    """
+
+    workers: int = 1
+    threads: int | None = None
+    gpus: int = 0
+    overlap: bool = True
+    address: str | None = None
+
+    def gpu(self, index: int) -> int | None:
+        """Return the GPU of a worker."""
+        return index % self.gpus if self.gpus else None
+
+
 class PredictionJob(Protocol):
     """What is sent to a worker: small, can be pickled, and imports little before it is opened."""
 
     @property
     def first_alone(self) -> bool:
         """Whether one worker should load first because it leaves something on disk for the others."""
-        ...
 
     def stamp(self) -> tuple[str, dict[str, str]]:
         """Return the identity of the model with its settings, and the versions; see `Record`."""
-        ...
 
     def open(self, place: Place) -> AbstractContextManager[Model]:
         """Load the model.
@@ -134,7 +154,31 @@ class PredictionJob(Protocol):
         Raises:
             NNSlimError: it cannot be used; the whole run ends.
         """
-        ...
 
 
 Report = Callable[[Record], None]
+
+
+def crew_here(device: str, workers: int | None, threads: int | None, *, overlap: bool = True) -> tuple[str, Crew]:
+    """Return the engine and the crew for this machine: one worker per GPU, or the CPUs divided between the workers.
+
+    Args:
+        device: cpu, cuda or mps.
+        workers: None: one per GPU; without GPUs, or with one, this process alone.
+        threads: of each worker; None: an equal share of the CPUs that this process may use.
+        overlap: see `Crew`.
+    Raises:
+        HostError: cuda is asked for, and is not available.
+    """
+    gpus = 0
+    if device == "cuda":
+        import torch
+
+        gpus = torch.cuda.device_count()
+        if not gpus:
+            raise HostError("device cuda was asked for, but torch finds no CUDA device; use --device cpu")
+    count = workers or max(gpus, 1)
+    if threads is None and count > 1:
+        threads = max(machine_threads() // count, 1)
+    engine = "local" if workers is not None or count > 1 else "here"
+    return engine, Crew(count, threads, gpus, overlap)

@@ -29,14 +29,9 @@ class Manifest:
     """
 
     def __init__(self, folder: Path, part: tuple[int, int] | None = None) -> None:
-        """Name the files; nothing is written.
-
-        Args:
-            part: (number, count) of this run among those that share the folder; None for the only one.
-        """
-        self.folder = folder
+        """Name the files of one run: of (number, count) runs that share the folder, or the only one (None)."""
+        self.folder, self._part = folder, part
         self._whole = folder / NAME
-        self._part = part
         suffix = "" if part is None else _part_name(*part)
         self.path = self._whole if part is None else folder / f"{suffix}{_ACTIVE}"
         self._started = folder / f"{_STARTED}{suffix}"
@@ -86,11 +81,7 @@ class Manifest:
 
     def begun(self) -> Counter[str]:
         """Return how often each case was begun by runs that did not come to their end."""
-        names: Counter[str] = Counter()
-        for line in _lines(self._started):
-            with suppress(ValueError, TypeError, KeyError):
-                names[json.loads(line)["name"]] += 1
-        return names
+        return Counter(content["name"] for content in _contents(self._started) if "name" in content)
 
     def _parts(self) -> list[Path]:
         return sorted(path for end in (_ACTIVE, _COMPLETE) for path in self.folder.glob(f"{_PART}*{end}"))
@@ -177,18 +168,22 @@ def _lines(path: Path) -> list[str]:
     return [line for line in text.split("\n") if line.strip()]
 
 
+def _contents(path: Path) -> Iterator[dict]:
+    """Yield the objects of a file of JSON lines; lines that are torn are passed over."""
+    for line in _lines(path):
+        with suppress(ValueError):
+            if isinstance(content := json.loads(line), dict):
+                yield content
+
+
 def _part_name(number: int, count: int) -> str:
     return f"{_PART}{number:04d}-of-{count:04d}"
 
 
 def _latest(paths: Iterable[Path]) -> dict[str, Record]:
     found: dict[str, Record] = {}
-    for line in (line for path in paths for line in _lines(path)):
-        try:
-            content = json.loads(line)
-        except ValueError:
-            continue
-        record = Record.from_json(content) if isinstance(content, dict) else None
+    for content in (content for path in paths for content in _contents(path)):
+        record = Record.from_json(content)
         if record is not None and (record.name not in found or found[record.name].time <= record.time):
             found[record.name] = record
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import re
 import secrets
 import shutil
 import socket
@@ -19,10 +20,9 @@ from nnslim.errors import InputError, NNSlimError, kind_and_line
 from nnslim.files import output_error
 from nnslim.prediction.case import Case, Model, Record, Report, now
 from nnslim.prediction.manifest import checksum
-from nnslim.running.memory import PeakMeter
+from nnslim.running.machine import PeakMeter
 
-_PREFIX = ".nnslim-"
-_TOKEN = 8  # hexadecimal digits
+_LEFTOVER = re.compile(r"\.nnslim-[0-9a-f]{8}-(.*)", re.DOTALL)  # see `_beside`
 _log = logging.getLogger("nnslim")
 
 
@@ -90,7 +90,7 @@ class Pipeline:
             raise faults[0]
 
     def _read(self, case: Case) -> _Work:
-        work = _Work(case, self._output, self._peaks.begin(), time.perf_counter())
+        work = _Work(case, self._output, self._peaks.begin())
         with work.stage("read"):
             work.input = input_facts(case.files)
             work.content = self._model.read(case)
@@ -131,12 +131,9 @@ class Pipeline:
 class _Work:
     """A case on its way through the stages."""
 
-    def __init__(self, case: Case, output: Path, peak: int, begun: float) -> None:
-        self.case = case
-        self.peak = peak
-        self.begun = begun
-        self.target = output / case.target
-        self.beside = output / _beside(case.target)
+    def __init__(self, case: Case, output: Path, peak: int) -> None:
+        self.case, self.peak, self.begun = case, peak, time.perf_counter()
+        self.target, self.beside = output / case.target, output / _beside(case.target)
         self.input: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
         self.content: Any = None
@@ -163,7 +160,7 @@ class _Work:
 
 
 def _beside(target: str) -> str:
-    return f"{_PREFIX}{secrets.token_hex(_TOKEN // 2)}-{target}"
+    return f".nnslim-{secrets.token_hex(4)}-{target}"
 
 
 def input_facts(files: tuple[Path, ...]) -> dict[str, float]:
@@ -175,19 +172,9 @@ def input_facts(files: tuple[Path, ...]) -> dict[str, float]:
     return {"bytes": sum(stat.st_size for stat in found), "time": round(max(stat.st_mtime for stat in found), 3)}
 
 
-def leftover_of(path: Path) -> str | None:
-    """Return the target whose unfinished file or folder this is, None where it is something else."""
-    name = path.name
-    if not name.startswith(_PREFIX):
-        return None
-    token, dash, target = name[len(_PREFIX) :].partition("-")
-    mine = dash and len(token) == _TOKEN and all(letter in "0123456789abcdef" for letter in token)
-    return target if mine else None
-
-
 def remove_leftovers(output: Path, targets: set[str]) -> int:
     """Remove what runs that were killed left half-written of these targets; return how many there were."""
-    found = [path for path in output.glob(f"{_PREFIX}*") if leftover_of(path) in targets]
+    found = [path for path in output.iterdir() if (match := _LEFTOVER.fullmatch(path.name)) and match[1] in targets]
     for path in found:
         _remove(path)
     return len(found)

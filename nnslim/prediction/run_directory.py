@@ -11,13 +11,15 @@ from pathlib import Path
 
 from nnslim.errors import ConfigError, InputError, OutputError, nearest
 from nnslim.files import make_folder
-from nnslim.prediction.case import Case, Place, PredictionJob, Record, Report, now
-from nnslim.prediction.engines import Crew, Engine
+from nnslim.prediction.case import Case, Crew, Place, PredictionJob, Record, Report, now
 from nnslim.prediction.manifest import NAME, Manifest, alone, checksum
 from nnslim.prediction.pipeline import Pipeline, input_facts, remove_leftovers
 from nnslim.prediction.schedule import Schedule, in_order, share
 
 _ENGINES = {"here": __name__, "local": "nnslim.prediction.engines.local", "ray": "nnslim.prediction.engines.ray_actors"}
+# Predicts into a folder until the schedule is empty, and reports each case once, in the calling thread or another one;
+# raises an NNSlimError where the model cannot be loaded, or workers die before they have loaded it.
+Engine = Callable[[PredictionJob, Schedule, Path, Crew, Report], None]
 _log = logging.getLogger("nnslim")
 
 
@@ -61,11 +63,12 @@ def run_folder(
         HostError, ModelError: the model cannot be used.
         ConfigError: no such engine.
     """
-    engine = _engine(settings.engine)
-    if settings.part is not None:
+    if settings.engine not in _ENGINES:
+        raise ConfigError(f"no engine '{settings.engine}'; {nearest(settings.engine, _ENGINES)}")
+    engine: Engine = importlib.import_module(_ENGINES[settings.engine]).run
+    if shared := settings.part is not None:
         cases = share(cases, *settings.part)
     targets = {case.target for case in cases}
-    shared = settings.part is not None
     with _folder(output, shared), alone(output, shared=shared):
         _spare_images(cases, output)
         manifest = Manifest(output, settings.part)
@@ -101,12 +104,10 @@ def _folder(output: Path, shared: bool) -> Iterator[None]:
 def _spare_images(cases: Sequence[Case], output: Path) -> None:
     """Refuse an output folder in which a result has the place of an image, or of the folder that holds it."""
     folder = output.resolve()
-    for case in cases:
-        target = folder / case.target
-        for file in case.files:
-            place = file.parent.resolve() / file.name
-            if target == place or target in place.parents:
-                raise OutputError(f"the result {target} would replace the image {place}; choose another output folder")
+    places = [(folder / case.target, file.parent.resolve() / file.name) for case in cases for file in case.files]
+    for target, place in places:
+        if target == place or target in place.parents:
+            raise OutputError(f"the result {target} would replace the image {place}; choose another output folder")
 
 
 @dataclass
@@ -174,12 +175,6 @@ def _is_whole(record: Record, case: Case, target: Path) -> bool:
     if found and found != record.sha256:
         _log.warning("%s is not what was written (another checksum); it is predicted again", target)
     return found == record.sha256 != ""
-
-
-def _engine(name: str) -> Engine:
-    if name not in _ENGINES:
-        raise ConfigError(f"no engine '{name}'; {nearest(name, _ENGINES)}")
-    return importlib.import_module(_ENGINES[name]).run  # type: ignore[no-any-return]
 
 
 def run(job: PredictionJob, schedule: Schedule, output: Path, crew: Crew, report: Report) -> None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from nnslim.resampling.resample import Axis, Grid, slabs, two_taps
+from nnslim.resampling.resample import Axis, Grid, blocks, slabs, times, two_taps
 from nnslim.running.native import kernels
 
 _BLOCK = 32  # output voxels along each axis
@@ -58,10 +58,9 @@ def label_map(
     if scores.stride(0) < scores.stride(3) and grid.convex and len(out) > _SLICES:
         # Classes last: class by class, that is one number per cache line. A few slices at a time are put in order.
         whole = True
-        for low in range(0, len(out), _SLICES):
-            high = min(low + _SLICES, len(out))
+        for low, high in blocks(len(out), _SLICES):
             begin, end, axis = grid.axes[0].piece(low, high)
-            piece = Grid((axis, *grid.axes[1:]), grid.last_axis, grid.clip)
+            piece = replace(grid, axes=(axis, *grid.axes[1:]))
             given = scores[:, begin:end].contiguous()
             whole &= label_map(given, piece, out[low:high], regions=regions, rounded=rounded)
         return whole
@@ -74,10 +73,10 @@ def label_map(
     if grid.convex:
         _by_blocks(scores, grid, out, regions, rounded)
         return True
-    front = grid.last_axis or 0
-    for target, parts in _slabs_of_classes(scores, grid, out.movedim(front, 0)):
-        vote = _Vote(target, regions)
-        for number, part in enumerate(parts):
+    walks = [slabs(volume, grid) for volume in scores]
+    for low, high, first in walks[0]:
+        vote = _Vote(out.movedim(grid.last_axis or 0, 0)[low:high], regions)
+        for number, part in enumerate(itertools.chain((first,), (next(walk)[2] for walk in walks[1:]))):
             vote.add(number, _round(part, rounded))
     return True
 
@@ -149,20 +148,12 @@ class _Vote:
             torch.maximum(self._best, scores, out=self._best)
 
 
-def _slabs_of_classes(scores: Tensor, grid: Grid, out: Tensor) -> Iterator[tuple[Tensor, Iterator[Tensor]]]:
-    """Yield each slab of the result, and the same slab of the classes one after the other."""
-    walks = [slabs(volume, grid) for volume in scores]
-    for low, high, first in walks[0]:
-        rest = (next(walk)[2] for walk in walks[1:])
-        yield out[low:high], itertools.chain((first,), rest)
-
-
 def _round(scores: Tensor, dtype: torch.dtype | None) -> Tensor:
     return scores if dtype in (None, scores.dtype) else scores.to(dtype).to(scores.dtype)
 
 
 def _by_blocks(scores: Tensor, grid: Grid, out: Tensor, regions: Regions | None, rounded: torch.dtype | None) -> None:
-    cuts = [_cuts(axis) for axis in grid.axes]
+    cuts = [blocks(axis.size[1], _BLOCK) for axis in grid.axes]
     for d_low, d_high in cuts[0]:
         begin, end, _ = grid.axes[0].part(d_low, d_high)
         box = scores[:, begin:end]
@@ -171,32 +162,23 @@ def _by_blocks(scores: Tensor, grid: Grid, out: Tensor, regions: Regions | None,
             begin, end, _ = grid.axes[1].part(h_low, h_high)
             lows, highs = _column_bounds(low[:, begin:end], high[:, begin:end], grid.axes[2], cuts[2])
             contenders, sure = _contenders(lows, highs, regions, _margin(scores, rounded))
-            for number, (w_low, w_high) in enumerate(cuts[2]):
-                classes = contenders[number]
+            for (w_low, w_high), classes, settled in zip(cuts[2], contenders, sure, strict=True):
                 target = out[d_low:d_high, h_low:h_high, w_low:w_high]
-                if sure[number]:
+                if settled:
                     target.fill_(regions.labels[classes[-1]] if regions and classes else classes[0] if classes else 0)
                     continue
-                parts = _block(box, grid, classes, (d_low, d_high), (h_low, h_high), (w_low, w_high))
                 vote = _Vote(target, regions)
-                for group, part in parts:
+                for group, part in _block(box, grid, classes, (d_low, d_high), (h_low, h_high), (w_low, w_high)):
                     for which, values in zip(group, _round(part, rounded), strict=True):
                         vote.add(which, values)
-
-
-def _cuts(axis: Axis) -> list[tuple[int, int]]:
-    size = axis.size[1]
-    return [(low, min(low + _BLOCK, size)) for low in range(0, size, _BLOCK)]
 
 
 def _column_bounds(low: Tensor, high: Tensor, axis: Axis, cuts: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """(C, n, W) bounds of a row of boxes -> (C, blocks) of each."""
     low, high = low.amin(1), high.amax(1)
-    spans = [axis.part(*cut)[:2] for cut in cuts]
-    return (
-        torch.stack([low[:, begin:end].amin(1) for begin, end in spans], 1).float(),
-        torch.stack([high[:, begin:end].amax(1) for begin, end in spans], 1).float(),
-    )
+    spans = [slice(*axis.part(*cut)[:2]) for cut in cuts]
+    lows, highs = [low[:, span].amin(1) for span in spans], [high[:, span].amax(1) for span in spans]
+    return torch.stack(lows, 1).float(), torch.stack(highs, 1).float()
 
 
 def _margin(scores: Tensor, rounded: torch.dtype | None) -> float:
@@ -230,16 +212,10 @@ def _block(
     """Yield groups of classes with their scores (k, d', h', w') on a block of the result."""
     parts = [axis.part(*span) for axis, span in zip(grid.axes, spans, strict=True)]
     (_, _, across), (h_begin, h_end, rows), (w_begin, w_end, columns) = parts
-    size = len(across) * len(rows) * len(columns)
-    step = max(1, _AT_ONCE // size)
-    for start in range(0, len(classes), step):
-        group = classes[start : start + step]
+    for start, end in blocks(len(classes), max(1, _AT_ONCE // (len(across) * len(rows) * len(columns)))):
+        group = classes[start:end]
         index = torch.tensor(group, device=box.device)
         values = box[:, :, h_begin:h_end, w_begin:w_end].index_select(0, index).float()
-        if not grid.axes[2].identity:
-            values = values @ columns.T
-        if not grid.axes[1].identity:
-            values = rows @ values
-        if not grid.axes[0].identity:
-            values = (across @ values.flatten(-2)).unflatten(-1, values.shape[-2:])
+        for number, weights in ((2, columns), (1, rows), (0, across)):
+            values = values if grid.axes[number].identity else times(weights, values, number - 3)
         yield group, values

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class Axis:
 
     def to(self, device: torch.device) -> Axis:
         """Return it with the weights on a device."""
-        return Axis(self.weights.to(device), self.first, self.last, self.identity, self.convex)
+        return replace(self, weights=self.weights.to(device))
 
 
 def _axis(weights: np.ndarray) -> Axis:
@@ -104,10 +104,7 @@ def spline_weights(n_in: int, n_out: int, order: int) -> np.ndarray:
     if n_in == n_out:
         return np.eye(n_in)
     factor = 1 / np.divide(n_in, n_out)  # skimage's way to say it, digit by digit
-    answer = ndimage.zoom(np.eye(n_in), (factor, 1.0), order=order, mode="nearest", grid_mode=True)
-    if answer.shape != (n_out, n_in):
-        raise AssertionError(f"zoom {n_in} -> {n_out} gave {answer.shape}")
-    return answer
+    return ndimage.zoom(np.eye(n_in), (factor, 1.0), order=order, mode="nearest", grid_mode=True)
 
 
 @functools.lru_cache(maxsize=64)
@@ -162,7 +159,12 @@ class Grid:
 
     def to(self, device: torch.device) -> Grid:
         """Return it with the weights on a device."""
-        return Grid(tuple(axis.to(device) for axis in self.axes), self.last_axis, self.clip)  # type: ignore[arg-type]
+        return replace(self, axes=tuple(axis.to(device) for axis in self.axes))
+
+
+def blocks(size: int, length: int) -> list[tuple[int, int]]:
+    """Return where blocks of an axis begin and end; the last one may be shorter."""
+    return [(low, min(low + length, size)) for low in range(0, size, length)]
 
 
 def along(tensor: Tensor, axis: Axis, dim: int) -> Tensor:
@@ -177,22 +179,19 @@ def along(tensor: Tensor, axis: Axis, dim: int) -> Tensor:
         return tensor
     n_in, n_out = axis.size
     if n_in <= _COLUMNS:
-        return _times(axis.weights, tensor, dim)
+        return times(axis.weights, tensor, dim)
     made = tensor.new_empty([n_out if d == dim + tensor.ndim else n for d, n in enumerate(tensor.shape)])
-    for low in range(0, n_out, _COLUMNS):
-        high = min(low + _COLUMNS, n_out)
+    for low, high in blocks(n_out, _COLUMNS):
         begin, end, weights = axis.part(low, high)
-        made.narrow(dim, low, high - low).copy_(_times(weights, tensor.narrow(dim, begin, end - begin), dim))
+        made.narrow(dim, low, high - low).copy_(times(weights, tensor.narrow(dim, begin, end - begin), dim))
     return made
 
 
-def _times(weights: Tensor, tensor: Tensor, dim: int) -> Tensor:
+def times(weights: Tensor, tensor: Tensor, dim: int) -> Tensor:
+    """Multiply (n_out, n_in) weights to axis `dim`, -1 to -3, of (..., n_in, ...)."""
     if dim == -1:
         return tensor @ weights.T
-    if dim == -2:
-        return weights @ tensor
-    flat = tensor.flatten(-2)
-    return (weights @ flat).unflatten(-1, tensor.shape[-2:])
+    return weights @ tensor if dim == -2 else (weights @ tensor.flatten(-2)).unflatten(-1, tensor.shape[-2:])
 
 
 def slabs(volume: Tensor, grid: Grid, length: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
@@ -210,28 +209,20 @@ def slabs(volume: Tensor, grid: Grid, length: int | None = None) -> Iterator[tup
     volume = volume.permute(order)
     across, *plane = (grid.axes[axis] for axis in order)
     bounds = _bounds(volume, grid)
-    step = length or slab_length(grid)
-    for low in range(0, across.size[1], step):
-        high = min(low + step, across.size[1])
+    length = length or max(8, _SLAB // (max(plane[0].size) * max(plane[1].size)))
+    for low, high in blocks(across.size[1], length):
         begin, end, weights = across.part(low, high)
         slab = volume[begin:end].float()
         if grid.last_axis is None:
-            slab = slab if across.identity else _times(weights, slab, -3)
+            slab = slab if across.identity else times(weights, slab, -3)
             slab = along(along(slab, plane[1], -1), plane[0], -2)
             slab = slab if bounds is None else slab.clamp(*bounds)
         else:
             slab = along(along(slab, plane[1], -1), plane[0], -2)
             if bounds is not None:
                 slab = torch.minimum(torch.maximum(slab, bounds[0][begin:end]), bounds[1][begin:end])
-            slab = slab if across.identity else _times(weights, slab, -3)
+            slab = slab if across.identity else times(weights, slab, -3)
         yield low, high, slab
-
-
-def slab_length(grid: Grid) -> int:
-    """Return a number of output slices that keeps a slab small, at least 8."""
-    front = grid.last_axis or 0
-    plane = [max(axis.size) for number, axis in enumerate(grid.axes) if number != front]
-    return max(8, _SLAB // (plane[0] * plane[1]))
 
 
 def _bounds(volume: Tensor, grid: Grid) -> tuple[Tensor, Tensor] | None:

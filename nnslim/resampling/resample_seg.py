@@ -8,11 +8,12 @@ there is more than one label.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
-from nnslim.resampling.resample import mapped_axis, spline_weights
+from nnslim.resampling.resample import blocks, mapped_axis, spline_weights
 
 _BLOCK = 32  # output voxels along each axis
 
@@ -23,10 +24,7 @@ def _taps(n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Beyond the edges both inputs are the outermost voxel; their weights still add up in the last bit as they do there.
     """
-    if n_in == n_out:
-        where = np.arange(n_in, dtype=float)
-    else:
-        where = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
+    where = np.arange(n_in, dtype=float) if n_in == n_out else (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
     first = np.floor(where)
     far = where - first
     inputs = np.stack([first, first + 1]).astype(int).clip(0, n_in - 1)
@@ -62,32 +60,25 @@ def _fill(seg: np.ndarray, out: np.ndarray) -> None:
         out[...] = seg
         return
     taps = [_taps(n, m) for n, m in zip(seg.shape, out.shape, strict=True)]
-    for d in range(0, out.shape[0], _BLOCK):
-        for h in range(0, out.shape[1], _BLOCK):
-            for w in range(0, out.shape[2], _BLOCK):
-                corner = (d, h, w)
-                block = tuple(slice(at, min(at + _BLOCK, n)) for at, n in zip(corner, out.shape, strict=True))
-                inputs = [tap[0][:, part] for tap, part in zip(taps, block, strict=True)]
-                box = tuple(slice(int(tap.min()), int(tap.max()) + 1) for tap in inputs)
-                labels = seg[box]
-                if labels.min() == labels.max():
-                    out[block] = labels.flat[0]
-                else:
-                    out[block] = _vote(seg, np.unique(labels), block, taps)
+    for spans in itertools.product(*(blocks(n, _BLOCK) for n in out.shape)):
+        block = tuple(slice(*span) for span in spans)
+        inputs = [tap[0][:, part] for tap, part in zip(taps, block, strict=True)]
+        labels = seg[tuple(slice(int(tap.min()), int(tap.max()) + 1) for tap in inputs)]
+        if labels.min() == labels.max():
+            out[block] = labels.flat[0]
+        else:
+            out[block] = _vote(seg, np.unique(labels), block, taps)
 
 
 def _vote(seg: np.ndarray, labels: np.ndarray, block: tuple[slice, ...], taps: list) -> np.ndarray:
     """Return the labels of one block."""
     (deep, tall, wide) = ((tap[0][:, part], tap[1][:, part]) for tap, part in zip(taps, block, strict=True))
-    shape = tuple(part.stop - part.start for part in block)
-    scores = np.zeros((len(labels), *shape))
-    for z in range(2):  # scipy adds the corners in this order, and multiplies in this order
-        for y in range(2):
-            for x in range(2):
-                weight = (deep[1][z][:, None, None] * tall[1][y][:, None]) * wide[1][x]
-                corner = seg[np.ix_(deep[0][z], tall[0][y], wide[0][x])]
-                for number, label in enumerate(labels):
-                    scores[number] += weight * (corner == label)
+    scores = np.zeros((len(labels), *(part.stop - part.start for part in block)))
+    for z, y, x in itertools.product((0, 1), repeat=3):  # scipy adds the corners and multiplies in this order
+        weight = (deep[1][z][:, None, None] * tall[1][y][:, None]) * wide[1][x]
+        corner = seg[np.ix_(deep[0][z], tall[0][y], wide[0][x])]
+        for number, label in enumerate(labels):
+            scores[number] += weight * (corner == label)
     np.minimum(scores, 1.0, out=scores)  # skimage clips to the range of the indicator
     best = scores.argmax(0)
     nearest = seg[np.ix_(*(tap[2][part] for tap, part in zip(taps, block, strict=True)))]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nnslim.running.processor import has_fast_bfloat16
+from nnslim.patching import AttributePatch
+from nnslim.running.machine import has_fast_bfloat16
 
 
 def wants_bfloat16(precision: str, device: torch.device) -> bool:
@@ -64,15 +65,12 @@ def passes_in_bfloat16(network: nn.Module, wanted: bool = True) -> Iterator[None
     if not wanted:
         yield
         return
-    before = vars(network).get("forward")
-    network.forward = in_bfloat16(network.forward)
+    forward = AttributePatch(network, "forward", in_bfloat16)
+    forward.apply()
     try:
         yield
     finally:
-        if before is None:
-            del network.forward
-        else:
-            network.forward = before
+        forward.undo()
 
 
 class _Convolutions(TorchDispatchMode):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
+
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -52,10 +55,9 @@ class DirectConv(nn.Module):
     def __init__(self, conv: nn.Module) -> None:
         """Take the weights of a Conv2d or Conv3d that pads with zeros; they are copied."""
         super().__init__()
-        layout = torch.channels_last if isinstance(conv, nn.Conv2d) else torch.channels_last_3d
-        self.weight = nn.Parameter(conv.weight.detach().contiguous(memory_format=layout), requires_grad=False)
+        self.layout = torch.channels_last if isinstance(conv, nn.Conv2d) else torch.channels_last_3d
+        self.weight = nn.Parameter(conv.weight.detach().contiguous(memory_format=self.layout), requires_grad=False)
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone(), requires_grad=False)
-        self.layout = layout
         self.stride, self.padding = list(conv.stride), list(conv.padding)
         self.dilation, self.groups = list(conv.dilation), conv.groups
         self.native: tuple[Tensor, Tensor] | None = None
@@ -109,8 +111,7 @@ class TiledTransposed(nn.Module):
         made = made.view(batch, *spatial, *self.kernel, self.width)
         dims = len(spatial)
         order = [0] + [axis for d in range(dims) for axis in (1 + d, 1 + dims + d)] + [2 * dims + 1]
-        made = made.permute(order).reshape(batch, *(s * k for s, k in zip(spatial, self.kernel, strict=True)), -1)
-        made = made.movedim(-1, 1)
+        made = made.permute(order).reshape(batch, *map(operator.mul, spatial, self.kernel), -1).movedim(-1, 1)
         return made if add is None else made.add_(add)
 
     def _fits(self, x: Tensor) -> bool:
@@ -119,7 +120,7 @@ class TiledTransposed(nn.Module):
         return fits and columns % LANES == 0 and columns <= WIDEST * 8 and x.shape[1] <= 2 * WIDEST
 
     def _native(self, native: Kernels, x: Tensor, add: Tensor | None) -> Tensor:
-        shape = (len(x), self.width, *(s * k for s, k in zip(x.shape[2:], self.kernel, strict=True)))
+        shape = (len(x), self.width, *map(operator.mul, x.shape[2:], self.kernel))
         out = torch.empty(shape, dtype=x.dtype, memory_format=self.layout)
         bias = self.weight.new_zeros(self.weight.shape[1]) if self.bias is None else self.bias
         add = None if add is None else add.contiguous(memory_format=self.layout)
@@ -134,23 +135,15 @@ def _laid_out(x: Tensor, layout: torch.memory_format) -> Tensor:
     x = x.contiguous(memory_format=layout)
     if x.shape[1] != 1:
         return x
-    strides = [1]
-    for size in (*reversed(x.shape[3:]), x.shape[2]):
-        strides.append(strides[-1] * size)
-    return x.as_strided(x.shape, (strides[-1], 1, *reversed(strides[:-1])))
+    whole, *spatial = reversed(list(itertools.accumulate(reversed(x.shape[2:]), operator.mul, initial=1)))
+    return x.as_strided(x.shape, (whole, 1, *spatial))
 
 
 def direct(layer: nn.Module) -> nn.Module | None:
     """Return the direct form of a convolution, or None where there is none."""
     if isinstance(layer, CONVOLUTIONS) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
         return DirectConv(layer)
-    if (
-        isinstance(layer, TRANSPOSED)
-        and tuple(layer.kernel_size) == tuple(layer.stride)
-        and layer.groups == 1
-        and not any(layer.padding)
-        and not any(layer.output_padding)
-        and set(layer.dilation) == {1}
-    ):
-        return TiledTransposed(layer)
-    return None
+    if not isinstance(layer, TRANSPOSED) or tuple(layer.kernel_size) != tuple(layer.stride):
+        return None
+    plain = layer.groups == 1 and set(layer.dilation) == {1} and not any((*layer.padding, *layer.output_padding))
+    return TiledTransposed(layer) if plain else None

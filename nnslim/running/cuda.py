@@ -87,7 +87,7 @@ class Graphed(nn.Module):
                 graph = torch.cuda.CUDAGraph()
                 # On a stream of this device: torch's own may be of another. Other threads may go on, e.g. one that
                 # pins memory: only what this one does must be recordable.
-                pool = self._shared(current)
+                pool = next((one.graph.pool() for one in Graphed.recordings if one.stream == current), None)
                 with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                     made = self.run(held)
             except Exception as error:  # an operation that waits for the host, memory; a real fault comes back in run
@@ -97,10 +97,6 @@ class Graphed(nn.Module):
         self.graph, self.stream, self.input, self.output = graph, current, held, made
         Graphed.recordings.add(self)
 
-    @staticmethod
-    def _shared(stream: torch.cuda.Stream) -> tuple[int, int] | None:
-        return next((one.graph.pool() for one in Graphed.recordings if one.stream == stream), None)
-
 
 def variants(graph: fx.GraphModule) -> dict[str, nn.Module]:
     """Return forms of a rewritten graph that may be the fastest on a GPU; all compute the same.
@@ -109,7 +105,7 @@ def variants(graph: fx.GraphModule) -> dict[str, nn.Module]:
     channels last, each 1x1 -> norm -> activation -> 1x1 one pass, see `NormPass`.
     """
     made: dict[str, nn.Module] = {"plain": graph}
-    flat = any(_is_flat(layer_of(node)) for node in graph.graph.nodes)
+    flat = any(isinstance(layer_of(node), (nn.Conv2d, nn.ConvTranspose2d)) for node in graph.graph.nodes)
     layout = torch.channels_last if flat else torch.channels_last_3d
     made["channels last"] = _ChannelsLast(graph, layout)
     try:
@@ -156,7 +152,3 @@ class _ChannelsLast(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.graph(x.contiguous(memory_format=self.layout))
-
-
-def _is_flat(layer: nn.Module | None) -> bool:
-    return isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))

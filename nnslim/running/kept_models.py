@@ -115,10 +115,9 @@ def read_model(path: Path) -> Any:
 
 def replace_model(model: Any, path: Path) -> None:
     """Write `path` (.xml) and the .bin beside it, or leave what is there and raise an OutputError."""
-    made: list[Path] = []
     beside = path.with_name(f".{path.stem}.new.xml")
+    made = [beside.with_suffix(".bin"), beside]
     try:
-        made = [beside.with_suffix(".bin"), beside]
         write_model(model, beside)
         for file in made:  # the weights first: an .xml without its .bin would be read
             file.replace(path.with_suffix(file.suffix))

@@ -11,15 +11,16 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nnslim.files import user_cache
-from nnslim.running.processor import cpu_flags, cpu_name
+from nnslim.running.machine import cpu_flags, cpu_name
 
 LANES = 8  # floats of one vector; widths are padded to a multiple
 WIDEST = 512  # channels that the kernels have room for
@@ -98,7 +99,7 @@ class Kernels:
         for name in ("moments", "pass", "transposed", "conv"):
             getattr(library, f"nnslim_{name}").restype = None
         for name in ("labels", "labels_blocks", "labels_scratch"):
-            getattr(library, f"nnslim_{name}").restype = _long
+            getattr(library, f"nnslim_{name}").restype = ctypes.c_long
         self.threaded = bool(library.nnslim_has_threads())
 
     def moments(self, z: Tensor, full: bool) -> tuple[Tensor, Tensor]:
@@ -108,20 +109,11 @@ class Kernels:
         """
         pivot = z[:4096].mean(0).contiguous()
         channels = len(pivot)
-        threads = torch.get_num_threads()
-        sums = torch.empty((threads, channels), dtype=torch.float64)
-        squares = torch.empty((threads, channels, channels) if full else (threads, channels), dtype=torch.float64)
-
-        def part(number: int, low: int, high: int, threads: int) -> None:
-            self._library.nnslim_moments(
-                _at(z), _long(low), _long(high), _long(threads), _long(channels), _at(pivot), int(full),
-                _at(sums[number]), _at(squares[number]),
-            )  # fmt: skip
-
-        used = self._shared(part, len(z))
+        sums = torch.empty((torch.get_num_threads(), channels), dtype=torch.float64)
+        squares = torch.empty((*sums.shape, channels) if full else sums.shape, dtype=torch.float64)
+        used = len(self._call("moments", z, len(z), channels, pivot, ctypes.c_int(full), each=(sums, squares)))
         mean, square = sums[:used].sum(0) / len(z), squares[:used].sum(0) / len(z)
-        square = square - (mean.outer(mean) if full else mean * mean)
-        return mean + pivot, square
+        return mean + pivot, square - (mean.outer(mean) if full else mean * mean)
 
     def norm_pass(
         self,
@@ -143,15 +135,8 @@ class Kernels:
         count = len(products)
         widths = (ctypes.c_long * max(count, 1))(*[out.shape[1] for _, _, out in products])
         pointers = [(ctypes.c_void_p * max(count, 1))(*[item[n].data_ptr() for item in products]) for n in range(3)]
-        wide = len(shift)
-
-        def part(number: int, low: int, high: int, threads: int) -> None:
-            self._library.nnslim_pass(
-                _at(z), _long(low), _long(high), _long(threads), _long(z.shape[1]), _long(wide),
-                _at(weight), _at(scale), _at(shift), ctypes.c_float(slope), _long(count), widths, *pointers, _at(keep),
-            )  # fmt: skip
-
-        self._shared(part, len(z))
+        layers = (z.shape[1], len(shift), weight, scale, shift, ctypes.c_float(slope))
+        self._call("pass", z, len(z), *layers, count, widths, *pointers, keep)
 
     def transposed(
         self, x: Tensor, weight: Tensor, bias: Tensor, kernel: Sequence[int], add: Tensor | None, out: Tensor
@@ -163,14 +148,8 @@ class Kernels:
             add, out: (D kd, H kh, W kw, R) for any R.
         """
         size, taps = (ctypes.c_long * 3)(*x.shape[:3]), (ctypes.c_long * 3)(*kernel)
-
-        def part(number: int, low: int, high: int, threads: int) -> None:
-            self._library.nnslim_transposed(
-                _at(x), _long(low), _long(high), _long(threads), size, _long(x.shape[3]), _at(weight),
-                _long(weight.shape[1]), _at(bias), taps, _long(out.shape[3]), _at(add), _at(out),
-            )  # fmt: skip
-
-        self._shared(part, x.shape[0] * x.shape[1])
+        columns, rows = weight.shape[1], x.shape[0] * x.shape[1]
+        self._call("transposed", x, rows, size, x.shape[3], weight, columns, bias, taps, out.shape[3], add, out)
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
         """Fill out = convolution of x with stride 1 and zero padding to the same size.
@@ -181,55 +160,44 @@ class Kernels:
         size, kernel = (ctypes.c_long * 3)(*x.shape[:3]), (ctypes.c_long * 3)(*weight.shape[:3])
         room = weight.shape[0] * weight.shape[1] * (x.shape[2] + weight.shape[2] - 1) * x.shape[3]
         scratch = torch.empty((torch.get_num_threads(), room))
-
-        def part(number: int, low: int, high: int, threads: int) -> None:
-            self._library.nnslim_conv(
-                _at(x), _long(low), _long(high), _long(threads), size, _long(x.shape[3]), _at(weight), kernel,
-                _long(out.shape[3]), _at(bias), _at(out), _at(scratch[number]),
-            )  # fmt: skip
-
-        self._shared(part, x.shape[0] * x.shape[1])
+        given = (size, x.shape[3], weight, kernel, out.shape[3], bias, out)
+        self._call("conv", x, x.shape[0] * x.shape[1], *given, each=(scratch,))
 
     def labels(self, job: ctypes.Structure) -> bool:
         """Do a `labels.Job`; return whether all scores are finite."""
         at = ctypes.byref(job)
-        each, rows = self._library.nnslim_labels_scratch(at), self._library.nnslim_labels_blocks(at)
-        threads = max(1, min(torch.get_num_threads(), rows))
-        memory = torch.empty(threads * each, dtype=torch.uint8)
-        done = [0] * threads
+        size, rows = self._library.nnslim_labels_scratch(at), self._library.nnslim_labels_blocks(at)
+        memory = torch.empty((max(1, min(torch.get_num_threads(), rows)), size), dtype=torch.uint8)
+        return min(self._call("labels", at, rows, each=(memory,), least=1)) >= 0
 
-        def part(number: int, low: int, high: int, threads: int) -> None:
-            done[number] = self._library.nnslim_labels(
-                at, _long(low), _long(high), _long(threads), _at(memory[number * each :])
-            )
-
-        self._shared(part, rows, 1)
-        return min(done) >= 0
-
-    def _shared(self, part: Callable[[int, int, int, int], None], rows: int, least: int = 64) -> int:
-        """Call part(first thread, low, high, threads) until all rows are done; return how many threads worked.
+    def _call(self, name: str, first: Any, rows: int, *rest: Any, each: Sequence[Tensor] = (), least: int = 64) -> list:
+        """Call a kernel until all rows are done; return what it returned, once for each thread that worked.
 
         Args:
+            first, rest: arguments; between them come the first and last row and the number of the kernel's own threads.
+            each: tensors with an item for each thread, the last arguments.
             least: rows that are worth a thread.
         """
         threads = max(1, min(torch.get_num_threads(), rows // least))
+
+        def part(number: int, low: int, high: int, threads: int) -> Any:
+            items = (tensor[number] for tensor in each)
+            given = (_argument(value) for value in (first, low, high, threads, *rest, *items))
+            return getattr(self._library, f"nnslim_{name}")(*given)
+
         if self.threaded or threads == 1:
-            part(0, 0, rows, threads)
-            return threads
+            return [part(0, 0, rows, threads)] * threads
         bounds = [rows * number // threads for number in range(threads + 1)]
         pool = _pool(threads - 1, os.getpid())
-        rest = [pool.submit(part, n, bounds[n], bounds[n + 1], 1) for n in range(1, threads)]
-        part(0, bounds[0], bounds[1], 1)
-        for future in rest:
-            future.result()
-        return threads
+        others = [pool.submit(part, n, bounds[n], bounds[n + 1], 1) for n in range(1, threads)]
+        return [part(0, bounds[0], bounds[1], 1), *(future.result() for future in others)]
 
 
-_long = ctypes.c_long
-
-
-def _at(tensor: Tensor | None) -> ctypes.c_void_p | None:
-    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
+def _argument(value: Any) -> Any:
+    """Return a value as C takes it: a tensor by its address, an int as a long."""
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_long(value) if isinstance(value, int) else value
 
 
 @functools.lru_cache(maxsize=4)

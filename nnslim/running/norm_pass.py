@@ -62,7 +62,7 @@ class NormPass(nn.Module):
         self.eps, self.slope, self.keep, self.in_place = norm.eps, slope, keep, in_place
         self.outputs = len(following) + keep
         self._set("w", None if before is None else matrix(before).clone())
-        self._padded: list[tuple[Tensor, Tensor]] | None = None
+        self._padded: list[tuple[Tensor, ...]] | None = None
         self._set("gain", torch.ones(channels, **options) if weight is None else weight.detach().clone())
         self._set("offset", torch.zeros(channels, **options) if norm.bias is None else norm.bias.detach().clone())
         for number, conv in enumerate(following):
@@ -73,11 +73,19 @@ class NormPass(nn.Module):
     def _set(self, name: str, value: Tensor | None) -> None:
         self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))
 
+    @property
+    def products(self) -> list[tuple[Tensor, Tensor | None]]:
+        """V_k, (C', R_k), and c_k, (R_k,) or None, of each product."""
+        return [(getattr(self, f"v{n}"), getattr(self, f"c{n}")) for n in range(self.outputs - self.keep)]
+
+    @property
+    def widths(self) -> list[int]:
+        """The channels of each product."""
+        return [v.shape[1] for v, _ in self.products]
+
     def extra_repr(self) -> str:
-        """Show the widths."""
-        widths = [getattr(self, f"v{n}").shape[1] for n in range(self.outputs - self.keep)]
         before = "" if self.w is None else f"{self.w.shape[1]} -> "
-        return f"{before}{len(self.gain)} -> {widths}{' and itself' if self.keep else ''}, slope={self.slope}"
+        return f"{before}{len(self.gain)} -> {self.widths}{' and itself' if self.keep else ''}, slope={self.slope}"
 
     def forward(self, z: Tensor) -> tuple[Tensor, ...]:
         """(B, C, *spatial) -> one (B, R_k, *spatial) per V_k, then the wide (B, C', *spatial) where it is kept."""
@@ -97,8 +105,7 @@ class NormPass(nn.Module):
 
     def empty_outputs(self, z: Tensor) -> tuple[Tensor, ...]:
         """Return the uninitialised outputs of `forward`; a graph also learns its shapes from them."""
-        widths = [getattr(self, f"v{n}").shape[1] for n in range(self.outputs - self.keep)]
-        made = [_empty(z, width) for width in widths]
+        made = [_empty(z, width) for width in self.widths]
         if self.keep:
             made.append(z if self.in_place and self.w is None else _empty(z, len(self.gain)))
         return tuple(made)
@@ -111,7 +118,7 @@ class NormPass(nn.Module):
             return False
         from nnslim.running.triton_pass import fits
 
-        return fits(z.shape[1], [getattr(self, f"v{n}").shape[1] for n in range(self.outputs - self.keep)])
+        return fits(z.shape[1], self.widths)
 
     def _by_triton(self, z: Tensor, outs: list[Tensor]) -> None:
         """(N, C) rows of voxels -> the rows of each output, in place, by Triton's kernels."""
@@ -126,9 +133,8 @@ class NormPass(nn.Module):
             torch.addmm(shift.to(z.dtype), z, weight, out=outs[-1])
             if self.slope != 1:
                 nn.functional.leaky_relu_(outs[-1], self.slope)
-        for number in range(self.outputs - self.keep):
-            bias, v = getattr(self, f"c{number}"), getattr(self, f"v{number}")
-            product(z, weight, shift, self.slope, v, bias, outs[number])
+        for (v, bias), out in zip(self.products, outs, strict=False):
+            product(z, weight, shift, self.slope, v, bias, out)
 
     def native_kernels(self, z: Tensor) -> Kernels | None:
         """Return the native kernels where they can do this pass."""
@@ -146,15 +152,9 @@ class NormPass(nn.Module):
         scale, shift = self._scale_shift(mean, square)
         weight = None if self.w is None else (self.w * scale[:, None]).t().contiguous()
         if self._padded is None:
-            self._padded = [self._pad(number) for number in range(self.outputs - self.keep)]
+            self._padded = [_padded(v, v.new_zeros(v.shape[1]) if bias is None else bias) for v, bias in self.products]
         products = [(*pair, out) for pair, out in zip(self._padded, outs, strict=False)]
         native.norm_pass(z, weight, scale, shift, self.slope, products, outs[-1] if self.keep else None)
-
-    def _pad(self, number: int) -> tuple[Tensor, Tensor]:
-        v, bias = getattr(self, f"v{number}"), getattr(self, f"c{number}")
-        room = (0, -v.shape[1] % LANES)
-        bias = v.new_zeros(v.shape[1]) if bias is None else bias
-        return nn.functional.pad(v, room).contiguous(), nn.functional.pad(bias, room).contiguous()
 
     def by_torch(self, z: Tensor, outs: list[Tensor]) -> None:
         """(N, C) rows of voxels -> the rows of each output, in place."""
@@ -162,7 +162,6 @@ class NormPass(nn.Module):
         weight = None if self.w is None else (self.w * scale[:, None]).t().to(z.dtype)
         scale, shift = scale.to(z.dtype), shift.to(z.dtype)  # of 16 bits under autocast
         wide = outs[-1] if self.keep else None
-        products = outs[:-1] if self.keep else outs
         block = max(64, _BLOCK // len(scale)) if z.device.type == "cpu" else len(z)
         buffer = None if wide is not None else z.new_empty((min(block, len(z)), len(scale)))
         for first in range(0, len(z), block):
@@ -174,8 +173,7 @@ class NormPass(nn.Module):
                 torch.addcmul(shift, part, scale, out=y)
             if self.slope != 1:
                 nn.functional.leaky_relu_(y, self.slope)
-            for number, out in enumerate(products):
-                bias, v = getattr(self, f"c{number}"), getattr(self, f"v{number}")
+            for (v, bias), out in zip(self.products, outs, strict=False):
                 target, v = out[first : first + block], v.to(z.dtype)
                 if bias is None:
                     torch.mm(y, v, out=target)
@@ -212,6 +210,10 @@ def _moments(z: Tensor, full: bool) -> tuple[Tensor, Tensor]:
             square += part.t() @ part if full else part.square_().sum(0)
     mean = total / len(z)
     return mean + pivot, square / len(z) - (mean.outer(mean) if full else mean.square())
+
+
+def _padded(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(nn.functional.pad(tensor, (0, -tensor.shape[-1] % LANES)).contiguous() for tensor in tensors)
 
 
 def _layout(z: Tensor) -> torch.memory_format:

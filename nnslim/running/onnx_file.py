@@ -6,7 +6,7 @@ import copy
 import io
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from nnslim.errors import BackendError, RewriteError, first_line
-from nnslim.files import write_bytes
 from nnslim.optional import needed
 from nnslim.running.openvino import silent_loggers
 from nnslim.running.rewrites import rewritten
@@ -95,16 +94,13 @@ def in_int8(model: Any, tiles: Iterable[Tensor]) -> Any:
     onnx, _ = onnx_modules()
     from onnxruntime import quantization
 
+    images = [{"image": tile.contiguous().numpy()} for tile in tiles]
+
     class Reader(quantization.CalibrationDataReader):
-        def __init__(self, tiles: Iterable[Tensor]) -> None:
-            self._tiles: Iterator[Tensor] = iter(tiles)
-
         def get_next(self) -> dict[str, np.ndarray] | None:
-            tile = next(self._tiles, None)
-            return None if tile is None else {"image": tile.contiguous().numpy()}
+            return images.pop(0) if images else None
 
-    tiles = list(tiles)
-    if not tiles:
+    if not images:
         raise BackendError("int8 needs calibration tiles, found none")
     head = [node.name for node in model.graph.node if node.name and model.graph.output[0].name in node.output]
     with tempfile.TemporaryDirectory() as folder, silent_loggers("root"):
@@ -113,7 +109,7 @@ def in_int8(model: Any, tiles: Iterable[Tensor]) -> Any:
         quantization.quantize_static(
             str(source),
             str(target),
-            Reader(tiles),
+            Reader(),
             quant_format=quantization.QuantFormat.QDQ,
             per_channel=True,
             reduce_range=True,  # as in `nnslim.running.int8`: sums overflow on processors without VNNI
@@ -137,8 +133,3 @@ def run_onnx(file: Path, image: Tensor) -> Tensor:
     except Exception as error:  # onnxruntime has a class for each kind, below RuntimeError or not
         raise BackendError(f"{file} does not run: {first_line(error)}") from error
     return torch.from_numpy(logits)
-
-
-def save_onnx(model: Any, file: Path) -> None:
-    """Write a model, or raise an OutputError."""
-    write_bytes(file, model.SerializeToString())

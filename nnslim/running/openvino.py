@@ -37,14 +37,13 @@ def openvino_module() -> Any:
 @contextmanager
 def silent_loggers(*names: str) -> Iterator[None]:
     """Drop what these loggers say below a critical error."""
-    loggers = [logging.getLogger(name) for name in names]
-    before = [(logger, logger.level) for logger in loggers]
-    for logger in loggers:
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger in levels:
         logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        for logger, level in before:
+        for logger, level in levels.items():
             logger.setLevel(level)
 
 
@@ -97,8 +96,7 @@ class _OneOutput(nn.Module):
         self.network, self.channels_last = network, channels_last
 
     def forward(self, image: Tensor) -> Tensor:
-        y = self.network(image)
-        y = y[0] if isinstance(y, (tuple, list)) else y
+        y = _first(self.network(image))
         return y.movedim(1, -1) if self.channels_last else y
 
 
@@ -106,9 +104,8 @@ def convert_at(network: nn.Module, size: Sequence[int], shape: Sequence[int]) ->
     openvino = openvino_module()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's tracer is deprecated, and OpenVINO has no other way yet
-        known = {}
-        if tuple(size) != tuple(shape):
-            known = {"input": [openvino.PartialShape([*shape[:2], *([-1] * (len(shape) - 2))])]}
+        free = openvino.PartialShape([*shape[:2], *([-1] * (len(shape) - 2))])
+        known = {} if tuple(size) == tuple(shape) else {"input": [free]}
         # Told a whole shape at this point, OpenVINO 2026.4 divides by zero (SIGFPE) in token-sparse encoders.
         model = openvino.convert_model(network, example_input=torch.zeros(tuple(size)), **known)
     for op in model.get_ops():
@@ -129,7 +126,11 @@ def _output_shape(network: nn.Module, shape: Sequence[int]) -> tuple[int, ...] |
             y = network(torch.empty(tuple(shape)))
     except Exception:  # a network's own code may raise anything
         return None
-    return tuple((y[0] if isinstance(y, (tuple, list)) else y).shape)
+    return tuple(_first(y).shape)
+
+
+def _first(outputs: Any) -> Tensor:
+    return outputs[0] if isinstance(outputs, (tuple, list)) else outputs
 
 
 def _small(network: nn.Module, shape: Sequence[int]) -> tuple[int, ...]:
@@ -283,8 +284,7 @@ def _compile(core: Any, model: Any, shape: tuple[int, ...], settings: dict[str, 
 def check_processor(precision: str) -> None:
     """Raise a BackendError where openvino is missing, or the processor does not compute in the precision."""
     able = openvino_module().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    needed = _NEEDS.get(precision)
-    if needed is not None and needed not in able:
+    if precision in _NEEDS and _NEEDS[precision] not in able:
         raise BackendError(
             f"precision {precision} is not available: this processor computes in {', '.join(sorted(able))}; use "
             "--precision f32"

@@ -44,15 +44,13 @@ def split_concatenations(graph: fx.GraphModule) -> fx.GraphModule:
             conv = layer_of(user)
             if not is_pointwise(conv):
                 continue
-            first, products = 0, []
+            products = []
             last = max(parts, key=order.__getitem__)
-            for part in parts:
-                channels = shape_of(part)[1]
-                bias = conv.bias if part is last else None
-                piece = _pointwise_like(conv, matrix(conv)[:, first : first + channels], bias)
+            weights = matrix(conv).split([shape_of(part)[1] for part in parts], 1)
+            for part, weight in zip(parts, weights, strict=True):
+                piece = _pointwise_like(conv, weight, conv.bias if part is last else None)
                 with graph.graph.inserting_after(_after_placeholders(part)):
                     products.append(add_layer(graph, piece, f"{user.target}_part", (part,)))
-                first += channels
             with graph.graph.inserting_before(user):
                 total = functools.reduce(lambda a, b: graph.graph.call_function(torch.add, (a, b)), products)
             user.replace_all_uses_with(total)
@@ -97,16 +95,14 @@ def fold_norms(graph: fx.GraphModule) -> fx.GraphModule:
     returned by the same pass.
     """
     graph = copied(graph)
-    for norm in [node for node in graph.graph.nodes if _is_plain_norm(layer_of(node))]:
+    norms = [node for node in graph.graph.nodes if isinstance(layer_of(node), (nn.InstanceNorm2d, nn.InstanceNorm3d))]
+    for norm in [node for node in norms if not layer_of(node).track_running_stats]:
         source = norm.args[0]
         before = layer_of(source)
         wide = is_pointwise(before) and len(source.users) == 1
         last, slope = norm, 1.0
-        if len(norm.users) == 1:
-            (user,) = norm.users
-            found = _slope(layer_of(user))
-            if found is not None:
-                last, slope = user, found
+        if len(norm.users) == 1 and (found := _slope(layer_of(user := next(iter(norm.users))))) is not None:
+            last, slope = user, found
         following = [user for user in last.users if is_pointwise(layer_of(user))]
         others = len(following) < len(last.users)
         layer = NormPass(
@@ -147,10 +143,6 @@ def _is_concatenation(node: fx.Node) -> bool:
     return dim in (1, 1 - len(shape_of(node)))
 
 
-def _is_plain_norm(layer: nn.Module | None) -> bool:
-    return isinstance(layer, (nn.InstanceNorm2d, nn.InstanceNorm3d)) and not layer.track_running_stats
-
-
 def _slope(layer: nn.Module | None) -> float | None:
     """Return the slope of the activation for negative numbers; None for another kind of layer."""
     if isinstance(layer, nn.LeakyReLU):
@@ -161,10 +153,15 @@ def _slope(layer: nn.Module | None) -> float | None:
 def _pointwise_like(conv: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     kind = nn.Conv3d if isinstance(conv, (nn.Conv3d, nn.ConvTranspose3d)) else nn.Conv2d
     made = kind(weight.shape[1], weight.shape[0], 1, bias=bias is not None, device=weight.device, dtype=weight.dtype)
-    made.weight = nn.Parameter(weight.reshape(made.weight.shape).clone(), requires_grad=False)
+    return _filled(made, weight.reshape(made.weight.shape).clone(), None if bias is None else bias.detach().clone())
+
+
+def _filled(conv: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """Give a convolution its numbers, as they are."""
+    conv.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
-        made.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    return made.eval()
+        conv.bias = nn.Parameter(bias, requires_grad=False)
+    return conv.eval()
 
 
 def _merging_pays(node: fx.Node, first: nn.Module, second: nn.Module) -> bool:
@@ -190,10 +187,8 @@ def _merged(first: nn.Module, second: nn.Module) -> nn.Module:
     like = {"device": first.weight.device, "dtype": first.weight.dtype}
     kind = next(kind for kind in CONVOLUTIONS + TRANSPOSED if isinstance(first, kind))
     made = kind(first.in_channels, second.out_channels, **settings, **like)
-    made.weight = nn.Parameter(weight.to(first.weight.dtype).contiguous(), requires_grad=False)
-    if bias is not None:
-        made.bias = nn.Parameter(bias.to(first.weight.dtype), requires_grad=False)
-    return made.eval()
+    dtype = first.weight.dtype
+    return _filled(made, weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype))
 
 
 def rewritten(network: nn.Module, shape: Sequence[int]) -> fx.GraphModule:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from nnslim.errors import OutputError
 from nnslim.files import make_folder, read_json, user_cache, write_json
 from nnslim.running.engine import Backend, Settings, candidates, first_pass, with_fallback
-from nnslim.running.processor import cpu_name
+from nnslim.running.machine import cpu_name, machine_threads
 from nnslim.running.timing import pass_seconds
 
 _log = logging.getLogger("nnslim")
@@ -42,12 +41,7 @@ class Runner(nn.Module):
     worth_measuring = 60.0
 
     def __init__(self, network: nn.Module, settings: Settings) -> None:
-        """Hold the network; nothing is prepared yet.
-
-        Args:
-            network: in eval mode, on its device.
-            settings: backend ("auto" to measure), precision, threads.
-        """
+        """Hold a network that is in eval mode and on its device; nothing is prepared yet."""
         super().__init__()
         self._orig_mod = network  # torch.compile's name for it, so that whoever unwraps that finds the network here too
         self.settings = settings
@@ -171,8 +165,3 @@ def remember(network: nn.Module, shape: Sequence[int], settings: Settings, backe
         write_json(file, {**read_json(file), _key(network, shape, settings): backend})
     except (OutputError, OSError) as error:
         _log.debug("the choice is not kept: %s", error)
-
-
-def machine_threads() -> int:
-    """Return the CPUs that this process may use; nnU-Net itself stops at 8."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -34,7 +34,7 @@ from nnslim.benchmark.timings import (
 )
 from nnslim.errors import ConfigError, InputError
 from nnslim.network.cost import measure_cost
-from nnslim.running.memory import available_bytes, peak_bytes, reset_peak
+from nnslim.running.machine import available_bytes, peak_bytes, reset_peak
 
 
 def test_passes_alternate_and_the_first_is_not_counted(tmp_path):

@@ -18,8 +18,7 @@ from folder_jobs import IDENTITY, CopyJob, times, write_cases
 from helpers import ROOT
 
 from nnslim.errors import ConfigError, HostError, InputError, ModelError, OutputError
-from nnslim.prediction.case import Case
-from nnslim.prediction.engines import Crew
+from nnslim.prediction.case import Case, Crew
 from nnslim.prediction.engines.slurm import part_of, sbatch_script
 from nnslim.prediction.manifest import Manifest
 from nnslim.prediction.run_directory import FolderSettings, run_folder
@@ -291,7 +290,7 @@ def start_run(tmp_path: Path, notes: Path, count: int, engine: str = "local") ->
     """Start a folder run of `count` slow cases in a process of its own."""
     code = (
         "import sys; from pathlib import Path; from folder_jobs import CopyJob, write_cases\n"
-        "from nnslim.prediction.engines import Crew\n"
+        "from nnslim.prediction.case import Crew\n"
         "from nnslim.prediction.run_directory import FolderSettings, run_folder\n"
         "if __name__ == '__main__':\n"
         f"    texts = {{f'c{{n}}': 'x' * n for n in range(1, {count} + 1)}}\n"

@@ -10,7 +10,7 @@ from folder_jobs import CopyJob, times, write_cases
 from helpers import ROOT
 
 from nnslim.errors import HostError, ModelError
-from nnslim.prediction.engines import Crew
+from nnslim.prediction.case import Crew
 from nnslim.prediction.run_directory import FolderSettings, run_folder
 
 TESTS = ROOT / "tests"

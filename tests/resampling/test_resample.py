@@ -229,7 +229,7 @@ def test_label_map_needs_a_small_part_of_the_full_scores():
 import torch
 from nnslim.resampling.labels import label_map
 from nnslim.resampling.resample import grid_like_resize
-from nnslim.running.memory import peak_bytes, reset_peak
+from nnslim.running.machine import peak_bytes, reset_peak
 torch.set_num_threads(1)
 scores = torch.randn(60, 40, 40, 40).half()
 small = grid_like_resize((40, 40, 40), (41, 41, 41), 1)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nnslim.errors import BackendError
-from nnslim.running import processor
+from nnslim.running import machine
 from nnslim.running.bfloat16 import bfloat16_is_safe, has_fast_bfloat16, passes_in_bfloat16
 from nnslim.running.engine import Settings, check_precision, make_engine, with_fallback
 
@@ -69,12 +69,12 @@ def test_called_without_a_layer_and_paths_that_depend_on_values():
 @pytest.mark.parametrize(("flags", "fast"), [("avx512f", False), ("avx512_bf16", True), ("amx_tile amx_bf16", True)])
 def test_processor_is_read_from_the_system(tmp_path, monkeypatch, flags, fast):
     (tmp_path / "cpuinfo").write_text(CPUINFO.format(flags))
-    monkeypatch.setattr(processor, "_FILE", tmp_path / "cpuinfo")
+    monkeypatch.setattr(machine, "CPU_INFO", tmp_path / "cpuinfo")
     assert has_fast_bfloat16() is fast
-    assert processor.cpu_name() == "Some CPU @ 2 GHz"
-    assert "avx2" in processor.cpu_flags() and "fpu" in processor.cpu_flags()
-    monkeypatch.setattr(processor, "_FILE", tmp_path / "none")
-    assert not has_fast_bfloat16() and processor.cpu_name() != ""
+    assert machine.cpu_name() == "Some CPU @ 2 GHz"
+    assert "avx2" in machine.cpu_flags() and "fpu" in machine.cpu_flags()
+    monkeypatch.setattr(machine, "CPU_INFO", tmp_path / "none")
+    assert not has_fast_bfloat16() and machine.cpu_name() != ""
 
 
 # --- precisions that are asked for ---------------------------------------------------------------------------------

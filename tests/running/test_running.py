@@ -1,4 +1,4 @@
-"""The runner, the choice of a backend, the guard and the allocator."""
+"""The runner, the choice of a backend, the guard and the heap."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from nnslim.network.walk import unwrap
-from nnslim.running import allocator, runner
 from nnslim.running import engine as backends
+from nnslim.running import machine, runner
 from nnslim.running.engine import Settings
 from nnslim.running.runner import Runner
 from nnslim.running.speed import Speed, compare_speed
@@ -96,7 +96,7 @@ def test_runner_uses_the_threads_that_were_asked_for_and_puts_them_back(tiny_net
     before = torch.get_num_threads()
     Runner(Look().eval(), Settings("stock", threads=3))(torch.zeros(1, 1, 4, 4))
     assert seen[-1] == 3 and torch.get_num_threads() == before
-    assert runner.machine_threads() >= 1
+    assert machine.machine_threads() >= 1
 
 
 @torch.no_grad()
@@ -182,13 +182,13 @@ def test_guard_compares_on_one_backend_and_says_by_how_much(tiny_net):
     assert str(Speed(0.5, 0.25, "eager")) == "0.25 s per patch, dense 0.5 s (2.00x, eager)"
 
 
-# --- allocator -----------------------------------------------------------------------------------------------------
+# --- the heap ------------------------------------------------------------------------------------------------------
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc's malloc")
 
 _FAULTS = """
 import resource, torch
-from nnslim.running.allocator import keep_heap
+from nnslim.running.machine import keep_heap
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):
@@ -215,18 +215,18 @@ def test_heap_is_kept_inside_and_given_back_after():
 
 def test_heap_nests_over_threads_and_does_nothing_elsewhere(monkeypatch):
     calls = []
-    monkeypatch.setattr(allocator, "set_malloc", lambda *values: calls.append(values))
-    monkeypatch.setattr(allocator, "available", lambda: True)
+    monkeypatch.setattr(machine, "set_malloc", lambda *values: calls.append(values))
+    monkeypatch.setattr(machine, "heap_can_be_kept", lambda: True)
 
     class Trim:
         def malloc_trim(self, keep: int) -> None:
             calls.append("trim")
 
-    monkeypatch.setattr(allocator, "c_library", Trim)
-    with allocator.keep_heap():
+    monkeypatch.setattr(machine, "c_library", Trim)
+    with machine.keep_heap():
 
         def inner() -> None:
-            with allocator.keep_heap():
+            with machine.keep_heap():
                 pass
 
         thread = threading.Thread(target=inner)
@@ -234,6 +234,6 @@ def test_heap_nests_over_threads_and_does_nothing_elsewhere(monkeypatch):
         thread.join()
         assert len(calls) == 1
     assert len(calls) == 3 and calls[-1] == "trim"
-    monkeypatch.setattr(allocator, "available", lambda: False)
-    with allocator.keep_heap() as kept:
+    monkeypatch.setattr(machine, "heap_can_be_kept", lambda: False)
+    with machine.keep_heap() as kept:
         assert not kept and len(calls) == 3

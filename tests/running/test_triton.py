@@ -92,7 +92,7 @@ _COMPILED = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from nnslim.running.triton_kernels import moments_kernel, product_kernel
+from nnslim.running.triton_pass import moments_kernel, product_kernel
 target = GPUTarget("cuda", int(sys.argv[1]), 32)
 for kind in sys.argv[2].split(","):
     data = {name: "*" + kind for name in ("z", "weight", "v", "out")}

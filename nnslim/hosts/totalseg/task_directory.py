@@ -18,8 +18,7 @@ from nnslim.hosts.nnunet.model.model_files import content_digest
 from nnslim.hosts.nnunet.predict.predict_settings import absolute_config, config_identity, digest
 from nnslim.hosts.totalseg.task_weights import download, locked_home, weights_folder
 from nnslim.hosts.totalseg.tasks import Task, find_task, totalseg_version
-from nnslim.prediction.case import Case, Place, Record, versions
-from nnslim.prediction.engines import Crew
+from nnslim.prediction.case import Case, Crew, Place, Record, versions
 from nnslim.prediction.images import check_image, count_voxels
 from nnslim.prediction.run_directory import FolderSettings, run_folder
 
@@ -166,7 +165,7 @@ class TotalsegJob:
         """
         from nnslim.hosts.nnunet.predict.predictor_patches import own_session
         from nnslim.hosts.totalseg.many_images import many_images
-        from nnslim.running.allocator import keep_heap
+        from nnslim.running.machine import keep_heap
 
         settings = self.settings
         run = {"keep_models": True, "threads": place.threads}

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nnslim.errors import HostError, NNSlimError, kind_and_line
-from nnslim.prediction.case import Case, Place, PredictionJob, Record, Report
-from nnslim.prediction.engines import Crew
+from nnslim.prediction.case import Case, Crew, Place, PredictionJob, Record, Report
 from nnslim.prediction.engines.team import Member, Team, loaded
 from nnslim.prediction.schedule import Schedule
 

@@ -57,10 +57,7 @@ def _array(environment: Mapping[str, str], parts: int | None) -> tuple[int, int]
         number, count = task, parts
     else:
         count = int(environment.get("SLURM_ARRAY_TASK_COUNT", 1))
-        first, stride = (
-            int(environment.get("SLURM_ARRAY_TASK_MIN", 0)),
-            int(environment.get("SLURM_ARRAY_TASK_STEP", 1)),
-        )
+        first, stride = (int(environment.get(f"SLURM_ARRAY_TASK_{name}", n)) for name, n in (("MIN", 0), ("STEP", 1)))
         number = (task - first) // max(stride, 1)
     if not 0 <= number < count:
         raise InputError(

@@ -10,8 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nnslim.errors import HostError
-from nnslim.prediction.case import Case, Place, PredictionJob, Record, Report, now
-from nnslim.prediction.engines import Crew
+from nnslim.prediction.case import Case, Crew, Place, PredictionJob, Record, Report, now
 from nnslim.prediction.pipeline import Pipeline
 from nnslim.prediction.schedule import Schedule
 

@@ -22,7 +22,7 @@ from nnslim.errors import InputError
 from nnslim.hosts.nnunet.cases.preprocess import list_cases, silent
 from nnslim.hosts.nnunet.predict.directory import NNUNetJob, nnunet_cases, predict_folder
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
-from nnslim.prediction.engines import Crew, crew_here
+from nnslim.prediction.case import Crew, crew_here
 from nnslim.prediction.run_directory import FolderSettings
 
 STOCK = PredictSettings(backend="stock", threads=1)

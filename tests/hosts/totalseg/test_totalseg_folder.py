@@ -25,7 +25,7 @@ from nnslim.hosts.totalseg.stand_in import Layout, write_stand_in
 from nnslim.hosts.totalseg.task_directory import TaskSettings, predict_task_folder, task_cases
 from nnslim.hosts.totalseg.task_weights import STAND_IN_NOTE, task_source, weights_folder
 from nnslim.hosts.totalseg.tasks import find_task
-from nnslim.prediction.engines import Crew
+from nnslim.prediction.case import Crew
 from nnslim.prediction.run_directory import FolderSettings
 
 SMALL_PATCH = (64, 64, 64)

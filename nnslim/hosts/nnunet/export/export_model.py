@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from nnslim._version import __version__
 from nnslim.errors import InputError, ModelError, OutputError, first_line
 from nnslim.evaluation.parity import Parity, parity
-from nnslim.files import make_folder, output_error, write_json
+from nnslim.files import make_folder, output_error, write_bytes, write_json
 from nnslim.hosts.nnunet.cases.calibration_tiles import ImageTiles, Source, prepare_images
 from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network, channels_and_heads
 from nnslim.running.int8 import quantize
 from nnslim.running.kept_models import write_model
-from nnslim.running.onnx_file import in_int8, run_onnx, save_onnx, to_onnx, with_half_weights
+from nnslim.running.onnx_file import in_int8, run_onnx, to_onnx, with_half_weights
 from nnslim.running.openvino import OpenVINOEngine, convert
 
 ENDINGS = {"onnx": ".onnx", "openvino": ".xml"}
@@ -241,7 +241,9 @@ def _write(
         made = to_onnx(network, shape)
         if settings.precision == "f16":
             made = with_half_weights(made)
-        save_onnx(in_int8(made, tiles) if settings.precision == "int8" else made, file)
+        elif settings.precision == "int8":
+            made = in_int8(made, tiles)
+        write_bytes(file, made.SerializeToString())
     elif settings.precision == "int8":
         quantised = quantize(network, shape, tiles, channels_last=False)
         write_model(quantised.model, file)

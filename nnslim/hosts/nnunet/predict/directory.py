@@ -12,8 +12,7 @@ from typing import Any
 from nnslim.hosts.nnunet.cases.preprocess import check_stage, list_cases
 from nnslim.hosts.nnunet.model.model_files import chosen_folds, content_digest, read_json_object
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings, absolute_config, config_identity, digest
-from nnslim.prediction.case import Case, Place, Record, versions
-from nnslim.prediction.engines import Crew
+from nnslim.prediction.case import Case, Crew, Place, Record, versions
 from nnslim.prediction.images import count_voxels
 from nnslim.prediction.run_directory import FolderSettings, run_folder
 
@@ -123,7 +122,7 @@ class NNUNetJob:
         import torch
 
         from nnslim.hosts.nnunet.predict.load import NNUNetModel, load_predictor
-        from nnslim.running.allocator import keep_heap
+        from nnslim.running.machine import keep_heap
 
         settings = replace(self.settings, threads=place.threads or self.settings.threads)
         if place.gpu is not None and settings.device == "cuda":

@@ -18,7 +18,7 @@ from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.hosts.nnunet.predict.predictor_patches import own_session, slim_predictor
 from nnslim.hosts.nnunet.predict.sliding_window import window_logits
 from nnslim.prediction.case import Case
-from nnslim.running.runner import machine_threads
+from nnslim.running.machine import machine_threads
 
 
 def load_predictor(model: Path, config: Any, settings: PredictSettings) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnslim.running.allocator import keep_heap
+from nnslim.running.machine import keep_heap
 
 
 @torch.inference_mode()
