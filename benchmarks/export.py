@@ -26,7 +26,7 @@ from benchmarks.shared import clocked
 from nnslim.benchmark.alternated import Candidate, TimedJob, Timing, measure_rounds
 from nnslim.benchmark.passes import device_name
 from nnslim.files import make_folder, write_json
-from nnslim.running.memory import peak_bytes, reset_peak
+from nnslim.running.machine import peak_bytes, reset_peak
 from nnslim.tables import markdown, write_table
 from studies.command import new_parser, run_command
 

@@ -37,7 +37,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "nnslim.work.config": ("nnslim.compression.config",),
     "nnslim.work.folder": (),
     "nnslim.work.folder.run": ("nnslim.prediction.run_directory",),
-    "nnslim.work.folder.engines": ("nnslim.prediction.engines",),
+    "nnslim.work.folder.engines": ("nnslim.prediction.case",),
 }
 NAMES = {
     "ModelFolder": "TrainedModel",
