@@ -40,7 +40,7 @@ def report(
     """Write one HTML page about a slim model: layers, time, classes, pictures; it loads nothing from elsewhere."""
     from nnslim.hosts.nnunet.judge.report_data import ReportSettings, write_page
     from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
-    from nnslim.report.words import gaps
+    from nnslim.report.page_data import gaps
 
     start(quiet)
     settings = ReportSettings(

@@ -6,29 +6,20 @@ import base64
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from nnslim._version import __version__
 from nnslim.benchmark.timing_figures import QualityPoint, pareto, quality_figure, stage_figure, stage_names, way_of
 from nnslim.benchmark.timings import Benchmark, number_in
+from nnslim.compression.model_report import times_fewer
 from nnslim.compression.record import SlimRecord
 from nnslim.errors import InputError
 from nnslim.figures import overlay_planes
-from nnslim.report import words
+from nnslim.report import page_data
 from nnslim.report.number_format import FILTERS
-from nnslim.report.page_data import ReportData, Viewer
-from nnslim.report.page_figures import inline_svg, layer_figure, recovery_figure, strips_figure
-from nnslim.report.page_tables import (
-    View,
-    classes_view,
-    has_labels,
-    kept_dense,
-    methods_view,
-    model_points,
-    time_points,
-    without_paths,
-)
+from nnslim.report.page_data import ReportData, View, Viewer
+from nnslim.report.page_figures import fold_name, inline_svg, layer_figure, recovery_figure, strips_figure
 from nnslim.report.viewer import Scene, embed
 
 _TEMPLATES = Path(__file__).parent / "html"
@@ -65,38 +56,42 @@ def render_report(data: ReportData) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {**FILTERS, "svg": inline_svg}
+    environment.filters |= {**FILTERS, "svg": inline_svg, "last_part": lambda path: PurePath(path).name}
+    environment.globals |= {"times_fewer": times_fewer, "fold_name": fold_name, "way_of": way_of}
     return environment.get_template("page.html.j2").render(_context(data))
 
 
 def _context(data: ReportData) -> View:
-    record, config = data.record, without_paths(data.record.config)
+    record, agreement = data.record, data.record.agreement
+    records, config = {data.model: record, **data.others}, page_data.without_paths(record.config)
     viewer = None if data.viewer is None else viewer_view(data.scenes, data.viewer)
-    classes, agreement = classes_view(record, data.scores), record.agreement
-    records = {data.model: record, **data.others}
+    pair = page_data.best_pair(data.benchmarks, record)
     return {
         "title": f"{record.facts.get('dataset') or data.model}: report of the slim model",
-        "words": words,
         "version": __version__,
         "policy": _POLICY + (_PAGE if viewer is None else _VIEWER),
         "data": data,
         "record": record,
-        "methods": methods_view(config),
-        "kept": kept_dense(record),
+        "agreement": agreement,
+        "worst": agreement and agreement.worst(),
+        "pair": pair,
+        "timed": page_data.dense_and_slim_seconds(pair, record),
+        "methods": page_data.methods_view(config),
+        "kept": page_data.kept_dense(record),
         "recovery": recovery_figure(record.recovery, record.facts.get("folds") or ()),
         "config": config,
         "layers": layer_figure(record.decisions),
-        "actions": sorted({one.action for one in record.decisions}),
         "benchmarks": [_benchmark_view(one, record) for one in data.benchmarks],
-        "classes": classes,
+        "classes": page_data.classes_view(record, data.scores),
         "strips": agreement
         and strips_figure(agreement.values("dice"), agreement.class_names, [case.name for case in agreement.cases]),
-        "labelled": has_labels(records.values()),
-        "models": quality_view(model_points(records), "GMAC per patch") if data.others else None,
-        "times": quality_view(time_points(data.benchmarks, records), "ms per patch"),
+        "labelled": page_data.has_labels(records.values()),
+        "models": quality_view(page_data.model_points(records), "GMAC per patch") if data.others else None,
+        "times": quality_view(page_data.time_points(data.benchmarks, records), "ms per patch"),
         "planes": [_planes(scene) for scene in data.scenes],
+        "notes": [page_data.scene_note(scene) for scene in data.scenes],
         "viewer": viewer,
-        "gaps": words.gaps(data),
+        "gaps": page_data.gaps(data),
     }
 
 
@@ -106,17 +101,16 @@ def _benchmark_view(benchmark: Benchmark, record: SlimRecord) -> View:
             **{key: number_in(row, column) for key, column in _TIMES.items()},
             "name": row.get("name", ""),
             "way": way_of(row),
-            "remark": words.remark(row, record),
+            "remark": page_data.remark(row, record),
         }
         for row in benchmark.rows
     ]
-    figure, stages = stage_figure(benchmark.profiles), stage_names(benchmark.profiles)
     return {
         "table": benchmark,
+        "note": page_data.benchmark_note(benchmark),
         "rows": rows,
-        "figure": figure,
-        "stages": stages,
-        "titles": [f"#{stage}, s" for stage in stages],
+        "figure": stage_figure(benchmark.profiles),
+        "stages": stage_names(benchmark.profiles),
     }
 
 

@@ -28,9 +28,8 @@ from nnslim.evaluation.results import Evaluation
 from nnslim.evaluation.scores import ClassScores, ScoreTable, read_scores, write_csv, write_summary
 from nnslim.methods.base import Decision
 from nnslim.report.page import quality_view, render_report, viewer_view
-from nnslim.report.page_data import FileFact, ReportData, Viewer
+from nnslim.report.page_data import FileFact, ReportData, Viewer, best_pair, time_points
 from nnslim.report.page_figures import inline_svg, layer_figure, recovery_figure, strips_figure
-from nnslim.report.page_tables import best_pair, time_points
 from nnslim.report.viewer import Scene, embed, find_niivue, label_box
 
 EVIL = "<b>&\"'</script><!--"
