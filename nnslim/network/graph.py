@@ -15,7 +15,7 @@ from nnslim.errors import RewriteError
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
 def trace(network: nn.Module, shape: Sequence[int]) -> fx.GraphModule:
@@ -41,7 +41,7 @@ def trace(network: nn.Module, shape: Sequence[int]) -> fx.GraphModule:
         network.train(was_training)
     traced.eval()
     for node in list(traced.graph.nodes):
-        if isinstance(layer_of(node), _NOTHING):
+        if isinstance(layer_of(node), PASSING):
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
     traced.graph.eliminate_dead_code()

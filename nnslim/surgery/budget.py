@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
@@ -18,22 +19,18 @@ class CostTable:
     Heads of deep supervision, which do not run at inference, are in neither count.
 
     Attributes:
-        macs, parameters, macs_fvcore: counts of the network as it is. layer_macs: by layer, convention "macs".
+        macs, parameters, counts: of the network as it is. layer_macs: by layer, convention "macs".
         shapes: (outputs, inputs, *kernel) and parameters of each convolution.
     """
 
     def __init__(self, network: nn.Module, shape: Sequence[int]) -> None:
-        """Count once; reads only.
-
-        Args:
-            network: plain, without hooks. shape: (1, C, *patch).
-        """
+        """Count once a plain network without hooks, on (1, C, *patch); reads only."""
         with deep_supervision(network, False):
             cost = measure_cost(network, shape)
-        layers = LayerIndex(network)
         self.layer_macs = {name: layer.macs for name, layer in cost.layers.items()}
         self.macs, self.parameters = sum(self.layer_macs.values()), cost.parameters
-        self.macs_fvcore = cost.macs("fvcore")
+        self.counts = Counts(self.parameters, self.macs, cost.macs("fvcore"))
+        layers = LayerIndex(network)
         self._layers = {name: layers[name].module for name in cost.layers}
         self.shapes = {
             name: (
@@ -44,31 +41,23 @@ class CostTable:
             if isinstance(layer, nn.modules.conv._ConvNd)
         }
 
-    @property
-    def counts(self) -> Counts:
-        """The totals, as reports have them."""
-        return Counts(self.parameters, self.macs, self.macs_fvcore)
-
     def after(self, kept: Mapping[str, Kept]) -> tuple[int, int]:
         """Return MACs and parameters once only the channels of `kept` are left, see `ChannelMap.narrowing`."""
         macs, parameters = self.macs, self.parameters
         for name, sides in kept.items():
             layer = self._layers.get(name)
-            if layer is None or (weight := getattr(layer, "weight", None)) is None:
+            if layer is None or layer.weight is None:
                 continue
-            share = _share(layer, sides)
+            share = 1.0
+            if sides.outputs is not None:
+                share = len(sides.outputs) / getattr(layer, "out_channels", getattr(layer, "num_features", 1))
+                if layer.bias is not None:
+                    parameters += len(sides.outputs) - layer.bias.numel()
+            if sides.inputs is not None:
+                share = share * len(sides.inputs) / layer.in_channels
             macs += round(self.layer_macs[name] * share) - self.layer_macs[name]
-            parameters += round(weight.numel() * share) - weight.numel()
-            if getattr(layer, "bias", None) is not None and sides.outputs is not None:
-                parameters += len(sides.outputs) - layer.bias.numel()
+            parameters += round(layer.weight.numel() * share) - layer.weight.numel()
         return macs, parameters
-
-
-def _share(layer: nn.Module, sides: Kept) -> float:
-    """Return which share of the weight is left."""
-    outputs = getattr(layer, "out_channels", getattr(layer, "num_features", 1))
-    share = 1.0 if sides.outputs is None else len(sides.outputs) / outputs
-    return share if sides.inputs is None else share * len(sides.inputs) / layer.in_channels
 
 
 def without(channels: ChannelMap, gone: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
@@ -110,11 +99,4 @@ def fewest(
         widths = {name: channels.groups[name].channels for name in chosen}
         return {name: gone[: removable(len(gone), widths[name], least, multiple)] for name, gone in chosen.items()}
 
-    low, high = 0, len(candidates)
-    while low < high:
-        middle = (low + high) // 2
-        if met(first(middle)):
-            high = middle
-        else:
-            low = middle + 1
-    return first(low)
+    return first(bisect_left(range(len(candidates)), True, key=lambda count: met(first(count))))

@@ -9,16 +9,19 @@ sums and shared layers need no rules of their own.
 from __future__ import annotations
 
 import operator
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import fx, nn
 
 from nnslim.errors import SpecError, nearest
-from nnslim.network.graph import CONVOLUTIONS, TRANSPOSED, layer_of, shape_of, trace
+from nnslim.network.graph import CONVOLUTIONS, PASSING, TRANSPOSED, layer_of, trace
 from nnslim.network.walk import LayerIndex, deep_supervision
 
 NORMS = (nn.modules.instancenorm._InstanceNorm, nn.modules.batchnorm._BatchNorm)
@@ -28,14 +31,16 @@ _RESIZING = (
 )
 _SAME_CHANNELS = (
     *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.ReLU6, nn.Mish),
-    *(nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.Identity),
+    *PASSING,
     *_RESIZING,
 )
-_SAME_FUNCTIONS = {
-    *(F.relu, F.leaky_relu, F.elu, F.gelu, F.silu, F.sigmoid, F.tanh, F.interpolate),
-    *(F.avg_pool2d, F.avg_pool3d, F.max_pool2d, F.max_pool3d, torch.relu, torch.sigmoid, torch.tanh),
+_SAME = {
+    "call_function": {
+        *(F.relu, F.leaky_relu, F.elu, F.gelu, F.silu, F.sigmoid, F.tanh, F.interpolate),
+        *(F.avg_pool2d, F.avg_pool3d, F.max_pool2d, F.max_pool3d, torch.relu, torch.sigmoid, torch.tanh),
+    },
+    "call_method": {"contiguous", "relu", "relu_", "sigmoid", "tanh", "clone", "detach", "float"},
 }
-_SAME_METHODS = {"contiguous", "relu", "relu_", "sigmoid", "tanh", "clone", "detach", "float"}
 _MEANS = {torch.mean, torch.sum}
 _SUMS = {operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul, torch.add, torch.mul}
 _CAT = {torch.cat, getattr(torch, "concat", torch.cat)}
@@ -66,25 +71,20 @@ class Kept:
     inputs: tuple[int, ...] | None = None
 
 
+@dataclass(frozen=True)
 class ChannelMap:
-    """The channel groups of a network, and what each layer reads and writes of them."""
+    """The channel groups of a network, and what each layer reads and writes of them.
 
-    def __init__(
-        self,
-        groups: Sequence[ChannelGroup],
-        reads: dict[str, np.ndarray],
-        writes: dict[str, np.ndarray],
-        numbers: dict[str, np.ndarray],
-    ) -> None:
-        """Store what `channel_map` found.
+    Attributes:
+        groups: by name, in order of execution.
+        reads, writes: number of each input and output channel, by layer. A norm only writes.
+        numbers: of the channels of each group, ascending.
+    """
 
-        Args:
-            groups: in order of execution.
-            reads, writes: number of each input and output channel, by layer. A norm only writes.
-            numbers: of the channels of each group, ascending.
-        """
-        self.groups = {group.name: group for group in groups}
-        self.reads, self.writes, self.numbers = reads, writes, numbers
+    groups: Mapping[str, ChannelGroup]
+    reads: Mapping[str, np.ndarray]
+    writes: Mapping[str, np.ndarray]
+    numbers: Mapping[str, np.ndarray]
 
     def narrowing(self, keep: Mapping[str, Sequence[int]]) -> dict[str, Kept]:
         """Return which channels of which layers stay if groups keep only some of theirs.
@@ -143,8 +143,9 @@ class _Follower:
 
     def __init__(self, layers: LayerIndex) -> None:
         self.layers = layers
-        self.parent: list[int] = []
-        self.frozen: set[int] = set()
+        self.count = 0
+        self.pairs: list[tuple[int, int]] = []  # numbers that are one channel
+        self.frozen: list[int] = []
         self.of_node: dict[fx.Node, np.ndarray] = {}
         self.reads: dict[str, np.ndarray] = {}
         self.writes: dict[str, np.ndarray] = {}
@@ -152,24 +153,20 @@ class _Follower:
         self.tapped: list[tuple[str, np.ndarray]] = []
 
     def follow(self, node: fx.Node) -> None:
-        """Give the node's output channels their numbers."""
-        if node.op == "output":
+        """Give the node's output channels their numbers; what an output or something unknown reads is frozen."""
+        shape = getattr(node.meta.get("val"), "shape", ())
+        followed = node.op != "output" and len(shape) > 1
+        numbers = self._numbers(node, shape[1]) if followed else None
+        if numbers is None or len(numbers) != shape[1]:
             for given in node.all_input_nodes:
-                self._freeze(self.of_node.get(given))
-            return
-        if "val" not in node.meta or not hasattr(node.meta["val"], "shape") or len(shape_of(node)) < 2:
-            for given in node.all_input_nodes:
-                self._freeze(self.of_node.get(given))
-            return
-        numbers = self._numbers(node)
-        if numbers is None or len(numbers) != shape_of(node)[1]:  # something unknown
-            for given in node.all_input_nodes:
-                self._freeze(self.of_node.get(given))
-            numbers = self._new(shape_of(node)[1])
-            self._freeze(numbers)
+                self.frozen.extend(self.of_node.get(given, ()))
+            if not followed:
+                return
+            numbers = self._new(shape[1])
+            self.frozen.extend(numbers)
         self.of_node[node] = numbers
 
-    def _numbers(self, node: fx.Node) -> np.ndarray | None:
+    def _numbers(self, node: fx.Node, channels: int) -> np.ndarray | None:
         inputs = [self.of_node[given] for given in node.all_input_nodes if given in self.of_node]
         if node.op == "call_module":
             return self._through_layer(node, layer_of(node), inputs)
@@ -178,13 +175,11 @@ class _Follower:
         if node.op == "call_function" and node.target in _CAT:
             return self._joined(node)
         if node.op == "call_function" and node.target in _SUMS:
-            return self._summed(inputs, shape_of(node)[1])
-        known = (node.op == "call_function" and node.target in _SAME_FUNCTIONS) or (
-            node.op == "call_method" and node.target in _SAME_METHODS
-        )
-        if known or self._is_spatial_mean(node):
-            return inputs[0]
-        return None
+            if len(inputs) > 1 and any(len(numbers) != channels for numbers in inputs):
+                return None  # one channel for all: broadcast
+            return inputs[0] if len(inputs) == 1 else self._joint(*inputs)
+        same = node.target in _SAME.get(node.op, ()) or self._is_spatial_mean(node)
+        return inputs[0] if same else None
 
     def _through_layer(self, node: fx.Node, layer: nn.Module | None, inputs: list[np.ndarray]) -> np.ndarray | None:
         name = self.layers[str(node.target)].name
@@ -219,13 +214,6 @@ class _Follower:
             self._tap(part)
         return np.concatenate([self.of_node[part] for part in parts])
 
-    def _summed(self, inputs: list[np.ndarray], channels: int) -> np.ndarray | None:
-        if len(inputs) == 1:
-            return inputs[0]
-        if any(len(numbers) != channels for numbers in inputs):  # one channel for all: broadcast
-            return None
-        return self._joint(*inputs)
-
     def _is_spatial_mean(self, node: fx.Node) -> bool:
         mean = node.target in _MEANS if node.op == "call_function" else node.target in ("mean", "sum")
         dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
@@ -246,51 +234,36 @@ class _Follower:
         self.tapped.append((self.layers[str(node.target)].name, numbers))
 
     def _new(self, count: int) -> np.ndarray:
-        first = len(self.parent)
-        self.parent.extend(range(first, first + count))
-        return np.arange(first, first + count)
-
-    def _freeze(self, numbers: np.ndarray | None) -> None:
-        if numbers is not None:
-            self.frozen.update(numbers.tolist())
+        self.count += count
+        return np.arange(self.count - count, self.count)
 
     def _joint(self, one: np.ndarray | None, other: np.ndarray) -> np.ndarray:
-        for a, b in zip(() if one is None else one.tolist(), other.tolist(), strict=False):
-            a, b = self._root(a), self._root(b)
-            self.parent[max(a, b)] = min(a, b)
+        if one is not None:
+            self.pairs.extend(zip(one.tolist(), other.tolist(), strict=False))
         return other
 
-    def _root(self, number: int) -> int:
-        while self.parent[number] != number:
-            self.parent[number] = self.parent[self.parent[number]]
-            number = self.parent[number]
-        return number
-
-    def _rooted(self, numbers: np.ndarray) -> np.ndarray:
-        return np.array([self._root(number) for number in numbers.tolist()], dtype=int)
+    def _first(self, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+        """Return for each number the first of those that the pairs join with it."""
+        joined = np.array(pairs, dtype=int).reshape(-1, 2)
+        graph = coo_array((np.ones(len(joined)), joined.T), (self.count, self.count))
+        _, labels = connected_components(graph, directed=False)
+        return np.unique(labels, return_index=True)[1][labels]
 
     def result(self) -> ChannelMap:
         """Return the groups: makers that share a channel are one."""
-        reads, writes = ({k: self._rooted(v) for k, v in side.items()} for side in (self.reads, self.writes))
-        frozen = {self._root(number) for number in self.frozen}
-        together: list[tuple[list[str], set[int]]] = []
+        first = self._first(self.pairs)
+        reads, writes = ({name: first[numbers] for name, numbers in side.items()} for side in (self.reads, self.writes))
+        whole = [(self.writes[maker][0], number) for maker in self.makers for number in self.writes[maker]]
+        leader, together = self._first([*self.pairs, *whole]), defaultdict(list)
         for maker in self.makers:
-            names, numbers = [maker], set(writes[maker].tolist())
-            for other in [group for group in together if group[1] & numbers]:
-                names, numbers = other[0] + names, numbers | other[1]
-                together.remove(other)
-            together.append((names, numbers))
-        position = {name: place for place, name in enumerate(self.makers)}
-        groups, members = [], {}
-        for names, numbers in sorted(together, key=lambda group: min(position[name] for name in group[0])):
-            if numbers & frozen:
+            together[leader[self.writes[maker][0]]].append(maker)
+        groups, members = {}, {}
+        for name, *others in together.values():
+            numbers = np.unique(np.concatenate([writes[maker] for maker in (name, *others)]))
+            if np.isin(numbers, first[self.frozen]).any():
                 continue
-            names.sort(key=position.__getitem__)
-            members[names[0]] = np.array(sorted(numbers), dtype=int)
-            groups.append(ChannelGroup(names[0], len(numbers), tuple(names), self._taps(members[names[0]])))
+            # layers that are read with exactly these channels
+            taps = [tap for tap, tapped in self.tapped if np.array_equal(first[tapped], numbers)]
+            members[name] = numbers
+            groups[name] = ChannelGroup(name, len(numbers), (name, *others), tuple(dict.fromkeys(taps)))
         return ChannelMap(groups, reads, writes, members)
-
-    def _taps(self, numbers: np.ndarray) -> tuple[str, ...]:
-        """Return the layers that are read with exactly these channels, in their order."""
-        same = [name for name, tapped in self.tapped if np.array_equal(self._rooted(tapped), numbers)]
-        return tuple(dict.fromkeys(same))

@@ -7,6 +7,7 @@ h_r ~ c_r + sum_k A_kr h_k gives W_k += sum_r A_kr W_r, and c_r goes to the bias
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -87,15 +88,14 @@ def map_moments(network: nn.Module, groups: Iterable[ChannelGroup], tiles: Tiles
         network: in eval mode. groups: of its channels. tiles: calibration tiles.
     """
     found: dict[str, MapMoments] = {}
-    users: dict[str, list[str]] = {}
+    users: defaultdict[str, list[str]] = defaultdict(list)
     for group in groups:
         for tap in group.taps:
-            users.setdefault(tap, []).append(group.name)
+            users[tap].append(group.name)
 
     def add(names: Sequence[str], _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
         made = MapMoments.of(output)
-        for name in names:
-            found[name] = found[name] + made if name in found else made
+        found.update({name: found[name] + made if name in found else made for name in names})
 
     run_hooked(network, tiles, after={tap: partial(add, names) for tap, names in users.items()})
     return found

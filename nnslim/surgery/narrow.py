@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -16,11 +16,7 @@ from nnslim.network.spec import Edit, forget_spec, register_edit
 from nnslim.network.walk import LayerIndex
 from nnslim.surgery.channels import NORMS, Kept
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-NARROWABLE = (*_CONVOLUTIONS, *_TRANSPOSED, *NORMS)
-_WIDTHS = ("out_channels", "in_channels", "groups", "num_features")
-_BUFFERS = ("running_mean", "running_var")
+NARROWABLE = (nn.modules.conv._ConvNd, *NORMS)
 Axes = tuple[int, int | None]  # on which axes of a tensor the outputs and the inputs lie; None: nowhere
 
 
@@ -58,16 +54,14 @@ def narrow_layers(layers: LayerIndex, kept: Mapping[str, Kept]) -> dict[nn.Param
 
 
 def _narrow(layer: nn.Module, kept: Kept) -> dict[nn.Parameter, Cut]:
-    old = {name: (parameter, axes_of(layer, name)) for name, parameter in layer._parameters.items()}
+    old = {name: parameter for name, parameter in layer._parameters.items() if parameter is not None}
     outputs, inputs = (None if side is None else len(side) for side in (kept.outputs, kept.inputs))
     _change(layer, outputs, inputs, lambda tensor, axes: _part(tensor, axes, kept).clone())
     cuts = {}
-    for name, (parameter, axes) in old.items():
-        if parameter is not None:
-            take = partial(_part, axes=axes, kept=kept)
-            cuts[parameter] = Cut(getattr(layer, name), take)
-            if parameter.grad is not None:
-                cuts[parameter].new.grad = take(parameter.grad).clone()
+    for name, parameter in old.items():
+        cut = cuts[parameter] = Cut(getattr(layer, name), partial(_part, axes=axes_of(layer, name), kept=kept))
+        if parameter.grad is not None:
+            cut.new.grad = cut.take(parameter.grad).clone()
     return cuts
 
 
@@ -75,7 +69,7 @@ def axes_of(layer: nn.Module, parameter: str) -> Axes:
     """Return the axes of a layer's parameter."""
     if parameter != "weight" or isinstance(layer, NORMS) or layer.groups != 1:
         return 0, None
-    return (1, 0) if isinstance(layer, _TRANSPOSED) else (0, 1)
+    return (1, 0) if layer.transposed else (0, 1)
 
 
 def _part(tensor: Tensor, axes: Axes, kept: Kept) -> Tensor:
@@ -89,28 +83,28 @@ def _change(
     layer: nn.Module, outputs: int | None, inputs: int | None, change: Callable[[Tensor, Axes], Tensor]
 ) -> Callable[[], None]:
     """Give a layer changed tensors and other widths (None leaves a side); return an undo."""
-    tensors = (dict(layer._parameters), dict(layer._buffers))
-    numbers = {name: getattr(layer, name) for name in _WIDTHS if hasattr(layer, name)}
-    changed = {
+    parameters, buffers = dict(layer._parameters), dict(layer._buffers)
+    changed: dict[str, Any] = {
         name: nn.Parameter(change(parameter.detach(), axes_of(layer, name)), requires_grad=parameter.requires_grad)
-        for name, parameter in tensors[0].items()
+        for name, parameter in parameters.items()
         if parameter is not None
     }
-    for name, parameter in changed.items():
-        setattr(layer, name, parameter)
-    for name in _BUFFERS:
-        if (buffer := layer._buffers.get(name)) is not None:
-            layer._buffers[name] = change(buffer, (0, None))
-    grouped = numbers.get("groups", 1) != 1
+    for name in ("running_mean", "running_var"):
+        if buffers.get(name) is not None:
+            changed[name] = change(buffers[name], (0, None))
+    grouped = getattr(layer, "groups", 1) != 1
     widths = {"out_channels": outputs, "num_features": outputs, "in_channels": outputs if grouped else inputs}
     widths["groups"] = outputs if grouped else None
-    for name in numbers:
-        if widths[name] is not None:
-            setattr(layer, name, widths[name])
+    numbers = {
+        name: getattr(layer, name) for name, width in widths.items() if width is not None and hasattr(layer, name)
+    }
+    changed |= {name: widths[name] for name in numbers}
+    for name, value in changed.items():
+        setattr(layer, name, value)
 
     def undo() -> None:
-        layer._parameters.update(tensors[0])
-        layer._buffers.update(tensors[1])
+        layer._parameters.update(parameters)
+        layer._buffers.update(buffers)
         for name, value in numbers.items():
             setattr(layer, name, value)
 
@@ -126,13 +120,11 @@ def narrow_optimizer(optimizer: torch.optim.Optimizer, cuts: Mapping[nn.Paramete
     for group in optimizer.param_groups:
         group["params"] = [cuts[old].new if old in cuts else old for old in group["params"]]
     for old, cut in cuts.items():
-        if old not in optimizer.state:
-            continue
-        state = optimizer.state.pop(old)
-        optimizer.state[cut.new] = {
-            key: cut.take(value).clone() if torch.is_tensor(value) and value.shape == old.shape else value
-            for key, value in state.items()
-        }
+        if old in optimizer.state:
+            optimizer.state[cut.new] = {
+                key: cut.take(value).clone() if torch.is_tensor(value) and value.shape == old.shape else value
+                for key, value in optimizer.state.pop(old).items()
+            }
 
 
 def widths_of(network: nn.Module) -> dict[str, tuple[int, int | None]]:
@@ -168,7 +160,7 @@ def resize(layer: nn.Module, outputs: int | None, inputs: int | None) -> Callabl
 class NarrowEdit(Edit):
     """Give one layer the widths that are left after channels were removed.
 
-    Structure only: which channels stayed is in the weights. Consumers and norms of a layer have edits of their own.
+    Structure only: which channels stayed is in the weights. Readers and norms of a layer have edits of their own.
 
     Attributes:
         layer: any of the layer's names.
@@ -190,11 +182,8 @@ class NarrowEdit(Edit):
                 raise SpecError(f"layer '{self.layer}': {side} {wanted} asked for, it has {width}")
         old = dict(layer._parameters)
         undo = resize(layer, self.outputs, self.inputs)
-        if fill:
-            with torch.no_grad():
-                for name, parameter in layer._parameters.items():
-                    if parameter is not None:
-                        parameter.copy_(old[name][tuple(slice(size) for size in parameter.shape)])
+        for name, parameter in layer.named_parameters() if fill else ():
+            parameter.data.copy_(old[name][tuple(slice(size) for size in parameter.shape)])
         return undo
 
 
@@ -213,15 +202,11 @@ class ElasticEdit(Edit):
     def apply(self, layers: LayerIndex, *, fill: bool) -> Callable[[], None]:
         """See Edit.apply; changes no layer."""
         # torch knows no public hook of this kind before 2.5
-        handle = layers.root._register_load_state_dict_pre_hook(_fit_hook, with_module=True)
+        handle = layers.root._register_load_state_dict_pre_hook(fit_widths, with_module=True)
         return handle.remove
 
 
-def _fit_hook(network: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    fit_widths(network, state_dict, prefix)
-
-
-def fit_widths(network: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> list[str]:
+def fit_widths(network: nn.Module, state_dict: Mapping[str, Any], prefix: str = "", *_: Any) -> list[str]:
     """Give the layers of a network the widths that a state dict has, with weights that are not set yet.
 
     Args:
@@ -231,21 +216,16 @@ def fit_widths(network: nn.Module, state_dict: Mapping[str, Any], prefix: str = 
     """
     changed = []
     for layer in LayerIndex(network).of_type(*NARROWABLE):
-        module, given = layer.module, _given(layer.aliases, state_dict, prefix)
-        shape = None if given is None else tuple(given.shape)
-        if shape is None or getattr(module, "weight", None) is None or len(shape) != module.weight.dim():
+        given = [state_dict[key] for alias in layer.aliases if (key := f"{prefix}{alias}.weight") in state_dict]
+        weight = layer.module.weight
+        if not given or weight is None or given[0].dim() != weight.dim():
             continue
-        first, second = axes_of(module, "weight")
-        outputs, inputs = shape[first], None if second is None else shape[second]
-        if (outputs, inputs) != (module.weight.shape[first], None if second is None else module.weight.shape[second]):
-            resize(module, outputs, outputs if getattr(module, "groups", 1) != 1 else inputs)
+        first, second = axes_of(layer.module, "weight")
+        outputs, inputs = given[0].shape[first], None if second is None else given[0].shape[second]
+        if (outputs, inputs) != (weight.shape[first], None if second is None else weight.shape[second]):
+            resize(layer.module, outputs, outputs if getattr(layer.module, "groups", 1) != 1 else inputs)
             changed.append(layer.name)
     return changed
-
-
-def _given(aliases: Iterable[str], state_dict: Mapping[str, Any], prefix: str) -> Tensor | None:
-    keys = (f"{prefix}{alias}.weight" for alias in aliases)
-    return next((state_dict[key] for key in keys if key in state_dict), None)
 
 
 def as_base(network: nn.Module) -> nn.Module:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from nnslim.maths.moments import ChannelMoments, Moments, Places, choose_places, sample_inputs, sample_outputs
+from nnslim.network.graph import PASSING
 from nnslim.network.walk import LayerIndex
 
 _NORM = (nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
-_PASSING = (nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.Identity)
 
 
 class Tiles(Protocol):
@@ -67,7 +67,6 @@ def following_norms(network: nn.Module, tile: Tensor) -> dict[str, str]:
     Args:
         network: in eval mode. tile: (1, C, *patch).
     """
-    index = LayerIndex(network)
     made: dict[int, str] = {}
     alive: list[Tensor] = []
     found: dict[str, str] = {}
@@ -77,15 +76,12 @@ def following_norms(network: nn.Module, tile: Tensor) -> dict[str, str]:
         if isinstance(module, _NORM):
             if source is not None:
                 found[source] = name
-        elif isinstance(output, Tensor) and not (isinstance(module, _PASSING) and source is None):
+        elif isinstance(output, Tensor) and not (isinstance(module, PASSING) and source is None):
             alive.append(output)  # keeps ids unique while the pass runs
-            made[id(output)] = source if isinstance(module, _PASSING) else name
+            made[id(output)] = source if isinstance(module, PASSING) else name
 
-    leaves = [layer for layer in index.values() if not layer.module._modules]
-    hooks = {
-        layer.name: lambda module, inputs, output, name=layer.name: record(name, module, inputs, output)
-        for layer in leaves
-    }
+    leaves = (layer.name for layer in LayerIndex(network).values() if not layer.module._modules)
+    hooks = {name: partial(record, name) for name in leaves}
     with hooked(network, {}, hooks), torch.no_grad():
         network(tile)
     return found
@@ -139,37 +135,35 @@ def stream_moments(
     each = -(-samples // len(tiles))
     order = {layer.name: number for number, layer in enumerate(LayerIndex(dense).values())}
     for number, tile in enumerate(tiles):
-        pair = _TilePair(requests, each, {name: (seed * 1_000_003 + number) * 10_007 + n for name, n in order.items()})
-        tile = tile.to(device)
-        with torch.inference_mode():
-            with hooked(dense, {}, {r.layer: partial(pair.take_output, r) for r in requests}), suppress(EndOfPass):
-                dense(tile)
-            with hooked(slim, {r.layer: partial(pair.take_input, r) for r in requests}, {}), suppress(EndOfPass):
-                slim(tile)
+        seeds = {request.layer: (seed * 1_000_003 + number) * 10_007 + order[request.layer] for request in requests}
+        _stream_tile(dense, slim, tile.to(device), requests, each, seeds)
         if on_tile is not None:
             on_tile()
 
 
-class _TilePair:
-    """Samples of one tile: first the dense network's outputs, then the slim one's inputs at the same places."""
+@torch.inference_mode()
+def _stream_tile(
+    dense: nn.Module, slim: nn.Module, tile: Tensor, requests: Sequence[Request], count: int, seeds: Mapping[str, int]
+) -> None:
+    """Sample one tile: first the dense network's outputs, then the slim one's inputs at the same places."""
+    found: dict[str, tuple[Places, Tensor]] = {}
+    taken: list[str] = []
 
-    def __init__(self, requests: Sequence[Request], count: int, seeds: Mapping[str, int]) -> None:
-        self._wanted, self._count, self._seeds = len(requests), count, seeds
-        self._places: dict[str, Places] = {}
-        self._outputs: dict[str, Tensor] = {}
-        self._taken = 0
-
-    def take_output(self, request: Request, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        generator = torch.Generator().manual_seed(self._seeds[request.layer])
-        places = choose_places(request.conv, inputs[0], output, self._count, generator)
-        self._places[request.layer] = places
-        self._outputs[request.layer] = sample_outputs(request.conv, output, places)
-        if len(self._outputs) == self._wanted:
+    def take_output(request: Request, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        generator = torch.Generator().manual_seed(seeds[request.layer])
+        places = choose_places(request.conv, inputs[0], output, count, generator)
+        found[request.layer] = places, sample_outputs(request.conv, output, places)
+        if len(found) == len(requests):
             raise EndOfPass
 
-    def take_input(self, request: Request, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows = sample_inputs(request.conv, inputs[0], self._places[request.layer])
-        request.add(rows, self._outputs[request.layer])
-        self._taken += 1
-        if self._taken == self._wanted:
+    def take_input(request: Request, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        places, outputs = found[request.layer]
+        request.add(sample_inputs(request.conv, inputs[0], places), outputs)
+        taken.append(request.layer)
+        if len(taken) == len(requests):
             raise EndOfPass
+
+    with suppress(EndOfPass), hooked(dense, {}, {request.layer: partial(take_output, request) for request in requests}):
+        dense(tile)
+    with suppress(EndOfPass), hooked(slim, {request.layer: partial(take_input, request) for request in requests}, {}):
+        slim(tile)
