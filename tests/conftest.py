@@ -73,6 +73,41 @@ def _tiny_net(
     return network.eval()
 
 
+# What `-m fast` runs: the core that tells within three minutes on two cores whether nnslim still works.
+FAST = (
+    "network",
+    "maths",
+    "surgery",
+    "resampling",
+    "evaluation",
+    "compression/test_config.py",
+    "compression/test_compress_cache.py",
+    "compression/test_storage.py",
+    "methods/test_tucker.py",
+    "methods/test_filters.py",
+    "methods/test_sauron.py",
+    "methods/test_toy_method.py",
+    "methods/test_method_stays_in_its_folder.py",
+    "prediction/test_folder_manifest.py",
+    "prediction/test_images.py",
+    "running/test_rewrites.py",
+    "running/test_running.py",
+    "hosts/nnunet/test_compress_model.py",
+    "test_architectures.py",
+    "test_former_names.py",
+    "test_import_rule.py",
+    "test_tables.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of `FAST`."""
+    folder = Path(__file__).parent
+    for item in items:
+        if "slow" not in item.keywords and item.path.relative_to(folder).as_posix().startswith(FAST):
+            item.add_marker("fast")
+
+
 @pytest.fixture(scope="session")
 def tiny_net() -> Callable[..., nn.Module]:
     """Factory: tiny_net(kind, deep_supervision=False, channels=1, classes=3, features=(6, 8, 12), seed=0), eval mode.

@@ -30,7 +30,8 @@ def order_of(page: str) -> dict[str, int]:
     return {name.strip("/").replace("/", "."): place for place, row in enumerate(names) for name in row}
 
 
-ORDER = order_of((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+PAGE_OF_PACKAGES = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+ORDER = order_of(PAGE_OF_PACKAGES)
 
 
 def row_of(module: str, order: dict[str, int]) -> int | None:
@@ -117,6 +118,16 @@ def test_package_imports_go_down_without_circles():
 
 def test_every_row_of_the_table_is_there():
     assert [name for name in ORDER if not list(PACKAGE.glob(f"{name.replace('.', '/')}*"))] == []
+
+
+def test_ways_through_the_code_name_files_and_what_they_define():
+    section = PAGE_OF_PACKAGES.split("## Four ways through the code")[1].split("\n## ")[0]
+    for line in re.findall(r"^\d+\. (.*)$", section, re.MULTILINE):
+        files = [PACKAGE / name for name in re.findall(r"`([\w/]+\.py)`", line)]
+        assert files and all(file.is_file() for file in files), line
+        defined = {node.name for file in files for node in ast.parse(file.read_text()).body if hasattr(node, "name")}
+        named = set(re.findall(r"`(\w+)`", line)) - {"preprocess_case"}  # of the way before
+        assert named <= defined, (line, named - defined)
 
 
 def test_nothing_imports_the_studies():
