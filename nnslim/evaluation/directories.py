@@ -12,7 +12,8 @@ from nnslim.evaluation.classes import Classes, LabelClass
 from nnslim.evaluation.compare import CaseScores, CompareSettings, compare_case
 from nnslim.evaluation.pairing import pair_cases
 from nnslim.evaluation.results import Evaluation
-from nnslim.evaluation.workers import Outcome, available_cpus, run_jobs
+from nnslim.evaluation.workers import Outcome, run_jobs
+from nnslim.running.machine import machine_threads
 
 _START = 10.0  # seconds of work that make starting processes worth while; each imports numpy and scipy first
 
@@ -71,7 +72,7 @@ def evaluate_directories(
 
 def _run(pairs: dict[str, tuple[Path, Path]], settings: CompareSettings, workers: int | None) -> Iterator[Outcome]:
     """Compare all pairs: a case per process first, because Python's threads share one interpreter."""
-    threads, names = workers or available_cpus(), list(pairs)
+    threads, names = workers or machine_threads(), list(pairs)
     processes = min(threads, len(names))
     if workers is None:
         started = time.perf_counter()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from nnslim.errors import ConfigError
-from nnslim.evaluation.workers import available_cpus
 from nnslim.files import read_yaml
+from nnslim.running.machine import machine_threads
 
 
 def legacy_arguments(path: Path) -> list[str]:
@@ -27,5 +27,5 @@ def legacy_arguments(path: Path) -> list[str]:
     arguments += ["-o", str(content["metric_csv_path"]), "--tolerance", "3.0"]
     if "eval_workers" in content:
         # It was 32 threads by default; these are processes.
-        arguments += ["--workers", str(max(1, min(int(content["eval_workers"]), available_cpus())))]
+        arguments += ["--workers", str(max(1, min(int(content["eval_workers"]), machine_threads())))]
     return arguments

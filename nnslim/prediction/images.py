@@ -77,11 +77,7 @@ def count_voxels(path: Path) -> int:
 
 
 def _scanned(path: Path, *, finite: bool) -> tuple[Any, int]:
-    """Read a NIfTI file once; return its header as it is, and on request how many voxels are not finite.
-
-    Raises:
-        InputError: see `check_complete`.
-    """
+    """Read a NIfTI file once; return its header as it is, and how many voxels are not finite where that is asked."""
     try:
         kind = type(nib.load(path).header)
         with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as stream:

@@ -56,11 +56,7 @@ class Manifest:
             write_bytes(self.path, _text(latest.values()))
 
     def finish(self, records: Iterable[Record]) -> None:
-        """Close this run's part, or the whole; the last of several runs to do so leaves manifest.jsonl alone.
-
-        Args:
-            records: of all cases of this run.
-        """
+        """Close this run's part, given its records, or the whole; the last of several runs merges all parts."""
         self._started.unlink(missing_ok=True)
         if self._part is None:
             self.tidy()
@@ -140,20 +136,17 @@ def alone(folder: Path, *, shared: bool = False) -> Iterator[None]:
 def _append(path: Path, content: dict) -> None:
     line = _line(content)
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            size = os.fstat(handle).st_size
-            if size and os.pread(handle, 1, size - 1) != b"\n":  # a process was killed while writing
+        with path.open("ab+", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size and os.pread(file.fileno(), 1, size - 1) != b"\n":  # a process was killed while writing
                 line = b"\n" + line
             try:
-                written = os.write(handle, line)
+                written = file.write(line)
                 if written < len(line):  # a full disk takes what fits, and only the next write fails
-                    os.write(handle, line[written:])
+                    file.write(line[written:])
             except OSError:
-                os.ftruncate(handle, size)
+                file.truncate(size)
                 raise
-        finally:
-            os.close(handle)
     except OSError as error:
         raise output_error(path, error) from error
 

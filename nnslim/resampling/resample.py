@@ -1,9 +1,7 @@
 """Separable resampling as matrix products: one matrix per axis, equal to what scipy, skimage and torch compute.
 
-Interpolation on a grid is linear in the values and separable, the prefilter of a cubic spline and the repeated edge
-included. So `scipy.ndimage.zoom` on a volume is one small matrix per axis, and the matrices are read off scipy itself:
-they are its answer to unit vectors. Nothing here makes a copy in double precision, and what is held beside input and
-output is one slab.
+Interpolation on a grid is linear and separable, the prefilter of a cubic spline and the repeated edge included. The
+matrices are scipy's own answers to unit vectors. What is held beside input and output is one slab in single precision.
 """
 
 from __future__ import annotations
@@ -53,10 +51,6 @@ class Axis:
         begin, end, weights = self.part(low, high)
         spans = [tuple(at - begin for at in side[low:high]) for side in (self.first, self.last)]
         return begin, end, Axis(weights.contiguous(), *spans, identity=False, convex=self.convex)
-
-    def to(self, device: torch.device) -> Axis:
-        """Return it with the weights on a device."""
-        return replace(self, weights=self.weights.to(device))
 
 
 def _axis(weights: np.ndarray) -> Axis:
@@ -159,7 +153,7 @@ class Grid:
 
     def to(self, device: torch.device) -> Grid:
         """Return it with the weights on a device."""
-        return replace(self, axes=tuple(axis.to(device) for axis in self.axes))
+        return replace(self, axes=tuple(replace(axis, weights=axis.weights.to(device)) for axis in self.axes))
 
 
 def blocks(size: int, length: int) -> list[tuple[int, int]]:
@@ -194,12 +188,11 @@ def times(weights: Tensor, tensor: Tensor, dim: int) -> Tensor:
     return weights @ tensor if dim == -2 else (weights @ tensor.flatten(-2)).unflatten(-1, tensor.shape[-2:])
 
 
-def slabs(volume: Tensor, grid: Grid, length: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
+def slabs(volume: Tensor, grid: Grid) -> Iterator[tuple[int, int, Tensor]]:
     """Resample a volume slab by slab.
 
     Args:
         volume: (D, H, W), any number type; on the device of the grid's weights.
-        length: of a slab in output voxels, on the axis that it lies across.
     Yields:
         (begin, end, (end - begin, ...) float32): along `grid.last_axis`, which comes first in what is yielded (the
         other two follow in their order); along the first axis where it is None.
@@ -209,7 +202,7 @@ def slabs(volume: Tensor, grid: Grid, length: int | None = None) -> Iterator[tup
     volume = volume.permute(order)
     across, *plane = (grid.axes[axis] for axis in order)
     bounds = _bounds(volume, grid)
-    length = length or max(8, _SLAB // (max(plane[0].size) * max(plane[1].size)))
+    length = max(8, _SLAB // (max(plane[0].size) * max(plane[1].size)))  # a small number of output slices
     for low, high in blocks(across.size[1], length):
         begin, end, weights = across.part(low, high)
         slab = volume[begin:end].float()
@@ -220,7 +213,7 @@ def slabs(volume: Tensor, grid: Grid, length: int | None = None) -> Iterator[tup
         else:
             slab = along(along(slab, plane[1], -1), plane[0], -2)
             if bounds is not None:
-                slab = torch.minimum(torch.maximum(slab, bounds[0][begin:end]), bounds[1][begin:end])
+                slab = slab.clamp(bounds[0][begin:end], bounds[1][begin:end])
             slab = slab if across.identity else times(weights, slab, -3)
         yield low, high, slab
 
@@ -262,15 +255,11 @@ def grid_like_resize(
 
 
 def grid_like_interpolate(
-    shape: Sequence[int],
-    new_shape: Sequence[int],
-    mode: str = "linear",
-    last_mode: str = "",
-    last_axis: int | None = None,
+    shape: Sequence[int], new_shape: Sequence[int], last_mode: str = "linear", last_axis: int | None = None
 ) -> Grid:
-    """Return what torch's interpolate does, on the volume or with another mode along `last_axis`."""
+    """Return what torch's linear interpolate does, on the volume or with another mode along `last_axis`."""
     axes = tuple(
-        torch_axis(n, m, last_mode if number == last_axis else mode)
+        torch_axis(n, m, last_mode if number == last_axis else "linear")
         for number, (n, m) in enumerate(zip(shape, new_shape, strict=True))
     )
     return Grid(axes, last_axis, clip=False)  # type: ignore[arg-type]

@@ -61,8 +61,7 @@ class Graphed(nn.Module):
 
     def _fits(self, x: Tensor) -> bool:
         """Return whether the recording is of such a pass."""
-        held = self.input
-        if self.graph is None or held is None or torch.cuda.current_stream(x.device) != self.stream:
+        if (held := self.input) is None or torch.cuda.current_stream(x.device) != self.stream:
             return False
         return (x.shape, x.dtype, x.device) == (held.shape, held.dtype, held.device)
 
@@ -104,10 +103,9 @@ def variants(graph: fx.GraphModule) -> dict[str, nn.Module]:
     "plain": as it is. "channels last": in that layout, which tensor cores like and instance norm does not. "folded":
     channels last, each 1x1 -> norm -> activation -> 1x1 one pass, see `NormPass`.
     """
-    made: dict[str, nn.Module] = {"plain": graph}
     flat = any(isinstance(layer_of(node), (nn.Conv2d, nn.ConvTranspose2d)) for node in graph.graph.nodes)
     layout = torch.channels_last if flat else torch.channels_last_3d
-    made["channels last"] = _ChannelsLast(graph, layout)
+    made = {"plain": graph, "channels last": _ChannelsLast(graph, layout)}
     try:
         made["folded"] = _ChannelsLast(fold_norms(graph), layout)
     except RewriteError as error:

@@ -48,29 +48,18 @@ class Quantised:
         )
 
 
-def quantize(
-    network: Any,
-    shape: Sequence[int],
-    tiles: Iterable[Tensor],
-    *,
-    channels_last: bool = True,
-    keep_first: bool = False,
-    keep_last: bool = True,
-    accurate: bool = False,
-) -> Quantised:
+def quantize(network: Any, shape: Sequence[int], tiles: Iterable[Tensor], *, channels_last: bool = True) -> Quantised:
     """Return the network with convolutions in eight bits, calibrated on tiles.
 
     Weights are quantised per channel and symmetrically, activations per tensor with their own zero point, which suits
-    leaky ReLU. Norms stay in float. Weights use half of their range, so that sums do not overflow on processors
-    without VNNI.
+    leaky ReLU. Norms and the layers that make the logits stay in float. Weights use half of their range, so that sums
+    do not overflow on processors without VNNI.
 
     Args:
         network: in eval mode, or an ov.Model from `convert`.
         shape: (B, C, *patch) that the tiles have; the model has batch 1.
         tiles: (1, C, *patch) float32 each; all are used, some ten are enough.
         channels_last: layout of the logits of a network that is converted here, see `convert`.
-        keep_first, keep_last: leave the layer on the image, or those that make the logits, in float.
-        accurate: correct biases layer by layer instead of from one pass; takes a pass for each layer.
     Raises:
         BackendError: openvino or nncf is missing, there are no tiles, one has another shape, or no layer was quantised.
     """
@@ -82,14 +71,14 @@ def quantize(
     data = [_checked(tile, shape) for tile in tiles]
     if not data:
         raise BackendError("int8 needs calibration tiles, found none")
-    kept = _names(model, first=keep_first, last=keep_last)
+    kept = _last_names(model)
     with silent_loggers("nncf", "torch.utils.cpp_extension"), redirect_stdout(io.StringIO()):  # progress bars
         made = nncf.quantize(
             model,
             nncf.Dataset(data),
             preset=nncf.QuantizationPreset.MIXED,
             subset_size=len(data),
-            fast_bias_correction=not accurate,
+            fast_bias_correction=True,
             ignored_scope=nncf.IgnoredScope(names=kept, validate=False),
             # Processors without VNNI add pairs of products in 16 bits, which overflow unless weights use half of their
             # range; a file may come to such a machine later.
@@ -130,30 +119,21 @@ def _checked(tile: Tensor, shape: tuple[int, ...]) -> np.ndarray:
     return tile.detach().cpu().float().contiguous().numpy()
 
 
-def _names(model: Any, *, first: bool, last: bool) -> list[str]:
-    """Return the convolutions that touch the image, and the last ones.
-
-    The last are those after which only reordering comes and, before them, the factors of a factored layer: its narrow
-    tensors carry the whole answer, and in eight bits they cost half of all the voxels that change their label.
-    """
-    found: list[Any] = []
-    if first:
-        found += [target.get_node() for output in model.inputs for target in output.get_target_inputs()]
-    if last:
-        heads = _convolutions_above([result.get_node().input_value(0).get_node() for result in model.outputs])
-        before = _convolutions_above([head.input_value(0).get_node() for head in heads])
-        found += heads
-        while before and all(set(node.input_value(1).get_shape()[2:]) == {1} for node in before):
-            found += before
-            inner = _convolutions_above([node.input_value(0).get_node() for node in before], only=("Add",))
-            found += inner
-            before = _convolutions_above([node.input_value(0).get_node() for node in inner], only=("Add",))
-    return sorted({node.get_friendly_name() for node in found if node.get_type_name() in _CONVOLUTIONS})
+def _last_names(model: Any) -> list[str]:
+    """Return the convolutions after which only reordering comes and, before them, the factors of a factored layer."""
+    # Narrow tensors there carry the whole answer; in eight bits they cost half of all voxels that change their label.
+    heads = _convolutions_above(model.get_results())
+    before, found = _convolutions_above(heads), [*heads]
+    while before and all(set(node.input_value(1).get_shape()[2:]) == {1} for node in before):
+        inner = _convolutions_above(before, only=("Add",))
+        found += before + inner
+        before = _convolutions_above(inner, only=("Add",))
+    return sorted({node.get_friendly_name() for node in found})
 
 
 def _convolutions_above(nodes: list[Any], only: tuple[str, ...] = ()) -> list[Any]:
-    """Return the nearest convolutions on all ways up, through any kind of node or `only` some kinds."""
-    found, waiting = [], list(nodes)
+    """Return the convolutions nearest to the nodes' inputs on all ways up, through any kind of node or `only` some."""
+    found, waiting = [], [node.input_value(0).get_node() for node in nodes]
     while waiting:
         node = waiting.pop()
         kind = node.get_type_name()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 import os
 import platform
@@ -68,18 +69,16 @@ class PeakMeter:
     """Peaks of spans that overlap, from the one high-water mark that a process has. May be used by several threads."""
 
     def __init__(self) -> None:
-        """Watch nothing yet."""
         self._lock = threading.Lock()
         self._open: dict[int, int] = {}
-        self._next = 0
+        self._handles = itertools.count()
 
     def begin(self) -> int:
         """Open a span and return its handle."""
         with self._lock:
             self._note()
-            self._next += 1
-            self._open[self._next] = 0
-            return self._next
+            self._open[handle := next(self._handles)] = 0
+            return handle
 
     def end(self, handle: int) -> int:
         """Close a span; return the peak of resident memory while it was open, bytes."""

@@ -76,10 +76,10 @@ def built_library(threads: bool) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / "kernels.so"
-            compiled = [str(Path(folder) / f"{source.stem}.o") for source in _SOURCES]
-            for source, target_file in zip(_SOURCES, compiled, strict=True):
-                _run(chosen, *flags, "-c", "-o", target_file, str(source))
-            _run(chosen, "-shared", "-o", str(made), *compiled)
+            compiled = {str(source): f"{folder}/{source.stem}.o" for source in _SOURCES}
+            for source, file in compiled.items():
+                _run(chosen, *flags, "-c", "-o", file, source)
+            _run(chosen, "-shared", "-o", str(made), *compiled.values())
             made.replace(target)
     return target
 

@@ -91,16 +91,12 @@ class NormPass(nn.Module):
         """(B, C, *spatial) -> one (B, R_k, *spatial) per V_k, then the wide (B, C', *spatial) where it is kept."""
         z = z.contiguous(memory_format=_layout(z))
         made = self.empty_outputs(z)
-        native = self.native_kernels(z)
-        on_gpu = native is None and self.fits_gpu(z)
+        if (native := self.native_kernels(z)) is not None:
+            work = functools.partial(self._by_kernel, native)
+        else:
+            work = self._by_triton if self.fits_gpu(z) else self.by_torch
         for number in range(len(z)):
-            rows, outs = _rows(z[number]), [_rows(out[number]) for out in made]
-            if native is not None:
-                self._by_kernel(native, rows, outs)
-            elif on_gpu:
-                self._by_triton(rows, outs)
-            else:
-                self.by_torch(rows, outs)
+            work(_rows(z[number]), [_rows(out[number]) for out in made])
         return made
 
     def empty_outputs(self, z: Tensor) -> tuple[Tensor, ...]:
@@ -112,9 +108,8 @@ class NormPass(nn.Module):
 
     def fits_gpu(self, z: Tensor) -> bool:
         """Return whether Triton's kernels can do this pass: only they save the wide tensor's way through memory."""
-        if z.device.type != "cuda" or self.w is None or isinstance(z, FakeTensor) or not has_triton():
-            return False
-        if z.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        known = z.device.type == "cuda" and z.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        if not known or self.w is None or isinstance(z, FakeTensor) or not has_triton():
             return False
         from nnslim.running.triton_pass import fits
 
@@ -143,9 +138,8 @@ class NormPass(nn.Module):
             return None
         if any(width % LANES or width > WIDEST for width in widths):
             return None
-        if self.w is not None and self.w.shape[1] > _NARROW:  # then the matrix products of torch's BLAS are as good
-            return None
-        return kernels()
+        wide = self.w is not None and self.w.shape[1] > _NARROW  # then the matrix products of torch's BLAS are as good
+        return None if wide else kernels()
 
     def _by_kernel(self, native: Kernels, z: Tensor, outs: list[Tensor]) -> None:
         mean, square = native.moments(z, full=self.w is not None)
@@ -194,12 +188,10 @@ class NormPass(nn.Module):
 
 
 def _moments(z: Tensor, full: bool) -> tuple[Tensor, Tensor]:
-    """Return mean (C,) and covariance (C, C), or variances (C,) where not `full`, over the rows, in float64.
-
-    Around the mean of the first block, because the difference of two large numbers would lose digits.
-    """
+    """Return mean (C,) and covariance (C, C), or variances (C,) where not `full`, over the rows, in float64."""
     block = max(64, (_BLOCK if z.device.type == "cpu" else _BLOCK_CUDA) // z.shape[1])
     exact = z.dtype if z.dtype in (torch.float32, torch.float64) else torch.float32
+    # Around the mean of the first block, because the difference of two large numbers would lose digits.
     pivot = z[:block].to(exact).mean(0)
     total = torch.zeros_like(pivot, dtype=torch.float64)
     square = torch.zeros((len(pivot),) * (1 + full), dtype=torch.float64, device=z.device)

@@ -63,21 +63,21 @@ def convert(network: nn.Module, shape: Sequence[int], *, channels_last: bool) ->
     openvino_module()
     shape = tuple(int(size) for size in shape)
     network = copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
-    wanted = _output_shape(network, shape)
+    whole = _OneOutput(network, channels_last)
+    wanted = _output_shape(whole, shape)
     if wanted is None:
         raise BackendError(f"{type(network).__name__} does not run on {shape}")
     sizes = [shape]
     try:
         network = rewritten(network, shape)
-        sizes.insert(0, _small(network, shape))
+        whole = _OneOutput(network, channels_last)
+        sizes.insert(0, _small(whole, shape))
     except RewriteError as error:
         _log.info("converted without rewrites: %s", error)
-    if channels_last:
-        wanted = (wanted[0], *wanted[2:], wanted[1])
     problem: Exception | None = None
     for size in dict.fromkeys(sizes):
         try:
-            model = convert_at(_OneOutput(network, channels_last), size, shape)
+            model = convert_at(whole, size, shape)
         except Exception as error:  # whatever torch's tracer and OpenVINO's frontend raise
             problem = problem or error
             continue
@@ -96,7 +96,8 @@ class _OneOutput(nn.Module):
         self.network, self.channels_last = network, channels_last
 
     def forward(self, image: Tensor) -> Tensor:
-        y = _first(self.network(image))
+        y = self.network(image)
+        y = y[0] if isinstance(y, (tuple, list)) else y
         return y.movedim(1, -1) if self.channels_last else y
 
 
@@ -119,18 +120,13 @@ def convert_at(network: nn.Module, size: Sequence[int], shape: Sequence[int]) ->
 
 
 def _output_shape(network: nn.Module, shape: Sequence[int]) -> tuple[int, ...] | None:
-    """Return the shape of the first output without computing it; None where the network does not run on that shape."""
+    """Return the shape of the output without computing it; None where the network does not run on that shape."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with torch.no_grad(), mode, silent_loggers("torch._subclasses.fake_tensor"):
-            y = network(torch.empty(tuple(shape)))
+            return tuple(network(torch.empty(tuple(shape))).shape)
     except Exception:  # a network's own code may raise anything
         return None
-    return tuple(_first(y).shape)
-
-
-def _first(outputs: Any) -> Tensor:
-    return outputs[0] if isinstance(outputs, (tuple, list)) else outputs
 
 
 def _small(network: nn.Module, shape: Sequence[int]) -> tuple[int, ...]:

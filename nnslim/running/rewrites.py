@@ -1,8 +1,7 @@
 """Exact rewrites of a network's graph: the same function, with fewer multiplications and less memory traffic.
 
 Each function takes a graph from `trace` and returns a new one; layers of the original are shared or replaced, never
-changed. All are exact in real numbers: convolutions are linear, and the mean and variance of a linear image of a tensor
-follow from those of the tensor itself.
+changed. All are exact in real numbers.
 """
 
 from __future__ import annotations
@@ -101,8 +100,9 @@ def fold_norms(graph: fx.GraphModule) -> fx.GraphModule:
         before = layer_of(source)
         wide = is_pointwise(before) and len(source.users) == 1
         last, slope = norm, 1.0
-        if len(norm.users) == 1 and (found := _slope(layer_of(user := next(iter(norm.users))))) is not None:
-            last, slope = user, found
+        user = next(iter(norm.users), None)
+        if len(norm.users) == 1 and isinstance(layer_of(user), (nn.LeakyReLU, nn.ReLU)):
+            last, slope = user, getattr(layer_of(user), "negative_slope", 0.0)
         following = [user for user in last.users if is_pointwise(layer_of(user))]
         others = len(following) < len(last.users)
         layer = NormPass(
@@ -141,13 +141,6 @@ def _is_concatenation(node: fx.Node) -> bool:
         return False
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     return dim in (1, 1 - len(shape_of(node)))
-
-
-def _slope(layer: nn.Module | None) -> float | None:
-    """Return the slope of the activation for negative numbers; None for another kind of layer."""
-    if isinstance(layer, nn.LeakyReLU):
-        return layer.negative_slope
-    return 0.0 if isinstance(layer, nn.ReLU) else None
 
 
 def _pointwise_like(conv: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:

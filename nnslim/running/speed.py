@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from nnslim.errors import RewriteError
 from nnslim.network.cost import measure_cost
@@ -141,12 +141,10 @@ def _followers(network: nn.Module, shape: Sequence[int]) -> dict[int, list[nn.Mo
     found = {}
     for node in graph.graph.nodes:
         if (layer := layer_of(node)) is not None:
-            norm = _only_user(node, _NORMS)
-            last = None if norm is None else _only_user(norm, _ACTIVATIONS)
-            found[id(layer)] = [layer_of(user) for user in (norm, last) if user is not None]
+            found[id(layer)] = behind = []
+            for kinds in (_NORMS, _ACTIVATIONS):
+                node = next(iter(node.users)) if len(node.users) == 1 else None
+                if node is None or not isinstance(layer_of(node), kinds):
+                    break
+                behind.append(layer_of(node))
     return found
-
-
-def _only_user(node: fx.Node, kinds: tuple[type[nn.Module], ...]) -> fx.Node | None:
-    user = next(iter(node.users)) if len(node.users) == 1 else None
-    return user if user is not None and isinstance(layer_of(user), kinds) else None

@@ -17,7 +17,7 @@ _SCRIPT = """\
 #SBATCH --job-name=nnslim-predict
 #SBATCH --array=0-{last}
 #SBATCH --cpus-per-task={cpus}
-#SBATCH --mem={memory}G
+#SBATCH --mem=32G
 #SBATCH --time=24:00:00
 #SBATCH --output=%x-%A_%a.log
 #SBATCH --requeue
@@ -37,42 +37,32 @@ def part_of(environment: Mapping[str, str], parts: int | None = None) -> tuple[i
     Raises:
         InputError: no Slurm variables, or an array whose numbers are no range.
     """
-    try:
-        number, count = _array(environment, parts)
-        step, steps = int(environment.get("SLURM_PROCID", 0)), int(environment.get("SLURM_STEP_NUM_TASKS", 1))
-    except ValueError as error:
-        raise InputError(f"the Slurm variables cannot be understood: {error}") from error
-    return number * steps + step, count * steps
-
-
-def _array(environment: Mapping[str, str], parts: int | None) -> tuple[int, int]:
-    if "SLURM_ARRAY_TASK_ID" not in environment:
-        if "SLURM_JOB_ID" in environment and parts is None:
-            return 0, 1
+    if "SLURM_ARRAY_TASK_ID" not in environment and ("SLURM_JOB_ID" not in environment or parts is not None):
         raise InputError(
             "the slurm engine runs inside a Slurm job; make the script with --print-sbatch and submit it with sbatch"
         )
-    task = int(environment["SLURM_ARRAY_TASK_ID"])
-    if parts is not None:
-        number, count = task, parts
-    else:
-        count = int(environment.get("SLURM_ARRAY_TASK_COUNT", 1))
-        first, stride = (int(environment.get(f"SLURM_ARRAY_TASK_{name}", n)) for name, n in (("MIN", 0), ("STEP", 1)))
-        number = (task - first) // max(stride, 1)
+    defaults = {"ARRAY_TASK_ID": 0, "ARRAY_TASK_MIN": 0, "ARRAY_TASK_STEP": 1, "ARRAY_TASK_COUNT": 1}
+    defaults |= {"PROCID": 0, "STEP_NUM_TASKS": 1}
+    try:
+        given = [int(environment.get(f"SLURM_{name}", default)) for name, default in defaults.items()]
+    except ValueError as error:
+        raise InputError(f"the Slurm variables cannot be understood: {error}") from error
+    task, first, stride, count, step, steps = given
+    number, count = ((task - first) // max(stride, 1), count) if parts is None else (task, parts)
     if not 0 <= number < count:
         raise InputError(
             f"array task {task} is not one of {count} shares; submit a range such as --array=0-{count - 1}, or say "
             "with --parts how many shares there are"
         )
-    return number, count
+    return number * steps + step, count * steps
 
 
-def sbatch_script(arguments: Sequence[str], parts: int, *, gpu: bool = False, cpus: int = 8, memory: int = 32) -> str:
+def sbatch_script(arguments: Sequence[str], parts: int, *, gpu: bool = False, cpus: int = 8) -> str:
     """Return a batch script for the same command, one array task per share.
 
     Args:
         arguments: of `nnslim`, as they were given, --print-sbatch included.
-        parts: array tasks. gpu: ask for one per task. cpus: per task. memory: GiB per task.
+        parts: array tasks. gpu: ask for one per task. cpus: per task.
     """
     kept = [argument for argument in arguments if argument != "--print-sbatch"]
     if "slurm" not in kept and "--engine=slurm" not in kept:
@@ -83,7 +73,6 @@ def sbatch_script(arguments: Sequence[str], parts: int, *, gpu: bool = False, cp
         last=parts - 1,
         parts=parts,
         cpus=cpus,
-        memory=memory,
         gpu="#SBATCH --gres=gpu:1\n" if gpu else "",
         folder=shlex.quote(str(Path.cwd())),
         command=shlex.join([sys.executable, "-m", "nnslim.cli", *kept]),

@@ -66,7 +66,7 @@ def grid_of(
     last_axis = _separate_axis(settings, kind, spacing, new_spacing)
     if kind == "resize":
         return grid_like_resize(*sizes, settings.get("order", 3), settings.get("order_z", 0), last_axis)
-    return grid_like_interpolate(*sizes, "linear", settings.get("aniso_axis_mode", "nearest-exact"), last_axis)
+    return grid_like_interpolate(*sizes, settings.get("aniso_axis_mode", "nearest-exact"), last_axis)
 
 
 def _separate_axis(

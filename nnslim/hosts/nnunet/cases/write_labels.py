@@ -10,7 +10,6 @@ import functools
 import importlib
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from nnslim.hosts.nnunet.cases.preprocess import silent
 from nnslim.hosts.nnunet.cases.resampling_functions import Stand, grid_of, known_function, lean_configuration
 from nnslim.prediction.images import check_complete
 from nnslim.resampling.labels import Regions, label_map
+from nnslim.running.machine import machine_threads
 
 _EXPORT = "nnunetv2.inference.export_prediction"
 originals: dict[str, Callable[..., Any]] = {}  # what the patches of this process have replaced, by name
@@ -248,7 +248,7 @@ def labels_of(
     out = torch.from_numpy(found.view(np.uint8 if found.dtype == np.uint8 else np.int16)).to(scores.device)
     rounded = scores.dtype if known_function(function) == "resize" else None
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(before, len(os.sched_getaffinity(0)))))
+    torch.set_num_threads(max(1, min(before, machine_threads())))
     try:
         if not label_map(scores, grid, out, regions=regions, rounded=rounded):
             return None
