@@ -18,7 +18,7 @@ from nnslim.errors import BackendError, ConfigError, nearest
 from nnslim.files import save_checkpoint
 from nnslim.network.cost import Cost, measure_cost
 from nnslim.optional import needed
-from nnslim.running.engine import BACKENDS, Settings, make_engine
+from nnslim.running.engine import BACKENDS, Settings, fastest, make_engine
 from nnslim.running.machine import cpu_name
 
 # What people would do without nnslim; here to be compared with.
@@ -115,8 +115,6 @@ def _engine(network: nn.Module, shape: Sequence[int], way: Way) -> tuple[Callabl
         return PlainOpenVINO(network, shape, way.threads), way.backend
     settings = Settings(way.backend, way.precision, way.threads)  # type: ignore[arg-type]
     if way.backend == "auto":
-        from nnslim.running.runner import fastest
-
         engine, found = fastest(network, shape, settings)
         return engine, f"auto: {found}"
     return make_engine(network, shape, settings), way.backend

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from nnslim.errors import BackendError
 from nnslim.optional import needed
-from nnslim.running.kept_models import keep, network_fingerprint, network_key, read_model, write_model
-from nnslim.running.openvino import convert, openvino_module, silent_loggers
+from nnslim.running.kept_models import keep, network_fingerprint, network_key, openvino_module, read_model, write_model
+from nnslim.running.openvino import convert, silent_loggers
 
 INT8_NAME = "nnslim_int8.xml"  # beside a checkpoint
 _NETWORK = ["nnslim", "network"]  # where a model says of which network it was made

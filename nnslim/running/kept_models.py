@@ -15,11 +15,17 @@ from torch import nn
 
 from nnslim.errors import BackendError, OutputError
 from nnslim.files import make_folder, output_error, read_json, sha256_of, user_cache, whole_folder, write_json
+from nnslim.optional import needed
 
 # Raise this when the rewrites or the conversion change what they make, so that old files are not used.
 CONVERSION_VERSION = 1
 _SUMS = "sums.json"
 _log = logging.getLogger("nnslim")
+
+
+def openvino_module() -> Any:
+    """Return the package, or raise a BackendError."""
+    return needed("openvino", "nnslim[openvino]")
 
 
 def network_fingerprint(network: nn.Module) -> str:
@@ -45,12 +51,10 @@ def network_key(network: str, shape: Sequence[int], precision: str) -> str:
 
     Only int8 changes the file: the other precisions are chosen when it is compiled.
     """
-    import openvino
-
     kind = "int8" if precision == "int8" else "float"
     parts = [CONVERSION_VERSION, network, [1, *map(int, shape[1:])], kind]
     # A calibrated file is worth more than a new version's conversion; the format is read by later versions.
-    parts += [] if kind == "int8" else [openvino.__version__]
+    parts += [] if kind == "int8" else [openvino_module().__version__]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
 
 
@@ -92,11 +96,9 @@ def recall_model(key: str, cache: Path | None) -> Any | None:
 
 def write_model(model: Any, path: Path, *, half: bool = False) -> None:
     """Write an ov.Model as `path` (.xml) and the .bin beside it, or raise an OutputError; half: weights in 16 bits."""
-    import openvino
-
     make_folder(path.parent)
     try:
-        openvino.save_model(model, str(path), compress_to_fp16=half)
+        openvino_module().save_model(model, str(path), compress_to_fp16=half)
     except (RuntimeError, OSError) as error:  # OpenVINO reports a full disk as a RuntimeError
         cause = error if isinstance(error, OSError) else OSError(str(error).splitlines()[0])
         raise output_error(path, cause) from error
@@ -104,11 +106,9 @@ def write_model(model: Any, path: Path, *, half: bool = False) -> None:
 
 def read_model(path: Path) -> Any:
     """Return the ov.Model of an .xml file with a .bin beside it, or raise a BackendError."""
-    import openvino
-
     try:
         # Mapped weights would follow a file that is written again.
-        return openvino.Core().read_model(str(path), config={"ENABLE_MMAP": False})
+        return openvino_module().Core().read_model(str(path), config={"ENABLE_MMAP": False})
     except RuntimeError as error:
         raise BackendError(f"{path} is not a readable OpenVINO model: {str(error).strip().splitlines()[-1]}") from error
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnslim.errors import BackendError, OutputError, RewriteError, first_line
-from nnslim.optional import needed
-from nnslim.running.kept_models import keep, network_fingerprint, network_key, read_model, recall_model
+from nnslim.running.kept_models import keep, network_fingerprint, network_key, openvino_module, read_model, recall_model
 from nnslim.running.rewrites import rewritten
 
 _LAST = ["nnslim", "channels_last"]  # where a model says how its logits lie
@@ -27,11 +26,6 @@ _NEEDS = {"bf16": "BF16", "f16": "FP16"}  # OpenVINO's names of what a CPU can d
 _HINTS = {"f32": "f32", "bf16": "bf16", "f16": "f16", "int8": "f32"}  # int8 files say themselves what is int8
 _compiled: weakref.WeakValueDictionary[tuple[Any, ...], _Compiled] = weakref.WeakValueDictionary()
 _log = logging.getLogger("nnslim")
-
-
-def openvino_module() -> Any:
-    """Return the package, or raise a BackendError."""
-    return needed("openvino", "nnslim[openvino]")
 
 
 @contextmanager

@@ -14,9 +14,8 @@ from nnslim.errors import RewriteError
 from nnslim.network.cost import measure_cost
 from nnslim.network.graph import layer_of, trace
 from nnslim.network.walk import LayerIndex
-from nnslim.running.engine import Settings, with_fallback
+from nnslim.running.engine import Settings, remembered, with_fallback
 from nnslim.running.machine import cpu_name, machine_threads
-from nnslim.running.runner import remembered
 from nnslim.running.timing import pass_seconds
 
 # Seconds of the dense pass below which overheads decide, and nobody waits. A whole 128^3 patch takes a GPU 0.02 s.

@@ -13,9 +13,8 @@ from torch import nn
 
 from nnslim.network.walk import unwrap
 from nnslim.running import engine as backends
-from nnslim.running import machine, runner
-from nnslim.running.engine import Settings
-from nnslim.running.runner import Runner
+from nnslim.running import machine
+from nnslim.running.engine import Runner, Settings
 from nnslim.running.speed import Speed, compare_speed
 from nnslim.running.timing import alternated, pass_seconds
 
@@ -108,8 +107,8 @@ def test_auto_starts_eager_and_measures_between_cases_once_it_is_worth_it(tiny_n
         measured.append(len(engines))
         return [2.0, 1.0][: len(engines)]
 
-    monkeypatch.setattr(runner, "pass_seconds", first_is_slow)
-    monkeypatch.setattr(runner, "candidates", lambda device: ["eager", "stock"])
+    monkeypatch.setattr(backends, "pass_seconds", first_is_slow)
+    monkeypatch.setattr(backends, "candidates", lambda device: ["eager", "stock"])
     (fold, _, _), x = states(tiny_net), torch.randn(SHAPE)
     held = Runner(tiny_net("plain3d").eval(), Settings("auto"))
     held.load_state_dict(fold)
@@ -133,15 +132,15 @@ def test_auto_starts_eager_and_measures_between_cases_once_it_is_worth_it(tiny_n
 
 def test_memory_that_is_damaged_is_not_used(tiny_net, tmp_path):
     network = tiny_net("plain3d").eval()
-    assert runner.remembered(network, SHAPE, Settings()) is None
-    runner.remember(network, SHAPE, Settings(), "stock")
-    assert runner.remembered(network, SHAPE, Settings()) is None, "stock is no candidate where openvino is installed"
-    runner.remember(network, SHAPE, Settings(), "eager")
-    assert runner.remembered(network, SHAPE, Settings()) == "eager"
+    assert backends.remembered(network, SHAPE, Settings()) is None
+    backends.remember(network, SHAPE, Settings(), "stock")
+    assert backends.remembered(network, SHAPE, Settings()) is None, "stock is no candidate where openvino is installed"
+    backends.remember(network, SHAPE, Settings(), "eager")
+    assert backends.remembered(network, SHAPE, Settings()) == "eager"
     file = tmp_path / "cache" / "backends.json"
     for content in ("[1]", "{", file.read_text().replace("eager", "magic")):
         file.write_text(content)
-        assert runner.remembered(network, SHAPE, Settings()) is None
+        assert backends.remembered(network, SHAPE, Settings()) is None
 
 
 def test_measure_alternates_after_a_pass_that_is_not_counted():

@@ -19,8 +19,15 @@ from nnslim.hosts.nnunet.cases.calibration_tiles import Source
 from nnslim.hosts.nnunet.export.export_model import ExportSettings, Progress, calibration_tiles
 from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network, input_shape
 from nnslim.running.int8 import INT8_NAME, Quantised, offer, quantize
-from nnslim.running.kept_models import keep, network_fingerprint, network_key, recall_model, replace_model
-from nnslim.running.openvino import OpenVINOEngine, openvino_module
+from nnslim.running.kept_models import (
+    keep,
+    network_fingerprint,
+    network_key,
+    openvino_module,
+    recall_model,
+    replace_model,
+)
+from nnslim.running.openvino import OpenVINOEngine
 
 _log = logging.getLogger("nnslim")
 

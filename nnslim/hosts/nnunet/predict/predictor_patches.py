@@ -27,8 +27,7 @@ from nnslim.hosts.nnunet.predict.sliding_window import window_logits
 from nnslim.network.spec import spec_of
 from nnslim.network.walk import unwrap
 from nnslim.patching import AttributePatch
-from nnslim.running.engine import check_precision
-from nnslim.running.runner import Runner
+from nnslim.running.engine import Runner, check_precision
 
 _log = logging.getLogger("nnslim")
 
