@@ -34,13 +34,13 @@ from nnslim.benchmark.passes import (
     network_facts,
     prepare,
 )
-from nnslim.benchmark.timing_screen import markdown_table
-from nnslim.benchmark.timings import compare, timed_row, write_timings
+from nnslim.benchmark.timings import COLUMNS, compare, markdown_table, timed_row
 from nnslim.errors import BackendError, ConfigError, nearest
 from nnslim.files import write_bytes
 from nnslim.hosts.totalseg.grid_points import grid_network
 from nnslim.network.cost import measure_cost
 from nnslim.optional import needed
+from nnslim.tables import write_table
 from studies.command import new_parser, run_command
 
 Convert = Callable[[nn.Module, Sequence[int], int], Callable[[Tensor], Any]]
@@ -70,9 +70,7 @@ def nncf_int8(network: nn.Module, shape: Sequence[int], threads: int) -> Callabl
     generator = torch.Generator().manual_seed(1)
     patches = [torch.randn(tuple(shape), generator=generator).numpy() for _ in range(2)]
     model = nncf.quantize(convert_plain(network, shape), nncf.Dataset(patches), subset_size=len(patches))
-    engine = PlainOpenVINO.__new__(PlainOpenVINO)
-    engine.compile(model, threads)
-    return engine
+    return PlainOpenVINO(model, threads)
 
 
 def onnx_runtime(network: nn.Module, shape: Sequence[int], threads: int) -> Callable[[Tensor], Any]:
@@ -241,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if row not in {peer.name for peer in PEERS}:
             raise ConfigError(f"no row '{row}'; {nearest(row, [peer.name for peer in PEERS])}")
     rows = run_peers(args)
-    write_timings(args.output.with_suffix(".csv"), rows)
+    write_table(rows, args.output.with_suffix(".csv"), COLUMNS)
     where = f"{args.network}, {device_name()}, {len(os.sched_getaffinity(0))} processor(s), {args.rounds} rounds"
     text = f"{where}, torch {torch.__version__}\n\n{markdown_table(rows)}"
     write_bytes(args.output.with_suffix(".md"), text.encode())

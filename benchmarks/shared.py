@@ -19,7 +19,7 @@ def add_network_options(parser: argparse.ArgumentParser, rank_min: int) -> None:
 
 def point_of(args: argparse.Namespace, **settings: Any) -> Any:
     """Return the point of nnslim's benchmark grid that stands for the chosen network."""
-    from nnslim.benchmark.grid_point import GridPoint
+    from nnslim.benchmark.grid import GridPoint
 
     return GridPoint(
         rank_min=args.rank_min,

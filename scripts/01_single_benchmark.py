@@ -38,10 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from nnslim.benchmark.grid import measure_points
-    from nnslim.benchmark.grid_point import GridPoint
+    from nnslim.benchmark.grid import GridPoint, measure_points, short_names
     from nnslim.benchmark.passes import Way
-    from nnslim.benchmark.timing_screen import cost_table, screen_table
+    from nnslim.benchmark.timings import cost_table, screen_table
     from nnslim.errors import NNSlimError
     from nnslim.hosts.totalseg.grid_points import grid_network
     from nnslim.network.cost import measure_cost
@@ -67,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NNSlimError as error:
         print(f"nnslim: {error}", file=sys.stderr)
         return 2
-    screen.print(screen_table([row]))
+    screen.print(screen_table(short_names([row])))
     if row["status"] == "failed":
         print(f"nnslim: {row['reason']}", file=sys.stderr)
         return 1

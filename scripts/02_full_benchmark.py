@@ -59,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def points_of(args: argparse.Namespace) -> list[Any]:
     """Return the points of the grid: dense rows first, then by rank factor."""
-    from nnslim.benchmark.grid_point import GridPoint
+    from nnslim.benchmark.grid import GridPoint
     from nnslim.benchmark.passes import Way
 
     cuda = args.device == "cuda"
@@ -107,10 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from nnslim.benchmark.grid import finish_grid, measure_point, run_grid, short_names
-    from nnslim.benchmark.pools import here_pool, ray_pool
-    from nnslim.benchmark.timing_screen import screen_table
-    from nnslim.benchmark.timings import read_dice
+    from nnslim.benchmark.grid import finish_grid, here_pool, measure_point, ray_pool, run_grid, short_names
+    from nnslim.benchmark.timings import read_dice, screen_table
     from nnslim.errors import NNSlimError
     from nnslim.hosts.totalseg.grid_points import end_to_end, grid_network
 

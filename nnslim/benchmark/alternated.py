@@ -70,11 +70,6 @@ class Timing:
     facts: dict[str, Any] = field(default_factory=dict)
     error: str = ""
 
-    @property
-    def out_of_memory(self) -> bool:
-        """Whether memory was what it failed for."""
-        return self.error.startswith("out of memory")
-
 
 def measure_rounds(
     jobs: Sequence[TimedJob],

@@ -3,19 +3,80 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
 
 from nnslim.benchmark.alternated import Progress, Timing, measure_rounds, reason
-from nnslim.benchmark.grid_point import GridPoint
-from nnslim.benchmark.passes import Way, job_of, keep_network
-from nnslim.benchmark.pools import Pool
+from nnslim.benchmark.passes import Way, job_of, keep_network, way_columns
 from nnslim.benchmark.roofline import measure_roofline
 from nnslim.benchmark.timing_figures import save_timing_figures
-from nnslim.benchmark.timings import DENSE, Row, add_dice, compare, number_in, read_timings, timed_row, write_timings
+from nnslim.benchmark.timings import COLUMNS, DENSE, Row, add_dice, compare, number_in, read_timings, timed_row
+from nnslim.optional import needed
+from nnslim.tables import write_table
+
+
+@dataclass(frozen=True)
+class GridPoint:
+    """One setting of the grid.
+
+    Attributes:
+        way: backend, precision, threads, device, autocast.
+        batch_size: patches per pass.
+        apply_tucker: False: the dense network; the rank settings then mean nothing.
+        rank_factor, rank_min: see `TuckerConfig`. rule: "published" (every layer, as the predecessor did) or "nnslim".
+        low_resolution: the 3 mm architecture instead of the 1.5 mm one. decompose: False: random weights.
+        patch: voxels; None: the network's own. model: folder of a trained model instead of an untrained architecture.
+    """
+
+    way: Way = field(default_factory=Way)
+    batch_size: int = 1
+    apply_tucker: bool = True
+    rank_factor: float = 0.5
+    rank_min: int = 8
+    rule: str = "nnslim"
+    low_resolution: bool = False
+    decompose: bool = False
+    patch: tuple[int, ...] | None = None
+    model: str = ""
+
+    @property
+    def network(self) -> str:
+        """Name of the network, independent of how it is run."""
+        base = self.model or ("3mm" if self.low_resolution else "1.5mm")
+        base += "" if self.patch is None else f" patch {'x'.join(map(str, self.patch))}"
+        if not self.apply_tucker:
+            return f"{base} dense"
+        weights = " decomposed" if self.decompose else ""
+        return f"{base} tucker {self.rank_factor:g} min {self.rank_min} {self.rule}{weights}"
+
+    @property
+    def setting(self) -> str:
+        """All but the batch size."""
+        way = self.way
+        threads = "" if way.threads is None else f" threads {way.threads}"
+        autocast = " autocast" if way.autocast else ""
+        return f"{self.network}, {way.backend} {way.precision} {way.device}{threads}{autocast}"
+
+    @property
+    def name(self) -> str:
+        """Unique in the table: a row of this name is not measured again."""
+        return f"{self.setting}, batch {self.batch_size}"
+
+    def columns(self) -> Row:
+        """Return what the table says about the setting."""
+        values = asdict(self)
+        columns = {key: values[key] for key in ("batch_size", "apply_tucker", "decompose")}
+        columns |= way_columns(self.way)
+        columns |= {"name": self.name, "3mm": self.low_resolution, "nnunet_path": self.model}
+        columns |= {"load_params": bool(self.model), "patch_size": self.patch or ""}
+        if self.apply_tucker:
+            columns |= {"rank_mode": "relative", "rank_factor": self.rank_factor, "rank_min": self.rank_min}
+            columns["rule"] = self.rule
+        return columns
 
 
 class BenchmarkPoint(Protocol):
@@ -29,6 +90,8 @@ class BenchmarkPoint(Protocol):
 
 
 Build = Callable[[Any], tuple[nn.Module, tuple[int, ...]]]
+# Takes points, and gives each with its row as soon as it is measured.
+Pool = Callable[[Iterable[GridPoint]], Iterator[tuple[GridPoint, Row]]]
 
 
 def measure_points(
@@ -80,8 +143,12 @@ def measure_point(
             seconds = end_to_end(point)
             row["end_to_end_s"] = "" if seconds is None else round(seconds, 3)
     except Exception as error:  # one row must not end the others
-        row = timed_row(Timing(point.name, error=reason(error)), point.columns())
+        return _failed(point, error)
     return row
+
+
+def _failed(point: GridPoint, error: Exception) -> Row:
+    return timed_row(Timing(point.name, error=reason(error)), point.columns())
 
 
 def run_grid(
@@ -116,7 +183,7 @@ def run_grid(
         for point, row in pool(wave):
             rows.append(row)
             there[point.name] = row
-            write_timings(table, rows)
+            write_table(rows, table, COLUMNS)
             if report is not None:
                 report(row, len(names & set(there)), len(names))
     return rows
@@ -145,7 +212,7 @@ def finish_grid(
     dense = {point.name for point in points if not point.apply_tucker}
     add_dice(rows, dice or {}, dense)
     compare(rows, dense)
-    write_timings(table, rows)
+    write_table(rows, table, COLUMNS)
     shown = [{**row, "label": _label(row)} for row in rows if str(row["batch_size"]) == "1"]
     threads = max((int(row["threads"]) for row in shown if row.get("threads") not in (None, "")), default=0)
     on_cpu = {row["device"] for row in shown} == {"cpu"}
@@ -160,3 +227,43 @@ def _label(row: Row) -> str:
 def short_names(rows: Sequence[Row]) -> list[Row]:
     """Return the rows with a label that leaves out what has a column of its own."""
     return [{**row, "label": f"{row['name'].partition(', ')[0]}, batch {row['batch_size']}"} for row in rows]
+
+
+def here_pool(work: Callable[[GridPoint], Row]) -> Pool:
+    """Return a pool that measures one row at a time on this machine."""
+    return lambda points: ((point, work(point)) for point in points)
+
+
+def ray_pool(work: Callable[[GridPoint], Row], cpus: int, address: str | None = None) -> Pool:
+    """Return a pool with one Ray task per row, so that rows spread over a cluster and none shares its processors.
+
+    Connects to the cluster, or starts one here. Ray gives its workers a low priority; in a cluster started here they
+    keep ours, because their passes are timed.
+
+    Args:
+        work: can be pickled, and what it needs can be imported on the nodes. cpus: processors reserved for each row.
+        address: a running cluster.
+    Raises:
+        BackendError: Ray is missing.
+    """
+    ray = needed("ray", "nnslim[ray]", purpose="--ray")
+    if not ray.is_initialized():
+        own = {} if address else {"include_dashboard": False, "_system_config": {"worker_niceness": 0}}
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
+
+    @ray.remote(num_cpus=cpus, max_retries=0)
+    def task(point: GridPoint) -> Row:  # Ray takes plain functions only
+        return work(point)
+
+    def measure(points: Iterable[GridPoint]) -> Iterator[tuple[GridPoint, Row]]:
+        running = {task.remote(point): point for point in points}
+        while running:
+            (ready,), _ = ray.wait(list(running), num_returns=1)
+            point = running.pop(ready)
+            try:
+                row = ray.get(ready)
+            except Exception as error:  # a node that died, among others
+                row = _failed(point, error)
+            yield point, row
+
+    return measure

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nnslim.benchmark.alternated import Candidate, TimedJob
 from nnslim.errors import BackendError, ConfigError, nearest
 from nnslim.files import save_checkpoint
-from nnslim.network.cost import Cost, measure_cost
+from nnslim.network.cost import measure_cost
 from nnslim.optional import needed
 from nnslim.running.engine import BACKENDS, Settings, fastest, make_engine
 from nnslim.running.machine import cpu_name
@@ -112,7 +112,7 @@ def _engine(network: nn.Module, shape: Sequence[int], way: Way) -> tuple[Callabl
         model = quantize(network, shape, [tile]).model
         return OpenVINOEngine(model, shape, precision="int8", threads=way.threads), way.backend
     if way.backend == "openvino-plain":
-        return PlainOpenVINO(network, shape, way.threads), way.backend
+        return PlainOpenVINO(convert_plain(network, shape), way.threads), way.backend
     settings = Settings(way.backend, way.precision, way.threads)  # type: ignore[arg-type]
     if way.backend == "auto":
         engine, found = fastest(network, shape, settings)
@@ -121,18 +121,10 @@ def _engine(network: nn.Module, shape: Sequence[int], way: Way) -> tuple[Callabl
 
 
 class PlainOpenVINO:
-    """A network as OpenVINO's own converter makes it, compiled for one stream in float32."""
+    """An OpenVINO model of one input and one output, such as `convert_plain` makes, for one stream in float32."""
 
-    def __init__(self, network: nn.Module, shape: Sequence[int], threads: int | None = None) -> None:
-        """Convert and compile.
-
-        Raises:
-            BackendError: OpenVINO is not installed.
-        """
-        self.compile(convert_plain(network, shape), threads)
-
-    def compile(self, model: Any, threads: int | None) -> None:
-        """Take an OpenVINO model of one input and one output."""
+    def __init__(self, model: Any, threads: int | None = None) -> None:
+        """Compile it."""
         import openvino
 
         options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
@@ -162,27 +154,23 @@ def convert_plain(network: nn.Module, shape: Sequence[int]) -> Any:
 
 
 def network_facts(network: nn.Module, shape: Sequence[int]) -> dict[str, int]:
-    """Return exact parameters, MACs in both conventions for the whole batch, and bytes that layers must move."""
+    """Return exact parameters, MACs in both conventions for the whole batch, and bytes that layers must move.
+
+    traffic_bytes: each convolution reads its input and writes its output once, in float32.
+    """
     cost = measure_cost(network, shape)
+    moved = [size for layer in cost.layers.values() if layer.macs for size in (layer.input_shape, layer.output_shape)]
     return {
         "parameters": cost.parameters,
         "macs": cost.macs(),
         "macs_fvcore": cost.macs("fvcore"),
-        "traffic_bytes": traffic_bytes(cost, shape[0]),
+        "traffic_bytes": 4 * shape[0] * sum(map(math.prod, moved)),
     }
-
-
-def traffic_bytes(cost: Cost, batch: int = 1) -> int:
-    """Return the bytes of a pass in which each convolution reads its input and writes its output once, in float32."""
-    layers = (layer for layer in cost.layers.values() if layer.macs)
-    return 4 * batch * sum(math.prod(layer.input_shape) + math.prod(layer.output_shape) for layer in layers)
 
 
 def device_name(device: str = "cpu") -> str:
     """Return the name of the processor or the GPU."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return cpu_name()
+    return torch.cuda.get_device_name() if device == "cuda" else cpu_name()
 
 
 def way_columns(way: Way) -> dict[str, Any]:

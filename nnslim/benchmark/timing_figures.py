@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nnslim.benchmark.roofline import Roofline
-from nnslim.benchmark.timings import Row, number_in
+from nnslim.benchmark.timings import Row, label_of, number_in, stage_names, way_of
 from nnslim.figures import new_figure, own_style, save_figure
 
 SERIES = ("#0a7ea4", "#c25e00", "#6d4fb3", "#1d7a46", "#b8268f", "#8a6d1a", "#b3261e", "#66717b")
@@ -72,7 +72,7 @@ def time_figure(rows: Sequence[Row], roofline: Roofline | None) -> Any:
         _draw_limits(axes, rows, macs, roofline)
     highest: dict[tuple[str, float], float] = {}
     for row, x, y in zip(rows, macs, times, strict=True):
-        highest[_label(row), x] = max(y, highest.get((_label(row), x), 0.0))
+        highest[label_of(row), x] = max(y, highest.get((label_of(row), x), 0.0))
     for (name, x), y in highest.items():
         axes.annotate(name, (x, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
     axes.set(xlabel="GMAC per pass", ylabel="seconds per pass (median; quartiles as strokes)", axisbelow=True)
@@ -148,7 +148,7 @@ def dice_figure(rows: Sequence[Row]) -> Any:
     places = [(number_in(row, "time_median_ms") / 1e3, number_in(row, "dice")) for row in rows]
     best = pareto(places)
     points = [
-        QualityPoint(_label(row), way_of(row), *place, mark=_label(row) if n in best else "")
+        QualityPoint(label_of(row), way_of(row), *place, mark=label_of(row) if n in best else "")
         for n, (row, place) in enumerate(zip(rows, places, strict=True))
     ]
     return quality_figure(points, "seconds per pass") if points else None
@@ -189,17 +189,3 @@ def stage_figure(profiles: Mapping[str, Mapping[str, float]]) -> Any:
     axes.set(xlim=(0, max(totals) * 1.12), xlabel="seconds per case (median)")
     axes.legend(ncols=6, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     return figure
-
-
-def stage_names(profiles: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Return the names of all stages, in order."""
-    return list(dict.fromkeys(stage for profile in profiles.values() for stage in profile))
-
-
-def way_of(row: Row) -> str:
-    """Return backend and precision of a row: "openvino f32"."""
-    return f"{str(row.get('backend', '')).partition(':')[0]} {row.get('precision') or 'f32'}"
-
-
-def _label(row: Row) -> str:
-    return str(row.get("label") or row.get("name", ""))

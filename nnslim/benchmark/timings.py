@@ -1,10 +1,10 @@
-"""Tables of timings: the columns, the comparison with the dense network, and the files."""
+"""Tables of timings: columns, the comparison with the dense network, files, and the same on the screen."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import pandas
 import torch
+from rich.table import Table
 
 from nnslim._version import __version__
 from nnslim.benchmark.alternated import Timing
 from nnslim.benchmark.roofline import Roofline
 from nnslim.errors import InputError
 from nnslim.files import write_json
-from nnslim.tables import read_table, write_table
+from nnslim.network.cost import Cost
+from nnslim.tables import markdown, read_table
 
 Row = dict[str, Any]
 REPORT = "benchmark.json"
@@ -115,22 +117,13 @@ def _alike(row: Row) -> tuple[str, ...]:
     )
 
 
-def write_timings(path: Path, rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> None:
-    """Write a CSV file, whole or not at all; what a row does not know stays empty.
-
-    Raises:
-        OutputError: it cannot be written; what was there is as it was.
-    """
-    write_table(pandas.DataFrame(list(rows), columns=list(columns), dtype=object), path)
-
-
-def read_timings(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
-    """Return the rows of a table that `write_timings` wrote, as text.
+def read_timings(path: Path) -> list[Row]:
+    """Return the rows of a table of timings, as text.
 
     Raises:
         InputError: it cannot be read, or has other columns.
     """
-    return read_table(path, columns).to_dict("records")
+    return read_table(path, COLUMNS).to_dict("records")
 
 
 def read_dice(path: Path) -> dict[str, float]:
@@ -212,3 +205,101 @@ def read_benchmark(path: Path) -> Benchmark:
         return Benchmark(file.resolve().parent.name, rows, profiles, dict(content.get("starts") or {}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is not what nnslim benchmark writes: {type(error).__name__}: {error}") from error
+
+
+def stage_names(profiles: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return the names of all stages, in order."""
+    return list(dict.fromkeys(stage for profile in profiles.values() for stage in profile))
+
+
+def way_of(row: Row) -> str:
+    """Return backend and precision of a row: "openvino f32"."""
+    return f"{str(row.get('backend', '')).partition(':')[0]} {row.get('precision') or 'f32'}"
+
+
+def label_of(row: Row) -> str:
+    """Return what a row is called: its label, else its name."""
+    return str(row.get("label") or row.get("name", ""))
+
+
+_REASON = "why not"  # too long for a screen
+
+
+def _number(key: str, form: str, scale: float = 1.0) -> Callable[[Row], str]:
+    return lambda row: "" if row.get(key) in (None, "") else format(number_in(row, key) * scale, form)
+
+
+def _spread(row: Row) -> str:
+    if row.get("time_median_ms"):
+        return f"{number_in(row, 'time_q1_ms'):.4g} to {number_in(row, 'time_q3_ms'):.4g}"
+    return "failed" if row.get("status") == "failed" else ""
+
+
+_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "network": label_of,
+    "backend": lambda row: str(row.get("backend", "")),
+    "precision": lambda row: str(row.get("precision", "")),
+    "threads": lambda row: str(row.get("threads", "")),
+    "GMAC": _number("macs", ".4g", 1e-9),
+    "M params": _number("parameters", ".4g", 1e-6),
+    "ms, median": _number("time_median_ms", ".4g"),
+    "quartiles": _spread,
+    "peak MB": _number("peak_memory_mb", ".0f"),
+    "case, s": _number("end_to_end_s", ".3g"),
+    "x stock": _number("speedup_stock", ".2f"),
+    "x OpenVINO": _number("speedup_openvino", ".2f"),
+    "merit": _number("merit", ".2f"),
+    "Dice": _number("dice", ".4f"),
+    _REASON: lambda row: str(row.get("reason", "")),
+}
+
+
+def _used(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Return title -> cells of the columns that a row fills."""
+    cells = {title: [show(row) for row in rows] for title, show in _COLUMNS.items()}
+    return {title: column for title, column in cells.items() if any(column)}
+
+
+def screen_table(rows: Sequence[Row]) -> Table:
+    """Return the table for a console; columns that nothing fills are left out."""
+    columns = {title: column for title, column in _used(rows).items() if title != _REASON}
+    return _console(list(columns), zip(*columns.values(), strict=True), left=3)
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """Return the same table as Markdown."""
+    columns = _used(rows)
+    return markdown(dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True))
+
+
+def stage_table(profiles: Mapping[str, Mapping[str, float]]) -> Table:
+    """Return the seconds of each stage, one pipeline per row, for a console."""
+    stages = stage_names(profiles)
+    lines = [
+        (name, *(f"{profile.get(stage, 0.0):.3f}" for stage in stages), f"{sum(profile.values()):.3f}")
+        for name, profile in profiles.items()
+    ]
+    return _console(["pipeline", *stages, "sum"], lines, title="seconds per case, median")
+
+
+def cost_table(cost: Cost) -> Table:
+    """Return parameters and MACs of each layer of a pass that has any, in order of execution, for a console."""
+    total = cost.macs()
+    lines = []
+    for layer in (layer for layer in cost.layers.values() if layer.macs):
+        shape = "x".join(map(str, layer.output_shape))
+        lines.append((layer.name, shape, f"{layer.parameters:,}", f"{layer.macs:,}", f"{layer.macs / total:.1%}"))
+    lines.append(("all", "", f"{cost.parameters:,}", f"{total:,}", f"{cost.macs('fvcore') / 1e9:.3f} G as fvcore"))
+    return _console(["layer", "output", "parameters", "MACs", "share"], lines, left=2)
+
+
+def _console(
+    titles: Sequence[str], lines: Iterable[Sequence[str]], *, left: int = 1, title: str | None = None
+) -> Table:
+    """Return a table without lines; the first `left` columns are text, the others numbers."""
+    table = Table(box=None, header_style="bold", title=title, title_justify="left")
+    for number, head in enumerate(titles):
+        table.add_column(head, justify="left" if number < left else "right", overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    return table

@@ -43,7 +43,7 @@ def benchmark(
     quiet: QuietOption = False,
 ) -> None:
     """Measure a model and its slim forms side by side: time, memory, MACs; benchmark.csv, benchmark.json, pictures."""
-    from nnslim.benchmark.timing_screen import screen_table, stage_table
+    from nnslim.benchmark.timings import screen_table, stage_table
     from nnslim.hosts.nnunet.judge.benchmark_models import BenchmarkSettings, benchmark_models, ways_of
 
     start(quiet)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 DASH = "–"
@@ -23,17 +22,4 @@ short = _known(lambda value: f"{value:,.0f}" if abs(value) >= 100 else f"{value:
 seconds = _known(lambda value: f"{short(value)} s" if value >= 1 else f"{short(value * 1e3)} ms")
 seconds_only = _known("{:.3f}".format)
 megabytes = _known(lambda value: f"{value / 1e6:.2f}")
-
-FILTERS = {
-    "count": count,
-    "giga": giga,
-    "dice": dice,
-    "percent": percent,
-    "share": share,
-    "short": short,
-    "times": times,
-    "seconds": seconds,
-    "seconds_only": seconds_only,
-    "megabytes": megabytes,
-    "json": lambda value, indent=None: json.dumps(value, indent=indent, ensure_ascii=False),
-}
+FILTERS = ("count", "giga", "dice", "percent", "share", "times", "short", "seconds", "seconds_only", "megabytes")

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path, PurePath
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from nnslim._version import __version__
-from nnslim.benchmark.timing_figures import QualityPoint, pareto, quality_figure, stage_figure, stage_names, way_of
-from nnslim.benchmark.timings import Benchmark, number_in
+from nnslim.benchmark.timing_figures import QualityPoint, pareto, quality_figure, stage_figure
+from nnslim.benchmark.timings import Benchmark, number_in, stage_names, way_of
 from nnslim.compression.model_report import times_fewer
 from nnslim.compression.record import SlimRecord
 from nnslim.errors import InputError
 from nnslim.figures import overlay_planes
-from nnslim.report import page_data
-from nnslim.report.number_format import FILTERS
+from nnslim.report import number_format, page_data
 from nnslim.report.page_data import ReportData, View, Viewer
 from nnslim.report.page_figures import fold_name, inline_svg, layer_figure, recovery_figure, strips_figure
 from nnslim.report.viewer import Scene, embed
@@ -56,7 +57,8 @@ def render_report(data: ReportData) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {**FILTERS, "svg": inline_svg, "last_part": lambda path: PurePath(path).name}
+    environment.filters |= {name: getattr(number_format, name) for name in number_format.FILTERS}
+    environment.filters |= {"svg": inline_svg, "json": partial(json.dumps, ensure_ascii=False)}
     environment.globals |= {"times_fewer": times_fewer, "fold_name": fold_name, "way_of": way_of}
     return environment.get_template("page.html.j2").render(_context(data))
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from nnslim.benchmark.timing_figures import QualityPoint, way_of
-from nnslim.benchmark.timings import DENSE, Benchmark, Row, number_in
+from nnslim.benchmark.timing_figures import QualityPoint
+from nnslim.benchmark.timings import DENSE, Benchmark, Row, number_in, way_of
 from nnslim.compression.record import SlimRecord
 from nnslim.errors import ConfigError
 from nnslim.evaluation.agreement import Agreement

@@ -17,7 +17,7 @@ import pytest
 from html_tree import numbers, parse, rows
 
 from nnslim.benchmark.timing_figures import QualityPoint, quality_figure, stage_figure
-from nnslim.benchmark.timings import COLUMNS, Benchmark, read_benchmark, write_timings
+from nnslim.benchmark.timings import COLUMNS, Benchmark, read_benchmark
 from nnslim.compression.config import tucker
 from nnslim.compression.record import SlimRecord
 from nnslim.errors import InputError
@@ -31,6 +31,7 @@ from nnslim.report.page import quality_view, render_report, viewer_view
 from nnslim.report.page_data import FileFact, ReportData, Viewer, best_pair, time_points
 from nnslim.report.page_figures import inline_svg, layer_figure, recovery_figure, strips_figure
 from nnslim.report.viewer import Scene, embed, find_niivue, label_box
+from nnslim.tables import write_table
 
 EVIL = "<b>&\"'</script><!--"
 SCRIPT = "(function(a){})(globalThis);/* Niivue */"
@@ -666,7 +667,7 @@ def test_benchmark_is_read_from_folder_and_table(tmp_path):
     (folder / "benchmark.json").write_text(json.dumps({"rows": bench().rows, "stages": bench().profiles}))
     found = read_benchmark(folder)
     assert (found.name, found.rows, found.profiles) == ("run", bench().rows, bench().profiles)
-    write_timings(folder / "grid.csv", bench().rows, COLUMNS)
+    write_table(bench().rows, folder / "grid.csv", COLUMNS)
     table = read_benchmark(folder / "grid.csv")
     assert best_pair([table], record()).slim["time_median_ms"] == "100.0"  # numbers of a CSV are text
     page = parse(render_report(data(benchmarks=[table])))

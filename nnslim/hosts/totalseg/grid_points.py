@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from nnslim.benchmark.grid_point import GridPoint
+from nnslim.benchmark.grid import GridPoint
 from nnslim.compression.compress_network import compress
 from nnslim.compression.config import RunConfig, SlimConfig, load_config
 from nnslim.errors import ConfigError, NNSlimError

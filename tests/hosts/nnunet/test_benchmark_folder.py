@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from nnslim.benchmark.grid_point import GridPoint
+from nnslim.benchmark.grid import GridPoint
 from nnslim.benchmark.passes import Way
 from nnslim.benchmark.timings import COLUMNS, read_timings
 from nnslim.cli import main

@@ -14,16 +14,7 @@ from nnslim.benchmark.grid import measure_points
 from nnslim.benchmark.passes import Way, device_name, way_columns
 from nnslim.benchmark.roofline import measure_roofline
 from nnslim.benchmark.timing_figures import save_timing_figures
-from nnslim.benchmark.timings import (
-    DENSE,
-    REPORT,
-    Row,
-    add_dice,
-    compare,
-    read_dice,
-    write_timing_report,
-    write_timings,
-)
+from nnslim.benchmark.timings import COLUMNS, DENSE, REPORT, Row, add_dice, compare, read_dice, write_timing_report
 from nnslim.compression.compress_network import compress
 from nnslim.compression.config import SlimConfig, load_config
 from nnslim.errors import ConfigError, OutputError
@@ -38,6 +29,7 @@ from nnslim.hosts.nnunet.judge.stages import (
 )
 from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_trained_model
 from nnslim.running.engine import BACKENDS
+from nnslim.tables import write_table
 
 
 @dataclass(frozen=True)
@@ -175,7 +167,7 @@ def benchmark_models(
             row["end_to_end_s"] = round(sum(profiles[point.name].values()), 3)
     add_dice(rows, dice)
     compare(rows)
-    write_timings(output / "benchmark.csv", rows)
+    write_table(rows, output / "benchmark.csv", COLUMNS)
     more = {"stages": profiles, "starts": starts, "cases": [_case_record(timing) for timing in piped]}
     write_timing_report(output / REPORT, rows, timings, roofline, more)
     title = f"{source.plans.get('dataset_name', Path(model).name)}, {device_name(ways[0].device)}"

@@ -56,10 +56,9 @@ def predict_settings(
     way: Way, folds: Sequence[str] | None = None, checkpoint: str | None = None, trust: bool = False
 ) -> PredictSettings:
     """Return the settings of a prediction that runs the network in that way."""
-    chosen: dict[str, Any] = {"backend": way.backend, "precision": way.precision}
-    chosen["threads"] = way.threads or torch.get_num_threads()
-    wanted = None if folds is None else list(folds)
-    return PredictSettings(way.device, folds=wanted, checkpoint=checkpoint, trust=trust, **chosen)
+    run: dict[str, Any] = {"backend": way.backend, "precision": way.precision}
+    run["threads"] = way.threads or torch.get_num_threads()
+    return PredictSettings(way.device, folds=folds and list(folds), checkpoint=checkpoint, trust=trust, **run)
 
 
 def time_pipelines(
