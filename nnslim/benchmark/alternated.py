@@ -19,7 +19,7 @@ from nnslim.running.machine import available_bytes, keep_heap, peak_bytes, refus
 from nnslim.running.timing import timed
 
 Progress = Callable[[str, int, int], None]
-_SPARE = 1.25  # of the largest peak so far must be free before the next process prepares
+_SPARE = 1.25  # times the largest peak so far must be free before the next process prepares
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "memoryerror")
 
 
@@ -195,13 +195,13 @@ def _work(channel: Connection, make: Callable[[], Candidate], warmups: int, limi
     try:
         with ExitStack() as heap:
             candidate = make()
-            timed = {"start_seconds": begun - started, "prepare_seconds": time.time() - begun}
-            timed["prepare_peak"] = peak_bytes()
+            spent = {"start_seconds": begun - started, "prepare_seconds": time.time() - begun}
+            spent["prepare_peak"] = peak_bytes()
             reset_peak()
             _hold_heap(candidate, heap)
             for _ in range(warmups):
                 candidate.run()
-            channel.send({"facts": candidate.facts, "peak": peak_bytes(), **timed})
+            channel.send({"facts": candidate.facts, "peak": peak_bytes(), **spent})
             while True:
                 channel.send(_obey(channel.recv(), candidate, heap))
     except EOFError:

@@ -8,7 +8,7 @@ import torch
 
 from nnslim.running.timing import alternated
 
-_SIDE = 1536  # of the matrices: large enough for full speed, 0.1 s on two cores
+_SIDE = 1536  # rows of the matrices: large enough for full speed, 0.1 s on two cores
 _BYTES = 1 << 27
 _ROUNDS = 5
 

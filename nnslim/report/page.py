@@ -13,9 +13,8 @@ from typing import Any
 
 from nnslim._version import __version__
 from nnslim.benchmark.timing_figures import QualityPoint, pareto, quality_figure, stage_figure
-from nnslim.benchmark.timings import Benchmark, number_in, stage_names, way_of
+from nnslim.benchmark.timings import number_in, stage_names, way_of
 from nnslim.compression.model_report import times_fewer
-from nnslim.compression.record import SlimRecord
 from nnslim.errors import InputError
 from nnslim.figures import overlay_planes
 from nnslim.report import number_format, page_data
@@ -29,14 +28,18 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-
 _PAGE = "script-src 'unsafe-inline'; img-src data:"
 _VIEWER = "script-src 'unsafe-inline'; img-src data: blob:; connect-src data: blob:; worker-src blob:; font-src data:"
 
-_TIMES = {
-    "median": "time_median_ms",
-    "low": "time_q1_ms",
-    "high": "time_q3_ms",
-    "speedup": "speedup_stock",
-    "macs": "macs",
-    "memory": "peak_memory_mb",
-}
+# What the template calls.
+_CALLED = (
+    times_fewer,
+    fold_name,
+    way_of,
+    number_in,
+    stage_figure,
+    stage_names,
+    page_data.remark,
+    page_data.benchmark_note,
+    page_data.scene_note,
+)
 
 
 def render_report(data: ReportData) -> str:
@@ -59,7 +62,7 @@ def render_report(data: ReportData) -> str:
     )
     environment.filters |= {name: getattr(number_format, name) for name in number_format.FILTERS}
     environment.filters |= {"svg": inline_svg, "json": partial(json.dumps, ensure_ascii=False)}
-    environment.globals |= {"times_fewer": times_fewer, "fold_name": fold_name, "way_of": way_of}
+    environment.globals |= {one.__name__: one for one in _CALLED}
     return environment.get_template("page.html.j2").render(_context(data))
 
 
@@ -83,7 +86,6 @@ def _context(data: ReportData) -> View:
         "recovery": recovery_figure(record.recovery, record.facts.get("folds") or ()),
         "config": config,
         "layers": layer_figure(record.decisions),
-        "benchmarks": [_benchmark_view(one, record) for one in data.benchmarks],
         "classes": page_data.classes_view(record, data.scores),
         "strips": agreement
         and strips_figure(agreement.values("dice"), agreement.class_names, [case.name for case in agreement.cases]),
@@ -91,28 +93,8 @@ def _context(data: ReportData) -> View:
         "models": quality_view(page_data.model_points(records), "GMAC per patch") if data.others else None,
         "times": quality_view(page_data.time_points(data.benchmarks, records), "ms per patch"),
         "planes": [_planes(scene) for scene in data.scenes],
-        "notes": [page_data.scene_note(scene) for scene in data.scenes],
         "viewer": viewer,
         "gaps": page_data.gaps(data),
-    }
-
-
-def _benchmark_view(benchmark: Benchmark, record: SlimRecord) -> View:
-    rows = [
-        {
-            **{key: number_in(row, column) for key, column in _TIMES.items()},
-            "name": row.get("name", ""),
-            "way": way_of(row),
-            "remark": page_data.remark(row, record),
-        }
-        for row in benchmark.rows
-    ]
-    return {
-        "table": benchmark,
-        "note": page_data.benchmark_note(benchmark),
-        "rows": rows,
-        "figure": stage_figure(benchmark.profiles),
-        "stages": stage_names(benchmark.profiles),
     }
 
 

@@ -83,7 +83,7 @@ def gather(model: Path, settings: ReportSettings, progress: Progress | None = No
         written=_date(max(path.stat().st_mtime for path in files)),
         files=[FileFact(f"{one.parent.name}/{one.name}", one.stat().st_size, sha256_of(one)) for one in files],
         benchmarks=tuple(read_benchmark(Path(path)) for path in settings.benchmarks),
-        scores=tuple(read_scores(path, name, labels) for name, path in map(_score_name, settings.scores)),
+        scores=tuple(read_scores(path, name or path.stem, labels) for name, path in map(_split, settings.scores)),
         others=_others(settings.others),
     )
     if settings.images is None or settings.dense is None:
@@ -137,11 +137,6 @@ def _split(text: str) -> tuple[str, Path]:
     """Return name and path of NAME=PATH; no name where there is only a path, which may hold an = itself."""
     name, found, rest = text.partition("=")
     return (name, Path(rest)) if found and "/" not in name and not Path(text).exists() else ("", Path(text))
-
-
-def _score_name(text: str) -> tuple[str, Path]:
-    name, path = _split(text)
-    return name or path.stem, path
 
 
 def _labels(dataset: dict[str, Any]) -> dict[str, str]:
