@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(row: dict[str, Any], done: int, total: int) -> None:
-    result = f"{row['time_median_ms']} ms" if row["status"] == "done" else row["reason"]
+    result = f"{row['time_median_ms']:.4g} ms" if row["status"] == "done" else row["reason"]
     print(f"{done}/{total} {row['name']}: {result}", file=sys.stderr, flush=True)
 
 
