@@ -249,7 +249,7 @@ def ray_pool(work: Callable[[GridPoint], Row], cpus: int, address: str | None = 
     ray = needed("ray", "nnslim[ray]", purpose="--ray")
     if not ray.is_initialized():
         own = {} if address else {"include_dashboard": False, "_system_config": {"worker_niceness": 0}}
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
+        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
 
     @ray.remote(num_cpus=cpus, max_retries=0)
     def task(point: GridPoint) -> Row:  # Ray takes plain functions only
