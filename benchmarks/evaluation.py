@@ -21,8 +21,7 @@ import torch
 from scipy import ndimage
 
 from benchmarks.shared import clocked
-from nnslim.evaluation.compare import CompareSettings, compare_case
-from nnslim.evaluation.sources import union_box
+from nnslim.evaluation.compare import CompareSettings, compare_case, union_box
 from nnslim.evaluation.surfaces import surface_distances
 from nnslim.files import make_folder
 from nnslim.tables import write_table

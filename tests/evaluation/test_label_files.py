@@ -11,8 +11,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 
 from nnslim.errors import InputError
-from nnslim.evaluation.label_files import check_same_grid, read_label_map
-from nnslim.evaluation.pairing import cases_by_name, pair_cases
+from nnslim.evaluation.label_files import cases_by_name, check_same_grid, pair_cases, read_label_map
 
 AFFINE = np.array([[-0.7, 0, 0, 10], [0, 0.8, 0, -20], [0, 0, 5.0, 30], [0, 0, 0, 1]])
 

@@ -136,9 +136,9 @@ def test_beit_table_is_identity_on_its_grid_and_3972_x_12_at_512_pixels():
 
 
 def test_beit_table_keeps_offset_one_and_follows_a_smooth_function_of_the_grown_coordinates():
-    from nnslim.inflation.positions import _geometric
+    from nnslim.inflation.kernels import geometric_offsets
 
-    at = torch.from_numpy(_geometric(13, 31))
+    at = torch.from_numpy(geometric_offsets(13, 31))
     assert_close(at[[0, 13, 14, 26]], torch.tensor([-31.0, 0.0, 1.0, 31.0], dtype=torch.float64), atol=1e-6, rtol=0)
     assert bool((at[14:].diff() > at[13:-1].diff()).all())
     wave = torch.exp(-((at / 20) ** 2))

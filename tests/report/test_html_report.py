@@ -24,8 +24,7 @@ from nnslim.errors import InputError
 from nnslim.evaluation.agreement import Agreement, CaseAgreement, ClassAgreement
 from nnslim.evaluation.classes import LabelClass
 from nnslim.evaluation.compare import CaseScores, Scores
-from nnslim.evaluation.results import Evaluation
-from nnslim.evaluation.scores import ClassScores, ScoreTable, read_scores, write_csv, write_summary
+from nnslim.evaluation.scores import ClassScores, Evaluation, ScoreTable, read_scores, write_csv, write_summary
 from nnslim.methods.base import Decision
 from nnslim.report.page import quality_view, render_report, viewer_view
 from nnslim.report.page_data import FileFact, ReportData, Viewer, best_pair, time_points
