@@ -15,7 +15,7 @@ from nnslim.compression.compress_network import compress
 from nnslim.compression.config import load_config
 from nnslim.errors import NNSlimError
 from nnslim.hosts.nnunet.judge.benchmark_models import BenchmarkSettings, benchmark_models, ways_of
-from nnslim.hosts.nnunet.judge.stages import STAGES, profile_case, start_times
+from nnslim.hosts.nnunet.judge.stages import STAGES, STARTS, profile_case, start_times
 from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_trained_model
 from nnslim.hosts.nnunet.predict.directory import predict_folder
 from nnslim.hosts.nnunet.predict.load import load_predictor
@@ -137,6 +137,8 @@ def test_stages_add_up_and_the_result_is_that_of_predict(make_model, case_folder
 
 
 def test_start_times_name_what_is_imported():
+    for program in STARTS.values():
+        exec(program, {})
     times = start_times(1, {"python": "pass", "json": "import json"})
     assert list(times) == ["python", "json"] and all(0 < seconds < 60 for seconds in times.values())
     with pytest.raises(NNSlimError, match="'import nothing_such' fails: ModuleNotFoundError"):

@@ -143,6 +143,7 @@ def benchmark_models(
     make_folder(output)
     on_cpu, roofline = ways[0].device == "cpu", measure_roofline(ways[0].threads)
     dense, shape = build_network(source), input_shape(source)
+    starts = {} if images is None else start_times()  # first: what fails here loses no measurement
 
     def build(point: ModelPoint) -> tuple[nn.Module, tuple[int, ...]]:
         network = dense
@@ -156,11 +157,9 @@ def benchmark_models(
 
     rows, timings = measure_points(points, build, settings.rounds, progress)
     piped: list[Timing] = []
-    starts: dict[str, float] = {}
     if images is not None:
         pipelines = [_pipeline(point, settings) for point in points if _has_pipeline(point)]
         piped = time_pipelines(pipelines, Path(images), settings.cases, on_cpu, progress)
-        starts = start_times()
     profiles = {timing.name: stage_medians(timing) for timing in piped if timing.results}
     for point, row in zip(points, rows, strict=True):
         if point.name in profiles:

@@ -33,7 +33,7 @@ STARTS = {
     "python": "pass",
     "torch": "import torch",
     "nnU-Net": "from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor",
-    "nnslim predict": "from nnslim.hosts.nnunet import predict; predict.predictor_class()",
+    "nnslim predict": "from nnslim.hosts.nnunet.predict.load import predictor_class; predictor_class()",
 }
 
 
