@@ -57,18 +57,17 @@ def make_problem(
     """
     weight = kernel.detach().to("cpu", torch.float64).flatten(2)
     size = max(ridge, 1e-10) * float(xx.diagonal().mean()) + 1e-12  # few samples leave xx singular
-    regular = xx.clone()
-    regular.diagonal().add_(size)
     target = yx + size * as_rows(weight, view)
     per_channel = variance_y.unflatten(0, (view.outputs, -1)).sum(1)
     total = float((metric.square().sum(0) * per_channel).sum())
     total += size * float((metric @ weight.flatten(1)).square().sum())
-    return Problem(weight, view, regular, target, metric, total)
+    return Problem(weight, view, _damped(xx, max(ridge, 1e-10)), target, metric, total)
 
 
 def solve_dense(problem: Problem) -> Tensor:
     """Return the best unfactored kernel, (O, I, taps)."""
-    return _as_kernel(_solve(problem.xx, problem.yx), problem.view)
+    rows = torch.cholesky_solve(problem.yx.T, torch.linalg.cholesky(problem.xx)).T
+    return _as_kernel(rows, problem.view)
 
 
 def separable_metric(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -94,7 +93,7 @@ def whitened(kernel: Tensor, channels: Tensor, taps: Tensor, metric: Tensor) -> 
         (O, I, taps) kernel whose squared entries add up to output error, and the square roots of channels and taps.
     """
     with one_thread():
-        root, tap_root = symmetric_power(channels, 0.5), symmetric_power(taps, 0.5)
+        root, tap_root = _square_root(channels), _square_root(taps)
     weight = kernel.detach().to("cpu", torch.float64).flatten(2)
     return mode_products(weight, [metric, root, tap_root]), root, tap_root
 
@@ -134,9 +133,7 @@ def fit_tucker(problem: Problem, ranks: tuple[int | None, int | None], *, sweeps
 def fit_by_channels(
     kernel: Tensor, channels: Tensor, taps: Tensor, metric: Tensor, ranks: tuple[int | None, int | None]
 ) -> TuckerFactors:
-    """Return factors from channel statistics alone, for layers whose patch covariance does not fit in memory.
-
-    HOOI of the kernel in a metric that takes the patch covariance as the product channels x taps.
+    """Return factors by HOOI that takes the patch covariance, too large for memory, as the product channels x taps.
 
     Args:
         kernel: (O, I, taps), float64. channels: (I, I). taps: (K, K). metric: (O, O).
@@ -164,16 +161,11 @@ def _damped(matrix: Tensor, share: float = 1e-4) -> Tensor:
     return made
 
 
-def symmetric_power(matrix: Tensor, power: float) -> Tensor:
-    """Return a power of a symmetric positive matrix; directions that rounding made negative count as tiny."""
+def _square_root(matrix: Tensor) -> Tensor:
+    """Return the root of a symmetric positive matrix; directions that rounding made negative count as tiny."""
     values, vectors = torch.linalg.eigh(matrix)
     floor = 1e-12 * values[-1].clamp(min=1e-300)
-    return (vectors * values.clamp(min=floor).pow(power)) @ vectors.T
-
-
-def _solve(matrix: Tensor, targets: Tensor) -> Tensor:
-    """Return targets matrix^-1 for a symmetric positive matrix, (rows, columns)."""
-    return torch.cholesky_solve(targets.T, torch.linalg.cholesky(matrix)).T
+    return (vectors * values.clamp(min=floor).pow(0.5)) @ vectors.T
 
 
 def _as_kernel(rows: Tensor, view: LinearView) -> Tensor:
@@ -202,10 +194,7 @@ def _output_and_core(problem: Problem, inputs: Tensor, rank: int | None) -> Tuck
     captured = float(torch.einsum("oa,op,pa->", out, gram, out))
     core = torch.einsum("oa,otr->atr", out, cross)
     core = torch.cholesky_solve(core.flatten(0, 1).T, factor).T.reshape(core.shape)
-    if view.transposed:
-        core = core.transpose(1, 2)
-    else:
-        core = core[:, 0].unflatten(1, (inputs.shape[1], view.taps))
+    core = core.transpose(1, 2) if view.transposed else core[:, 0].unflatten(1, (inputs.shape[1], view.taps))
     error = max(0.0, 1 - captured / problem.total) ** 0.5 if problem.total else 0.0
     out = torch.linalg.solve(problem.metric, out)
     if rank is None:  # the identity, not a rotation of it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 
@@ -74,17 +75,14 @@ def _undominated(item: Sequence[Choice]) -> list[int]:
 def _spend_rest(options: Sequence[Sequence[Choice]], chosen: list[int], budget: float) -> list[int]:
     left = budget - sum(item[number].cost for item, number in zip(options, chosen, strict=True))
     while True:
-        best: tuple[float, int, int] | None = None
+        steps = []
         for place, item in enumerate(options):
             now = item[chosen[place]]
             for number in _undominated(item):
                 gain, extra = now.loss - item[number].loss, item[number].cost - now.cost
                 if gain > 0 and extra <= left:
-                    rate = gain / max(extra, 1e-12)
-                    if best is None or rate > best[0]:
-                        best = (rate, place, number)
-        if best is None:
+                    steps.append((gain / max(extra, 1e-12), extra, place, number))
+        if not steps:
             return chosen
-        _, place, number = best
-        left -= options[place][number].cost - options[place][chosen[place]].cost
-        chosen[place] = number
+        _, extra, place, chosen[place] = max(steps, key=itemgetter(0))
+        left -= extra

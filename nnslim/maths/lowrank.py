@@ -1,7 +1,8 @@
-"""Low-rank algebra: the partial Tucker (Tucker-2) form of a convolution kernel over its two channel axes."""
+"""Low-rank algebra: the partial Tucker (Tucker-2) form of a kernel over its two channel axes, and its ranks' errors."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -134,3 +135,86 @@ def partial_tucker(
                 break
             previous = error
     return TuckerFactors(factors[0], core.contiguous(), factors[1], error)
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Relative squared error of the truncated HOSVD of one kernel, for every pair of ranks.
+
+    Attributes:
+        squared_error: (O + 1, I + 1); entry [a, b] is ||W - W_ab||^2 / ||W||^2 at ranks (a, b), in the metric in which
+            the kernel was given. 1 where a rank is 0, 0 at full rank.
+    """
+
+    squared_error: Tensor
+
+    @classmethod
+    def of(cls, kernel: Tensor) -> Spectrum:
+        """Decompose once: HOSVD factors are nested, so the core's energy below (a, b) is what ranks (a, b) keep.
+
+        Args:
+            kernel: (O, I, taps), in units in which squared entries add up to error (see `fitting.whitened`).
+        """
+        weight = kernel.detach().to("cpu", torch.float64)
+        with one_thread():
+            factors = [leading_factor(weight, mode, weight.shape[mode]) for mode in (0, 1)]
+        core = mode_products(weight, factors, transpose=True)
+        energy = core.square().sum(2)
+        kept = torch.nn.functional.pad(energy.cumsum(0).cumsum(1), (1, 0, 1, 0))
+        total = float(kept[-1, -1])
+        lost = 1 - kept / total if total else torch.zeros_like(kept)
+        return cls(lost.clamp(0, 1))
+
+    def error(self, rank_out: int | None, rank_in: int | None) -> float:
+        """Return the relative error (not squared) at these ranks; None is full rank."""
+        place = tuple(-1 if rank is None else rank for rank in (rank_out, rank_in))
+        return math.sqrt(float(self.squared_error[place]))
+
+    def ranks_for_energy(self, energy: float) -> tuple[int, int]:
+        """Return for each side alone the smallest rank that keeps this share of the energy, 0 < energy <= 1."""
+        allowed = 1 - energy + 1e-12
+        out = int((self.squared_error[:, -1] <= allowed).nonzero()[0])
+        in_ = int((self.squared_error[-1, :] <= allowed).nonzero()[0])
+        return max(1, out), max(1, in_)
+
+
+def evbmf_rank(matrix: Tensor) -> int:
+    """Return the rank that empirical variational Bayes matrix factorisation finds above the noise.
+
+    The noise variance is estimated from the data (Nakajima, Sugiyama, Babacan, Tomioka, "Global analytic solution of
+    fully-observed variational Bayesian matrix factorization", JMLR 2013, corollaries 2 and 3).
+
+    Args:
+        matrix: (rows, columns), any orientation.
+    Returns:
+        The number of singular values above the threshold; 0 for pure noise.
+    """
+    values = matrix.detach().to("cpu", torch.float64)
+    if values.shape[0] > values.shape[1]:
+        values = values.T
+    rows, columns = values.shape
+    with one_thread():
+        squares = torch.linalg.eigvalsh(values @ values.T).flip(0).clamp(min=0)
+    if float(squares[0]) == 0:
+        return 0
+    alpha = rows / columns
+    tau = 2.5129 * math.sqrt(alpha)  # approximates the root of an equation in alpha (ibid., section 6)
+    ceiling = (1 + tau) * (1 + alpha / tau)
+
+    def free_energy(noise: float) -> float:
+        x = squares / (columns * noise)
+        above, below = x[x > ceiling], x[x <= ceiling]
+        tau = ((above - (1 + alpha)) + ((above - (1 + alpha)).square() - 4 * alpha).clamp(min=0).sqrt()) / 2
+        value = float((below - below.clamp(min=1e-300).log()).sum())
+        value += float((above - tau).sum() + ((tau + 1) / above).log().sum() + alpha * (tau / alpha + 1).log().sum())
+        return value
+
+    most = min(math.ceil(rows / (1 + rows / columns)) - 1, rows - 1)
+    high = float(squares.sum()) / (rows * columns)
+    low = max(float(squares[most]) / (columns * ceiling), float(squares[most:].mean()) / columns, 1e-12 * high)
+    for _ in range(3):  # the smallest value on a logarithmic grid, refined twice
+        grid = torch.logspace(math.log10(low), math.log10(high), 200, dtype=torch.float64).tolist()
+        energies = [free_energy(noise) for noise in grid]
+        best = energies.index(min(energies))
+        low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
+    return int((squares > columns * grid[best] * ceiling).sum())

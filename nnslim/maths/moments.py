@@ -14,9 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_PADDING = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
-
 
 @dataclass(frozen=True)
 class LinearView:
@@ -39,18 +36,12 @@ class LinearView:
     @classmethod
     def of(cls, conv: nn.Module) -> LinearView | None:
         """Return the view of a convolution, None for one that has none: groups, or overlapping blocks."""
-        transposed = isinstance(conv, _TRANSPOSED)
-        plain = (
-            tuple(conv.kernel_size) == tuple(conv.stride)
-            and not any(conv.padding)
-            and not any(conv.output_padding)
-            and set(conv.dilation) == {1}
-            if transposed
-            else not isinstance(conv.padding, str)
-        )
-        if conv.groups != 1 or not plain:
-            return None
-        return cls(conv.in_channels, conv.out_channels, math.prod(conv.kernel_size), transposed)
+        plain = conv.groups == 1 and not isinstance(conv.padding, str)
+        if plain and conv.transposed:
+            apart = tuple(conv.kernel_size) == tuple(conv.stride) and set(conv.dilation) == {1}
+            plain = apart and not any((*conv.padding, *conv.output_padding))
+        size = math.prod(conv.kernel_size)
+        return cls(conv.in_channels, conv.out_channels, size, conv.transposed) if plain else None
 
     @property
     def columns(self) -> int:
@@ -78,7 +69,7 @@ def choose_places(conv: nn.Module, inputs: Tensor, outputs: Tensor, count: int, 
         conv: a convolution that has a `LinearView`; only its geometry is read.
         inputs: (B, I, *spatial). outputs: (B, O, *spatial'). count: positions wanted. generator: of the CPU.
     """
-    base = inputs if isinstance(conv, _TRANSPOSED) else outputs
+    base = inputs if conv.transposed else outputs
     grid = (base.shape[0], *base.shape[2:])
     total = math.prod(grid)
     chosen = torch.arange(total) if count >= total else torch.randperm(total, generator=generator)[:count]
@@ -87,26 +78,23 @@ def choose_places(conv: nn.Module, inputs: Tensor, outputs: Tensor, count: int, 
 
 def sample_inputs(conv: nn.Module, inputs: Tensor, places: Places) -> Tensor:
     """Return what the layer reads at the places, (N, columns), float64 on the CPU."""
-    if isinstance(conv, _TRANSPOSED):
+    if conv.transposed:
         return _rows(inputs, places)
     sides = [side for size in reversed(conv.padding) for side in (size, size)]
-    padded = functional.pad(inputs, sides, mode=_PADDING[conv.padding_mode])
-    return _rows(padded, _blocks(conv, places, conv.dilation))
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    return _rows(functional.pad(inputs, sides, mode=mode), _blocks(conv, places))
 
 
 def sample_outputs(conv: nn.Module, outputs: Tensor, places: Places) -> Tensor:
     """Return what the layer makes at the places, (N, rows), float64 on the CPU."""
-    if isinstance(conv, _TRANSPOSED):
-        places = _blocks(conv, places, (1,) * len(conv.kernel_size))
-    return _rows(outputs, places)
+    return _rows(outputs, _blocks(conv, places) if conv.transposed else places)
 
 
-def _blocks(conv: nn.Module, places: Places, dilation: tuple[int, ...]) -> Places:
+def _blocks(conv: nn.Module, places: Places) -> Places:
     """Return the (N, taps) positions under the kernel at each place."""
     batch, *axes = places
-    steps = [
-        torch.arange(size, device=batch.device) * step for size, step in zip(conv.kernel_size, dilation, strict=True)
-    ]
+    sizes = zip(conv.kernel_size, conv.dilation, strict=True)
+    steps = [torch.arange(size, device=batch.device) * step for size, step in sizes]
     offsets = [axis.flatten() for axis in torch.meshgrid(*steps, indexing="ij")]
     return (batch[:, None], *(p[:, None] * s + o for p, s, o in zip(axes, conv.stride, offsets, strict=True)))
 
@@ -153,9 +141,8 @@ class Moments(_Streamed):
 
     def __init__(self, view: LinearView, *, per_tile: bool) -> None:
         super().__init__(view, per_tile=per_tile)
-        self._xx = torch.zeros(view.columns, view.columns, dtype=torch.float64)
-        self._yx = torch.zeros(view.rows, view.columns, dtype=torch.float64)
-        self._x = torch.zeros(view.columns, dtype=torch.float64)
+        shapes = ((view.columns,), (view.columns, view.columns), (view.rows, view.columns))
+        self._x, self._xx, self._yx = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add the rows of one tile: x (N, columns), y (N, rows), float64."""

@@ -20,12 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from nnslim.errors import SpecError
-from nnslim.network.operations import counted_products
+from nnslim.network.operations import counted_products, layer_products
 from nnslim.network.walk import LayerIndex, unwrap
 
 Convention = Literal["macs", "fvcore"]
-_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORM = (nn.modules.instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -80,23 +78,6 @@ class Cost:
         return sum(layer.macs for layer in self.layers.values()) + self.attention_macs + extra
 
 
-def module_macs(module: nn.Module, inputs: Tensor, output: Tensor) -> int:
-    """Return the MACs of one leaf module on the given tensors, 0 for modules without weight products."""
-    if isinstance(module, _TRANSPOSED):
-        return inputs.shape[0] * module.weight.numel() * math.prod(inputs.shape[2:])
-    if isinstance(module, _CONV):
-        return output.shape[0] * module.weight.numel() * math.prod(output.shape[2:])
-    if isinstance(module, nn.Linear):
-        return output.numel() * module.in_features
-    return 0
-
-
-def _norm_ops(module: nn.Module, inputs: Tensor) -> int:
-    if not isinstance(module, _NORM):
-        return 0
-    return inputs.numel() * (5 if getattr(module, "weight", None) is not None else 4)
-
-
 def measure_cost(network: nn.Module, input_shape: Sequence[int]) -> Cost:
     """Count one forward pass without computing it (shapes only, on torch's meta device).
 
@@ -113,21 +94,20 @@ def measure_cost(network: nn.Module, input_shape: Sequence[int]) -> Cost:
     originals = dict(network.named_parameters(remove_duplicate=False))
     identity = {id(p): id(originals[name]) for name, p in twin.named_parameters(remove_duplicate=False)}
     counted: set[int] = set()
-    outputs: dict[int, str] = {}
-    alive: list[Tensor] = []  # keeps ids unique while the pass runs
+    outputs: dict[int, tuple[str, Tensor]] = {}  # the tensor keeps its id unique while the pass runs
 
     def record(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if not isinstance(output, Tensor) or not inputs or not isinstance(inputs[0], Tensor):
             return
-        alive.append(output)
-        outputs[id(output)] = name
+        outputs[id(output)] = name, output
         fresh = [p for p in module.parameters() if identity[id(p)] not in counted]
         counted.update(identity[id(p)] for p in fresh)
         layer = cost.layers.setdefault(name, LayerCost(name, tuple(inputs[0].shape[1:]), tuple(output.shape[1:])))
         layer.voxels_in += inputs[0].shape[0] * math.prod(inputs[0].shape[2:])
         layer.voxels_out += output.shape[0] * math.prod(output.shape[2:])
-        layer.macs += module_macs(module, inputs[0], output)
-        layer.norm_ops += _norm_ops(module, inputs[0])
+        layer.macs += layer_products(module, inputs[0], output)
+        if isinstance(module, _NORM):
+            layer.norm_ops += inputs[0].numel() * (4 if module.weight is None else 5)
         layer.parameters += sum(p.numel() for p in fresh)
 
     leaves = {layer.name: layer.module for layer in LayerIndex(twin).values() if not layer.module._modules}
@@ -140,7 +120,7 @@ def measure_cost(network: nn.Module, input_shape: Sequence[int]) -> Cost:
         raise SpecError(f"the network cannot run on an input of shape {tuple(input_shape)}: {error}") from error
     cost.attention_macs = products["matmul"]
     results = result if isinstance(result, (list, tuple)) else [result]
-    cost.heads = tuple(outputs[id(item)] for item in results if id(item) in outputs)
+    cost.heads = tuple(outputs[id(item)][0] for item in results if id(item) in outputs)
     return cost
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -59,20 +59,15 @@ class OperationCost:
 
     def macs(self, convention: Convention = "torch", prefix: str = "") -> int:
         """Return the multiply-accumulates of a module and all below it ("" for the network)."""
-        position = CONVENTIONS.index(convention)
-        inside = f"{prefix}."
-        return sum(
-            value[position]
-            for (path, _), value in self.counts.items()
-            if not prefix or path == prefix or path.startswith(inside)
-        )
+        position, inside = CONVENTIONS.index(convention), f"{prefix}." if prefix else ""
+        return sum(value[position] for (path, _), value in self.counts.items() if f"{path}.".startswith(inside))
 
     def by_operation(self, convention: Convention = "torch") -> dict[str, int]:
         """Return the total of each kind of operation."""
-        totals: dict[str, int] = defaultdict(int)
+        totals: Counter[str] = Counter()
         for (_, operation), value in self.counts.items():
             totals[operation] += value[CONVENTIONS.index(convention)]
-        return {operation: count for operation, count in totals.items() if count}
+        return dict(+totals)
 
     def by_module(self, names: Sequence[str], convention: Convention = "torch") -> dict[str, int]:
         """Return the total of each of the named modules."""
@@ -102,15 +97,14 @@ def count_operations(network: nn.Module, input_shape: Sequence[int]) -> Operatio
     def called(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if count := _layer_calls(module, inputs, output):
             add("layers", 0, 0, count)
+        stack.pop()
 
     for name, module in twin.named_modules():
         if name:
             module.register_forward_pre_hook(lambda _, __, name=name: stack.append(name))
             module.register_forward_hook(called)
-            module.register_forward_hook(lambda _, __, ___: stack.pop() and None)
-    counter = _Counter(add)
     try:
-        with torch.no_grad(), _Calls(add), _Attention(counter), counter:
+        with torch.no_grad(), _counting(add):
             twin(torch.empty(tuple(input_shape), device="meta"))
     except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
         raise SpecError(f"the network cannot be counted on an input of shape {tuple(input_shape)}: {error}") from error
@@ -122,15 +116,26 @@ def counted_products() -> Iterator[dict[str, int]]:
     """Count what runs inside, convention "torch": MACs of "linear", "matmul" (of activations) and "conv"."""
     totals: dict[str, int] = defaultdict(int)
 
-    def add(operation: str, products: int, _: int | None = None, __: int = 0) -> None:
+    def add(operation: str, products: int, *_: int) -> None:
         totals[operation] += products
 
-    counter = _Counter(add)
-    with _Attention(counter), counter:
+    with _counting(add):
         yield totals
 
 
-class _Counter(TorchDispatchMode):
+@contextmanager
+def _counting(add: Callable[..., None]) -> Iterator[None]:
+    """Call add(operation, products, elements that count in "torchprofile", calls that count in "ptflops")."""
+    counter = _Operations(add)
+    with _Calls(counter), counter:
+        yield
+
+
+_PER_ELEMENT = {_aten.mul: "mul", _aten.mul_: "mul", _aten.mean: "mean"}
+_PER_ELEMENT |= {_aten.avg_pool2d: "avg_pool", _aten.avg_pool3d: "avg_pool"}
+
+
+class _Operations(TorchDispatchMode):
     """Counts primitive operations by the shapes that reach them."""
 
     def __init__(self, add: Callable[..., None]) -> None:
@@ -147,54 +152,18 @@ class _Counter(TorchDispatchMode):
         return result
 
     def _count(self, operation: Any, args: tuple[Any, ...], result: Any) -> None:
-        if operation in (_aten.mm, _aten.addmm):
-            left, right = args[-2:] if operation is _aten.mm else args[1:3]
-            self.add("linear", left.shape[0] * left.shape[1] * right.shape[1])
-        elif operation in (_aten.bmm, _aten.baddbmm):
-            left, right = args[:2] if operation is _aten.bmm else args[1:3]
-            self.add("matmul", math.prod(left.shape) * right.shape[2])
+        if operation in (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm):
+            left, right = args[-2:]
+            self.add("linear" if left.dim() == 2 else "matmul", math.prod(left.shape) * right.shape[-1])
         elif operation is _aten.convolution:
-            self._convolution(args, result)
-        elif operation in (_aten.mul, _aten.mul_):
-            self.add("mul", 0, result.numel())
+            source, weight, transposed, groups = args[0], args[1], args[6], args[8]
+            per_position = weight.numel() // weight.shape[0]  # one output channel, or one input channel if transposed
+            profile = result.numel() * source.shape[1] // groups * math.prod(weight.shape[2:])
+            self.add("conv", (source if transposed else result).numel() * per_position, profile)
         elif operation is _aten.native_layer_norm:
             self.add("layer_norm", 0, args[0].numel() if args[2] is not None else 0)
-        elif operation in (_aten.avg_pool2d, _aten.avg_pool3d):
-            self.add("avg_pool", 0, result.numel())
-        elif operation is _aten.mean:
-            self.add("mean", 0, result.numel())
-
-    def _convolution(self, args: tuple[Any, ...], result: Tensor) -> None:
-        source, weight, transposed, groups = args[0], args[1], args[6], args[8]
-        per_position = weight.numel() // weight.shape[0]  # one output channel, or one input channel if transposed
-        if not transposed:
-            self.add("conv", result.numel() * per_position)
-            return
-        profile = result.numel() * source.shape[1] // groups * math.prod(weight.shape[2:])
-        self.add("conv", source.numel() * per_position, profile)
-
-
-class _Attention(TorchFunctionMode):
-    """Counts fused attention as the operations that it stands for, whatever torch runs on this device."""
-
-    def __init__(self, counter: _Counter) -> None:
-        super().__init__()
-        self.counter = counter
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is not functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        query, key, value = args[:3]
-        pairs = math.prod(query.shape[:-1]) * key.shape[-2]
-        self.counter.add("matmul", pairs * (query.shape[-1] + value.shape[-1]))
-        self.counter.add("mul", 0, pairs)
-        self.counter.paused = True
-        try:
-            return func(*args, **(kwargs or {}))
-        finally:
-            self.counter.paused = False
+        elif operation in _PER_ELEMENT:
+            self.add(_PER_ELEMENT[operation], 0, result.numel())
 
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm)
@@ -213,14 +182,20 @@ _PRODUCTS = {torch.matmul, torch.mm, torch.bmm}
 _ELEMENTWISE = {torch.mul, torch.add}
 
 
+def layer_products(module: nn.Module, inputs: Tensor, output: Tensor) -> int:
+    """Return the products with weights of one call of a layer, 0 for modules other than convolutions and linear."""
+    if not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+        return 0
+    side = inputs if getattr(module, "transposed", False) else output
+    return side.numel() // side.shape[-1 if isinstance(module, nn.Linear) else 1] * module.weight.numel()
+
+
 def _layer_calls(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> int:
     """Return what ptflops charges one call of a layer."""
     if not inputs or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
         return 0
-    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
-        side = inputs[0] if isinstance(module, nn.modules.conv._ConvTransposeNd) else output
-        positions = side.numel() // side.shape[-1 if isinstance(module, nn.Linear) else 1]
-        return positions * module.weight.numel() + (0 if module.bias is None else output.numel())
+    if products := layer_products(module, inputs[0], output):
+        return products + (0 if module.bias is None else output.numel())
     if isinstance(module, _NORMS):
         return inputs[0].numel() * (2 if getattr(module, "affine", False) else 1)
     if isinstance(module, _POOLS):
@@ -229,16 +204,25 @@ def _layer_calls(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> int
 
 
 class _Calls(TorchFunctionMode):
-    """Counts calls of functions as ptflops does."""
+    """Counts calls of functions as ptflops does, and fused attention as the operations that it stands for."""
 
-    def __init__(self, add: Callable[..., None]) -> None:
+    def __init__(self, counter: _Operations) -> None:
         super().__init__()
-        self.add = add
+        self.counter, self.add = counter, counter.add
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        if func is functional.scaled_dot_product_attention:  # whatever torch runs on this device
+            query, key, value = args[:3]
+            pairs = math.prod(query.shape[:-1]) * key.shape[-2]
+            self.add("matmul", pairs * (query.shape[-1] + value.shape[-1]))
+            self.add("mul", 0, pairs)
+            self.counter.paused = True
+        try:
+            result = func(*args, **(kwargs or {}))
+        finally:
+            self.counter.paused = False
         if func in _BY_INPUT:
             self.add("calls", 0, 0, (kwargs["input"] if kwargs and "input" in kwargs else args[0]).numel())
         elif func in _PRODUCTS:

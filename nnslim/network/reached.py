@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from itertools import accumulate
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from nnslim.errors import SpecError
-from nnslim.network.replace import ReplacingEdit
-from nnslim.network.spec import register_edit
+from nnslim.network.spec import ReplacingEdit, extend_spec, register_edit
 from nnslim.network.walk import LayerIndex, deep_supervision, unwrap
 
 
@@ -70,13 +70,8 @@ def reached_parameters(network: nn.Module, input_shape: Sequence[int], *, traini
     """
     network = unwrap(network)
     originals = dict(network.named_parameters(remove_duplicate=False))
-    first = {id(parameter): name for name, parameter in network.named_parameters()}
     twin = copy.deepcopy(network).to("meta").eval()
-    leaves = {
-        name: parameter
-        for name, parameter in twin.named_parameters(remove_duplicate=False)
-        if parameter.is_floating_point()
-    }
+    leaves = {name: p for name, p in twin.named_parameters(remove_duplicate=False) if p.is_floating_point()}
     called: set[int] = set()
     for module in twin.modules():
         module.register_forward_pre_hook(lambda m, _: called.add(id(m)) and None)
@@ -84,40 +79,29 @@ def reached_parameters(network: nn.Module, input_shape: Sequence[int], *, traini
         parameter.requires_grad_(True)
     try:
         with torch.enable_grad(), deep_supervision(twin, training):
-            outputs = _tensors(twin(torch.zeros(tuple(input_shape), device="meta")))
-            total = sum((output.sum() for output in outputs if output.requires_grad), torch.zeros((), device="meta"))
+            outputs, _ = tree_flatten(twin(torch.zeros(tuple(input_shape), device="meta")))
+            used = [output for output in outputs if isinstance(output, Tensor) and output.requires_grad]
+            total = sum((output.sum() for output in used), torch.zeros((), device="meta"))
             # Depending on nothing at all, the sum has no gradient to follow.
             grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True) if total.requires_grad else ()
     except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
         raise SpecError(f"the network cannot run on an input of shape {tuple(input_shape)}: {error}") from error
     alive = {id(originals[name]) for name, grad in zip(leaves, grads, strict=False) if grad is not None}
-    names = tuple(name for key, name in first.items() if key in alive)
-    sizes = {name: originals[name] for name in names}
+    kept = {name: parameter for name, parameter in network.named_parameters() if id(parameter) in alive}
     return Reached(
         built=sum(parameter.numel() for parameter in network.parameters()),
-        reached=sum(parameter.numel() for parameter in sizes.values()),
-        non_zero=sum(int(parameter.count_nonzero()) for parameter in sizes.values() if not parameter.is_meta),
-        names=names,
-        dead=tuple(name for key, name in first.items() if key not in alive),
+        reached=sum(parameter.numel() for parameter in kept.values()),
+        non_zero=sum(int(parameter.count_nonzero()) for parameter in kept.values() if not parameter.is_meta),
+        names=tuple(kept),
+        dead=tuple(name for name, _ in network.named_parameters() if name not in kept),
         uncalled=_uncalled(network, twin, alive, called),
     )
 
 
-def _tensors(outputs: Any) -> list[Tensor]:
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    inner = outputs.values() if isinstance(outputs, dict) else outputs if isinstance(outputs, (list, tuple)) else ()
-    return [tensor for item in inner for tensor in _tensors(item)]
-
-
 def _uncalled(network: nn.Module, twin: nn.Module, alive: set[int], called: set[int]) -> tuple[str, ...]:
     """Return the outermost modules that hold parameters, of which none is alive, and in which nothing was called."""
-    ran = {
-        prefix
-        for name, module in twin.named_modules(remove_duplicate=False)
-        if id(module) in called
-        for prefix in _prefixes(name)
-    }
+    ran = {name for name, module in twin.named_modules(remove_duplicate=False) if id(module) in called}
+    ran = {prefix for name in ran for prefix in _prefixes(name)}
     found: dict[str, None] = {}
     for layer in LayerIndex(network).values():
         if any(prefix in found for alias in layer.aliases for prefix in _prefixes(alias)):
@@ -129,8 +113,7 @@ def _uncalled(network: nn.Module, twin: nn.Module, alive: set[int], called: set[
 
 
 def _prefixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[: count + 1]) for count in range(len(parts))]
+    return list(accumulate(name.split("."), "{}.{}".format))
 
 
 @register_edit
@@ -164,9 +147,5 @@ def strip_edits(network: nn.Module, input_shape: Sequence[int]) -> tuple[StripEd
     index = LayerIndex(network)
     unused = [name for name in learning if any(p in use for alias in index[name].aliases for p in _prefixes(alias))]
     edits = tuple(StripEdit(name) for name in unused)
-    twin = copy.deepcopy(network).to("meta")
-    with ExitStack() as undo:
-        for edit in edits:
-            undo.callback(edit.apply(LayerIndex(twin), fill=False))
-        reached_parameters(twin, input_shape)
+    reached_parameters(extend_spec(edits, copy.deepcopy(network).to("meta")), input_shape)
     return edits

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 from torch import nn
 
 from nnslim.errors import SpecError, nearest
-from nnslim.network.walk import LayerIndex, unwrap
+from nnslim.network.walk import LayerIndex, replace_layer, unwrap
 
 SPEC_VERSION = 1
 _SPEC_ATTRIBUTE = "_nnslim_spec"
@@ -74,6 +74,34 @@ class Edit:
         return {"kind": self.kind, **dataclasses.asdict(self)}
 
 
+class ReplacingEdit(Edit):
+    """An edit that puts a module in the place of one layer, under the old layer's names.
+
+    Attributes:
+        layer: any of the layer's names.
+    """
+
+    layer: str
+    separable: ClassVar[bool] = True
+
+    def apply(self, layers: LayerIndex, *, fill: bool) -> Callable[[], None]:
+        """See Edit.apply."""
+        layer = layers[self.layer]
+        try:
+            new = self.made(layer.module, fill)
+        except SpecError as error:
+            raise SpecError(f"layer '{self.layer}': {error}") from None
+        return replace_layer(layer, new.train(layer.module.training))
+
+    def made(self, dense: nn.Module, fill: bool) -> nn.Module:
+        """Return the new module, its weights computed from the old layer's where `fill` is set.
+
+        Raises:
+            SpecError: it cannot stand for that layer.
+        """
+        raise NotImplementedError
+
+
 def register_edit(cls: type[Edit]) -> type[Edit]:
     """Class decorator: make an edit known by its `kind`, so that specs on disk can name it."""
     known = _KINDS.get(cls.kind)
@@ -99,17 +127,14 @@ def _edit_from_dict(raw: Any, position: int) -> Edit:
         raise SpecError(f"{where} ({cls.kind}): unknown field '{word}'; {nearest(word, fields)}")
     hints = typing.get_type_hints(cls)
     for name, value in values.items():
-        _check_type(value, hints[name], f"{where} ({cls.kind}), field '{name}'")
+        hint = hints[name]
+        allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if not any(isinstance(value, kind) and not (kind is int and isinstance(value, bool)) for kind in allowed):
+            raise SpecError(f"{where} ({cls.kind}), field '{name}': expected {hint}, found {value!r}")
     try:
         return cls(**values)
     except TypeError as error:
         raise SpecError(f"{where} ({cls.kind}): {error}") from None
-
-
-def _check_type(value: Any, hint: Any, where: str) -> None:
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if not any(isinstance(value, kind) and not (kind is int and isinstance(value, bool)) for kind in allowed):
-        raise SpecError(f"{where}: expected {hint}, found {value!r}")
 
 
 @dataclass(frozen=True)

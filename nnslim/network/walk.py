@@ -7,7 +7,8 @@ must therefore go by object identity and fill every slot.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -58,28 +59,25 @@ class LayerIndex(Mapping[str, Layer]):
 
     def __init__(self, network: nn.Module) -> None:
         self.root = network
-        slots: dict[int, list[tuple[nn.Module, str]]] = {}
+        slots: defaultdict[nn.Module, list[tuple[nn.Module, str]]] = defaultdict(list)
         for parent in network.modules():
             for key, child in parent._modules.items():
                 if child is not None:
-                    slots.setdefault(id(child), []).append((parent, key))
-        names: dict[int, list[str]] = {}
-        modules: dict[int, nn.Module] = {}
+                    slots[child].append((parent, key))
+        names: defaultdict[nn.Module, list[str]] = defaultdict(list)
         for name, module in network.named_modules(remove_duplicate=False):
             if name:
-                names.setdefault(id(module), []).append(name)
-                modules[id(module)] = module
+                names[module].append(name)
         self._layers = {
-            aliases[0]: Layer(aliases[0], tuple(aliases), modules[key], tuple(slots[key]))
-            for key, aliases in names.items()
+            aliases[0]: Layer(aliases[0], tuple(aliases), module, tuple(slots[module]))
+            for module, aliases in names.items()
         }
         self._by_alias = {alias: layer for layer in self._layers.values() for alias in layer.aliases}
 
     def __getitem__(self, name: str) -> Layer:
-        try:
-            return self._by_alias[name]
-        except KeyError:
-            raise SpecError(f"no layer named '{name}' in the network; {nearest(name, self._layers)}") from None
+        if name not in self._by_alias:
+            raise SpecError(f"no layer named '{name}' in the network; {nearest(name, self._layers)}")
+        return self._by_alias[name]
 
     def get(self, name: str, default: Layer | None = None) -> Layer | None:  # type: ignore[override]
         """Return the layer of that name, or the default."""
@@ -99,16 +97,25 @@ class LayerIndex(Mapping[str, Layer]):
         return [layer for layer in self._layers.values() if isinstance(layer.module, types)]
 
 
+def replace_layer(layer: Layer, new: nn.Module) -> Callable[[], None]:
+    """Put `new` into every slot of `layer` and return a function that puts the old object back."""
+
+    def put(module: nn.Module) -> None:
+        for parent, key in layer.slots:
+            parent._modules[key] = module
+
+    put(new)
+    return lambda: put(layer.module)
+
+
 @contextmanager
 def deep_supervision(network: nn.Module, enabled: bool) -> Iterator[None]:
     """Switch nnU-Net's deep supervision on or off: heads that do not run cannot be traced."""
-    switched = [
-        (module, module.deep_supervision) for module in network.modules() if hasattr(module, "deep_supervision")
-    ]
-    for module, _ in switched:
+    before = {module: module.deep_supervision for module in network.modules() if hasattr(module, "deep_supervision")}
+    for module in before:
         module.deep_supervision = enabled
     try:
         yield
     finally:
-        for module, before in switched:
-            module.deep_supervision = before
+        for module, value in before.items():
+            module.deep_supervision = value

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from nnslim.maths.fitting import whitened
-from nnslim.maths.lowrank import partial_tucker
-from nnslim.maths.spectra import Spectrum, evbmf_rank
+from nnslim.maths.lowrank import Spectrum, evbmf_rank, partial_tucker
 
 
 def random(*shape, seed=0):

@@ -14,8 +14,7 @@ from helpers import ROOT
 from torch import nn
 
 from nnslim.errors import ConfigError, SpecError
-from nnslim.maths.lowrank import leading_eigenvectors
-from nnslim.maths.spectra import Spectrum
+from nnslim.maths.lowrank import Spectrum, leading_eigenvectors
 from nnslim.methods.tucker.error_figures import equal_factor_lines, heat_maps
 from nnslim.methods.tucker.error_grid import error_grid, rank_steps, write_grid
 from nnslim.methods.tucker.layers import TuckerConv, kernel_of

@@ -12,7 +12,7 @@ from helpers import smooth_tiles
 from torch import nn
 
 from nnslim.errors import ConfigError, RankError
-from nnslim.maths.spectra import evbmf_rank
+from nnslim.maths.lowrank import evbmf_rank
 from nnslim.methods.decision_table import write_decisions
 from nnslim.methods.tucker import TuckerConfig, latency, plan_tucker
 from nnslim.methods.tucker.latency import LatencyTable, measured_neighbours, measured_ranks

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from nnslim.methods.base import Decision, Method, MethodConfig, Plan, check_patterns, register_method
-from nnslim.network.replace import ReplacingEdit
-from nnslim.network.spec import register_edit, spec_of
+from nnslim.network.spec import ReplacingEdit, register_edit, spec_of
 from nnslim.network.walk import LayerIndex
 
 

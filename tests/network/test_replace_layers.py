@@ -10,8 +10,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 
 from nnslim.errors import SpecError
-from nnslim.network.replace import replace_layer
-from nnslim.network.walk import LayerIndex, unwrap
+from nnslim.network.walk import LayerIndex, replace_layer, unwrap
 from nnslim.patching import AttributePatch
 
 CONVS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)

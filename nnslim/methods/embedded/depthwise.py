@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from nnslim.errors import SpecError
 from nnslim.network.cost import Cost
-from nnslim.network.replace import ReplacingEdit
-from nnslim.network.spec import register_edit
+from nnslim.network.spec import ReplacingEdit, register_edit
 from nnslim.network.walk import Layer
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nnslim.errors import SpecError
-from nnslim.network.replace import ReplacingEdit
-from nnslim.network.spec import register_edit
+from nnslim.network.spec import ReplacingEdit, register_edit
 
 
 class LowRankLinear(nn.Module):

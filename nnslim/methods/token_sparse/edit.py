@@ -13,9 +13,8 @@ from torch import nn
 from nnslim.errors import ConfigError, SpecError
 from nnslim.methods.token_sparse.reduction import TokenReduction
 from nnslim.methods.token_sparse.sparse_encoders import SparseEva, SparseViT
-from nnslim.network.replace import replace_layer
 from nnslim.network.spec import Edit, register_edit
-from nnslim.network.walk import Layer, LayerIndex
+from nnslim.network.walk import Layer, LayerIndex, replace_layer
 
 
 @register_edit

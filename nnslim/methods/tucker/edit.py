@@ -9,8 +9,7 @@ from torch import nn
 
 from nnslim.maths.lowrank import partial_tucker
 from nnslim.methods.tucker.layers import TuckerConv, kernel_of
-from nnslim.network.replace import ReplacingEdit
-from nnslim.network.spec import register_edit
+from nnslim.network.spec import ReplacingEdit, register_edit
 
 
 @register_edit

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from nnslim.errors import ConfigError, SpecError
-from nnslim.maths.spectra import Spectrum
+from nnslim.maths.lowrank import Spectrum
 from nnslim.methods.tucker.chain import chain_macs, chain_parameters
 from nnslim.methods.tucker.layers import CONVOLUTIONS, kernel_of
 from nnslim.methods.tucker.survey import LayerSurvey, survey

@@ -24,8 +24,7 @@ from nnslim.methods.tucker.config import FitConfig, TuckerConfig
 from nnslim.methods.tucker.layers import TuckerConv, kernel_of
 from nnslim.methods.tucker.metric import output_metric
 from nnslim.network.cost import Cost
-from nnslim.network.replace import replace_layer
-from nnslim.network.walk import Layer, LayerIndex
+from nnslim.network.walk import Layer, LayerIndex, replace_layer
 from nnslim.surgery.streaming import Request, Tiles, following_norms, stream_moments
 
 

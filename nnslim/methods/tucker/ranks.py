@@ -10,8 +10,7 @@ from torch import nn
 
 from nnslim.errors import ConfigError, RankError
 from nnslim.maths.knapsack import Choice, choose
-from nnslim.maths.lowrank import unfolded
-from nnslim.maths.spectra import evbmf_rank
+from nnslim.maths.lowrank import evbmf_rank, unfolded
 from nnslim.methods.tucker.chain import chain_macs, chain_parameters
 from nnslim.methods.tucker.config import TuckerConfig
 from nnslim.methods.tucker.latency import LatencyTable

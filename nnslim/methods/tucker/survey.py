@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from nnslim.maths.fitting import fit_by_channels, whitened
+from nnslim.maths.lowrank import Spectrum
 from nnslim.maths.moments import ChannelMoments, LinearView
-from nnslim.maths.spectra import Spectrum
 from nnslim.methods.tucker.layers import kernel_of
 from nnslim.methods.tucker.metric import output_metric
 from nnslim.network.walk import LayerIndex
