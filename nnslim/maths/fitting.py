@@ -58,8 +58,7 @@ def make_problem(
     weight = kernel.detach().to("cpu", torch.float64).flatten(2)
     size = max(ridge, 1e-10) * float(xx.diagonal().mean()) + 1e-12  # few samples leave xx singular
     target = yx + size * as_rows(weight, view)
-    per_channel = variance_y.unflatten(0, (view.outputs, -1)).sum(1)
-    total = float((metric.square().sum(0) * per_channel).sum())
+    total = float((metric.square().sum(0) * variance_y.unflatten(0, (view.outputs, -1)).sum(1)).sum())
     total += size * float((metric @ weight.flatten(1)).square().sum())
     return Problem(weight, view, _damped(xx, max(ridge, 1e-10)), target, metric, total)
 
@@ -101,10 +100,9 @@ def whitened(kernel: Tensor, channels: Tensor, taps: Tensor, metric: Tensor) -> 
 def fit_tucker(problem: Problem, ranks: tuple[int | None, int | None], *, sweeps: int = 3) -> TuckerFactors:
     """Return the factors that minimise the output error.
 
-    Start: HOOI in a metric that takes the patch covariance as a product of a channel and a tap part. Then, in turn, the
-    best output factor and core for the input factor (reduced-rank regression, exact), and the best input factor for
-    those (conjugate gradients on the exact quadratic). The core is solved last. For a transposed convolution the start
-    is already exact.
+    HOOI in the metric of `separable_metric`; then, in turn, the best output factor and core for the input factor
+    (reduced-rank regression, exact), and the best input factor for those (conjugate gradients on the exact quadratic).
+    The core is solved last. For a transposed convolution the start is already exact.
 
     Args:
         problem: moments, metric and ridge. ranks: (R_out, R_in); None leaves that side whole.
@@ -203,17 +201,14 @@ def _output_and_core(problem: Problem, inputs: Tensor, rank: int | None) -> Tuck
 
 
 def _input_factor(problem: Problem, factors: TuckerFactors, *, steps: int = 12) -> Tensor:
-    """Return the best input factor for a given output factor and core, by preconditioned conjugate gradients.
-
-    The error is quadratic in the input factor; its Hessian is applied, never formed.
-    """
+    """Return the best input factor for a given output factor and core, by preconditioned conjugate gradients."""
     view, core = problem.view, factors.core
     weighted = problem.metric @ factors.out  # (O, a)
     gram = weighted.T @ weighted
     yx = (weighted.T @ (problem.metric @ problem.yx)).unflatten(1, (view.inputs, view.taps))
     gram_core = torch.einsum("ac,cbk->abk", gram, core)
 
-    def hessian(factor: Tensor) -> Tensor:
+    def hessian(factor: Tensor) -> Tensor:  # of the error, which is quadratic: applied, never formed
         wide = torch.einsum("abk,ib->aik", core, factor).flatten(1) @ problem.xx
         return torch.einsum("aik,abk->ib", wide.unflatten(1, (view.inputs, view.taps)), gram_core)
 

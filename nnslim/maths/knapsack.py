@@ -39,20 +39,15 @@ def choose(options: Sequence[Sequence[Choice]], budget: float, *, bins: int = 40
     best = np.zeros(bins + 1)
     picks: list[np.ndarray] = []
     for item in options:
-        fresh = np.full(bins + 1, np.inf)
-        pick = np.zeros(bins + 1, dtype=np.int64)
-        for number in _undominated(item):
+        numbers = _undominated(item)
+        values = np.full((len(numbers), bins + 1), np.inf)
+        for value, number in zip(values, numbers, strict=True):
             size = int(np.ceil(item[number].cost / unit - 1e-9))
-            if size > bins:
-                continue
-            value = np.full(bins + 1, np.inf)
-            value[size:] = best[: bins + 1 - size] + item[number].loss
-            better = value < fresh
-            fresh[better], pick[better] = value[better], number
-        best = fresh
-        picks.append(pick)
+            value[size:] = best[: max(0, bins + 1 - size)] + item[number].loss
+        picks.append(np.array(numbers)[values.argmin(0)])
+        best = values.min(0)
     if not np.isfinite(best[bins]):  # rounding up made the cheapest plan too dear
-        chosen = [min(range(len(item)), key=lambda n: (item[n].cost, item[n].loss)) for item in options]
+        chosen = [_undominated(item)[0] for item in options]
     else:
         chosen, left = [], bins
         for item, pick in zip(reversed(options), reversed(picks), strict=True):

@@ -87,12 +87,8 @@ def leading_eigenvectors(gram: Tensor, count: int) -> Tensor:
 
 
 def leading_factor(tensor: Tensor, mode: int, count: int) -> Tensor:
-    """Return the `count` leading left singular vectors of an unfolding, one side of the truncated HOSVD, as columns.
-
-    They are the eigenvectors of the unfolding times its transpose. In float64 the squared condition number does no
-    harm to a leading subspace.
-    """
-    matrix = unfolded(tensor, mode)
+    """Return the `count` leading left singular vectors of an unfolding, one side of the truncated HOSVD, as columns."""
+    matrix = unfolded(tensor, mode)  # in float64 the squared condition number does no harm to a leading subspace
     return leading_eigenvectors(matrix @ matrix.T, count)
 
 
@@ -158,8 +154,7 @@ class Spectrum:
         weight = kernel.detach().to("cpu", torch.float64)
         with one_thread():
             factors = [leading_factor(weight, mode, weight.shape[mode]) for mode in (0, 1)]
-        core = mode_products(weight, factors, transpose=True)
-        energy = core.square().sum(2)
+        energy = mode_products(weight, factors, transpose=True).square().sum(2)
         kept = torch.nn.functional.pad(energy.cumsum(0).cumsum(1), (1, 0, 1, 0))
         total = float(kept[-1, -1])
         lost = 1 - kept / total if total else torch.zeros_like(kept)
@@ -173,25 +168,19 @@ class Spectrum:
     def ranks_for_energy(self, energy: float) -> tuple[int, int]:
         """Return for each side alone the smallest rank that keeps this share of the energy, 0 < energy <= 1."""
         allowed = 1 - energy + 1e-12
-        out = int((self.squared_error[:, -1] <= allowed).nonzero()[0])
-        in_ = int((self.squared_error[-1, :] <= allowed).nonzero()[0])
-        return max(1, out), max(1, in_)
+        sides = (self.squared_error[:, -1], self.squared_error[-1, :])
+        out, in_ = (max(1, int((errors <= allowed).nonzero()[0])) for errors in sides)
+        return out, in_
 
 
 def evbmf_rank(matrix: Tensor) -> int:
-    """Return the rank that empirical variational Bayes matrix factorisation finds above the noise.
+    """Return the rank of a matrix above the noise by empirical variational Bayes factorisation; 0 for pure noise.
 
     The noise variance is estimated from the data (Nakajima, Sugiyama, Babacan, Tomioka, "Global analytic solution of
     fully-observed variational Bayesian matrix factorization", JMLR 2013, corollaries 2 and 3).
-
-    Args:
-        matrix: (rows, columns), any orientation.
-    Returns:
-        The number of singular values above the threshold; 0 for pure noise.
     """
     values = matrix.detach().to("cpu", torch.float64)
-    if values.shape[0] > values.shape[1]:
-        values = values.T
+    values = values.T if values.shape[0] > values.shape[1] else values
     rows, columns = values.shape
     with one_thread():
         squares = torch.linalg.eigvalsh(values @ values.T).flip(0).clamp(min=0)

@@ -15,7 +15,7 @@ from nnslim.errors import ConfigError, nearest
 from nnslim.network.cost import Cost
 from nnslim.network.spec import Edit, extend_spec
 from nnslim.network.walk import Layer, LayerIndex, unwrap
-from nnslim.surgery.budget import CostTable
+from nnslim.surgery.narrow import CostTable
 from nnslim.surgery.streaming import Tiles
 
 

@@ -14,6 +14,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -112,7 +113,7 @@ def measure_cost(network: nn.Module, input_shape: Sequence[int]) -> Cost:
 
     leaves = {layer.name: layer.module for layer in LayerIndex(twin).values() if not layer.module._modules}
     for name, module in (leaves or {"": twin}).items():
-        module.register_forward_hook(lambda m, i, o, name=name: record(name, m, i, o))
+        module.register_forward_hook(partial(record, name))
     try:
         with torch.no_grad(), counted_products() as products:
             result = twin(torch.empty(tuple(input_shape), device="meta"))

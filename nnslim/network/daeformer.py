@@ -49,11 +49,7 @@ FORMS |= {f"{name}-dense": DAEFormerForm(form.dims, form.blocks, False) for name
 
 
 def form_named(name: str) -> DAEFormerForm:
-    """Return a form by its name.
-
-    Raises:
-        ConfigError: no form of that name.
-    """
+    """Return a form by its name; ConfigError where there is none."""
     if name not in FORMS:
         raise ConfigError(f"no DAEFormer form '{name}'; {nearest(name, FORMS)}")
     return FORMS[name]
@@ -158,7 +154,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, dim, H / stride, W / stride)."""
         x = self.embed(x)
-        size = (x.shape[2], x.shape[3])
+        size = x.shape[2:]
         x = self.embed_norm(x.flatten(2).transpose(1, 2))
         for block in self.blocks:
             x = block(x, size)
@@ -226,23 +222,19 @@ class Decoder(nn.Module):
         super().__init__()
         self.deep_supervision = False
         self.expand = Expand(dims[-1], 2, dims[-1] // 2)
-        levels = []
-        for place in range(len(dims) - 2, -1, -1):
-            dim, last = dims[place], place == 0
+        self.levels = nn.ModuleList()
+        for place in reversed(range(len(dims) - 1)):
             # Every level but the last is followed by another of half its channels.
-            levels.append(
-                DecoderLevel(dims[place + 1] // 2, dim, 4 if last else 2, dim if last else dim // 2, grouped=grouped)
-            )
-        self.levels = nn.ModuleList(levels)
+            factor, channels = (2, dims[place] // 2) if place else (4, dims[0])
+            self.levels.append(DecoderLevel(dims[place + 1] // 2, dims[place], factor, channels, grouped=grouped))
         self.head = nn.Conv2d(dims[0], classes, 1)
 
     def forward(self, stages: Sequence[Tensor]) -> Tensor:
         """Map the stages' outputs, fine to coarse, to (B, classes, H, W)."""
-        deepest = stages[-1]
-        x = self.expand(deepest.flatten(2).transpose(1, 2), (deepest.shape[2], deepest.shape[3]))
+        x = self.expand(stages[-1].flatten(2).transpose(1, 2), stages[-1].shape[2:])
         for level, skip in zip(self.levels, reversed(stages[:-1]), strict=True):
-            x = level(x, skip.flatten(2).transpose(1, 2), (skip.shape[2], skip.shape[3]))
-        height, width = stages[0].shape[2], stages[0].shape[3]
+            x = level(x, skip.flatten(2).transpose(1, 2), skip.shape[2:])
+        height, width = stages[0].shape[2:]
         return self.head(x.transpose(1, 2).unflatten(2, (4 * height, 4 * width)))
 
 
@@ -265,16 +257,15 @@ class DAEFormer(nn.Module):
     ) -> None:
         super().__init__()
         if len(dims) < 2 or len(dims) != len(blocks) or any(dim < 8 or dim % 8 for dim in dims):
-            raise ConfigError(
-                f"dims {list(dims)} and blocks {list(blocks)}: expected two or more stages each, dims in 8s"
-            )
+            what = f"dims {list(dims)} and blocks {list(blocks)}"
+            raise ConfigError(f"{what}: expected two or more stages each, dims in 8s")
         self.encoder = nn.ModuleList()
-        inputs = 3 if input_channels == 1 else input_channels
+        self.repeats = 3 if input_channels == 1 else 1
+        inputs = self.repeats * input_channels
         for place, (dim, count) in enumerate(zip(dims, blocks, strict=True)):
             kernel, stride = (3, 2) if place else (7, 4)
             self.encoder.append(Stage(inputs, dim, count, kernel=kernel, stride=stride, grouped=grouped))
             inputs = dim
-        self.repeats = 3 if input_channels == 1 else 1
         self.multiple = 4 * 2 ** (len(dims) - 1)
         self.decoder = Decoder(dims, num_classes, grouped=grouped)
 
@@ -288,7 +279,6 @@ class DAEFormer(nn.Module):
             x = x.repeat(1, self.repeats, 1, 1)
         stages = []
         for stage in self.encoder:
-            x = stage(x)
-            stages.append(x)
+            stages.append(stage(stages[-1] if stages else x))
         logits = self.decoder(stages)
         return [logits, logits[:, :, ::4, ::4]] if self.decoder.deep_supervision else logits

@@ -95,9 +95,7 @@ def copied(graph: fx.GraphModule) -> fx.GraphModule:
 
 def layer_of(node: fx.Node) -> nn.Module | None:
     """Return the layer that a node calls, or None."""
-    if node.op != "call_module":
-        return None
-    return node.graph.owning_module.get_submodule(str(node.target))
+    return node.graph.owning_module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
@@ -122,7 +120,7 @@ def is_pointwise(layer: nn.Module | None) -> bool:
         and set(layer.kernel_size) == {1}
         and set(layer.stride) == {1}
         and layer.groups == 1
-        and not any(layer.padding if isinstance(layer.padding, tuple) else (layer.padding != "valid",))
+        and (layer.padding == "valid" or not any(layer.padding))
     )
 
 

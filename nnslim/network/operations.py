@@ -69,10 +69,6 @@ class OperationCost:
             totals[operation] += value[CONVENTIONS.index(convention)]
         return dict(+totals)
 
-    def by_module(self, names: Sequence[str], convention: Convention = "torch") -> dict[str, int]:
-        """Return the total of each of the named modules."""
-        return {name: self.macs(convention, name) for name in names}
-
 
 def count_operations(network: nn.Module, input_shape: Sequence[int]) -> OperationCost:
     """Count one forward pass in evaluation mode without computing it.

@@ -8,9 +8,11 @@ sums and shared layers need no rules of their own.
 
 from __future__ import annotations
 
+import math
 import operator
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,7 +96,7 @@ class ChannelMap:
         Raises:
             SpecError: an unknown group, no channel left, or an index twice, out of order or out of range.
         """
-        gone: list[np.ndarray] = []
+        gone = [np.zeros(0, dtype=int)]
         for name, kept in keep.items():
             if name not in self.groups:
                 raise SpecError(f"no channel group '{name}'; {nearest(name, self.groups)}")
@@ -102,7 +104,7 @@ class ChannelMap:
             if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= channels:
                 raise SpecError(f"group '{name}': expected some of 0..{channels - 1}, each once and ascending: {kept}")
             gone.append(np.delete(self.numbers[name], kept))
-        removed = np.concatenate(gone) if gone else np.zeros(0, dtype=int)
+        removed = np.concatenate(gone)
         made: dict[str, Kept] = {}
         for layer in dict.fromkeys((*self.reads, *self.writes)):
             sides = [_left(side.get(layer), removed) for side in (self.writes, self.reads)]
@@ -116,6 +118,48 @@ def _left(numbers: np.ndarray | None, removed: np.ndarray) -> tuple[int, ...] | 
         return None
     stays = ~np.isin(numbers, removed)
     return None if stays.all() else tuple(np.flatnonzero(stays).tolist())
+
+
+def without(channels: ChannelMap, gone: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """Return the channels that stay in each group that loses some, from those that are removed."""
+    return {
+        name: sorted(set(range(channels.groups[name].channels)) - set(indices))
+        for name, indices in gone.items()
+        if indices
+    }
+
+
+def removable(wanted: int, width: int, least: int, multiple: int) -> int:
+    """Return how many of the `wanted` channels may be removed: widths stay multiples, or as they were, >= least."""
+    left = max(width - wanted, min(width, max(1, least)))
+    if multiple > 1:
+        left = min(width, multiple * math.ceil(left / multiple))
+    return width - left
+
+
+def fewest(
+    candidates: Sequence[tuple[str, int]],
+    channels: ChannelMap,
+    least: int,
+    multiple: int,
+    met: Callable[[dict[str, list[int]]], bool],
+) -> dict[str, list[int]]:
+    """Return the shortest beginning of the candidates whose removal meets a target, or all of them.
+
+    Args:
+        candidates: (group, channel), in the order of removal.
+        channels: the network's. least, multiple: see `removable`.
+        met: whether the removal of these channels, by group, is enough.
+    """
+
+    def first(count: int) -> dict[str, list[int]]:
+        chosen: dict[str, list[int]] = {}
+        for name, index in candidates[:count]:
+            chosen.setdefault(name, []).append(index)
+        widths = {name: channels.groups[name].channels for name in chosen}
+        return {name: gone[: removable(len(gone), widths[name], least, multiple)] for name, gone in chosen.items()}
+
+    return first(bisect_left(range(len(candidates)), True, key=lambda count: met(first(count))))
 
 
 def channel_map(network: nn.Module, shape: Sequence[int]) -> ChannelMap:
@@ -182,26 +226,20 @@ class _Follower:
         return inputs[0] if same else None
 
     def _through_layer(self, node: fx.Node, layer: nn.Module | None, inputs: list[np.ndarray]) -> np.ndarray | None:
-        name = self.layers[str(node.target)].name
         if len(inputs) != 1:
             return None
-        if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)):
-            return self._through_convolution(name, layer, node, inputs[0])
-        if isinstance(layer, NORMS):
-            self.writes[name] = self._joint(self.writes.get(name), inputs[0])
-            return inputs[0]
-        return inputs[0] if isinstance(layer, _SAME_CHANNELS) else None
-
-    def _through_convolution(self, name: str, conv: nn.Module, node: fx.Node, inputs: np.ndarray) -> np.ndarray | None:
-        if conv.groups != 1:
-            if conv.groups != conv.in_channels or conv.out_channels != conv.in_channels:
-                return None
-            self.writes[name] = self._joint(self.writes.get(name), inputs)  # depth-wise: reads what it writes
-            return inputs
+        name, numbers = self.layers[str(node.target)].name, inputs[0]
+        convolution = isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED))
+        depthwise = convolution and 1 != layer.groups == layer.in_channels == layer.out_channels
+        if depthwise or isinstance(layer, NORMS):  # reads what it writes
+            self.writes[name] = self._joint(self.writes.get(name), numbers)
+            return numbers
+        if not convolution or layer.groups != 1:
+            return numbers if isinstance(layer, _SAME_CHANNELS) else None
         self._tap(node.all_input_nodes[0])
-        self.reads[name] = self._joint(self.reads.get(name), inputs)
+        self.reads[name] = self._joint(self.reads.get(name), numbers)
         if name not in self.writes:
-            self.writes[name] = self._new(conv.out_channels)
+            self.writes[name] = self._new(layer.out_channels)
             self.makers.append(name)
         return self.writes[name]
 
@@ -221,10 +259,7 @@ class _Follower:
         return bool(mean and keeps and isinstance(dims, (list, tuple)) and all(dim > 1 for dim in dims))
 
     def _tap(self, node: fx.Node) -> None:
-        """Remember which layer's output is read: the nearest at or above the node with the same channels.
-
-        A pool's input is meant, not its output: the same maps once more.
-        """
+        """Remember which layer's output is read: the nearest at or above the node with the same channels, no pool."""
         numbers = self.of_node[node]
         while node.op != "call_module" or isinstance(layer_of(node), _RESIZING):
             above = [one for one in node.all_input_nodes if one in self.of_node]

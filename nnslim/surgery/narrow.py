@@ -1,9 +1,9 @@
-"""Remove channels from layers: new, smaller tensors in the same layer objects, and in the optimiser."""
+"""Remove channels from layers: new, smaller tensors in the same layer objects and in the optimiser; what is left."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from nnslim.errors import SpecError
+from nnslim.network.cost import Counts, measure_cost
 from nnslim.network.spec import Edit, forget_spec, register_edit
-from nnslim.network.walk import LayerIndex
+from nnslim.network.walk import LayerIndex, deep_supervision
 from nnslim.surgery.channels import NORMS, Kept
 
 NARROWABLE = (nn.modules.conv._ConvNd, *NORMS)
@@ -26,7 +27,7 @@ class Cut:
 
     Attributes:
         new: the smaller one.
-        take: gives the part that stays of any tensor of the old one's shape.
+        take: gives a copy of the part that stays of any tensor of the old one's shape.
     """
 
     new: nn.Parameter
@@ -49,19 +50,14 @@ def narrow_layers(layers: LayerIndex, kept: Mapping[str, Kept]) -> dict[nn.Param
             raise SpecError(f"layer '{name}': only convolutions and norms have channels to remove, found {kind}")
     cuts: dict[nn.Parameter, Cut] = {}
     for name, sides in kept.items():
-        cuts |= _narrow(layers[name].module, sides)
-    return cuts
-
-
-def _narrow(layer: nn.Module, kept: Kept) -> dict[nn.Parameter, Cut]:
-    old = {name: parameter for name, parameter in layer._parameters.items() if parameter is not None}
-    outputs, inputs = (None if side is None else len(side) for side in (kept.outputs, kept.inputs))
-    _change(layer, outputs, inputs, lambda tensor, axes: _part(tensor, axes, kept).clone())
-    cuts = {}
-    for name, parameter in old.items():
-        cut = cuts[parameter] = Cut(getattr(layer, name), partial(_part, axes=axes_of(layer, name), kept=kept))
-        if parameter.grad is not None:
-            cut.new.grad = cut.take(parameter.grad).clone()
+        layer = layers[name].module
+        old = {key: parameter for key, parameter in layer._parameters.items() if parameter is not None}
+        outputs, inputs = (None if side is None else len(side) for side in (sides.outputs, sides.inputs))
+        _change(layer, outputs, inputs, partial(_part, kept=sides))
+        for key, parameter in old.items():
+            cut = cuts[parameter] = Cut(getattr(layer, key), partial(_part, axes=axes_of(layer, key), kept=sides))
+            if parameter.grad is not None:
+                cut.new.grad = cut.take(parameter.grad)
     return cuts
 
 
@@ -76,39 +72,29 @@ def _part(tensor: Tensor, axes: Axes, kept: Kept) -> Tensor:
     for axis, indices in zip(axes, (kept.outputs, kept.inputs), strict=True):
         if axis is not None and indices is not None:
             tensor = tensor.index_select(axis, torch.tensor(indices, device=tensor.device))
-    return tensor
+    return tensor.clone()
 
 
 def _change(
     layer: nn.Module, outputs: int | None, inputs: int | None, change: Callable[[Tensor, Axes], Tensor]
 ) -> Callable[[], None]:
     """Give a layer changed tensors and other widths (None leaves a side); return an undo."""
-    parameters, buffers = dict(layer._parameters), dict(layer._buffers)
-    changed: dict[str, Any] = {
-        name: nn.Parameter(change(parameter.detach(), axes_of(layer, name)), requires_grad=parameter.requires_grad)
-        for name, parameter in parameters.items()
-        if parameter is not None
-    }
-    for name in ("running_mean", "running_var"):
-        if buffers.get(name) is not None:
-            changed[name] = change(buffers[name], (0, None))
     grouped = getattr(layer, "groups", 1) != 1
     widths = {"out_channels": outputs, "num_features": outputs, "in_channels": outputs if grouped else inputs}
     widths["groups"] = outputs if grouped else None
-    numbers = {
-        name: getattr(layer, name) for name, width in widths.items() if width is not None and hasattr(layer, name)
-    }
-    changed |= {name: widths[name] for name in numbers}
+    before = {name: value for name, value in vars(layer).items() if name in widths}
+    changed: dict[str, Any] = {name: widths[name] for name in before if widths[name] is not None}
+    before |= {"_parameters": dict(layer._parameters), "_buffers": dict(layer._buffers)}
+    for name, parameter in before["_parameters"].items():
+        if parameter is not None:
+            made = change(parameter.detach(), axes_of(layer, name))
+            changed[name] = nn.Parameter(made, requires_grad=parameter.requires_grad)
+    for name in ("running_mean", "running_var"):
+        if before["_buffers"].get(name) is not None:
+            changed[name] = change(before["_buffers"][name], (0, None))
     for name, value in changed.items():
         setattr(layer, name, value)
-
-    def undo() -> None:
-        layer._parameters.update(parameters)
-        layer._buffers.update(buffers)
-        for name, value in numbers.items():
-            setattr(layer, name, value)
-
-    return undo
+    return partial(vars(layer).update, before)
 
 
 def narrow_optimizer(optimizer: torch.optim.Optimizer, cuts: Mapping[nn.Parameter, Cut]) -> None:
@@ -122,7 +108,7 @@ def narrow_optimizer(optimizer: torch.optim.Optimizer, cuts: Mapping[nn.Paramete
     for old, cut in cuts.items():
         if old in optimizer.state:
             optimizer.state[cut.new] = {
-                key: cut.take(value).clone() if torch.is_tensor(value) and value.shape == old.shape else value
+                key: cut.take(value) if torch.is_tensor(value) and value.shape == old.shape else value
                 for key, value in optimizer.state.pop(old).items()
             }
 
@@ -220,10 +206,10 @@ def fit_widths(network: nn.Module, state_dict: Mapping[str, Any], prefix: str = 
         weight = layer.module.weight
         if not given or weight is None or given[0].dim() != weight.dim():
             continue
-        first, second = axes_of(layer.module, "weight")
-        outputs, inputs = given[0].shape[first], None if second is None else given[0].shape[second]
-        if (outputs, inputs) != (weight.shape[first], None if second is None else weight.shape[second]):
-            resize(layer.module, outputs, outputs if getattr(layer.module, "groups", 1) != 1 else inputs)
+        axes = axes_of(layer.module, "weight")
+        old, new = ([None if at is None else one.shape[at] for at in axes] for one in (weight, given[0]))
+        if new != old:
+            resize(layer.module, *new)
             changed.append(layer.name)
     return changed
 
@@ -234,3 +220,50 @@ def as_base(network: nn.Module) -> nn.Module:
     base._load_state_dict_pre_hooks.clear()  # the elastic edit's
     forget_spec(base)
     return base
+
+
+class CostTable:
+    """Counts of a network as it is, and as it would be with fewer channels.
+
+    Heads of deep supervision, which do not run at inference, are in neither count.
+
+    Attributes:
+        macs, parameters, counts: of the network as it is. layer_macs: by layer, convention "macs".
+        shapes: (outputs, inputs, *kernel) and parameters of each convolution.
+    """
+
+    def __init__(self, network: nn.Module, shape: Sequence[int]) -> None:
+        """Count once a plain network without hooks, on (1, C, *patch); reads only."""
+        with deep_supervision(network, False):
+            cost = measure_cost(network, shape)
+        self.layer_macs = {name: layer.macs for name, layer in cost.layers.items()}
+        self.macs, self.parameters = sum(self.layer_macs.values()), cost.parameters
+        self.counts = Counts(self.parameters, self.macs, cost.macs("fvcore"))
+        layers = LayerIndex(network)
+        self._layers = {name: layers[name].module for name in cost.layers}
+        self.shapes = {
+            name: (
+                (layer.out_channels, layer.in_channels, *layer.kernel_size),
+                sum(p.numel() for p in layer.parameters()),
+            )
+            for name, layer in self._layers.items()
+            if isinstance(layer, nn.modules.conv._ConvNd)
+        }
+
+    def after(self, kept: Mapping[str, Kept]) -> tuple[int, int]:
+        """Return MACs and parameters once only the channels of `kept` are left, see `ChannelMap.narrowing`."""
+        macs, parameters = self.macs, self.parameters
+        for name, sides in kept.items():
+            layer = self._layers.get(name)
+            if layer is None or layer.weight is None:
+                continue
+            share = 1.0
+            if sides.outputs is not None:
+                share = len(sides.outputs) / getattr(layer, "out_channels", getattr(layer, "num_features", 1))
+                if layer.bias is not None:
+                    parameters += len(sides.outputs) - layer.bias.numel()
+            if sides.inputs is not None:
+                share = share * len(sides.inputs) / layer.in_channels
+            macs += round(self.layer_macs[name] * share) - self.layer_macs[name]
+            parameters += round(layer.weight.numel() * share) - layer.weight.numel()
+        return macs, parameters

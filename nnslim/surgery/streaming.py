@@ -125,8 +125,6 @@ def stream_moments(
 
     Args:
         dense, slim: in eval mode, on one device; `slim` may be `dense` itself.
-        tiles: calibration tiles.
-        requests: layers to sample.
         samples: positions for each layer, over all tiles.
         seed: decides the positions; each layer and tile has its own stream, so the grouping of layers does not matter.
         on_tile: called after each tile.

@@ -17,9 +17,8 @@ from nnslim.methods.filters.plan import importance
 from nnslim.network.cost import measure_cost
 from nnslim.network.spec import spec_of
 from nnslim.network.walk import LayerIndex
-from nnslim.surgery.budget import CostTable
 from nnslim.surgery.channels import channel_map
-from nnslim.surgery.narrow import narrow_layers, widths_of
+from nnslim.surgery.narrow import CostTable, narrow_layers, widths_of
 
 WIDE = (16, 24, 32)
 

@@ -16,9 +16,8 @@ from nnslim.methods.sauron import Pruner, Removal, SauronConfig
 from nnslim.methods.sauron.distances import delta_opt, delta_prune, distances, mean_distances, pooled
 from nnslim.methods.sauron.thresholds import LayerState, below, has_converged
 from nnslim.network.walk import LayerIndex, deep_supervision
-from nnslim.surgery.budget import CostTable
 from nnslim.surgery.channels import channel_map
-from nnslim.surgery.narrow import narrow_layers, narrow_optimizer, widths_of
+from nnslim.surgery.narrow import CostTable, narrow_layers, narrow_optimizer, widths_of
 
 KINDS = ("euc_norm", "euc_norm_nonorm", "euc_norm_deltaprunenorm", "euc_rand")
 FLAT = [1.0] * 20

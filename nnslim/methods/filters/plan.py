@@ -15,10 +15,9 @@ from nnslim.methods.base import Plan, narrowed
 from nnslim.methods.filters.config import FiltersConfig
 from nnslim.network.cost import Cost
 from nnslim.network.walk import LayerIndex
-from nnslim.surgery.budget import CostTable, fewest, without
-from nnslim.surgery.channels import ChannelGroup, ChannelMap, channel_map
+from nnslim.surgery.channels import ChannelGroup, ChannelMap, channel_map, fewest, without
 from nnslim.surgery.folding import MapMoments, fold_channels, map_moments
-from nnslim.surgery.narrow import axes_of, narrow_edits, narrow_layers, widths_of
+from nnslim.surgery.narrow import CostTable, axes_of, narrow_edits, narrow_layers, widths_of
 from nnslim.surgery.streaming import Tiles
 
 

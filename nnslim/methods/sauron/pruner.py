@@ -15,10 +15,9 @@ from nnslim.methods.sauron.config import SauronConfig
 from nnslim.methods.sauron.map_watch import MapWatch
 from nnslim.methods.sauron.thresholds import LayerState, below, due
 from nnslim.network.walk import LayerIndex
-from nnslim.surgery.budget import CostTable, fewest, without
-from nnslim.surgery.channels import channel_map
+from nnslim.surgery.channels import channel_map, fewest, without
 from nnslim.surgery.folding import MapMoments, fold_channels
-from nnslim.surgery.narrow import Cut, narrow_layers
+from nnslim.surgery.narrow import CostTable, Cut, narrow_layers
 
 Scores = Mapping[str, Sequence[float]]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nnslim.methods.sauron.config import SauronConfig
-from nnslim.surgery.budget import removable
+from nnslim.surgery.channels import removable
 
 
 @dataclass
