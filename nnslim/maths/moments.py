@@ -159,15 +159,12 @@ class Moments(_Streamed):
     @property
     def xx(self) -> Tensor:
         """Covariance of the patches, (columns, columns)."""
-        return self._xx / self.count - self._between(self.mean_x, self.mean_x)
+        return self._xx / self.count - (0 if self.per_tile else torch.outer(self.mean_x, self.mean_x))
 
     @property
     def yx(self) -> Tensor:
         """Covariance of outputs and patches, (rows, columns)."""
-        return self._yx / self.count - self._between(self.mean_y, self.mean_x)
-
-    def _between(self, left: Tensor, right: Tensor) -> Tensor | float:
-        return 0.0 if self.per_tile else torch.outer(left, right)
+        return self._yx / self.count - (0 if self.per_tile else torch.outer(self.mean_y, self.mean_x))
 
 
 class ChannelMoments(_Streamed):

@@ -55,6 +55,12 @@ def form_named(name: str) -> DAEFormerForm:
     return FORMS[name]
 
 
+def _attend(keys: Tensor, queries: Tensor, values: Tensor) -> Tensor:
+    """Attend in a time linear in the tokens: keys and queries (B, C, N), values (B, N, C) give (B, C, N)."""
+    context = functional.softmax(keys, dim=2) @ values  # over tokens: (B, C, C)
+    return context.transpose(1, 2) @ functional.softmax(queries, dim=1)  # over channels
+
+
 class EfficientAttention(nn.Module):
     """Attention whose cost is linear in the tokens: the keys' summary of the values, read by the queries."""
 
@@ -65,10 +71,8 @@ class EfficientAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
-        keys = functional.softmax(self.keys(x).flatten(2), dim=2)  # over tokens
-        queries = functional.softmax(self.queries(x).flatten(2), dim=1)  # over channels
-        context = keys @ self.values(x).flatten(2).transpose(1, 2)  # (B, C, C)
-        return self.reprojection((context.transpose(1, 2) @ queries).reshape(x.shape))
+        keys, queries, values = (layer(x).flatten(2) for layer in (self.keys, self.queries, self.values))
+        return self.reprojection(_attend(keys, queries, values.transpose(1, 2)).reshape(x.shape))
 
 
 class CrossAttention(nn.Module):
@@ -81,10 +85,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor, size: tuple[int, int]) -> Tensor:
         """Map (B, N, C) twice to (B, N, 2C), N = H * W tokens."""
-        channels_first = x.transpose(1, 2)
-        keys, queries = functional.softmax(channels_first, dim=2), functional.softmax(channels_first, dim=1)
-        context = keys @ skip  # (B, C, C)
-        read = (context.transpose(1, 2) @ queries).unflatten(2, size)  # (B, C, H, W)
+        read = _attend(x.transpose(1, 2), x.transpose(1, 2), skip).unflatten(2, size)  # (B, C, H, W)
         return self.norm(self.reprojection(read).flatten(2).transpose(1, 2))
 
 

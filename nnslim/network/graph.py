@@ -21,8 +21,7 @@ PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn
 def trace(network: nn.Module, shape: Sequence[int]) -> fx.GraphModule:
     """Return the network in eval mode as a graph whose nodes are torch's own layers, with the shape at each node.
 
-    The layers are the network's own objects, not copies; rewrites replace layers and leave these as they are. Layers
-    that do nothing in eval mode are left out.
+    The layers are the network's own objects, not copies. Layers that do nothing in eval mode are left out.
 
     Args:
         network: any module of one tensor argument whose path does not depend on the values or the size of its input.

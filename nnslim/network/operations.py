@@ -1,8 +1,6 @@
 """Multiply-accumulates of every operation of a forward pass, attention included, in three named conventions.
 
-`nnslim.network.cost` counts layers, which is what a method that replaces layers needs. A transformer also multiplies
-activations with each other, and published figures count more than products. So here operations are counted as they run,
-module by module, on torch's meta device, which needs no memory.
+`nnslim.network.cost` counts layers. Here operations are counted as they run, module by module, on torch's meta device.
 
 Convention "torch": products only, as `torch.utils.flop_counter` / 2: linear, matrix product, convolution; a transposed
 convolution costs C_in * C_out * prod(K) * voxels of its *input*.

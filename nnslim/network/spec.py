@@ -104,12 +104,11 @@ class ReplacingEdit(Edit):
 
 def register_edit(cls: type[Edit]) -> type[Edit]:
     """Class decorator: make an edit known by its `kind`, so that specs on disk can name it."""
-    known = _KINDS.get(cls.kind)
-    if known is not None and known is not cls:
-        raise SpecError(f"edit kind '{cls.kind}' is already registered by {known.__module__}.{known.__qualname__}")
     if not dataclasses.is_dataclass(cls):
         raise SpecError(f"edit kind '{cls.kind}' must be a dataclass")
-    _KINDS[cls.kind] = cls
+    known = _KINDS.setdefault(cls.kind, cls)
+    if known is not cls:
+        raise SpecError(f"edit kind '{cls.kind}' is already registered by {known.__module__}.{known.__qualname__}")
     return cls
 
 
@@ -120,21 +119,20 @@ def _edit_from_dict(raw: Any, position: int) -> Edit:
     cls = _KINDS.get(raw["kind"])
     if cls is None:
         raise SpecError(f"{where}: unknown kind '{raw['kind']}'; {nearest(raw['kind'], _KINDS)}")
+    where = f"{where} ({cls.kind})"
     values = {key: value for key, value in raw.items() if key != "kind"}
     fields = {field.name for field in dataclasses.fields(cls)}
-    if unknown := set(values) - fields:
-        word = sorted(unknown)[0]
-        raise SpecError(f"{where} ({cls.kind}): unknown field '{word}'; {nearest(word, fields)}")
+    if unknown := sorted(set(values) - fields):
+        raise SpecError(f"{where}: unknown field '{unknown[0]}'; {nearest(unknown[0], fields)}")
     hints = typing.get_type_hints(cls)
     for name, value in values.items():
-        hint = hints[name]
-        allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        allowed = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
         if not any(isinstance(value, kind) and not (kind is int and isinstance(value, bool)) for kind in allowed):
-            raise SpecError(f"{where} ({cls.kind}), field '{name}': expected {hint}, found {value!r}")
+            raise SpecError(f"{where}, field '{name}': expected {hints[name]}, found {value!r}")
     try:
         return cls(**values)
     except TypeError as error:
-        raise SpecError(f"{where} ({cls.kind}): {error}") from None
+        raise SpecError(f"{where}: {error}") from None
 
 
 @dataclass(frozen=True)

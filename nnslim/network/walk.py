@@ -51,11 +51,7 @@ def unwrap(network: nn.Module) -> nn.Module:
 
 
 class LayerIndex(Mapping[str, Layer]):
-    """All modules of a network by any of their names; iteration gives each object once, in registration order.
-
-    Attributes:
-        root: the network.
-    """
+    """All modules of `root` by any of their names; iteration gives each object once, in registration order."""
 
     def __init__(self, network: nn.Module) -> None:
         self.root = network

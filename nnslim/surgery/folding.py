@@ -139,8 +139,6 @@ def _places(read: np.ndarray, numbers: Iterable[int]) -> list[int] | None:
 
 def _fold(conv: nn.Module, kept: list[int], gone: list[int], weights: Tensor, constants: Tensor) -> None:
     outputs, inputs = axes_of(conv, "weight")
-    if inputs is None:
-        return
     kernel = conv.weight.data.movedim((inputs, outputs), (0, 1))  # a view: (inputs, outputs, *kernel)
     old = kernel[gone].double()
     added = torch.einsum("kr,r...->k...", weights.to(old.device), old)

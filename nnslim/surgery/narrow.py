@@ -242,12 +242,9 @@ class CostTable:
         layers = LayerIndex(network)
         self._layers = {name: layers[name].module for name in cost.layers}
         self.shapes = {
-            name: (
-                (layer.out_channels, layer.in_channels, *layer.kernel_size),
-                sum(p.numel() for p in layer.parameters()),
-            )
-            for name, layer in self._layers.items()
-            if isinstance(layer, nn.modules.conv._ConvNd)
+            name: ((conv.out_channels, conv.in_channels, *conv.kernel_size), sum(p.numel() for p in conv.parameters()))
+            for name, conv in self._layers.items()
+            if isinstance(conv, nn.modules.conv._ConvNd)
         }
 
     def after(self, kept: Mapping[str, Kept]) -> tuple[int, int]:

@@ -16,6 +16,8 @@ from nnslim.maths.moments import ChannelMoments, Moments, Places, choose_places,
 from nnslim.network.graph import PASSING
 from nnslim.network.walk import LayerIndex
 
+Hooks = Mapping[str, Callable]
+_NO_HOOKS: Hooks = MappingProxyType({})
 _NORM = (nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
 
 
@@ -34,7 +36,7 @@ class EndOfPass(Exception):  # noqa: N818  not an error
 
 
 @contextmanager
-def hooked(network: nn.Module, before: Mapping[str, Callable], after: Mapping[str, Callable]) -> Iterator[None]:
+def hooked(network: nn.Module, before: Hooks, after: Hooks) -> Iterator[None]:
     """Attach hooks by layer name: before(module, inputs), after(module, inputs, output); remove them at the end."""
     layers = LayerIndex(network)
     handles = [layers[name].module.register_forward_pre_hook(hook) for name, hook in before.items()]
@@ -46,13 +48,7 @@ def hooked(network: nn.Module, before: Mapping[str, Callable], after: Mapping[st
             handle.remove()
 
 
-def run_hooked(
-    network: nn.Module,
-    tiles: Tiles,
-    *,
-    before: Mapping[str, Callable] = MappingProxyType({}),
-    after: Mapping[str, Callable] = MappingProxyType({}),
-) -> None:
+def run_hooked(network: nn.Module, tiles: Tiles, *, before: Hooks = _NO_HOOKS, after: Hooks = _NO_HOOKS) -> None:
     """Run all tiles through a network in eval mode, without gradients; hooks as for `hooked`."""
     device = next(network.parameters()).device
     with hooked(network, before, after), torch.no_grad():
@@ -110,14 +106,7 @@ class Request:
 
 
 def stream_moments(
-    dense: nn.Module,
-    slim: nn.Module,
-    tiles: Tiles,
-    requests: Sequence[Request],
-    *,
-    samples: int,
-    seed: int,
-    on_tile: Callable[[], None] | None = None,
+    dense: nn.Module, slim: nn.Module, tiles: Tiles, requests: Sequence[Request], *, samples: int, seed: int
 ) -> None:
     """Fill the moments of each requested layer: inputs from the slim network, outputs from the dense one.
 
@@ -127,7 +116,6 @@ def stream_moments(
         dense, slim: in eval mode, on one device; `slim` may be `dense` itself.
         samples: positions for each layer, over all tiles.
         seed: decides the positions; each layer and tile has its own stream, so the grouping of layers does not matter.
-        on_tile: called after each tile.
     """
     device = next(dense.parameters()).device
     each = -(-samples // len(tiles))
@@ -135,8 +123,6 @@ def stream_moments(
     for number, tile in enumerate(tiles):
         seeds = {request.layer: (seed * 1_000_003 + number) * 10_007 + order[request.layer] for request in requests}
         _stream_tile(dense, slim, tile.to(device), requests, each, seeds)
-        if on_tile is not None:
-            on_tile()
 
 
 @torch.inference_mode()

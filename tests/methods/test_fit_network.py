@@ -210,6 +210,17 @@ def test_fit_network_keeps_no_tile(tiny_net, count):
     assert tiles.made > 2 * count
 
 
+class WatchedTiles(CountedTiles):
+    """Counts the living tensors each time when the next tile is asked for."""
+
+    def __iter__(self):
+        self.living = []
+        for tile in super().__iter__():
+            yield tile
+            gc.collect()
+            self.living.append(sum(1 for thing in gc.get_objects() if type(thing) is torch.Tensor))
+
+
 def test_stream_moments_memory_does_not_grow_with_the_tiles(tiny_net):
     dense = tiny_net("plain3d")
     name = "encoder.stages.1.0.convs.0.conv"
@@ -219,15 +230,10 @@ def test_stream_moments_memory_does_not_grow_with_the_tiles(tiny_net):
     sizes = []
     for count in (2, 8):
         request = Request(name, conv, Moments(LinearView.of(conv), per_tile=True))
-        living = []
-
-        def look(living=living):
-            gc.collect()
-            living.append(sum(1 for thing in gc.get_objects() if type(thing) is torch.Tensor))
-
-        stream_moments(dense, dense, CountedTiles(count), [request], samples=400, seed=0, on_tile=look)
+        tiles = WatchedTiles(count)
+        stream_moments(dense, dense, tiles, [request], samples=400, seed=0)
         assert request.moments.count == count * min(400 // count, 4**3)
-        sizes.append(living)
+        sizes.append(tiles.living)
     assert len(sizes[1]) == 8 and max(sizes[1]) - min(sizes[1]) <= 4
 
 
