@@ -8,13 +8,11 @@ from typing import Annotated
 import typer
 
 from nnslim._version import __version__
-from nnslim.commands.agree import agree
 from nnslim.commands.benchmark import benchmark
 from nnslim.commands.common import stderr
-from nnslim.commands.compress import compress, plan
-from nnslim.commands.distill import distill
+from nnslim.commands.compress import compress, distill, plan
 from nnslim.commands.doctor import doctor
-from nnslim.commands.evaluate import evaluate
+from nnslim.commands.evaluate import agree, evaluate
 from nnslim.commands.export import export
 from nnslim.commands.finetune import finetune
 from nnslim.commands.inflate import inflate

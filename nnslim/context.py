@@ -11,11 +11,9 @@ from types import TracebackType
 from typing import Any
 
 from nnslim.compression.config import RunConfig, SlimConfig, load_config
-from nnslim.compression.model_report import Report
 from nnslim.errors import HostError
 from nnslim.hosts.nnunet.cases.export_patches import ExportPatches
-from nnslim.hosts.nnunet.predict.kept_predictors import KeptPredictors
-from nnslim.hosts.nnunet.predict.predictor_patches import predictor_patches
+from nnslim.hosts.nnunet.predict.predictor_patches import Session, predictor_patches
 from nnslim.hosts.nnunet.train.training_patches import training_patches
 from nnslim.methods.base import MethodConfig
 
@@ -25,7 +23,7 @@ _active: list[tuple[int, NNSlimContext]] = []
 _installed: ExitStack | None = None
 
 
-class NNSlimContext:
+class NNSlimContext(Session):
     """Compress every nnU-Net model that is loaded while the context is active.
 
         with NNSlimContext("tucker-balanced") as slim:
@@ -45,10 +43,7 @@ class NNSlimContext:
     """
 
     def __init__(
-        self,
-        config: SlimConfig | MethodConfig | Mapping[str, Any] | str | Path,
-        *,
-        images: str | Path | None = None,
+        self, config: SlimConfig | MethodConfig | Mapping[str, Any] | str | Path, *, images: str | Path | None = None
     ) -> None:
         """Read the configuration; nothing is imported or patched before `with`.
 
@@ -60,9 +55,7 @@ class NNSlimContext:
         Raises:
             ConfigError: the configuration cannot be used.
         """
-        self.config = load_config(config).with_images(None if images is None else Path(images))
-        self.report = Report()
-        self.kept = KeptPredictors()
+        super().__init__(load_config(config).with_images(None if images is None else Path(images)))
         self._entered = False
 
     def __enter__(self) -> NNSlimContext:
@@ -78,10 +71,7 @@ class NNSlimContext:
             if _installed is None:
                 with ExitStack() as stack:  # leaves nothing behind if a later patch fails
                     exports = ExportPatches(_run_settings)
-                    for patch in predictor_patches(_current, exports.apply):
-                        patch.apply()
-                        stack.callback(patch.undo)
-                    for patch in training_patches(_training_now):
+                    for patch in (*predictor_patches(_current, exports.apply), *training_patches(_training_now)):
                         patch.apply()
                         stack.callback(patch.undo)
                     stack.callback(exports.undo)
@@ -121,6 +111,4 @@ def _training_now() -> MethodConfig | None:
 def _current() -> NNSlimContext | None:
     with _lock:
         own = [context for thread, context in _active if thread == threading.get_ident()]
-        if own:
-            return own[-1]
-        return _active[-1][1] if _active else None
+        return (own or [context for _, context in _active] or [None])[-1]

@@ -86,7 +86,7 @@ def profile(job: ProfileJob) -> dict[str, Any]:
 def _measured(job: ProfileJob) -> dict[str, Any]:
     import torch
 
-    from nnslim.hosts.nnunet.cases.preprocess import find_cases, preprocess_case
+    from nnslim.hosts.nnunet.cases.preprocess import list_cases, preprocess_case
     from nnslim.hosts.nnunet.cases.write_labels import write_segmentation
     from nnslim.hosts.nnunet.model.trained_model import input_shape, read_trained_model
     from nnslim.hosts.nnunet.predict.load import load_predictor
@@ -98,7 +98,7 @@ def _measured(job: ProfileJob) -> dict[str, Any]:
         _limit(job.memory_mb, start)
     model = read_trained_model(Path(job.model))
     shape, ending = input_shape(model), model.dataset["file_ending"]
-    cases = dict(list(find_cases(Path(job.images), ending).items())[: job.cases])
+    cases = dict(list(list_cases(Path(job.images), ending).cases.items())[: job.cases])
 
     def predictor_for(backend: str) -> Any:
         settings = PredictSettings(backend=backend, precision=job.precision, threads=1, export="streamed")

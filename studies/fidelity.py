@@ -26,7 +26,7 @@ from nnslim.compression.plan_and_fit import fit_and_recover, plan_methods, settl
 from nnslim.compression.recover import Recovery, recover
 from nnslim.evaluation.overlap import dice_per_label
 from nnslim.hosts.nnunet.cases.calibration_tiles import Source, calibration_of
-from nnslim.hosts.nnunet.cases.preprocess import find_cases, preprocess_case, silent
+from nnslim.hosts.nnunet.cases.preprocess import list_cases, preprocess_case, silent
 from nnslim.hosts.nnunet.compress.compress_model import write_slim
 from nnslim.hosts.nnunet.model.compatibility import predictor_class
 from nnslim.hosts.nnunet.model.slim_plans import slim_plans
@@ -138,7 +138,7 @@ def fidelity_table(
     model = read_trained_model(model_folder)
     model.checkpoints = dict(list(model.checkpoints.items())[:1])
     dense, shape = build_network(model), input_shape(model)
-    judge = _Judge(model, find_cases(test_images, model.dataset["file_ending"]), test_labels)
+    judge = _Judge(model, list_cases(test_images, model.dataset["file_ending"]).cases, test_labels)
     table = GrowingTable(output, "setting", "stage")
 
     def add(setting: str, stage: str, *facts: Any) -> None:

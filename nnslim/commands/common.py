@@ -47,6 +47,14 @@ def start(quiet: bool) -> None:
     logging.getLogger("nnslim").setLevel(logging.WARNING if quiet else logging.INFO)
 
 
+def tell(*lines: str, failed: bool = False) -> None:
+    """Print lines, and end the command with exit code 1 where something `failed`."""
+    for line in lines:
+        typer.echo(line)
+    if failed:
+        raise typer.Exit(1)
+
+
 @contextmanager
 def stepping(quiet: bool, first: str = "reading") -> Iterator[Step]:
     """Show a progress bar for work of several steps, the `first` of them known by name; yield what is told of each."""

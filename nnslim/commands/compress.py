@@ -1,4 +1,4 @@
-"""`nnslim compress` and `nnslim plan`: a trained model made slim, or its ranks alone."""
+"""`nnslim compress`, `plan` and `distill`: a trained model made slim, its ranks alone, what it learns later."""
 
 from __future__ import annotations
 
@@ -8,34 +8,25 @@ from typing import Annotated
 
 import typer
 
-from nnslim.commands.common import (
-    CheckpointOption,
-    ConfigOption,
-    FoldOption,
-    ImagesOption,
-    ModelOption,
-    QuietOption,
-    TrustOption,
-    start,
-    stepping,
-)
+from nnslim.commands import common
+from nnslim.commands.common import start, stepping, tell
 
 Store = Enum("Store", {name: name for name in ("half", "as-is")}, type=str)
 
 
 def compress(
-    model: ModelOption,
+    model: common.ModelOption,
     output: Annotated[Path, typer.Option("-o", "--output", help="folder to write; must not exist")],
-    config: ConfigOption,
-    images: ImagesOption = None,
-    fold: FoldOption = None,
-    checkpoint: CheckpointOption = None,
+    config: common.ConfigOption,
+    images: common.ImagesOption = None,
+    fold: common.FoldOption = None,
+    checkpoint: common.CheckpointOption = None,
     allow_slower: Annotated[
         bool, typer.Option("--allow-slower", help="write also a model that is slower than the dense one here")
     ] = False,
     store: Annotated[Store | None, typer.Option(help="weights on disk; default: the config's, else as-is")] = None,
-    trust: TrustOption = False,
-    quiet: QuietOption = False,
+    trust: common.TrustOption = False,
+    quiet: common.QuietOption = False,
 ) -> None:
     """Compress a trained model into a folder that stock nnU-Net loads."""
     from nnslim.compression.config import load_config
@@ -49,28 +40,20 @@ def compress(
         settings = settings.model_copy(update={"store": store.value})
     source = read_trained_model(model, fold, checkpoint, trust=trust)
     with stepping(quiet) as step:
-        slimmed = compress_model(
-            source,
-            output,
-            settings,
-            images=images,
-            progress=step,
-            allow_slower=allow_slower,
-        )
-    for line in ModelReport(str(model), len(source.checkpoints), slimmed, slimmed.seconds).lines():
-        typer.echo(line)
-    typer.echo(f"written: {output}")
+        slimmed = compress_model(source, output, settings, images=images, progress=step, allow_slower=allow_slower)
+    report = ModelReport(str(model), len(source.checkpoints), slimmed, slimmed.seconds)
+    tell(*report.lines(), f"written: {output}")
 
 
 def plan(
-    model: ModelOption,
+    model: common.ModelOption,
     output: Annotated[Path, typer.Option("-o", "--output", help="CSV file to write; must not exist")],
-    config: ConfigOption,
-    images: ImagesOption = None,
+    config: common.ConfigOption,
+    images: common.ImagesOption = None,
     fold: Annotated[str | None, typer.Option("-f", "--fold", help="whose weights decide; default: the first")] = None,
-    checkpoint: CheckpointOption = None,
-    trust: TrustOption = False,
-    quiet: QuietOption = False,
+    checkpoint: common.CheckpointOption = None,
+    trust: common.TrustOption = False,
+    quiet: common.QuietOption = False,
 ) -> None:
     """Choose the ranks only and write them as a table, to be edited and passed back: {method: tucker, plan: FILE}."""
     from nnslim.compression.config import load_config
@@ -81,12 +64,39 @@ def plan(
     settings = load_config(config).with_images(images)
     source = read_trained_model(model, fold and [fold], checkpoint, trust=trust)
     with stepping(quiet) as step:
-        planned = plan_model(
-            source,
-            output,
-            settings,
-            progress=step,
-        )
-    for line in planned.lines():
-        typer.echo(line)
-    typer.echo(f"written: {output}")
+        planned = plan_model(source, output, settings, progress=step)
+    tell(*planned.lines(), f"written: {output}")
+
+
+def distill(
+    model: Annotated[Path, typer.Option("-m", "--model", help="slim model")],
+    teacher: Annotated[Path, typer.Option("--teacher", help="model that the slim one was made from")],
+    images: Annotated[Path, typer.Option("-i", "--images", help="directory of unlabelled images")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="model directory to write; must not exist")],
+    steps: Annotated[int, typer.Option(help="steps that learn the dense logits, per fold")] = 300,
+    block_steps: Annotated[int, typer.Option(help="steps before them that learn each stage's outputs")] = 0,
+    seconds: Annotated[float | None, typer.Option(help="time budget per fold")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="patches per step; default: 2")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="learning rate of AdamW; default: 0.0005")] = None,
+    mirrored_teacher: Annotated[
+        bool, typer.Option(help="learn the mean of the dense answers to mirror images, where the model may be mirrored")
+    ] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    trust: common.TrustOption = False,
+    quiet: common.QuietOption = False,
+) -> None:
+    """Let a slim model learn the dense model's answers on images without labels; an interrupted run goes on."""
+    from nnslim.hosts.nnunet.compress.distill_model import distill_config, distill_model, read_pair
+
+    start(quiet)
+    given = {"steps": steps, "block_steps": block_steps, "mirrored_teacher": mirrored_teacher}
+    given |= {"seconds": seconds, "batch_size": batch_size, "learning_rate": learning_rate}
+    settings = distill_config(images, device, **given)
+    slim, dense = read_pair(model, teacher, trust=trust)
+    with stepping(quiet) as step:
+        recoveries = distill_model(slim, dense, output, settings, progress=step)
+    lines = [
+        f"fold {fold}: {recovery.steps} steps, estimated drop in Dice {recovery.before:.4f} -> {recovery.after:.4f}"
+        for fold, recovery in zip(slim.checkpoints, recoveries, strict=True)
+    ]
+    tell(*lines, f"written: {output}")

@@ -7,9 +7,8 @@ import os
 import platform
 import sys
 
-import typer
-
 from nnslim._version import __version__
+from nnslim.commands.common import tell
 from nnslim.errors import HostError
 from nnslim.running.machine import cpu_flags, cpu_name, has_fast_bfloat16, heap_can_be_kept, machine_threads
 
@@ -26,6 +25,9 @@ _PACKAGES = (
 
 def doctor() -> None:
     """Explain this machine: versions, what is compatible, which CPU and GPU features there are, where files go."""
+    from nnslim.compression.config import presets
+    from nnslim.methods.base import methods
+
     problems: list[str] = []
     sections = {
         "versions": _versions(problems),
@@ -34,13 +36,10 @@ def doctor() -> None:
         "gpu": _gpu(),
         "backends": _backends(),
         "folders": _folders(),
-        "methods and presets": _methods(),
+        "methods and presets": [f"methods: {', '.join(sorted(methods()))}", f"presets: {', '.join(presets())}"],
     }
-    for title, lines in sections.items():
-        typer.echo("\n  ".join([title, *lines]))
-    typer.echo("\n".join(f"PROBLEM: {problem}" for problem in problems) or "all good")
-    if problems:
-        raise typer.Exit(1)
+    blocks = ("\n  ".join([title, *lines]) for title, lines in sections.items())
+    tell(*blocks, *([f"PROBLEM: {problem}" for problem in problems] or ["all good"]), failed=bool(problems))
 
 
 def _version(package: str) -> str | None:
@@ -52,9 +51,7 @@ def _version(package: str) -> str | None:
 
 def _versions(problems: list[str]) -> list[str]:
     lines = [f"nnslim {__version__}, Python {platform.python_version()}, {platform.platform()}"]
-    for package, purpose in _PACKAGES:
-        found = _version(package)
-        lines.append(f"{package} {found or 'not installed'} ({purpose})")
+    lines += [f"{package} {_version(package) or 'not installed'} ({purpose})" for package, purpose in _PACKAGES]
     torch_version = _version("torch") or ""
     if torch_version.startswith("2.9."):
         problems.append(f"torch {torch_version}: 3D convolutions are up to 4 times slower in 2.9; install another one")
@@ -108,11 +105,8 @@ def _gpu() -> list[str]:
 
     if not torch.cuda.is_available():
         return ["none that torch can use; everything runs on the CPU"]
-    lines = []
-    for index in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(index)
-        lines.append(f"{device.name}, {device.total_memory / 2**30:.0f} GiB, capability {device.major}.{device.minor}")
-    return lines
+    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [f"{one.name}, {one.total_memory / 2**30:.0f} GiB, capability {one.major}.{one.minor}" for one in devices]
 
 
 def _backends() -> list[str]:
@@ -122,17 +116,17 @@ def _backends() -> list[str]:
     from nnslim.running.engine import candidates
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lines = [f"auto compares {', '.join(candidates(device))} on {device.type}"]
     compiler = native.compiler()
     if compiler is None:
-        lines.append("native kernels: no C compiler (CC, cc, gcc, clang); some layers are several times slower")
-    elif native.kernels() is None:
-        lines.append(f"native kernels: not built by {compiler}, or switched off by NNSLIM_NATIVE=0")
+        kernels = "no C compiler (CC, cc, gcc, clang); some layers are several times slower"
     else:
-        lines.append(f"native kernels: built by {compiler}")
-    heap = "is kept between tiles" if heap_can_be_kept() else "is left alone (not glibc)"
-    lines.append(f"heap {heap}")
-    return lines
+        off = f"not built by {compiler}, or switched off by NNSLIM_NATIVE=0"
+        kernels = off if native.kernels() is None else f"built by {compiler}"
+    return [
+        f"auto compares {', '.join(candidates(device))} on {device.type}",
+        f"native kernels: {kernels}",
+        f"heap {'is kept between tiles' if heap_can_be_kept() else 'is left alone (not glibc)'}",
+    ]
 
 
 def _folders() -> list[str]:
@@ -142,14 +136,8 @@ def _folders() -> list[str]:
     folder = cache_folder(SlimConfig())
     files = list(folder.glob("*.pt")) if folder.is_dir() else []
     size = sum(file.stat().st_size for file in files) / 1e6
-    lines = [f"cache {folder}: {len(files)} compressed model(s), {size:.0f} MB; it can be deleted at any time"]
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer"):
-        lines.append(f"{name}: {os.environ.get(name, 'not set')}")
-    return lines
-
-
-def _methods() -> list[str]:
-    from nnslim.compression.config import presets
-    from nnslim.methods.base import methods
-
-    return [f"methods: {', '.join(sorted(methods()))}", f"presets: {', '.join(presets())}"]
+    names = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer")
+    return [
+        f"cache {folder}: {len(files)} compressed model(s), {size:.0f} MB; it can be deleted at any time",
+        *(f"{name}: {os.environ.get(name, 'not set')}" for name in names),
+    ]

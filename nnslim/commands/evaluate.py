@@ -1,4 +1,4 @@
-"""`nnslim evaluate`: predictions against references, per case and class."""
+"""`nnslim evaluate` and `nnslim agree`: predictions against references, and a slim model against the dense one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nnslim.commands.common import QuietOption, counting, start
+from nnslim.commands.common import PreviousStageOption, QuietOption, TrustOption, counting, start, tell
 from nnslim.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,25 +66,56 @@ def evaluate(
         written += _compare(found, other, output)
         _tell_problems(other, "baseline: ")
     if figures:
-        written += _draw(found, output, chosen, worst, classes, images)
-    for line in score_lines(found):
-        typer.echo(line)
-    typer.echo("written: " + ", ".join(str(path) for path in written))
+        from nnslim.evaluation.pictures import class_figure, group_figure, worst_figures
+
+        stem = output.with_suffix("")
+        written.append(stem.with_name(f"{stem.name}_classes.png"))
+        class_figure(found, written[-1], chosen)
+        if chosen is not None:
+            written.append(stem.with_name(f"{stem.name}_groups.png"))
+            group_figure(found, written[-1], chosen)
+        written += worst_figures(found, stem, worst, classes, images)
+    tell(*score_lines(found), f"written: {', '.join(map(str, written))}")
     _tell_problems(found)
     if not found.complete:
         raise typer.Exit(1)
+
+
+def agree(
+    model: Annotated[Path, typer.Option("-m", "--model", help="slim model folder")],
+    dense: Annotated[Path, typer.Option("--dense", help="model folder that the slim one was made from")],
+    images: Annotated[Path, typer.Option("-i", "--input", help="folder of images, or one image")],
+    labels: Annotated[Path | None, typer.Option("-l", "--labels", help="folder of label maps <case><ending>")] = None,
+    fold: Annotated[list[str] | None, typer.Option("-f", "--fold", help="default: those of the slim model")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps")] = "cpu",
+    previous_stage: PreviousStageOption = None,
+    trust: TrustOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Compare a slim model with the dense one on your images, per class; kept in nnslim.json and agreement.png."""
+    from nnslim.compression.record import RECORD, read_record
+    from nnslim.hosts.nnunet.judge.agree_models import agreement_of_models, write_agreement
+    from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
+
+    start(quiet)
+    read_record(model)  # a wrong folder is named before the images are predicted
+    settings = PredictSettings(device=device, folds=fold, trust=trust, previous_stage=previous_stage)
+    with counting(quiet, "cases") as count:
+        agreement = agreement_of_models(dense, model, images, labels, settings, count)
+    write_agreement(model, agreement)
+    written = f"written: {model / RECORD}, {model / 'agreement.png'}"
+    tell(*agreement.lines(), written, failed=bool(agreement.failed))
 
 
 def _classes(dataset: str | None, predictions: Path) -> tuple[Classes | None, bool]:
     """Return what the labels mean, and whether TotalSegmentator's organ groups fit."""
     from nnslim.evaluation.classes import named_classes, read_dataset_json
 
-    beside = predictions / "dataset.json"
     if dataset is None:
-        if not beside.is_file():
+        dataset = str(predictions / "dataset.json")  # nnU-Net puts it there
+        if not Path(dataset).is_file():
             return None, False
-        _log.info("classes as in %s", beside)  # nnU-Net puts it there
-        return read_dataset_json(beside), False
+        _log.info("classes as in %s", dataset)
     if Path(dataset).is_file() or dataset.endswith(".json"):
         return read_dataset_json(Path(dataset)), False
     from nnslim.hosts.totalseg.tasks import task_classes
@@ -103,25 +134,6 @@ def _groups(groups: str | None, found: Evaluation) -> dict[str, list[str]] | Non
     from nnslim.hosts.totalseg.tasks import organ_groups
 
     return group_classes(organ_groups(), names)
-
-
-def _draw(
-    found: Evaluation,
-    output: Path,
-    groups: dict[str, list[str]] | None,
-    worst: int,
-    classes: Classes | None,
-    images: Path | None,
-) -> list[Path]:
-    from nnslim.evaluation.pictures import class_figure, group_figure, worst_figures
-
-    stem = output.with_suffix("")
-    drawn = [stem.with_name(f"{stem.name}_classes.png")]
-    class_figure(found, drawn[0], groups)
-    if groups is not None:
-        drawn.append(stem.with_name(f"{stem.name}_groups.png"))
-        group_figure(found, drawn[-1], groups)
-    return drawn + worst_figures(found, stem, worst, classes, images)
 
 
 def _compare(found: Evaluation, other: Evaluation, output: Path) -> list[Path]:
@@ -149,8 +161,6 @@ def _tell_problems(found: Evaluation, prefix: str = "") -> None:
             typer.echo(f"{prefix}{word} {len(names)} case(s): {', '.join(names)}", err=True)
     for case in found.cases:
         for side in ("prediction", "reference"):
-            keys = [key for key, lacking in case.lacking.items() if lacking == side]
-            if keys:
-                names = [one.name for one in found.classes if one.key in keys]
+            if names := [one.name for one in found.classes if case.lacking.get(one.key) == side]:
                 listed = f"{len(names)} class(es): {', '.join(names)}"
                 typer.echo(f"{prefix}{case.name}: no {side} file of {listed}", err=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from nnslim.commands.common import CheckpointOption, QuietOption, Step, TrustOption, start, stepping
+from nnslim.commands.common import CheckpointOption, QuietOption, TrustOption, start, stepping, tell
 from nnslim.errors import InputError
 
 _Format = Enum("_Format", {name: name for name in ("onnx", "openvino")}, type=str)
@@ -39,33 +39,23 @@ def export(
     quiet: QuietOption = False,
 ) -> None:
     """Write the network as an ONNX or OpenVINO file that runs without torch and nnU-Net, and compare it on a tile."""
-    from nnslim.hosts.nnunet.export.export_model import ExportSettings, export_model, read_patch
+    from nnslim.hosts.nnunet.export.export_model import ExportSettings, export_model, keep_int8, read_patch
     from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 
     start(quiet)
+    if output is None and (precision.value != "int8" or images is None):
+        raise InputError(
+            "name a file to write with -o; only --precision int8 with -i can be written beside the checkpoints"
+        )
     asked = None if patch is None else read_patch(patch)
     source = read_trained_model(model, fold and [fold], checkpoint, trust=trust)
     with stepping(quiet) as step:
         if output is None:
-            lines, passed = _int8_beside(source, precision.value, images, step)
+            checked = keep_int8(source, images, progress=step)
+            lines = [f"fold {fold}: {found.line()}" for fold, found in checked.items()]
+            passed = all(found.passed for found in checked.values())
         else:
             named = format_.value if format_ else {".onnx": "onnx"}.get(output.suffix, "openvino")
             exported = export_model(source, output, ExportSettings(named, precision.value, images, asked), step)
             lines, passed = exported.lines(), bool(exported.files)
-    for line in lines:
-        typer.echo(line)
-    if not passed:
-        raise typer.Exit(1)
-
-
-def _int8_beside(source: Any, precision: str, images: Path | None, step: Step) -> tuple[list[str], bool]:
-    """Write an int8 model beside each checkpoint; return lines for the user, and whether all passed the check."""
-    from nnslim.hosts.nnunet.export.int8_models import keep_int8
-
-    if precision != "int8" or images is None:
-        raise InputError(
-            "name a file to write with -o; only --precision int8 with -i can be written beside the checkpoints"
-        )
-    checked = keep_int8(source, images, progress=step)
-    lines = [f"fold {fold}: {found.line()}" for fold, found in checked.items()]
-    return lines, all(found.passed for found in checked.values())
+    tell(*lines, failed=not passed)

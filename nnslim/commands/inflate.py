@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nnslim.commands.common import CheckpointOption, FoldOption, QuietOption, TrustOption, start
+from nnslim.commands.common import CheckpointOption, FoldOption, QuietOption, TrustOption, start, tell
 from nnslim.errors import ConfigError
 
 Mode = Enum("Mode", {name: name for name in ("center", "average")}, type=str)
@@ -50,8 +50,5 @@ def inflate(
     target = target_of(flat, configuration, *files)
     made = inflate_model(flat, target, mode.value, fit=fit.value, seed=seed)
     write_inflated(target, made, file=output, folder=folder)
-    for note in next(iter(made.values()))["nnslim_inflation"]["notes"]:
-        typer.echo(note)
-    for path in (output, folder):
-        if path is not None:
-            typer.echo(f"written: {path}")
+    notes = next(iter(made.values()))["nnslim_inflation"]["notes"]
+    tell(*notes, *(f"written: {path}" for path in (output, folder) if path is not None))

@@ -7,27 +7,13 @@ import sys
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from nnslim.commands.common import (
-    BackendOption,
-    CheckpointOption,
-    FoldOption,
-    PrecisionOption,
-    PreviousStageOption,
-    QuietOption,
-    TrustOption,
-    counting,
-    start,
-    stderr,
-)
+from nnslim.commands import common
+from nnslim.commands.common import counting, start, stderr, tell
 from nnslim.errors import ConfigError
-
-if TYPE_CHECKING:
-    from nnslim.prediction.case import Record
-    from nnslim.prediction.run_directory import FolderSettings
 
 Engine = Enum("Engine", {name: name for name in ("local", "ray", "slurm")}, type=str)
 _STEP = 0.5
@@ -54,14 +40,14 @@ def predict(
         bool, typer.Option("--overwrite/--resume", help="predict finished cases again, or continue where a run stopped")
     ] = False,
     overlap: Annotated[bool, typer.Option(help="read, predict and write neighbouring cases at the same time")] = True,
-    fold: FoldOption = None,
-    checkpoint: CheckpointOption = None,
+    fold: common.FoldOption = None,
+    checkpoint: common.CheckpointOption = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps")] = "cpu",
     step_size: Annotated[float, typer.Option(help="tile step as a share of the patch, 0..1")] = _STEP,
     mirroring: Annotated[bool, typer.Option(help="test-time mirroring, up to 8x the time")] = False,
-    previous_stage: PreviousStageOption = None,
-    backend: BackendOption = None,
-    precision: PrecisionOption = None,
+    previous_stage: common.PreviousStageOption = None,
+    backend: common.BackendOption = None,
+    precision: common.PrecisionOption = None,
     ml: Annotated[bool, typer.Option("--ml", help="with --task: one label map per case, not a file per class")] = False,
     roi: Annotated[
         list[str] | None, typer.Option(help="with --task: class to segment, repeatable; default: all")
@@ -75,8 +61,8 @@ def predict(
     ray_address: Annotated[
         str | None, typer.Option(help="with ray: address of the cluster; default: the running one, else a local one")
     ] = None,
-    trust: TrustOption = False,
-    quiet: QuietOption = False,
+    trust: common.TrustOption = False,
+    quiet: common.QuietOption = False,
 ) -> None:
     """Predict a folder: a bad case is reported and the others continue; finished cases are whole and not repeated."""
     if (model is None) == (task is None):
@@ -92,10 +78,24 @@ def predict(
         cpus = (threads or 8) * (workers if workers and threads else 1)
         typer.echo(sbatch_script(sys.argv[1:], parts or 8, gpu=device == "cuda", cpus=cpus), nl=False)
         return
+    from nnslim.prediction.case import Crew, crew_here
+    from nnslim.prediction.engines.slurm import part_of
+    from nnslim.prediction.run_directory import FolderSettings
+
     start(quiet)
-    folder = _folder_settings(engine.value, device, workers, threads, overlap, overwrite, parts, ray_address)
+    if engine.value == "ray":
+        runner, crew = "ray", Crew(workers or 0, threads, int(device == "cuda"), overlap, ray_address)
+    else:
+        runner, crew = crew_here(device, workers, threads, overlap=overlap)
+    folder = FolderSettings(
+        runner, crew, overwrite, part=part_of(os.environ, parts) if engine.value == "slurm" else None
+    )
     chosen: Any = {"backend": backend and backend.value, "precision": precision and precision.value, "threads": threads}
-    settled = _with_images(config, calibration)
+    settled: Any = config
+    if calibration is not None:  # only now: the import takes torch's seconds
+        from nnslim.compression.config import load_config
+
+        settled = load_config(config or {}).with_images(calibration.absolute())
     with counting(quiet, "cases") as count:
         if task is not None:
             from nnslim.hosts.totalseg.task_directory import TaskSettings, predict_task_folder
@@ -107,57 +107,14 @@ def predict(
 
             settings = PredictSettings(device, step_size, mirroring, fold, checkpoint, trust, previous_stage, **chosen)
             results = predict_folder(images, output, model, settled, settings, count, folder)
-    _tell(results, output)
+    failed = [case for case in results if case.status == "failed"]
+    for case in failed:
+        stderr.print(f"nnslim: {case.name}: {case.error}", markup=False)
+    done, there = (sum(case.status == word for case in results) for word in ("done", "there"))
+    tell(f"{done} predicted, {there} there already, {len(failed)} failed: {output}", failed=bool(failed))
 
 
 def _refuse(out_of_place: bool, names: Sequence[str], values: Sequence[Any], place: str) -> None:
     """Refuse options that would have no effect."""
     if out_of_place and (given := [name for name, value in zip(names, values, strict=True) if value]):
         raise ConfigError(f"{given[0]} goes with {place}")
-
-
-def _tell(results: Sequence[Record], output: Path) -> None:
-    """Say what came of the cases.
-
-    Raises:
-        typer.Exit: a case failed (1).
-    """
-    failed = [case for case in results if case.status == "failed"]
-    for case in failed:
-        stderr.print(f"nnslim: {case.name}: {case.error}", markup=False)
-    done = sum(case.status == "done" for case in results)
-    there = sum(case.status == "there" for case in results)
-    typer.echo(f"{done} predicted, {there} there already, {len(failed)} failed: {output}")
-    if failed:
-        raise typer.Exit(1)
-
-
-def _with_images(config: str | None, calibration: Path | None) -> Any:
-    """Return what the workers read; torch, which takes seconds to import, is needed for images only."""
-    if calibration is None:
-        return config
-    from nnslim.compression.config import load_config
-
-    return load_config(config or {}).with_images(calibration.absolute())
-
-
-def _folder_settings(
-    engine: str,
-    device: str,
-    workers: int | None,
-    threads: int | None,
-    overlap: bool,
-    overwrite: bool,
-    parts: int | None,
-    address: str | None,
-) -> FolderSettings:
-    from nnslim.prediction.case import Crew, crew_here
-    from nnslim.prediction.engines.slurm import part_of
-    from nnslim.prediction.run_directory import FolderSettings
-
-    if engine == "ray":
-        crew = Crew(workers or 0, threads, int(device == "cuda"), overlap, address)
-        return FolderSettings("ray", crew, overwrite)
-    runner, crew = crew_here(device, workers, threads, overlap=overlap)
-    part = part_of(os.environ, parts) if engine == "slurm" else None
-    return FolderSettings(runner, crew, overwrite, part=part)

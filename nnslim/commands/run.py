@@ -38,9 +38,8 @@ def run(context: typer.Context, config: ConfigOption, images: ImagesOption = Non
 
 def _run_command(target: str) -> None:
     """Run a console script of an installed package, or a .py file, in this process, with sys.argv as it is."""
-    found = [entry for entry in entry_points(group="console_scripts") if entry.name == target]
-    if found:
-        found[0].load()()
+    if found := entry_points(group="console_scripts", name=target):
+        next(iter(found)).load()()
     elif target.endswith(".py") and Path(target).is_file():
         sys.path.insert(0, str(Path(target).resolve().parent))
         runpy.run_path(target, run_name="__main__")

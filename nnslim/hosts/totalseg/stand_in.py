@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from nnslim.compression.storage import half_precision
 from nnslim.errors import ConfigError, HostError
-from nnslim.files import read_json, save_checkpoint, whole_folder, write_json
+from nnslim.files import read_json, whole_folder
+from nnslim.hosts.nnunet.model.trained_model import write_model
 from nnslim.hosts.totalseg.task_weights import STAND_IN_NOTE, task_source
 from nnslim.hosts.totalseg.tasks import task_classes, totalseg_table
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 CONFIGURATION = "3d_fullres"
 _PARTS = (291, 292, 293, 294, 295)
@@ -59,12 +60,7 @@ LAYOUTS: dict[int, Layout] = {
 
 
 def write_stand_in(
-    task_id: int,
-    folder: Path,
-    *,
-    base_features: int = 32,
-    seed: int = 0,
-    patch_size: Sequence[int] | None = None,
+    task_id: int, folder: Path, *, base_features: int = 32, seed: int = 0, patch_size: Sequence[int] | None = None
 ) -> Path:
     """Write a model folder with untrained weights where TotalSegmentator looks for task `task_id`.
 
@@ -81,7 +77,19 @@ def write_stand_in(
         HostError: nnU-Net or TotalSegmentator is missing.
         OutputError: the dataset folder exists, or cannot be written. Nothing half-written is left.
     """
-    layout, patch = _checked(task_id, base_features, patch_size)
+    layout = LAYOUTS.get(task_id)
+    if layout is None:
+        raise ConfigError(f"no stand-in for task {task_id}; known: {', '.join(str(task) for task in LAYOUTS)}")
+    if base_features < 1:
+        raise ConfigError(f"stand-in {task_id}: base_features is {base_features}; use 1 or more (published: 32)")
+    patch = layout.patch if patch_size is None else tuple(int(size) for size in patch_size)
+    step = 2 ** (layout.stages - 1)
+    # One voxel left at the bottom of the U-Net would make its InstanceNorm output zero.
+    if len(patch) != 3 or any(size < 1 or size % step for size in patch) or set(patch) == {step}:
+        raise ConfigError(
+            f"stand-in {task_id}: patch_size {list(patch)} does not fit {layout.stages} stages; use three "
+            f"multiples of {step}, at least one of them {2 * step} or more"
+        )
     name, _ = task_source(task_id)
     target = Path(folder) / name
     plans = stand_in_plans(layout, name, base_features, patch)
@@ -89,7 +97,16 @@ def write_stand_in(
     dataset = {"channel_names": {"0": "CT"}, "labels": labels, "numTraining": 0, "file_ending": ".nii.gz"}
     weights = half_precision(build_stand_in(plans, len(labels), seed=seed).state_dict())
     with whole_folder(target) as made:
-        _write(made, plans, dataset, weights, layout.trainer)
+        model = made / f"{layout.trainer}__nnUNetPlans__{CONFIGURATION}"
+        model.mkdir()
+        checkpoint = {
+            "network_weights": weights,
+            "trainer_name": layout.trainer,
+            "init_args": {"plans": plans, "configuration": CONFIGURATION, "fold": 0, "dataset_json": dataset},
+            "inference_allowed_mirroring_axes": None,
+            "nnslim_stand_in": True,
+        }
+        write_model(model, plans, dataset, [("0", checkpoint)])
         note = _NOTE.format(seed=seed, base=base_features, task=task_id)
         (made / STAND_IN_NOTE).write_text(note, encoding="utf-8")
     return target
@@ -97,9 +114,7 @@ def write_stand_in(
 
 def is_stand_in(folder: Path) -> bool:
     """True if `folder`, a dataset folder or a trainer folder inside one, holds untrained weights written here."""
-    if (folder / STAND_IN_NOTE).exists():
-        return True
-    return read_json(folder / "plans.json").get("nnslim_stand_in") is True
+    return (folder / STAND_IN_NOTE).exists() or read_json(folder / "plans.json").get("nnslim_stand_in") is True
 
 
 def part_classes(task_id: int) -> dict[int, str]:
@@ -194,35 +209,3 @@ def build_stand_in(plans: dict[str, Any], heads: int, *, seed: int = 0, device: 
             allow_init=True,
             deep_supervision=False,
         )
-
-
-def _checked(task_id: int, base_features: int, patch_size: Sequence[int] | None) -> tuple[Layout, tuple[int, ...]]:
-    layout = LAYOUTS.get(task_id)
-    if layout is None:
-        raise ConfigError(f"no stand-in for task {task_id}; known: {', '.join(str(task) for task in LAYOUTS)}")
-    if base_features < 1:
-        raise ConfigError(f"stand-in {task_id}: base_features is {base_features}; use 1 or more (published: 32)")
-    patch = layout.patch if patch_size is None else tuple(int(size) for size in patch_size)
-    step = 2 ** (layout.stages - 1)
-    # One voxel left at the bottom of the U-Net would make its InstanceNorm output zero.
-    if len(patch) != 3 or any(size < 1 or size % step for size in patch) or set(patch) == {step}:
-        raise ConfigError(
-            f"stand-in {task_id}: patch_size {list(patch)} does not fit {layout.stages} stages; use three "
-            f"multiples of {step}, at least one of them {2 * step} or more"
-        )
-    return layout, patch
-
-
-def _write(made: Path, plans: dict, dataset: dict, weights: dict[str, Tensor], trainer: str) -> None:
-    model = made / f"{trainer}__nnUNetPlans__{CONFIGURATION}"
-    (model / "fold_0").mkdir(parents=True)
-    write_json(model / "plans.json", plans)
-    write_json(model / "dataset.json", dataset)
-    checkpoint = {
-        "network_weights": weights,
-        "trainer_name": trainer,
-        "init_args": {"plans": plans, "configuration": CONFIGURATION, "fold": 0, "dataset_json": dataset},
-        "inference_allowed_mirroring_axes": None,
-        "nnslim_stand_in": True,
-    }
-    save_checkpoint(checkpoint, model / "fold_0" / "checkpoint_final.pth")

@@ -7,7 +7,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,15 +18,27 @@ from nnslim.hosts.nnunet.model.model_files import content_digest
 from nnslim.hosts.nnunet.predict.predict_settings import absolute_config, config_identity, digest
 from nnslim.hosts.totalseg.task_weights import download, locked_home, weights_folder
 from nnslim.hosts.totalseg.tasks import Task, find_task, totalseg_version
+from nnslim.patching import AttributePatch
 from nnslim.prediction.case import Case, Crew, Place, Record, versions
 from nnslim.prediction.images import check_image, count_voxels
 from nnslim.prediction.run_directory import FolderSettings, run_folder
 
 if TYPE_CHECKING:
+    from nnslim.hosts.nnunet.predict.predictor_patches import Session
     from nnslim.running.engine import Backend, Precision
 
 _ENDINGS = (".nii.gz", ".nii")
 _SUBJECT_FILES = tuple(f"{name}{ending}" for name in ("ct", "mri") for ending in _ENDINGS)
+# What reads or writes files in TotalSegmentator's home, each written in place.
+_HOME = (
+    "setup_totalseg",
+    "get_config_key",
+    "set_config_key",
+    "increase_prediction_counter",
+    "download_pretrained_weights",
+)
+
+
 _log = logging.getLogger("nnslim")
 
 
@@ -69,26 +81,17 @@ def predict_task_folder(
         folder: engine and workers; default: in this process.
     Raises:
         InputError: no images. HostError: TotalSegmentator is missing. ConfigError: no such task or class.
-        DownloadError: the weights are not here and cannot be fetched.
+        DownloadError: the weights are not here and need a licence, or cannot be fetched.
         OutputError: the output folder cannot be written, or holds other results. A single bad case raises nothing.
     """
     task = find_task(settings.task, settings.roi)  # before anything is read
     cases = task_cases(Path(images).absolute(), ml=settings.ml)
-    fetch_missing(task)
-    job = TotalsegJob(settings, absolute_config(config))
-    return run_folder(job, cases, Path(output), folder or FolderSettings(crew=Crew(threads=settings.threads)), progress)
-
-
-def fetch_missing(task: Task) -> None:
-    """Fetch the weights that are not here yet, before the run asks which ones it is about: they are its identity.
-
-    Raises:
-        DownloadError: they need a licence, or cannot be fetched. OutputError: they cannot be written.
-    """
-    for number in task.missing(weights_folder()):
+    for number in task.missing(weights_folder()):  # now: what is there is part of the identity of the run
         _log.info("fetching the weights of TotalSegmentator's model %d", number)
         with locked_home():  # of tasks of a Slurm array one fetches, the others find
             download(number, weights_folder())
+    job = TotalsegJob(settings, absolute_config(config))
+    return run_folder(job, cases, Path(output), folder or FolderSettings(crew=Crew(threads=settings.threads)), progress)
 
 
 def task_cases(images: Path, *, ml: bool) -> list[Case]:
@@ -118,14 +121,13 @@ def task_cases(images: Path, *, ml: bool) -> list[Case]:
         raise InputError(f"{images} holds no image named <case>.nii.gz, <case>.nii or <case>/ct.nii.gz")
     if left_out:
         _log.warning("%d files or folders are no images and left out: %s", len(left_out), ", ".join(left_out[:5]))
-    return [_case(name, files, images, ml) for name, files in sorted(claims.items())]
-
-
-def _case(name: str, files: list[Path], images: Path, ml: bool) -> Case:
-    names = [str(file.relative_to(images)) if file != images else file.name for file in files]
-    problem = f"{' and '.join(names)} are both case '{name}'; rename or remove one" if len(files) > 1 else ""
-    voxels = max(map(count_voxels, files))
-    return Case(name, tuple(files), f"{name}.nii.gz" if ml else name, voxels, problem)
+    cases = []
+    for name, files in sorted(claims.items()):
+        names = " and ".join(str(file.relative_to(images)) for file in files if file != images)
+        problem = f"{names} are both case '{name}'; rename or remove one" if len(files) > 1 else ""
+        target = f"{name}.nii.gz" if ml else name
+        cases.append(Case(name, tuple(files), target, max(map(count_voxels, files)), problem))
+    return cases
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,7 @@ class TotalsegJob:
     def stamp(self) -> tuple[str, dict[str, str]]:
         """See `Record`: the weights that are there, the task, the layout, and the versions."""
         task = find_task(self.settings.task, self.settings.roi)
-        folders = task.model_folders(weights_folder())
-        folds = [str(fold) for fold in task.folds]
+        folds, folders = list(map(str, task.folds)), task.model_folders(weights_folder())
         decisive = {
             "task": task.options,
             "roi": sorted(self.settings.roi),
@@ -164,33 +165,74 @@ class TotalsegJob:
             HostError, ConfigError: what cannot be used.
         """
         from nnslim.hosts.nnunet.predict.predictor_patches import own_session
-        from nnslim.hosts.totalseg.many_images import many_images
         from nnslim.running.machine import keep_heap
 
         settings = self.settings
-        run = {"keep_models": True, "threads": place.threads}
-        chosen = {"backend": settings.backend, "precision": settings.precision}
-        if self.config is None and settings.backend is None and settings.precision is None:
-            chosen["backend"] = "stock"
-        run |= {key: value for key, value in chosen.items() if value is not None}
-        with many_images(own_session(self.config, run), place.threads) as segment, keep_heap():
+        stock = self.config is None and settings.backend is None and settings.precision is None
+        run = {"backend": "stock" if stock else settings.backend, "precision": settings.precision}
+        session = own_session(self.config, {"keep_models": True, "threads": place.threads, **run})
+        with _many_images(session, place.threads) as segment, keep_heap():
             device = {"cuda": "gpu" if place.gpu is None else f"gpu:{place.gpu}"}.get(settings.device, settings.device)
             task = find_task(settings.task, settings.roi)
-            options = {"device": device, "quiet": True, "nr_thr_saving": 1, **task.options}
-            if settings.roi:
-                options["roi_subset"] = list(settings.roi)
-            yield TotalsegModel(functools.partial(segment, **options), task, settings, place.threads)
+            options = {"device": device, "quiet": True, "nr_thr_saving": 1, "roi_subset": list(settings.roi) or None}
+            options |= task.options
+            # TotalSegmentator writes with 6 processes.
+            yield TotalsegModel(functools.partial(segment, **options), task, settings, place.threads or 6)
 
 
+@contextmanager
+def _many_images(session: Session, threads: int | None) -> Iterator[Callable[..., Any]]:
+    """Yield `totalsegmentator`, made to keep its models and to start no processes; nothing remains patched afterwards.
+
+    Its results are the same: the same functions are called with the same arguments, in this process, with so many CPU
+    threads of torch; None: all, as TotalSegmentator does.
+    """
+    from totalsegmentator import python_api
+
+    from nnslim.hosts.nnunet.cases.export_patches import ExportPatches
+    from nnslim.hosts.nnunet.model.compatibility import predictor_class
+    from nnslim.hosts.nnunet.predict.predictor_patches import predictor_patches
+
+    with locked_home():
+        python_api.setup_nnunet()  # nnU-Net's folders: some versions read them as they are imported
+        python_api.setup_totalseg()
+    import totalsegmentator.nnunet  # noqa: F401  patches nnU-Net's predictor; ours go on top of that
+
+    exports = ExportPatches(lambda: session.config.run)
+    patches = [
+        *predictor_patches(lambda: session, exports.apply),
+        AttributePatch(predictor_class(), "predict_from_files", functools.partial(_with_threads, threads)),
+        *(AttributePatch(python_api, name, locked_home()) for name in _HOME if hasattr(python_api, name)),
+    ]
+    with ExitStack() as stack:
+        stack.callback(exports.undo)
+        exports.apply()  # before the others: the one that sets threads goes around it
+        for patch in patches:
+            patch.apply()
+            stack.callback(patch.undo)
+        yield python_api.totalsegmentator
+
+
+def _with_threads(threads: int | None, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def predict_from_files(*args: Any, **options: Any) -> Any:
+        import torch
+
+        if threads is not None:  # TotalSegmentator has just set all that the machine has
+            torch.set_num_threads(threads)
+        return original(*args, **options)
+
+    return predict_from_files
+
+
+@dataclass(frozen=True)
 class TotalsegModel:
-    """`totalsegmentator()` with its task, stage by stage; implements `Model`."""
+    """`totalsegmentator()` with its task, stage by stage, and how its result is written; implements `Model`."""
 
-    def __init__(self, segment: Callable[..., Any], task: Task, settings: TaskSettings, threads: int | None) -> None:
-        """Hold the function and how its result is written."""
-        self._segment = segment
-        self._task = task
-        self._settings = settings
-        self._threads = threads or 6  # as many processes as TotalSegmentator writes with
+    segment: Callable[..., Any]
+    task: Task
+    settings: TaskSettings
+    threads: int
 
     def read(self, case: Case) -> Path:
         """Check the image: TotalSegmentator would take a file that is cut short as it is."""
@@ -201,32 +243,29 @@ class TotalsegModel:
         """Return the label map in the image's geometry, a nibabel image."""
         # With an output it returns early where there is nothing to crop to; it goes wrong there without one.
         with silent(), tempfile.TemporaryDirectory(prefix="nnslim-") as folder:
-            return self._segment(data, Path(folder) / "labels.nii.gz", ml=True, skip_saving=True)
+            return self.segment(data, Path(folder) / "labels.nii.gz", ml=True, skip_saving=True)
 
     def write(self, case: Case, result: Any, beside: Path) -> None:
         """Write what `totalsegmentator()` would."""
         import nibabel as nib
 
-        if self._settings.ml:
+        if self.settings.ml:
             nib.save(result, beside)
             return
         beside.mkdir()
-        write_classes(result, self._wanted(), beside, self._threads)
-        if self._task.name == "body":
-            _write_body(case.files[0], beside)
+        roi = self.settings.roi
+        wanted = {label: name for label, name in self.task.classes.items() if not roi or name in roi}
+        _write_classes(result, wanted, beside, self.threads)
+        if self.task.name == "body":  # two masks are derived from its own
+            from totalsegmentator.libs import combine_masks
+            from totalsegmentator.postprocessing import extract_skin
 
-    def _wanted(self) -> dict[int, str]:
-        roi = set(self._settings.roi)
-        return {label: name for label, name in self._task.classes.items() if not roi or name in roi}
+            nib.save(combine_masks(beside, "body"), beside / "body.nii.gz")
+            nib.save(extract_skin(nib.load(case.files[0]), nib.load(beside / "body.nii.gz")), beside / "skin.nii.gz")
 
 
-def write_classes(labels: Any, classes: dict[int, str], folder: Path, threads: int) -> None:
-    """Write one mask per class, as TotalSegmentator does.
-
-    Args:
-        labels: nibabel image of the label map, its names in the last header extension.
-        classes: label -> file name without ending. threads: files at a time.
-    """
+def _write_classes(labels: Any, classes: dict[int, str], folder: Path, threads: int) -> None:
+    """Write one mask per class, so many at a time; the last header extension of the label map holds its names."""
     import nibabel as nib
     import numpy as np
 
@@ -234,19 +273,8 @@ def write_classes(labels: Any, classes: dict[int, str], folder: Path, threads: i
     header = labels.header.copy()
     del header.extensions[-1]
 
-    def write(item: tuple[int, str]) -> None:
-        label, name = item
+    def write(label: int, name: str) -> None:
         nib.save(nib.Nifti1Image((data == label).astype(np.uint8), labels.affine, header), folder / f"{name}.nii.gz")
 
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(write, classes.items()))
-
-
-def _write_body(image: Path, folder: Path) -> None:
-    """Write the two masks that TotalSegmentator derives from those of its body task."""
-    import nibabel as nib
-    from totalsegmentator.libs import combine_masks
-    from totalsegmentator.postprocessing import extract_skin
-
-    nib.save(combine_masks(folder, "body"), folder / "body.nii.gz")
-    nib.save(extract_skin(nib.load(image), nib.load(folder / "body.nii.gz")), folder / "skin.nii.gz")
+        list(pool.map(write, classes, classes.values()))

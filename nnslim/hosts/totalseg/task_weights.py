@@ -11,12 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from nnslim.errors import ConfigError, DownloadError, HostError, OutputError
 from nnslim.files import make_folder, read_json, sha256_of, write_json
-from nnslim.hosts.totalseg.fetch import Progress, discard, fetch, import_requests
+from nnslim.hosts.totalseg.fetch import Progress, discard, fetch, import_requests, unpack_dataset
 from nnslim.hosts.totalseg.tasks import totalseg_table, totalseg_version
-from nnslim.hosts.totalseg.unpack import unpack_dataset
 
 log = logging.getLogger("nnslim")
 
@@ -116,7 +116,11 @@ def download(
     try:
         size = fetch(url, part, retries=retries, progress=progress)
     except DownloadError as error:
-        raise DownloadError(f"{error}. {_advice(url, target)}") from error
+        raise DownloadError(
+            f"{error}. The weights would be put at {target}. Without a network: fetch {url} on another machine and "
+            f"unpack it in {target.parent}, or take untrained weights for timing and tests with "
+            "scripts/00_setup_ts.py --stand-in"
+        ) from error
     try:
         record = _verify(part, url, target, expected)
         unpack_dataset(part, target)
@@ -124,10 +128,8 @@ def download(
         discard(part)  # resuming a wrong file would only give the wrong file again
         raise
     discard(part)
-    write_json(
-        target.with_name(f"{target.name}.nnslim.json"),
-        {**record, "size": size, "fetched": time.strftime("%Y-%m-%dT%H:%M:%S%z")},
-    )
+    record |= {"size": size, "fetched": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    write_json(target.with_name(f"{target.name}.nnslim.json"), record)
     return target
 
 
@@ -152,20 +154,18 @@ def published_sha256(url: str, *, api: str = GITHUB_API) -> str | None:
     return digest[1] if digest else None
 
 
-def disable_usage_statistics(home: Path | None = None) -> Path:
+def disable_usage_statistics() -> Path:
     """Write `send_usage_stats: false` into TotalSegmentator's config.json; all other keys stay as they are.
 
     Call it only where the user asked for it: the file belongs to TotalSegmentator.
 
-    Args:
-        home: TotalSegmentator's folder; default `totalseg_home()`.
     Returns:
         Path of the config.json.
     Raises:
         ConfigError: the file is there but is not a JSON object.
         OutputError: it cannot be written.
     """
-    path = (Path(home) if home is not None else totalseg_home()) / "config.json"
+    path = totalseg_home() / "config.json"
     make_folder(path.parent)
     config = read_json(path)
     if path.exists() and not config:
@@ -195,7 +195,7 @@ def _normal_sha256(sha256: str | None) -> str | None:
     return digits
 
 
-def _verify(part: Path, url: str, target: Path, given: str | None) -> dict[str, str]:
+def _verify(part: Path, url: str, target: Path, given: str | None) -> dict[str, Any]:
     """Compare the zip with the best checksum that is known; return what is worth recording."""
     found = sha256_of(part)
     known, source = given, "given by the user"
@@ -211,10 +211,3 @@ def _verify(part: Path, url: str, target: Path, given: str | None) -> dict[str, 
     elif known != found:
         raise DownloadError(f"{url} has sha256 {found}, but {known} is expected ({source}); the file was removed")
     return {"url": url, "sha256": found, "checked": source}
-
-
-def _advice(url: str, target: Path) -> str:
-    return (
-        f"The weights would be put at {target}. Without a network: fetch {url} on another machine and unpack it in "
-        f"{target.parent}, or take untrained weights for timing and tests with scripts/00_setup_ts.py --stand-in"
-    )

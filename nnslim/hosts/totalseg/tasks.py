@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,14 +134,14 @@ def organ_groups() -> dict[str, set[str]]:
     Raises:
         HostError: TotalSegmentator is missing.
     """
-    groups: dict[str, set[str]] = {}
+    groups: defaultdict[str, set[str]] = defaultdict(set)
     ct, both = totalseg_table("map_to_binary", "class_map_5_parts"), sys.modules["totalsegmentator.map_to_binary"]
     for parts in (ct, getattr(both, "class_map_parts_mr", {})):
         for part, classes in parts.items():
-            groups.setdefault(part.removeprefix("class_map_part_"), set()).update(classes.values())
+            groups[part.removeprefix("class_map_part_")].update(classes.values())
     # A class may be an organ of one model and a muscle of the other: it stays where the CT model has it.
     placed: set[str] = set()
     for members in groups.values():
         members -= placed
         placed |= members
-    return groups
+    return dict(groups)

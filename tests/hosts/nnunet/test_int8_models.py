@@ -11,8 +11,8 @@ from helpers import make_predictor, random_data
 from nnslim import NNSlimContext
 from nnslim.cli import main
 from nnslim.errors import BackendError, ConfigError
-from nnslim.hosts.nnunet.export import int8_models as int8
-from nnslim.hosts.nnunet.export.int8_models import keep_int8
+from nnslim.hosts.nnunet.export import export_model as int8
+from nnslim.hosts.nnunet.export.export_model import keep_int8
 from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 from nnslim.running.openvino import OpenVINOEngine
 

@@ -23,8 +23,7 @@ from nnslim.files import write_json
 from nnslim.hosts.totalseg import fetch as fetch_module
 from nnslim.hosts.totalseg import stand_in as standin
 from nnslim.hosts.totalseg import task_weights as weights
-from nnslim.hosts.totalseg.fetch import fetch
-from nnslim.hosts.totalseg.unpack import unpack_dataset
+from nnslim.hosts.totalseg.fetch import fetch, unpack_dataset
 
 pytest.importorskip("totalsegmentator")
 requests = pytest.importorskip("requests")

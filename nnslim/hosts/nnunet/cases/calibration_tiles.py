@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from nnslim.compression.calibration import Calibration
 from nnslim.compression.config import SlimConfig
 from nnslim.errors import InputError
 from nnslim.files import output_error, sha256_of
-from nnslim.hosts.nnunet.cases.preprocess import check_stage, find_cases, preprocess_case
+from nnslim.hosts.nnunet.cases.preprocess import check_stage, list_cases, preprocess_case
 from nnslim.hosts.nnunet.model.trained_model import classes_of
 
 _FRESH = 24  # images, at most, on which fitted plans are compared
@@ -92,12 +93,7 @@ class PreparedImages:
 
 @contextmanager
 def prepare_images(
-    source: Source,
-    images: Path,
-    count: int,
-    *,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    source: Source, images: Path, count: int, *, seed: int = 0, progress: Callable[[int, int], None] | None = None
 ) -> Iterator[PreparedImages]:
     """Preprocess up to `count` images of a folder as nnU-Net does before prediction, for the time of a `with` block.
 
@@ -110,7 +106,15 @@ def prepare_images(
         InputError: no images, or one that cannot be read. ModelError: a cascade. OutputError: disk full.
     """
     check_stage(source, None)
-    cases = _cases(source, Path(images))
+    images, ending = Path(images), source.dataset_json["file_ending"]
+    channels = len(source.dataset_json.get("channel_names") or source.dataset_json.get("modality"))
+    try:
+        cases = list_cases(images, ending).cases
+    except InputError:
+        plain = sorted(images.glob(f"*{ending}")) if images.is_dir() else [images]
+        if channels != 1 or not plain or not images.exists():
+            raise
+        cases = {path.name.removesuffix(ending): [path] for path in plain}
     names = sorted(cases)
     if len(names) > count:
         chosen = np.random.default_rng(seed).permutation(len(names))[:count]
@@ -126,18 +130,6 @@ def prepare_images(
             if progress is not None:
                 progress(number, len(names))
         yield PreparedImages(source, paths)
-
-
-def _cases(source: Source, images: Path) -> dict[str, list[Path]]:
-    ending = source.dataset_json["file_ending"]
-    channels = len(source.dataset_json.get("channel_names") or source.dataset_json.get("modality"))
-    try:
-        return find_cases(images, ending)
-    except InputError:
-        plain = sorted(images.glob(f"*{ending}")) if images.is_dir() else [images]
-        if channels != 1 or not plain or not images.exists():
-            raise
-        return {path.name.removesuffix(ending): [path] for path in plain}
 
 
 class ImageTiles:
@@ -194,16 +186,9 @@ def _corners(image: np.ndarray, source: Source, count: int, seed: int) -> list[t
     steps += compute_steps_for_sliding_window(padded[len(slices) :], patch, 0.5)
     grid = np.stack(np.meshgrid(*steps, indexing="ij"), -1).reshape(-1, len(size))
     corners = grid - np.array([(want - have) // 2 for want, have in zip(padded, size, strict=True)])
-    order = np.random.default_rng(seed).permutation(len(corners))
+    shuffled = list(map(tuple, corners[np.random.default_rng(seed).permutation(len(corners))].tolist()))
     spread = float(np.std(image)) * _FLAT
-    found: list[tuple[int, ...]] = []
-    for index in order:
-        corner = tuple(int(value) for value in corners[index])
-        if _cut(image, corner, patch).std() > spread:
-            found.append(corner)
-        if len(found) == count:
-            break
-    return found or [tuple(int(value) for value in corners[order[0]])]
+    return list(islice((one for one in shuffled if _cut(image, one, patch).std() > spread), count)) or shuffled[:1]
 
 
 def _cut(image: np.ndarray, corner: Sequence[int], patch: Sequence[int]) -> np.ndarray:
@@ -305,14 +290,15 @@ def calibration_of(
         InputError: no images, or one that cannot be read. ModelError: a cascade.
     """
     needed = config.active or config.store == "half" if needed is None else needed
-    settings, learns = config.calibration, config.recovery.learns or _searches(config)
+    settings = config.calibration
+    learns = config.recovery.learns or any(entry.settings.drop_limit is not None for entry in config.methods)
     if settings.images is None or not needed:
         yield None
         return
     # Learning and judging want images of their own; a sixth of them is for judging.
     count = settings.count + config.recovery.images if learns else settings.count
     source = Source.of(model)
-    step = None if progress is None else lambda done, total: progress("images", done, total)
+    step = None if progress is None else partial(progress, "images")
     with prepare_images(source, settings.images, count, seed=settings.seed, progress=step) as images:
         held = (len(images) // 6 if len(images) >= 6 else int(len(images) >= 4)) if learns else 0
         learned = images.part(0, len(images) - held)
@@ -334,10 +320,6 @@ def calibration_of(
         )
 
 
-def _searches(config: SlimConfig) -> bool:
-    return any(entry.settings.drop_limit is not None for entry in config.methods)
-
-
 def images_fingerprint(config: SlimConfig) -> str:
     """Return a hash of the files that a configuration names as images, "" where it names none.
 
@@ -352,8 +334,5 @@ def images_fingerprint(config: SlimConfig) -> str:
     if not folder.exists():
         raise InputError(f"{folder} does not exist; expected a folder of calibration images")
     files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else [folder]
-    digest = hashlib.sha256()
-    for path in files:
-        status = path.stat()
-        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+    lines = (f"{path.name} {(stat := path.stat()).st_size} {stat.st_mtime_ns}\n" for path in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

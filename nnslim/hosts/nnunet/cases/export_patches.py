@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import pkgutil
 import sys
 import threading
 from collections.abc import Callable
@@ -140,14 +140,9 @@ class Exporter:
         """Call the one that is wanted now."""
         return (self._ours if self._wanted() else self._original)(*given, **named)
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str]]:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
         chosen = self._ours if self._wanted() else self._original
-        return named_function, (chosen.__module__, chosen.__qualname__)
-
-
-def named_function(module: str, name: str) -> Callable[..., Any]:
-    """Return a function by its name."""
-    return getattr(importlib.import_module(module), name)
+        return pkgutil.resolve_name, (f"{chosen.__module__}:{chosen.__qualname__}",)
 
 
 def _only_case(given: dict[str, Any]) -> tuple[list[list[str]], Any] | None:
@@ -155,31 +150,24 @@ def _only_case(given: dict[str, Any]) -> tuple[list[list[str]], Any] | None:
     predictor, source, output = (given.get(key) for key in ("self", _SOURCE, _OUTPUT))
     if given.get("num_parts", 1) != 1 or not hasattr(predictor, "predict_from_files_sequential"):
         return None
-    if not isinstance(source, str):
-        if len(source) != 1:
+    if isinstance(source, str):
+        ending = predictor.dataset_json["file_ending"]
+        try:
+            listing = list_cases(Path(source), ending)
+        except InputError:  # nnU-Net says it in its own way
             return None
-        files = list(source)
-    else:
-        found = _listed(Path(source), predictor.dataset_json["file_ending"])
-        if found is None:
+        strange = listing.problems or any(file.name.endswith(ending) for file in listing.left_out)
+        if len(listing.cases) != 1 or strange or not Path(source).is_dir():
             return None
-        name, files = found
+        ((name, found),) = listing.cases.items()
+        files = [list(map(str, found))]
         if isinstance(output, str):
             output = [str(Path(output) / name)]
+    elif len(source) == 1:
+        files = list(source)
+    else:
+        return None
     if output is not None:  # nnU-Net makes the folder only where it starts processes
         folder = Path(output) if isinstance(output, str) else Path(output[0]).parent
         folder.mkdir(parents=True, exist_ok=True)
     return files, output
-
-
-def _listed(folder: Path, ending: str) -> tuple[str, list[list[str]]] | None:
-    """Return the name and the files of the only case of a folder; None if nnU-Net may see it otherwise."""
-    try:
-        listing = list_cases(folder, ending)
-    except InputError:  # nnU-Net says it in its own way
-        return None
-    strange = listing.problems or any(file.name.endswith(ending) for file in listing.left_out)
-    if len(listing.cases) != 1 or strange or not folder.is_dir():
-        return None
-    ((name, files),) = listing.cases.items()
-    return name, [[str(file) for file in files]]

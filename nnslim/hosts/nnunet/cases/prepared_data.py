@@ -86,7 +86,7 @@ def prepare_data(model: TrainedModel, dataset: int | str, processes: int) -> Pre
     folder = _place("nnUNet_preprocessed") / name
     raw = Path(os.environ["nnUNet_raw"]) / name if os.environ.get("nnUNet_raw") else None
     description = read_json(folder / "dataset.json") or (read_json(raw / "dataset.json") if raw else {})
-    check_fits(model, description, name)
+    _check_fits(model, description, name)
     cases = _raw_cases(raw, description)
     for identifier in _fitting_identifiers(model, folder):
         ready = {path.stem for path in (folder / identifier).glob("*.pkl")}  # the last file written of each case
@@ -98,16 +98,11 @@ def prepare_data(model: TrainedModel, dataset: int | str, processes: int) -> Pre
             f"{model.configuration_manager.spacing}, {', '.join(model.configuration_manager.normalization_schemes)}), "
             f"and no raw data to make them from are in {raw or 'nnUNet_raw, which is not set'}"
         )
-    identifier = _preprocess(model, name, folder, raw, processes)
-    return PreparedData(name, identifier, read_json(folder / "dataset.json"))
+    return PreparedData(name, _preprocess(model, name, folder, raw, processes), read_json(folder / "dataset.json"))
 
 
-def check_fits(model: TrainedModel, description: dict[str, Any], name: str) -> None:
-    """Refuse a dataset whose channels or labels are not the model's: training keeps first layer and heads.
-
-    Raises:
-        InputError: names both sides.
-    """
+def _check_fits(model: TrainedModel, description: dict[str, Any], name: str) -> None:
+    """Refuse a dataset whose channels or labels are not the model's: training keeps first layer and heads."""
     if "labels" not in description:
         raise InputError(f"{name} has no readable dataset.json with 'labels'")
     found, expected = _labels_and_channels(description), _labels_and_channels(model.dataset)
@@ -160,10 +155,9 @@ def _preprocess(model: TrainedModel, name: str, folder: Path, raw: Path, process
     from nnunetv2.experiment_planning import plan_and_preprocess_api as api
 
     make_folder(folder)
-    if not (folder / "dataset.json").is_file():
-        shutil.copyfile(raw / "dataset.json", folder / "dataset.json")
-    if (raw / "splits_final.json").is_file() and not (folder / "splits_final.json").is_file():
-        shutil.copyfile(raw / "splits_final.json", folder / "splits_final.json")
+    for file in ("dataset.json", "splits_final.json"):
+        if (raw / file).is_file() and not (folder / file).is_file():
+            shutil.copyfile(raw / file, folder / file)
     plans_name = f"nnslim_{model_key(model)}"
     identifier = f"{plans_name}_{model.configuration}"
     settings = {**model.configuration_manager.configuration, "data_identifier": identifier}

@@ -92,15 +92,6 @@ def _case_name(name: str, ending: str) -> str | None:
     return stem[:-5] if fits else None
 
 
-def find_cases(images: Path, ending: str) -> dict[str, list[Path]]:
-    """Return the files of each case, one per channel, in channel order.
-
-    Raises:
-        InputError: nothing fits `<case>_0000<ending>`.
-    """
-    return list_cases(images, ending).cases
-
-
 def check_stage(model: Any, previous: Path | None) -> None:
     """Refuse a cascade without the stage before it.
 

@@ -19,6 +19,8 @@ _TORCH = {"is_seg", "num_threads", "device", "memefficient_seg_resampling", "for
     "separate_z_anisotropy_threshold",
     "aniso_axis_mode",
 }
+Spacing = Sequence[float]
+"""Edges of a voxel, mm."""
 _log = logging.getLogger("nnslim")
 
 
@@ -46,17 +48,12 @@ def known_function(function: Callable[..., Any]) -> str | None:
 
 
 def grid_of(
-    function: Callable[..., Any],
-    shape: Sequence[int],
-    new_shape: Sequence[int],
-    spacing: Sequence[float],
-    new_spacing: Sequence[float],
+    function: Callable[..., Any], shape: Sequence[int], new_shape: Sequence[int], spacing: Spacing, new_spacing: Spacing
 ) -> Grid | None:
     """Return what one of nnU-Net's functions would do to images or scores; None for a function that is not known.
 
     Args:
         function: see `known_function`. shape, new_shape: three sizes in voxels.
-        spacing, new_spacing: three edges in mm.
     """
     kind = known_function(function)
     settings = _taken_apart(function)[1]
@@ -69,9 +66,7 @@ def grid_of(
     return grid_like_interpolate(*sizes, settings.get("aniso_axis_mode", "nearest-exact"), last_axis)
 
 
-def _separate_axis(
-    settings: dict[str, Any], kind: str, spacing: Sequence[float], new_spacing: Sequence[float]
-) -> int | None:
+def _separate_axis(settings: dict[str, Any], kind: str, spacing: Spacing, new_spacing: Spacing) -> int | None:
     """Return the axis of thick slices, which nnU-Net resamples by itself; None where all are resampled as one."""
     from nnunetv2.preprocessing.resampling import default_resampling as default
 
@@ -116,11 +111,7 @@ def lean_configuration(configuration: Any) -> Any:
 
 
 def _resampled(
-    function: Callable[..., Any],
-    data: Any,
-    new_shape: Sequence[int],
-    current_spacing: Sequence[float],
-    new_spacing: Sequence[float],
+    function: Callable[..., Any], data: Any, new_shape: Sequence[int], current_spacing: Spacing, new_spacing: Spacing
 ) -> Any:
     grid = None
     if isinstance(data, np.ndarray) and data.ndim == 4 and data.dtype == np.float32:
@@ -132,11 +123,7 @@ def _resampled(
 
 
 def _resampled_seg(
-    function: Callable[..., Any],
-    seg: Any,
-    new_shape: Sequence[int],
-    current_spacing: Sequence[float],
-    new_spacing: Sequence[float],
+    function: Callable[..., Any], seg: Any, new_shape: Sequence[int], current_spacing: Spacing, new_spacing: Spacing
 ) -> Any:
     if not (isinstance(seg, np.ndarray) and seg.ndim == 4 and seg.size and _votes(function)):
         return function(seg, new_shape, current_spacing, new_spacing)

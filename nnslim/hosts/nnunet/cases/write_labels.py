@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nnslim.errors import InputError, OutputError
 from nnslim.hosts.nnunet.cases.preprocess import silent
-from nnslim.hosts.nnunet.cases.resampling_functions import Stand, grid_of, known_function, lean_configuration
+from nnslim.hosts.nnunet.cases.resampling_functions import Spacing, Stand, grid_of, known_function, lean_configuration
 from nnslim.prediction.images import check_complete
 from nnslim.resampling.labels import Regions, label_map
 from nnslim.running.machine import machine_threads
@@ -201,7 +201,7 @@ def _streaming(configuration: Any, labels: Any) -> tuple[Any, Any]:
     """Return stand-ins for both: resampling scores then gives labels, and converting labels leaves them as they are."""
     made: list[np.ndarray] = []
 
-    def resampled(logits: Any, new_shape: Sequence[int], spacing: Sequence[float], new_spacing: Sequence[float]) -> Any:
+    def resampled(logits: Any, new_shape: Sequence[int], spacing: Spacing, new_spacing: Spacing) -> Any:
         function = configuration.resampling_fn_probabilities
         found = labels_of(logits, function, labels, new_shape, spacing, new_spacing)
         if found is None:
@@ -223,15 +223,15 @@ def labels_of(
     function: Callable[..., Any],
     labels: Any,
     new_shape: Sequence[int],
-    spacing: Sequence[float],
-    new_spacing: Sequence[float],
+    spacing: Spacing,
+    new_spacing: Spacing,
 ) -> np.ndarray | None:
     """Return the labels that nnU-Net's resampling and choosing give.
 
     Args:
         logits: (heads, *spatial), not modified and not copied.
         function: nnU-Net's resampling function with the plans' settings. labels: its label manager.
-        new_shape: of the cropped image. spacing, new_spacing: three edges in mm.
+        new_shape: of the cropped image.
     Returns:
         (*new_shape) uint8 or uint16; None where that is better left to nnU-Net (heads that do not fit, scores that are
         not finite).

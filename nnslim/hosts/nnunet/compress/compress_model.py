@@ -137,7 +137,7 @@ def write_slim(
 
 
 def _calibrate_int8(side: Path, folds: list[str], config: SlimConfig, progress: Progress | None) -> None:
-    from nnslim.hosts.nnunet.export.int8_models import keep_int8
+    from nnslim.hosts.nnunet.export.export_model import keep_int8
 
     images = config.calibration.images
     if images is None:

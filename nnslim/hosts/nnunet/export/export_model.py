@@ -1,12 +1,14 @@
-"""Export a model folder to one file that runs without torch and nnU-Net, checked against the network on a tile."""
+"""Models as files that run without torch and nnU-Net, and eight-bit models of the folds; each is checked on a tile."""
 
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from nnslim._version import __version__
-from nnslim.errors import InputError, ModelError, OutputError, first_line
+from nnslim.compression.config import SlimConfig
+from nnslim.compression.storage import StateDict
+from nnslim.errors import BackendError, ConfigError, InputError, ModelError, OutputError, first_line
 from nnslim.evaluation.parity import Parity, parity
 from nnslim.files import make_folder, output_error, write_bytes, write_json
 from nnslim.hosts.nnunet.cases.calibration_tiles import ImageTiles, Source, prepare_images
-from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network, channels_and_heads
-from nnslim.running.int8 import quantize
-from nnslim.running.kept_models import write_model
+from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network, input_shape
+from nnslim.running import kept_models
+from nnslim.running.int8 import INT8_NAME, Quantised, offer, quantize
 from nnslim.running.onnx_file import in_int8, run_onnx, to_onnx, with_half_weights
 from nnslim.running.openvino import OpenVINOEngine, convert
 
@@ -28,6 +32,7 @@ ENDINGS = {"onnx": ".onnx", "openvino": ".xml"}
 PRECISIONS = ("f32", "f16", "int8")
 _IMAGES, _TILES = 8, 2  # to calibrate on
 Progress = Callable[[str, int, int], None]
+_log = logging.getLogger("nnslim")
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,7 @@ def export_model(
     tell = progress or (lambda what, done, total: None)
     tell("reading", 0, 1)
     network = build_network(model)
-    inputs, _ = channels_and_heads(model)
-    shape = (1, inputs, *_patch(model, network, inputs, settings.patch))
+    shape = _shape(network, input_shape(model), settings.patch)
     calibration, tile, name = calibration_tiles(model, shape, settings, tell)
     tell("converting", 0, 1)
     with _beside(output) as folder:
@@ -184,24 +188,24 @@ def _targets(output: Path, settings: ExportSettings) -> tuple[Path, ...]:
     return targets
 
 
-def _patch(model: TrainedModel, network: nn.Module, inputs: int, asked: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Return the patch; one that is not the model's is tried."""
-    own = tuple(int(size) for size in model.configuration_manager.patch_size)
+def _shape(network: nn.Module, shape: tuple[int, ...], asked: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Return (1, C, *patch) with the patch that was asked for; one that is not the model's is tried."""
+    own = shape[2:]
     if asked is None or tuple(asked) == own:
-        return own
+        return shape
     if len(asked) != len(own) or min(asked) < 1:
         raise InputError(f"the patch {asked} does not fit the model; expected {len(own)} sizes in voxels, like {own}")
     try:
         with torch.inference_mode():
-            network(torch.zeros(1, inputs, *asked))
+            network(torch.zeros(*shape[:2], *asked))
     except (RuntimeError, ValueError) as error:
         reason = first_line(error)
         raise InputError(f"the network does not take the patch {asked} ({reason}); its own is {own}") from error
-    return tuple(asked)
+    return (*shape[:2], *asked)
 
 
 def calibration_tiles(
-    model: Any, shape: tuple[int, ...], settings: ExportSettings, tell: Progress
+    model: Any, shape: tuple[int, ...], settings: ExportSettings, progress: Progress | None
 ) -> tuple[list[Tensor], Tensor, str]:
     """Return tiles to calibrate on, one to compare on (of an image of its own if there are two) and its description.
 
@@ -215,7 +219,7 @@ def calibration_tiles(
         manager = copy.deepcopy(source.configuration_manager)
         manager.configuration["patch_size"] = list(shape[2:])
         source = replace(source, configuration_manager=manager)
-    seed, step = settings.seed, lambda done, total: tell("images", done, total)
+    seed, step = settings.seed, None if progress is None else partial(progress, "images")
     with prepare_images(source, settings.images, count + 1, seed=seed, progress=step) as images:
         tile = next(iter(ImageTiles(images.part(len(images) - 1), 1, seed=seed)))
         rest = images.part(0, max(len(images) - 1, 1) if settings.precision == "int8" else 0)
@@ -246,10 +250,10 @@ def _write(
         write_bytes(file, made.SerializeToString())
     elif settings.precision == "int8":
         quantised = quantize(network, shape, tiles, channels_last=False)
-        write_model(quantised.model, file)
+        kept_models.write_model(quantised.model, file)
         return (quantised.line(),)
     else:
-        write_model(convert(network, shape, channels_last=False), file, half=settings.precision == "f16")
+        kept_models.write_model(convert(network, shape, channels_last=False), file, half=settings.precision == "f16")
     return ()
 
 
@@ -262,3 +266,92 @@ def _beside(output: Path) -> Iterator[Path]:
             yield Path(folder)
     except OSError as error:
         raise output_error(output, error) from error
+
+
+def keep_int8(
+    model: TrainedModel, images: Path, *, seed: int = 0, progress: Progress | None = None
+) -> dict[str, Parity]:
+    """Calibrate each fold that was read and write fold_X/nnslim_int8.xml and .bin, which replace older ones.
+
+    Args:
+        model: dense or slim. images: folder, as for prediction. seed: chooses images and tiles.
+        progress: called with (what, done, in all).
+    Returns:
+        By fold, the comparison with the network on a tile that was not calibrated on, where there are two images; where
+        it did not pass, nothing was written.
+    Raises:
+        InputError: unusable images. OutputError: a file cannot be written. BackendError: openvino or nncf is missing,
+        or cannot take the network.
+    """
+    checked, data = {}, _Data(model, input_shape(model), images, seed, progress)
+    for number, fold in enumerate(model.checkpoints):
+        network = build_network(model, fold)
+        if progress is not None:
+            progress("calibrating", number, len(model.checkpoints))
+        quantised, checked[fold] = data.quantise(network, f"fold {fold}")
+        if checked[fold].passed:
+            kept_models.replace_model(quantised.model, model.path / f"fold_{fold}" / INT8_NAME)
+    return checked
+
+
+def prepare_int8(
+    predictor: Any,
+    network: nn.Module,
+    weights: Sequence[StateDict],
+    shape: tuple[int, ...],
+    config: SlimConfig,
+    folder: Path | None = None,
+) -> None:
+    """Make sure that `OpenVINOEngine(network, precision="int8")` finds a model for each set of weights.
+
+    It may be there from an earlier time, or lie beside a checkpoint of the folder; else it is calibrated on the images
+    of the configuration, and kept for the next time.
+
+    Args:
+        predictor: an initialised nnUNetPredictor.
+        network: the one that will run, dense or slim; left with the last weights.
+        weights: state dicts of the folds. shape: (1, C, *patch).
+        folder: of the model, where it has one.
+    Raises:
+        ConfigError: a model is missing, and no images are named. BackendError: openvino or nncf is missing, or the
+        eight bits are too far from the network. InputError: unusable images. OutputError: the cache cannot be written.
+    """
+    kept_models.openvino_module()
+    files = [] if folder is None else sorted(Path(folder).glob(f"fold_*/{INT8_NAME}"))
+    images, data = config.calibration.images, None
+    for number, state in enumerate(weights):
+        network.load_state_dict(state)
+        key = kept_models.network_key(kept_models.network_fingerprint(network), shape, "int8")
+        if kept_models.recall_model(key, None) is not None or any(offer(network, shape, file) for file in files):
+            continue
+        if images is None:
+            others = f"; {files[0]} was made from other weights" if files else ""
+            raise ConfigError(
+                "int8 is calibrated on images: name a folder of them (nnslim predict --calibration, nnslim run -i, "
+                f"NNSlimContext(images=...) or calibration.images){others}"
+            )
+        data = data or _Data(predictor, shape, Path(images), config.calibration.seed, None)
+        quantised, checked = data.quantise(network, f"weights {number + 1} of {len(weights)}")
+        if not checked.passed:
+            raise BackendError(f"int8 is too far from the network that it was made from: {checked.line()}")
+        kept_models.keep(quantised.model, key, None)
+
+
+class _Data:
+    """Calibration tiles of some images, and a tile to compare on."""
+
+    def __init__(self, model: Any, shape: tuple[int, ...], images: Path, seed: int, progress: Progress | None) -> None:
+        self.shape, self.regions = shape, Source.of(model).regions
+        settings = ExportSettings("openvino", "int8", images, seed=seed)
+        self.tiles, self.tile, self.name = calibration_tiles(model, shape, settings, progress)
+
+    def quantise(self, network: nn.Module, what: str) -> tuple[Quantised, Parity]:
+        """Return the model in eight bits and how it compares on a tile that was not calibrated on, if there are two."""
+        network.eval()
+        quantised = quantize(network, self.shape, self.tiles)
+        with torch.inference_mode():
+            wanted = network(self.tile)
+        found = OpenVINOEngine(quantised.model, self.shape, precision="int8")(self.tile)
+        checked = parity(wanted, found, precision="int8", tile=self.name, regions=self.regions)
+        _log.info("%s: %s; %s", what, quantised.line(), checked.line())
+        return quantised, checked

@@ -16,7 +16,7 @@ from nnslim.errors import InputError, ModelError, NNSlimError, kind_and_line
 from nnslim.evaluation.agreement import Agreement, CaseAgreement, LabelMaps, compare_answers
 from nnslim.evaluation.expected import TEMPERATURE, harden
 from nnslim.evaluation.pictures import agreement_figure
-from nnslim.hosts.nnunet.cases.preprocess import check_stage, find_cases, preprocess_case, silent
+from nnslim.hosts.nnunet.cases.preprocess import check_stage, list_cases, preprocess_case, silent
 from nnslim.hosts.nnunet.model.model_files import find_folds
 from nnslim.hosts.nnunet.model.trained_model import classes_of, read_trained_model
 from nnslim.hosts.nnunet.predict.load import load_predictor
@@ -87,7 +87,7 @@ def compared_cases(dense: Any, images: Path, labels: Path | None, settings: Pred
     """
     check_stage(dense, settings.previous_stage)
     ending = dense.dataset_json["file_ending"]
-    found = find_cases(Path(images), ending)
+    found = list_cases(Path(images), ending).cases
     truths: dict[str, Path] = {}
     if labels is not None:
         if not Path(labels).is_dir():

@@ -21,7 +21,7 @@ from nnslim.benchmark.alternated import Candidate, Progress, TimedJob, Timing, m
 from nnslim.benchmark.passes import Way
 from nnslim.compression.config import SlimConfig
 from nnslim.errors import NNSlimError
-from nnslim.hosts.nnunet.cases.preprocess import find_cases
+from nnslim.hosts.nnunet.cases.preprocess import list_cases
 from nnslim.hosts.nnunet.predict.load import NNUNetModel, load_predictor
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.patching import AttributePatch
@@ -82,7 +82,7 @@ def prepare_pipeline(pipeline: TimedPipeline, images: Path) -> Candidate:
     if settings.backend == "stock" and settings.export is None:
         settings = replace(settings, export="stock")
     load_seconds, predictor = timed(lambda: load_predictor(pipeline.model, config, settings))
-    cases = find_cases(images, predictor.dataset_json["file_ending"])
+    cases = list_cases(images, predictor.dataset_json["file_ending"]).cases
     engine_seconds, _ = timed(lambda: _first_pass(predictor))
     facts = {
         "cases": len(cases),

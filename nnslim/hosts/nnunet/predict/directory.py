@@ -63,11 +63,9 @@ def nnunet_cases(images: Path, ending: str) -> list[Case]:
         _log.warning("%d files are not named <case>_0000%s and left out: %s", len(found.left_out), ending, names)
     for name in found.problems:
         found.cases.setdefault(name, [])
-    cases = sorted(found.cases.items())
-    sizes = [max(map(count_voxels, files), default=0) for _, files in cases]
     return [
-        Case(name, tuple(files), f"{name}{ending}", size, found.problems.get(name, ""))
-        for (name, files), size in zip(cases, sizes, strict=True)
+        Case(name, tuple(files), name + ending, max(map(count_voxels, files), default=0), found.problems.get(name, ""))
+        for name, files in sorted(found.cases.items())
     ]
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nnslim.compression.config import RunConfig
 from nnslim.errors import ModelError
 from nnslim.hosts.nnunet.cases.preprocess import preprocess_case, silent
 from nnslim.hosts.nnunet.cases.write_labels import write_segmentation
@@ -27,15 +27,31 @@ def load_predictor(model: Path, config: Any, settings: PredictSettings) -> Any:
     Raises:
         ModelError, ConfigError, HostError: what cannot be used.
     """
-    chosen = {key: getattr(settings, key) for key in ("backend", "precision", "threads", "export")}
-    session = own_session(config, {key: value for key, value in chosen.items() if value is not None})
+    named = ("backend", "precision", "threads", "export")
+    session = own_session(config, {key: getattr(settings, key) for key in named})
     # Read, checked and built here, once: nnU-Net would run code in checkpoints, and reports faults as bare KeyErrors.
     source = read_trained_model(model, settings.folds, settings.checkpoint, trust=settings.trust)
     device = torch.device(settings.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError("device cuda was asked for, but torch finds no CUDA device; use --device cpu")
+    run = session.config.run
     with silent():
-        predictor = _predictor_class(session.config.run)(
+        base = predictor_class()
+
+    class SettledPredictor(base):  # type: ignore[misc, valid-type]
+        """nnU-Net's predictor with our sliding window; the backend "stock" keeps nnU-Net's."""
+
+        export = run.export
+
+        def _internal_predict_sliding_window_return_logits(
+            self, data: torch.Tensor, slicers: Sequence[Any], do_on_device: bool = True
+        ) -> torch.Tensor:
+            if run.backend == "stock":
+                return super()._internal_predict_sliding_window_return_logits(data, slicers, do_on_device)
+            return window_logits(self, data, slicers, do_on_device, run.tile_batch, contiguous=run.export == "stock")
+
+    with silent():
+        predictor = SettledPredictor(
             tile_step_size=settings.step_size, use_mirroring=settings.mirroring, device=device, allow_tqdm=False
         )
         predictor.manual_initialization(
@@ -51,43 +67,30 @@ def load_predictor(model: Path, config: Any, settings: PredictSettings) -> Any:
     return predictor
 
 
-def _predictor_class(run: RunConfig) -> Any:
-    """Return a subclass of nnU-Net's predictor with our sliding window; the backend "stock" keeps nnU-Net's."""
-
-    class SettledPredictor(predictor_class()):  # type: ignore[misc]
-        export = run.export
-
-        def _internal_predict_sliding_window_return_logits(
-            self, data: torch.Tensor, slicers: Sequence[Any], do_on_device: bool = True
-        ) -> torch.Tensor:
-            if run.backend == "stock":
-                return super()._internal_predict_sliding_window_return_logits(data, slicers, do_on_device)
-            contiguous = run.export == "stock"
-            return window_logits(self, data, slicers, do_on_device, run.tile_batch, contiguous=contiguous)
-
-    return SettledPredictor
-
-
+@dataclass(frozen=True)
 class NNUNetModel:
-    """A loaded predictor, stage by stage; implements `nnslim.prediction.case.Model`."""
+    """A predictor from `load_predictor`, stage by stage; implements `nnslim.prediction.case.Model`."""
 
-    def __init__(self, predictor: Any, settings: PredictSettings) -> None:
-        """Hold the predictor, from `load_predictor`."""
-        self._predictor, self._settings = predictor, settings
-        self._streamed = predictor.export == "streamed"  # and so preprocesses without large copies
+    predictor: Any
+    settings: PredictSettings
+
+    @property
+    def streamed(self) -> bool:
+        """Whether it exports labels without full-size scores, and so preprocesses without large copies."""
+        return self.predictor.export == "streamed"
 
     def read(self, case: Case) -> tuple[Any, dict[str, Any]]:
         """Return (channels, *spatial) preprocessed data and nnU-Net's properties."""
-        previous = self._settings.previous_stage and self._settings.previous_stage / case.target
-        return preprocess_case(self._predictor, list(case.files), previous, lean=self._streamed)
+        previous = self.settings.previous_stage and self.settings.previous_stage / case.target
+        return preprocess_case(self.predictor, list(case.files), previous, lean=self.streamed)
 
     def forward(self, case: Case, data: tuple[Any, dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
         """Return (heads, *spatial) logits on the CPU, and the properties."""
         array, properties = data
         with silent():
-            return self._predictor.predict_logits_from_preprocessed_data(torch.from_numpy(array)), properties
+            return self.predictor.predict_logits_from_preprocessed_data(torch.from_numpy(array)), properties
 
     def write(self, case: Case, result: tuple[Any, dict[str, Any]], beside: Path) -> None:
         """Resample the logits to the image, label, and write."""
-        threads = self._settings.threads or machine_threads()
-        write_segmentation(self._predictor, *result, beside, streamed=self._streamed, threads=threads)
+        threads = self.settings.threads or machine_threads()
+        write_segmentation(self.predictor, *result, beside, streamed=self.streamed, threads=threads)

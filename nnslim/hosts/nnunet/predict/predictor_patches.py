@@ -1,14 +1,15 @@
-"""The patches on nnUNetPredictor: every model that it loads is compressed by the context in force."""
+"""The patches on nnUNetPredictor: every model that it loads is compressed by the context in force, and may be kept."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,6 @@ from nnslim.errors import OutputError
 from nnslim.hosts.nnunet.cases.calibration_tiles import calibration_of, images_fingerprint
 from nnslim.hosts.nnunet.model.compatibility import predictor_class
 from nnslim.hosts.nnunet.model.slim_plans import refuse_changed_plans
-from nnslim.hosts.nnunet.predict.kept_predictors import KeptPredictors, loading_key
 from nnslim.hosts.nnunet.predict.sliding_window import window_logits
 from nnslim.network.spec import spec_of
 from nnslim.network.walk import unwrap
@@ -30,34 +30,60 @@ from nnslim.patching import AttributePatch
 from nnslim.running.engine import Runner, check_precision
 
 _log = logging.getLogger("nnslim")
+_MOST = 8  # models that are kept, the latest used; TotalSegmentator has five parts and a rough one
+# What initialize_from_trained_model_folder sets, in every version that we know.
+_LOADED = (
+    "plans_manager",
+    "configuration_manager",
+    "list_of_parameters",
+    "network",
+    "dataset_json",
+    "trainer_name",
+    "allowed_mirroring_axes",
+    "label_manager",
+)
 
 
-class Session(Protocol):
-    """What the patches need of a context."""
+class KeptPredictors(OrderedDict[tuple[Any, ...], dict[str, Any]]):
+    """Loaded models that outlive the predictor that loaded them: the next one of the same folder gets them at once.
 
-    config: SlimConfig
-    report: Report
-    kept: KeptPredictors
+    TotalSegmentator makes a new predictor, and reads its weights again, for every image and every one of its parts.
+    One network serves all predictors that share it, in turn.
+    """
+
+    def give(self, predictor: Any, key: tuple[Any, ...]) -> bool:
+        """Hand the predictor what is kept under the key; return whether there was anything."""
+        if key not in self:
+            return False
+        self.move_to_end(key)
+        for name, value in self[key].items():
+            setattr(predictor, name, value)
+        return True
+
+    def keep(self, predictor: Any, key: tuple[Any, ...]) -> None:
+        """Keep what the predictor has loaded."""
+        self[key] = {name: getattr(predictor, name) for name in _LOADED}
+        if len(self) > _MOST:
+            self.popitem(last=False)
 
 
-@dataclass
-class OwnSession:
-    """A session without a context."""
+@dataclass(eq=False)
+class Session:
+    """A configuration, what was done with it model by model, and the models that are kept."""
 
     config: SlimConfig
     report: Report = field(default_factory=Report)
     kept: KeptPredictors = field(default_factory=KeptPredictors)
 
 
-def own_session(config: Any, run: dict[str, Any]) -> OwnSession:
-    """Return a session for what NNSlimContext takes, or None for no compression, with these settings of `run`."""
+def own_session(config: Any, run: dict[str, Any]) -> Session:
+    """Return a session for what NNSlimContext takes, or None; those settings of `run` that are not None are changed."""
+    run = {key: value for key, value in run.items() if value is not None}
     slim = SlimConfig() if config is None else load_config(config)
-    return OwnSession(slim.model_copy(update={"run": slim.run.model_copy(update=run)}))
+    return Session(slim.model_copy(update={"run": slim.run.model_copy(update=run)}))
 
 
-def predictor_patches(
-    current: Callable[[], Session | None], prepare: Callable[[], None] = lambda: None
-) -> list[AttributePatch]:
+def predictor_patches(current: Callable[[], Session | None], prepare: Callable[[], None]) -> list[AttributePatch]:
     """Return the patches, not yet applied.
 
     Only methods that TotalSegmentator leaves alone are replaced, and on the class: whoever imported the class before
@@ -114,8 +140,7 @@ def predictor_patches(
             if session is None or not session.config.apply or _untouched(session.config.run):
                 return original(self, data, slicers, do_on_device)
             run = session.config.run
-            contiguous = run.export == "stock"
-            return window_logits(self, data, slicers, do_on_device, run.tile_batch, contiguous=contiguous)
+            return window_logits(self, data, slicers, do_on_device, run.tile_batch, contiguous=run.export == "stock")
 
         return _internal_predict_sliding_window_return_logits
 
@@ -139,6 +164,8 @@ def slim_predictor(predictor: Any, session: Session, source: str, folder: Path |
         BackendError: the precision that was asked for is not available here, or goes wrong for this network.
         ConfigError: int8 without images to calibrate it on.
     """
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+
     compiled = hasattr(predictor.network, "_orig_mod")
     dense = unwrap(predictor.network)
     # A DataParallel-trained checkpoint may carry "module." prefixes; nnU-Net would refuse it before us.
@@ -148,7 +175,9 @@ def slim_predictor(predictor: Any, session: Session, source: str, folder: Path |
     refuse_changed_plans(config, predictor.configuration_manager)
     started = time.perf_counter()
     slimmed, cached, note, speed = None, False, "", None
-    shape = (1, input_channels(predictor), *predictor.configuration_manager.patch_size)
+    plans, configuration = predictor.plans_manager, predictor.configuration_manager
+    channels = determine_num_input_channels(plans, configuration, predictor.dataset_json)
+    shape = (1, channels, *configuration.patch_size)
     if not config.active:
         note = "no method is named" if config.apply else "compression is switched off"
     elif spec_of(dense) is not None:
@@ -161,23 +190,20 @@ def slim_predictor(predictor: Any, session: Session, source: str, folder: Path |
     network = dense if slimmed is None else slimmed.network
     if slimmed is not None and given:
         predictor.list_of_parameters = list(slimmed.weights)
-    if config.apply and not _untouched(config.run):
-        if slimmed is None and not given:  # a trainer's own network goes on learning: an engine would keep old weights
-            network = dense
-        else:
-            settings = config.run.settings()
-            check_precision(network, shape, settings, predictor.device)
-            if slimmed is None and settings.precision != "f32":
-                note += f"; it runs in {settings.precision}"
-            if settings.precision == "int8":
-                from nnslim.hosts.nnunet.export.int8_models import prepare_int8
+    if not config.apply or _untouched(config.run):
+        network = torch.compile(network) if compiled else network
+    elif slimmed is not None or given:  # a trainer's own network goes on learning: an engine would keep old weights
+        settings = config.run.settings()
+        check_precision(network, shape, settings, predictor.device)
+        if slimmed is None and settings.precision != "f32":
+            note += f"; it runs in {settings.precision}"
+        if settings.precision == "int8":
+            from nnslim.hosts.nnunet.export.export_model import prepare_int8
 
-                prepare_int8(predictor, network, slimmed.weights if slimmed else folds, shape, config, folder)
-            if compiled and settings.backend == "auto":  # nnUNet_compile asks for it
-                settings = replace(settings, backend="compile")
-            network = Runner(network.eval(), settings)
-    elif compiled:
-        network = torch.compile(network)
+            prepare_int8(predictor, network, slimmed.weights if slimmed else folds, shape, config, folder)
+        if compiled and settings.backend == "auto":  # nnUNet_compile asks for it
+            settings = replace(settings, backend="compile")
+        network = Runner(network.eval(), settings)
     predictor.network = network
     seconds = time.perf_counter() - started
     session.report.models.append(ModelReport(source, len(folds), slimmed, seconds, cached, note, speed))
@@ -185,17 +211,17 @@ def slim_predictor(predictor: Any, session: Session, source: str, folder: Path |
         _log.info(line)
 
 
+def loading_key(predictor: Any, folder: str, folds: Any, checkpoint_name: str) -> tuple[Any, ...]:
+    """Return what decides the content of a loaded predictor: the folder, its files as they are now, the device."""
+    path = Path(folder).resolve()
+    files = sorted(path.glob("*.json")) + sorted(path.glob(f"fold_*/{checkpoint_name}"))
+    state = tuple((str(file), (stat := file.stat()).st_mtime_ns, stat.st_size) for file in files)
+    wanted = folds if folds is None or isinstance(folds, (str, int)) else tuple(folds)
+    return str(path), wanted, checkpoint_name, str(predictor.device), state
+
+
 def _untouched(run: RunConfig) -> bool:
     return run.backend == "stock" and run.tile_batch == 1 and run.precision == "f32"
-
-
-def input_channels(predictor: Any) -> int:
-    """Return the channels that the network of an initialised predictor takes."""
-    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-
-    return determine_num_input_channels(
-        predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
-    )
 
 
 def _compress_or_recall(

@@ -12,6 +12,7 @@ from nnslim.running.machine import keep_heap
 
 
 @torch.inference_mode()
+@keep_heap()
 def window_logits(
     predictor: Any, data: Tensor, slicers: Sequence[Any], on_device: bool, batch: int = 1, *, contiguous: bool = True
 ) -> Tensor:
@@ -33,16 +34,15 @@ def window_logits(
     Raises:
         RuntimeError: infinite logits (as nnU-Net does).
     """
-    with keep_heap():
-        logits = _merged(predictor, data, slicers, on_device, batch)
-        return logits.contiguous() if contiguous else logits
+    from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 
-
-def _merged(predictor: Any, data: Tensor, slicers: Sequence[Any], on_device: bool, batch: int) -> Tensor:
     device = predictor.device if on_device else torch.device("cpu")
     dtype = torch.half if device.type == "cuda" else torch.float32
     data = data.to(device)
-    weight = _gaussian(predictor, device, dtype)
+    patch = tuple(predictor.configuration_manager.patch_size)
+    weight = torch.ones(patch, dtype=dtype, device=device)
+    if predictor.use_gaussian:
+        weight = compute_gaussian(patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=device).to(dtype)
     heads = predictor.label_manager.num_segmentation_heads
     logits: Tensor | None = None
     weights = torch.zeros(data.shape[1:], dtype=dtype, device=device)
@@ -61,13 +61,4 @@ def _merged(predictor: Any, data: Tensor, slicers: Sequence[Any], on_device: boo
     logits /= weights
     if torch.isinf(logits).any():
         raise RuntimeError("Encountered inf in predicted array. Aborting...")
-    return logits
-
-
-def _gaussian(predictor: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-    from nnunetv2.inference.sliding_window_prediction import compute_gaussian
-
-    patch = tuple(predictor.configuration_manager.patch_size)
-    if not predictor.use_gaussian:
-        return torch.ones(patch, dtype=dtype, device=device)
-    return compute_gaussian(patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=device).to(dtype)
+    return logits.contiguous() if contiguous else logits
