@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.metadata
 import json
 import math
 import os
@@ -231,8 +232,11 @@ def test_totalsegmentator_tables():
 
 
 def test_totalsegmentator_absent_is_told(monkeypatch):
-    monkeypatch.setitem(sys.modules, "totalsegmentator", None)
-    with pytest.raises(HostError, match=r"pip install nnslim\[ts\]"):
+    def version(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(HostError, match=r"TotalSegmentator is not installed; run pip install 'nnslim\[ts\]'"):
         task_classes("total")
 
 
