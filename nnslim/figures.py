@@ -53,11 +53,7 @@ def new_figure(size: tuple[float, float]) -> Any:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure, whole or not at all; the ending chooses PNG, PDF or SVG.
-
-    Raises:
-        InputError: another ending. OutputError: it cannot be written.
-    """
+    """Write PNG, PDF or SVG, as the ending says, or raise an InputError (another ending) or OutputError."""
     if path.suffix.lower() not in _FORMATS:
         raise InputError(f"cannot draw {path.name}: its ending should be one of {', '.join(_FORMATS)}")
     picture = io.BytesIO()

@@ -37,11 +37,7 @@ def user_cache() -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """Create `folder` with its parents.
-
-    Raises:
-        OutputError: it cannot be created.
-    """
+    """Create `folder` with its parents, or raise an OutputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -58,11 +54,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_yaml(path: Path, error: type[NNSlimError] = InputError) -> Any:
-    """Return the content of a YAML file, or of a JSON file, which is YAML, too.
-
-    Raises:
-        error: it cannot be read, or is neither.
-    """
+    """Return the content of a YAML or JSON file; raise `error` if it cannot be read, or is neither."""
     import yaml
 
     try:
@@ -74,16 +66,12 @@ def read_yaml(path: Path, error: type[NNSlimError] = InputError) -> Any:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write `content` beside `path`, then move it into place, so that a reader sees the old or the new file only.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Write an object with `write_bytes`."""
     write_bytes(path, (json.dumps(content, indent=4) + "\n").encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` beside `path`, then move it into place.
+    """Write `content` beside `path`, then move it into place, so that a reader sees the old or the new file only.
 
     Raises:
         OutputError: it cannot be written; `path` is as it was.
@@ -102,13 +90,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
-    """Write what `torch.save` gives, whole or not at all.
-
-    It is serialised in memory first, because torch reports a full disk as a RuntimeError without an errno.
-
-    Raises:
-        OutputError: it cannot be written; `path` is as it was.
-    """
+    """Write a checkpoint with `write_bytes`; torch itself reports a full disk as a RuntimeError without an errno."""
     import torch  # here, so that small tools that only write JSON start fast
 
     buffer = io.BytesIO()

@@ -10,13 +10,7 @@ from nnslim.errors import BackendError, NNSlimError
 
 
 def needed(name: str, install: str, *, purpose: str = "", error: type[NNSlimError] = BackendError) -> Any:
-    """Import a package and return it.
-
-    Args:
-        name: module. install: what pip takes. purpose: what needs it, for the message. error: type to raise.
-    Raises:
-        error: the package is missing or cannot be imported.
-    """
+    """Import the module `name`, or raise `error` with what `purpose` needs it for and what pip can `install`."""
     try:
         return importlib.import_module(name)
     except ImportError as problem:
@@ -26,13 +20,7 @@ def needed(name: str, install: str, *, purpose: str = "", error: type[NNSlimErro
 
 
 def installed_version(package: str, name: str, install: str, *, error: type[NNSlimError]) -> str:
-    """Return the version of a package without importing it.
-
-    Args:
-        package: as pip knows it. name: as the message shows it. install: what pip takes. error: type to raise.
-    Raises:
-        error: it is not installed.
-    """
+    """Return the version of a package without importing it, or raise `error` with its `name` and what to `install`."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

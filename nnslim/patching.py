@@ -20,16 +20,8 @@ class AttributePatch:
     """
 
     def __init__(self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Prepare, without touching anything.
-
-        Args:
-            owner: class or module that holds the attribute.
-            name: attribute name.
-            make: called with the plain function in force, returns the replacement.
-        """
-        self.owner = owner
-        self.name = name
-        self._make = make
+        """Touch nothing yet; `make` is called with the plain function in force and returns the replacement."""
+        self.owner, self.name, self._make = owner, name, make
         self._saved: Any = _ABSENT
         self._ours: Any = None
 

@@ -37,12 +37,10 @@ def write_table(
 
 
 def read_table(path: Path, columns: Sequence[str] = ()) -> DataFrame:
-    """Read a CSV file; every cell is text, and an empty cell is "".
+    """Read a CSV file in UTF-8; every cell is text, and an empty cell is "".
 
-    Args:
-        path: the file, in UTF-8. columns: names that must be there.
     Raises:
-        InputError: it cannot be read, is no table, or lacks a column; names the file.
+        InputError: it cannot be read, is no table, or lacks one of the columns; names the file.
     """
     import pandas
 

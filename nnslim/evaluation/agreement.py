@@ -134,9 +134,9 @@ class Agreement:
 
     def ordered(self) -> list[CaseAgreement]:
         """Return the cases by mean Dice over their classes, the worst first; without those that have no class."""
-        means = {number: _mean(row) for number, row in enumerate(self.values("dice"))}
-        known = [number for number, mean in means.items() if not math.isnan(mean)]
-        return [self.cases[number] for number in sorted(known, key=lambda number: means[number])]
+        means = np.array([_mean(row) for row in self.values("dice")])
+        order = np.argsort(means, kind="stable")  # NaN comes last
+        return [self.cases[number] for number in order if not math.isnan(means[number])]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values; NaN becomes null."""
@@ -147,13 +147,7 @@ class Agreement:
             worst = self.worst(key)
             classes[key] = {name: means[name][number] for name in shown}
             classes[key] |= {"worst_case": worst and worst.case, "worst_dice": worst and worst.dice}
-        cases: dict[str, dict[str, Any]] = {}
-        for case in self.cases:
-            scores = {
-                key: asdict(one) | {"volume_difference": one.volume_difference, "drop": one.drop}
-                for key, one in case.classes.items()
-            }
-            cases[case.name] = {"labelled": case.labelled, "classes": scores}
+        cases = {case.name: {"labelled": case.labelled, "classes": _scores(case)} for case in self.cases}
         worst = self.worst()
         content = {"mean_dice": self.mean_dice, "expected_drop": self.expected_drop, "temperature": self.temperature}
         content |= {name: self.mean(name) for name in ("dice_dense", "dice_slim", "drop")}
@@ -274,6 +268,11 @@ def _overlaps(first: Tensor, second: Tensor, classes: int, background: bool) -> 
         second = second.long().argmax(0)
     counted = joint_counts(first.numpy(), second.numpy())
     return [counted.overlap([label]) for label in range(1, classes + 1)]
+
+
+def _scores(case: CaseAgreement) -> dict[str, dict[str, float]]:
+    derived = ("volume_difference", "drop")
+    return {key: asdict(one) | {name: getattr(one, name) for name in derived} for key, one in case.classes.items()}
 
 
 def _mean(values: np.ndarray) -> float:

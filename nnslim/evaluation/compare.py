@@ -46,11 +46,7 @@ class LabelSource:
     """A label map; `volume` has its axes reversed, so that numpy finds the fastest one last."""
 
     def __init__(self, place: Path, classes: Classes | None) -> None:
-        """Read the map.
-
-        Raises:
-            InputError: it cannot be read, or a label is none of the classes.
-        """
+        """Read the map; an InputError tells that it cannot be read, or that a label is none of the classes."""
         self.place = place
         self.map = read_label_map(place)
         self.volume = self.map.labels.T
@@ -75,11 +71,7 @@ class MaskSource:
     """A folder with one mask per class, as TotalSegmentator writes it; `map` is one of them, the rest are read late."""
 
     def __init__(self, place: Path) -> None:
-        """List the files and read one of them for the grid.
-
-        Raises:
-            InputError: it cannot be read.
-        """
+        """List the files and read one of them for the grid; an InputError tells that there is none, or it is broken."""
         self.place = place
         self.files = mask_files(place)
         if not self.files:
@@ -91,11 +83,7 @@ class MaskSource:
         return one.name in self.files
 
     def load(self, one: LabelClass) -> Crop:
-        """Read the class.
-
-        Raises:
-            InputError: the file cannot be read, or has another grid than the others.
-        """
+        """Read the class; an InputError tells that its file cannot be read, or has another grid than the others."""
         file = self.files[one.name]
         read = self.map if file == self.map.path else read_label_map(file)
         check_same_grid(self.map, read)
@@ -109,11 +97,7 @@ Source = LabelSource | MaskSource
 
 
 def open_source(place: Path, classes: Classes | None) -> Source:
-    """Return a folder as masks and a file as a label map.
-
-    Raises:
-        InputError: see `LabelSource` and `MaskSource`.
-    """
+    """Return a folder as masks and a file as a label map."""
     return MaskSource(place) if place.is_dir() else LabelSource(place, classes)
 
 

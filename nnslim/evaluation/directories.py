@@ -20,6 +20,8 @@ from nnslim.evaluation.label_files import pair_cases
 from nnslim.evaluation.scores import Evaluation
 from nnslim.running.machine import machine_threads
 
+Jobs = Mapping[str, tuple[Any, ...]]  # name -> arguments
+Outcome = tuple[str, Any]  # name, and what the function returned; or the exception
 _START = 10.0  # seconds of work that make starting processes worth while; each imports numpy and scipy first
 
 
@@ -99,10 +101,6 @@ def _found(cases: list[CaseScores]) -> tuple[LabelClass, ...]:
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, (InputError, RuntimeError)) and text else f"{type(error).__name__}: {text}"
-
-
-Jobs = Mapping[str, tuple[Any, ...]]  # name -> arguments
-Outcome = tuple[str, Any]  # name, and what the function returned; or the exception
 
 
 def run_jobs(function: Callable[..., Any], jobs: Jobs, workers: int) -> Iterator[Outcome]:

@@ -49,11 +49,7 @@ def harden(probabilities: Tensor, background: bool) -> Tensor:
 
 
 def as_segmentation(segmentation: Tensor | np.ndarray) -> Tensor:
-    """Return integers or booleans as a tensor.
-
-    Raises:
-        InputError: floating-point numbers.
-    """
+    """Return integers or booleans as a tensor; floating-point numbers are an InputError."""
     if isinstance(segmentation, np.ndarray) and segmentation.dtype.kind == "u" and segmentation.itemsize > 1:
         segmentation = segmentation.astype(np.int64)  # torch before 2.3 has no uint16
     segmentation = torch.as_tensor(segmentation)

@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
-from nnslim.errors import InputError
+from nnslim.errors import InputError, one_line
 
 NIFTI = (".nii.gz", ".nii")
 VOLUMES = (*NIFTI, ".mha", ".mhd", ".nrrd")
@@ -103,8 +103,7 @@ def read_volume(path: Path) -> tuple[np.ndarray, tuple[float, ...], np.ndarray]:
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
     except (OSError, EOFError, ValueError, RuntimeError, zlib.error, nib.filebasedimages.ImageFileError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path} cannot be read: {reason[:300]}") from error
+        raise InputError(f"{path} cannot be read: {one_line(error)}") from error
 
 
 def _read_nifti(path: Path) -> tuple[np.ndarray, tuple[float, ...], np.ndarray]:
@@ -194,11 +193,7 @@ def pair_cases(
 
 
 def cases_by_name(place: Path, ending: str | None = None, class_names: Collection[str] = ()) -> dict[str, Path]:
-    """Return the label map, or the folder of masks, of each case, sorted by name.
-
-    Raises:
-        InputError: see `pair_cases`.
-    """
+    """Return the label map, or the folder of masks, of each case, sorted by name; errors as for `pair_cases`."""
     if place.is_file():
         if ending_of(place) is None:
             raise InputError(f"{place} is no label map; known endings: {', '.join(VOLUMES + PICTURES)}")
@@ -225,11 +220,7 @@ def label_files(folder: Path, ending: str | None = None) -> list[Path]:
 
 
 def mask_files(folder: Path) -> dict[str, Path]:
-    """Return the volume of each class in a folder of masks, by the name of the class.
-
-    Raises:
-        InputError: two files have the name of one class.
-    """
+    """Return the volume of each class in a folder of masks; two files of one class are an InputError."""
     return _by_name([file for file in label_files(folder) if ending_of(file, VOLUMES)], "class")
 
 

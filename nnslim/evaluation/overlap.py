@@ -71,10 +71,6 @@ def dice_of_counts(first: int, second: int, both: int) -> float:
 
 
 def dice_per_label(first: np.ndarray, second: np.ndarray, labels: Sequence[int]) -> dict[int, float]:
-    """Return the Dice of each label of two maps of one shape: NaN where neither has it, 0 where only one has it.
-
-    Raises:
-        InputError: the shapes differ, or a label is negative.
-    """
+    """Return the Dice of each label: NaN where neither map has it, 0 where only one has it. Errors: `joint_counts`'."""
     counted = joint_counts(np.asarray(first), np.asarray(second))
     return {int(label): dice_of_counts(*counted.overlap([label])) for label in labels}

@@ -45,11 +45,7 @@ def class_figure(evaluation: Evaluation, path: Path, groups: Mapping[str, Sequen
 
 
 def group_figure(evaluation: Evaluation, path: Path, groups: Mapping[str, Sequence[str]]) -> None:
-    """Draw Dice and NSD of each group: a dot per case and class.
-
-    Raises:
-        InputError: unknown ending. OutputError: it cannot be written.
-    """
+    """Draw Dice and NSD of each group, a dot per case and class; errors as for `class_figure`."""
     labels = [f"{group} ({len(members)} classes)" for group, members in groups.items()]
     _rows_figure(evaluation, path, labels, list(groups.values()), _GROUP_COLOURS)
 

@@ -173,20 +173,12 @@ class ScoreTable:
 
 
 def write_csv(path: Path, evaluation: Evaluation) -> None:
-    """Write `Evaluation.table`; dice, nsd and hd95 are nan where they have no value.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Write `Evaluation.table`, or raise an OutputError; dice, nsd and hd95 are nan where they have no value."""
     _write_rounded(evaluation.table, path, METRICS)
 
 
 def write_differences(path: Path, differences: Mapping[str, pandas.DataFrame]) -> None:
-    """Write what `paired_differences` returned for each metric.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Write what `paired_differences` returned for each metric, or raise an OutputError."""
     table = pandas.concat([one.assign(metric=metric) for metric, one in differences.items()])
     table.insert(0, "metric", table.pop("metric"))
     _write_rounded(table, path, ("mean", "sd", "lowest"))
@@ -228,11 +220,7 @@ def read_scores(path: Path, name: str, labels: Mapping[str, str] | None = None) 
 
 
 def write_summary(path: Path, evaluation: Evaluation) -> None:
-    """Write what nnU-Net's `compute_metrics_on_folder` writes, with NSD and HD95 added, and a key "nnslim".
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Write what nnU-Net's `compute_metrics_on_folder` does, NSD, HD95 and a key "nnslim", or raise an OutputError."""
     # nnU-Net's reader takes numbers: masks that only have names get their place in the list.
     named = any(not one.members for one in evaluation.classes)
     numbers = {one.key: str(place) if named else one.key for place, one in enumerate(evaluation.classes, start=1)}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nnslim.errors import ConfigError
-from nnslim.inflation.kernels import Mode, adapt_channels, inflate_conv, inflate_transposed_conv
+from nnslim.inflation.kernels import Mode, adapt_channels, inflate_conv
 from nnslim.network.walk import unwrap
 
 Fit = Literal["error", "cut-or-pad"]
@@ -100,10 +100,7 @@ def _inflated(key: str, kernel: Tensor, module: nn.Module, mode: Mode, axes: tup
             f"inflation: {key}: the 2D kernel is {tuple(kernel.shape[2:])}, in the 3D plan it is {tuple(size[1:])} in "
             "plane; plan both with the same kernels"
         )
-    if isinstance(module, nn.ConvTranspose3d):
-        wide = inflate_transposed_conv(kernel, size[0])
-    else:
-        wide = inflate_conv(kernel, size[0], mode)
+    wide = inflate_conv(kernel, size[0], "repeat" if isinstance(module, nn.ConvTranspose3d) else mode)
     return wide.permute(0, 1, *(2 + axis for axis in axes)).contiguous()
 
 
@@ -117,14 +114,13 @@ def _fitted(key: str, value: Tensor, old: Tensor, module: nn.Module | None, fit:
             f"{tuple(old.shape)}; plan both with the same widths, or allow cutting and padding (--fit cut-or-pad)"
         )
     notes["widths differ: channels were cut, or added with start values that nothing reads yet"] = None
+    made, transposed = old.clone(), isinstance(module, nn.ConvTranspose3d)
+    if transposed:
+        value, made = value.transpose(0, 1), made.transpose(0, 1)
+    outputs = min(len(value), len(made))
     if module is None:  # one value per output channel
-        both = min(len(value), len(old))
-        made = old.clone()
-        made[:both] = value[:both]
+        made[:outputs] = value[:outputs]
         return made
-    transposed = isinstance(module, nn.ConvTranspose3d)
-    value, made = (value.transpose(0, 1), old.transpose(0, 1).clone()) if transposed else (value, old.clone())
-    outputs = min(value.shape[0], made.shape[0])
     made[:outputs] = 0  # known outputs read nothing that is new
     parts = 2 if _AFTER_CONCAT.search(key) else 1  # upsampled and skip channels lie behind each other
     for into, out_of in zip(made.chunk(parts, 1), value.chunk(parts, 1), strict=True):

@@ -102,9 +102,8 @@ def _named(known: dict[str, Tensor], product: dict[str, str]) -> dict[str, Tenso
         for name, places in _PRODUCTS.items():
             weights = [known[product[f"/backbone/encoder/layer.{number}/{place}/MatMul"]].T for place in places]
             made[f"{block}{name}.weight"] = torch.cat(weights).contiguous()
-            made[f"{block}{name}.bias"] = torch.cat(
-                [known[f"{layer}{place.replace('/', '.')}.bias"] for place in places]
-            )
+            biases = [known[f"{layer}{place.replace('/', '.')}.bias"] for place in places]
+            made[f"{block}{name}.bias"] = torch.cat(biases)
         for norm in ("norm1", "norm2"):
             made |= {f"{block}{norm}.{what}": known[f"{layer}{norm}.{what}"] for what in ("weight", "bias")}
         for branch in (1, 2):
@@ -241,10 +240,8 @@ def _load_videoswin(encoder: VideoSwin, weights: Mapping[str, Tensor]) -> list[s
         value = named[key].float()
         if key == _EMBEDDING:
             inputs, layers = old.shape[1:3]
-            if value.ndim == 4:
-                value = inflate_patch_embedding(value, layers, inputs, "average")
-            else:
-                value = adapt_channels(value, inputs)
+            flat = value.ndim == 4
+            value = inflate_patch_embedding(value, layers, inputs, "average") if flat else adapt_channels(value, inputs)
         elif key.endswith(_TABLE) and value.shape != old.shape:
             value = tile_table(resize_swin_table(value, (rows, columns)), depth)
         _same(key, value, old)

@@ -22,6 +22,14 @@ ENCODERS = {
     "swin": "swin_base_patch4_window7_224",
     "videoswin": "swin3d_b",
 }
+_SIZES: dict[str, dict[str, Any]] = {
+    "swin3d_t": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]},
+    "swin3d_s": {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24]},
+    "swin3d_b": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]},
+}
+_BLOCK = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.(.+)")
+_MERGE = re.compile(r"layers\.(\d+)\.downsample\.(.+)")
+DERIVED = ("relative_position_index", "attn_mask")
 
 
 class _Tokens(nn.Module):
@@ -89,7 +97,7 @@ class WindowEncoder(nn.Module):
         if kind == "VisionTransformer":
             trunk.dynamic_img_size = True
         self.trunk, self.multiple, self.depth, self.kind, self.grid = trunk, patch, depth, kind, grid
-        if kind == "SwinTransformer":
+        if swin:
             self.taken = list(range(len(trunk.layers)))
             self.channels = [int(info["num_chs"]) for info in trunk.feature_info]
             self.strides = [int(info["reduction"]) for info in trunk.feature_info]
@@ -145,26 +153,17 @@ def make_encoder(
     model: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """Build an encoder of `ENCODERS` by its name; see `WindowEncoder` and `nnslim.inflation.window_encoders.VideoSwin`.
-
-    Raises:
-        ConfigError: no such encoder, or its network cannot be made.
-    """
+    """Build a `VideoSwin` or `WindowEncoder` by its name in `ENCODERS`, or raise a ConfigError."""
     if name not in ENCODERS:
         raise ConfigError(f"inflation: no encoder '{name}'; {nearest(name, ENCODERS)}")
+    model = model or ENCODERS[name]
     if name == "videoswin":
-        from nnslim.inflation.window_encoders import VideoSwin
-
-        return VideoSwin(channels, depth, model=model or ENCODERS[name], options=options)
-    return WindowEncoder(channels, depth, size, model=model or ENCODERS[name], options=options)
+        return VideoSwin(channels, depth, model=model, options=options)
+    return WindowEncoder(channels, depth, size, model=model, options=options)
 
 
 def reach_of(depth: int) -> int:
-    """Return how many slices stand before and after the one that a window predicts.
-
-    Raises:
-        ConfigError: an even number of slices has no centre.
-    """
+    """Return how many slices stand before and after the one that a window predicts; an even depth is a ConfigError."""
     if depth < 1 or depth % 2 == 0:
         raise ConfigError(f"inflation: a window has a centre slice, so its depth is odd; found {depth}")
     return depth // 2
@@ -176,23 +175,13 @@ def repeat_ends(volume: Tensor, before: int, bottom: int = 0, right: int = 0) ->
     return nn.functional.pad(volume, padding, mode="replicate") if any(padding) else volume
 
 
-_SIZES: dict[str, dict[str, Any]] = {
-    "swin3d_t": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]},
-    "swin3d_s": {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24]},
-    "swin3d_b": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]},
-}
-_BLOCK = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.(.+)")
-_MERGE = re.compile(r"layers\.(\d+)\.downsample\.(.+)")
-DERIVED = ("relative_position_index", "attn_mask")
-
-
 class VideoSwin(nn.Module):
     """torchvision's 3D Swin on windows of slices; of each stage the token layer in the middle goes to the decoder.
 
     Attributes:
         trunk: torchvision's network; its weights keep torchvision's names, which are also those of its 2D Swin.
         norms: one for each map, as in a Swin that feeds a decoder.
-        channels, strides, multiple: see `nnslim.inflation.window_encoders.WindowEncoder`.
+        channels, strides, multiple: see `WindowEncoder`.
     """
 
     def __init__(
@@ -206,9 +195,8 @@ class VideoSwin(nn.Module):
                 window_size; the last is (8, 7, 7), and (layers of tokens, 7, 7) is enough for a window.
         """
         super().__init__()
-        swin = needed(
-            "torchvision.models.video.swin_transformer", "nnslim[window]", purpose="videoswin", error=ConfigError
-        )
+        module = "torchvision.models.video.swin_transformer"
+        swin = needed(module, "nnslim[window]", purpose="videoswin", error=ConfigError)
         if model not in _SIZES:
             raise ConfigError(f"inflation: no 3D Swin '{model}'; known: {', '.join(_SIZES)}")
         settings = {"patch_size": [2, 4, 4], "window_size": [8, 7, 7], "stochastic_depth_prob": 0.1, **_SIZES[model]}
@@ -232,7 +220,8 @@ class VideoSwin(nn.Module):
 
     def forward(self, volume: Tensor) -> list[Tensor]:
         """See `WindowEncoder.forward`; each window is encoded by itself, since its slices look at each other."""
-        return self.encode(windows_of(volume, self.depth))
+        windows = volume.unfold(2, self.depth, 1).permute(0, 2, 1, 5, 3, 4)  # (B, D, C, depth, H, W)
+        return self.encode(windows.flatten(0, 1))
 
     def only_last(self) -> None:
         """Leave out the norms of maps that the decoder does not read; DDP would wait for their gradients."""
@@ -298,9 +287,7 @@ def videoswin_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif key.startswith(("patch_embed.", "features.")):
             # torchvision's 2D Swin calls its patch embedding features.0 = (conv, permute, norm).
             made[key] = value
-    if "features.0.0.weight" in made:
-        made = _from_torchvision_2d(made)
-    return made
+    return _from_torchvision_2d(made) if "features.0.0.weight" in made else made
 
 
 def _from_torchvision_2d(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -312,8 +299,3 @@ def _from_torchvision_2d(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             made[f"features.{int(number) - 1}.{rest}"] = value
     return made
-
-
-def windows_of(volume: Tensor, depth: int) -> Tensor:
-    """(B, C, D + depth - 1, H, W) to windows (B * D, C, depth, H, W), for encoders that cannot share an embedding."""
-    return volume.unfold(2, depth, 1).permute(0, 2, 1, 5, 3, 4).flatten(0, 1)

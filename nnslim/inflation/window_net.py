@@ -117,11 +117,7 @@ DECODERS = {"upernet": UPerNet, "setrpup": SETRPUP}
 def make_decoder(
     name: str, channels: Sequence[int], strides: Sequence[int], classes: int, *, width: int | None = None
 ) -> nn.Module:
-    """Build a decoder of `DECODERS` by its name.
-
-    Raises:
-        ConfigError: no such decoder.
-    """
+    """Build a decoder by its name in `DECODERS`; other names are a ConfigError."""
     if name not in DECODERS:
         raise ConfigError(f"inflation: no decoder '{name}'; {nearest(name, DECODERS)}")
     return DECODERS[name](channels, strides, classes, width=width)
@@ -207,11 +203,7 @@ class WindowNet(nn.Module):
             self.encoder.only_last()
 
     def forward(self, volume: Tensor) -> Tensor:
-        """Return logits (B, classes, D, H, W) of a volume (B, C, D, H, W).
-
-        Raises:
-            ConfigError: not a volume.
-        """
+        """Return logits (B, classes, D, H, W) of a volume (B, C, D, H, W); another shape is a ConfigError."""
         if volume.ndim != 5:
             raise ConfigError(f"inflation: expected volumes (B, C, D, H, W), found shape {tuple(volume.shape)}")
         batch, _, slices, rows, columns = volume.shape

@@ -56,8 +56,9 @@ def agreement_of_models(
         progress: called with (cases done, cases in all).
         temperature: softens the dense model's probabilities for the expected drop.
     Raises:
-        ModelError: an unusable model, or models that do not belong together. InputError: no images, no label for
-        any of them, or no case that could be compared. A single bad case is listed in `Agreement.failed`.
+        ModelError: an unusable model, models that do not belong together, or a missing stage before. InputError: no
+        images, no folder of labels, no label for any of them, or no case that could be compared. A single bad case is
+        listed in `Agreement.failed`.
     """
     settings = settings or PredictSettings()
     large, small = load_pair(Path(dense), Path(slim), settings)
@@ -66,11 +67,7 @@ def agreement_of_models(
 
 
 def load_pair(dense: Path, slim: Path, settings: PredictSettings) -> tuple[Any, Any]:
-    """Return initialised predictors of the dense and the slim model, with the same folds.
-
-    Raises:
-        ModelError: one of them is unusable, or they do not belong together.
-    """
+    """Return initialised predictors of both, with the same folds; a ModelError tells why they cannot be compared."""
     source = read_trained_model(slim, settings.folds, settings.checkpoint, trust=settings.trust)
     same = source.checkpoint_name if find_folds(dense, source.checkpoint_name) else settings.checkpoint
     small = load_predictor(slim, None, settings)
@@ -80,11 +77,7 @@ def load_pair(dense: Path, slim: Path, settings: PredictSettings) -> tuple[Any, 
 
 
 def compared_cases(dense: Any, images: Path, labels: Path | None, settings: PredictSettings) -> list[ComparedCase]:
-    """Return the cases of a folder for the predictor of the dense model; see `agreement_of_models`.
-
-    Raises:
-        ModelError: the model needs the stage before. InputError: no images, no folder of labels, or no label in it.
-    """
+    """Return the cases of a folder for the predictor of the dense model; errors as for `agreement_of_models`."""
     check_stage(dense, settings.previous_stage)
     ending = dense.dataset_json["file_ending"]
     found = list_cases(Path(images), ending).cases
@@ -134,11 +127,10 @@ def write_agreement(slim: Path, agreement: Agreement, figure: bool = True) -> No
     Raises:
         ModelError: no slim model folder. OutputError: it cannot be written; nnslim.json is then as it was.
     """
-    slim = Path(slim)
-    content = read_record(slim)
+    content = read_record(Path(slim))
     if figure:
-        agreement_figure(agreement, slim / "agreement.png")
-    write_record(slim, content, agreement=agreement.to_dict())
+        agreement_figure(agreement, Path(slim) / "agreement.png")
+    write_record(Path(slim), content, agreement=agreement.to_dict())
 
 
 def _check_pair(dense: Any, slim: Any) -> None:
@@ -200,12 +192,9 @@ def predict_maps(
         logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data))
         label_map = None
         if with_map:
+            managers = (predictor.plans_manager, predictor.configuration_manager, predictor.label_manager)
             label_map = convert_predicted_logits_to_segmentation_with_correct_shape(
-                logits.numpy(),
-                predictor.plans_manager,
-                predictor.configuration_manager,
-                predictor.label_manager,
-                properties,
+                logits.numpy(), *managers, properties
             )
     return predictor.label_manager.apply_inference_nonlin(logits), label_map
 
