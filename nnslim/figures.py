@@ -190,9 +190,8 @@ def score_rows(axes: Any, columns: Sequence[np.ndarray], colours: Sequence[str] 
     for row, column in enumerate(columns):
         values = column[~np.isnan(column)]
         if not len(values):
-            axes.text(
-                0.01, row, "in no case", color="0.5", fontsize=7, va="center", transform=axes.get_yaxis_transform()
-            )
+            place = {"va": "center", "transform": axes.get_yaxis_transform()}
+            axes.text(0.01, row, "in no case", color="0.5", fontsize=7, **place)
             continue
         lowest = min(lowest, values.min())
         low, middle, high = np.percentile(values, (25, 50, 75))

@@ -156,11 +156,7 @@ class Agreement:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Agreement:
-        """Read what `to_dict` gave; figures that follow from others are computed again.
-
-        Raises:
-            InputError: it is something else.
-        """
+        """Read what `to_dict` gave, or raise an InputError; figures that follow from others are computed again."""
         stored = ClassAgreement.__dataclass_fields__
         try:
             cases = []

@@ -43,13 +43,7 @@ class Classes:
     ending: str | None = None
 
     def only(self, wanted: Iterable[str], known: bool = True) -> Classes:
-        """Return those that are named, by name or key.
-
-        Args:
-            known: whether all of them must exist.
-        Raises:
-            InputError: one of them does not.
-        """
+        """Return those that are named, by name or key; one that does not exist is an InputError if `known`."""
         found = {word: one for one in self.classes for word in (one.name, one.key)}
         unknown = [word for word in wanted if word not in found]
         if known and unknown:
@@ -65,7 +59,7 @@ def named_classes(names: Mapping[int, str]) -> Classes:
 
 
 def read_dataset_json(path: Path) -> Classes:
-    """Return the classes of an nnU-Net dataset.json, regions and the ignore label included.
+    """Return the classes of a dataset.json, regions and the ignore label included.
 
     Raises:
         InputError: the file cannot be read, or has no labels that nnU-Net would accept.

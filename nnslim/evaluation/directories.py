@@ -62,7 +62,9 @@ def evaluate_directories(
     failed: dict[str, str] = {}
     for number, (name, outcome) in enumerate(_run(pairing.pairs, settings, workers), start=1):
         if isinstance(outcome, Exception):
-            failed[name] = _reason(outcome)
+            text = " ".join(str(outcome).split())
+            told = text and isinstance(outcome, (InputError, RuntimeError))
+            failed[name] = text if told else f"{type(outcome).__name__}: {text}"
         else:
             done[name] = outcome
         if progress is not None:
@@ -96,11 +98,6 @@ def _found(cases: list[CaseScores]) -> tuple[LabelClass, ...]:
     """Return the classes of all cases, numbers in their order."""
     found = {one.key: one for case in cases for one in case.found}
     return tuple(found[key] for key in sorted(found, key=lambda key: (not key.isdigit(), key.zfill(5))))
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, (InputError, RuntimeError)) and text else f"{type(error).__name__}: {text}"
 
 
 def run_jobs(function: Callable[..., Any], jobs: Jobs, workers: int) -> Iterator[Outcome]:

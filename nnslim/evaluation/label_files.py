@@ -66,11 +66,7 @@ def read_label_map(path: Path) -> LabelMap:
 
 
 def check_same_grid(first: LabelMap, second: LabelMap) -> None:
-    """Refuse two label maps whose voxels lie elsewhere.
-
-    Raises:
-        InputError: shape, spacing, orientation or place differ; both files and both values are named.
-    """
+    """Raise an InputError, with both files and values, where shape, spacing, orientation or place differ."""
     both = f"{first.path} and {second.path}"
     if first.labels.shape != second.labels.shape:
         raise InputError(f"{both} differ in shape: {first.labels.shape} and {second.labels.shape}")

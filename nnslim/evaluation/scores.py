@@ -22,6 +22,11 @@ from nnslim.tables import read_table, write_table
 
 METRICS = ("dice", "nsd", "hd95")
 COLUMNS = ("case", "label", "name", *METRICS, "n_ref", "n_pred", "tp", "fp", "fn", "empty")
+_EMPTY = {
+    "both": "NaN, and left out of all means",
+    "one": "Dice, IoU and NSD 0, and counted; HD95 NaN",
+    "foreground_mean": "mean over the classes that some case has; nnU-Net's own is NaN where a class is in no case",
+}
 
 
 @dataclass
@@ -134,13 +139,6 @@ def paired_differences(first: Evaluation, second: Evaluation, metric: str) -> pa
     table = table.dropna(axis=1, how="all")
     found = {"cases": table.count(), "mean": table.mean(), "sd": table.std(), "lowest": table.min()}
     return pandas.DataFrame({**found, "lowest_case": table.idxmin()}).rename_axis("name").reset_index()
-
-
-_EMPTY = {
-    "both": "NaN, and left out of all means",
-    "one": "Dice, IoU and NSD 0, and counted; HD95 NaN",
-    "foreground_mean": "mean over the classes that some case has; nnU-Net's own is NaN where a class is in no case",
-}
 
 
 @dataclass(frozen=True)
