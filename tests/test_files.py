@@ -17,6 +17,6 @@ os.environ.pop("HOME", None)
 
 def test_import_needs_no_home():
     """A container may run as a user without HOME and without an entry in the list of users."""
-    code = NOBODY + "import nnslim, nnslim.cli, nnslim.running.select, nnslim.compression.cache"
+    code = NOBODY + "import nnslim, nnslim.cli, nnslim.running.engine, nnslim.compression.cache"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
