@@ -14,7 +14,7 @@ from nnslim.compression.config import RunConfig, SlimConfig, load_config
 from nnslim.errors import HostError
 from nnslim.hosts.nnunet.cases.export_patches import ExportPatches
 from nnslim.hosts.nnunet.predict.predictor_patches import Session, predictor_patches
-from nnslim.hosts.nnunet.train.training_patches import training_patches
+from nnslim.hosts.nnunet.train.sauron_trainer import training_patches
 from nnslim.methods.base import MethodConfig
 
 _log = logging.getLogger("nnslim")

@@ -16,7 +16,7 @@ from typing import Any
 
 import platformdirs
 
-from nnslim.errors import InputError, NNSlimError, OutputError
+from nnslim.errors import InputError, ModelError, NNSlimError, OutputError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _BLOCK = 1 << 20
@@ -51,6 +51,23 @@ def read_json(path: Path) -> dict:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a model folder.
+
+    Raises:
+        ModelError: missing, unreadable, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path.parent} is not an nnU-Net model folder: it has no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} should hold a JSON object, found {type(content).__name__}")
+    return content
 
 
 def read_yaml(path: Path, error: type[NNSlimError] = InputError) -> Any:

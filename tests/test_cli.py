@@ -195,8 +195,8 @@ def test_config_faults_exit_2_and_name_the_nearest(make_model, tmp_path, fault):
         (HALF.replace("rank_factor", "rank_facter"), "unknown key 'rank_facter'; nearest: rank_factor"),
         (HALF.replace("tucker", "tuker"), "unknown method 'tuker'; nearest: tucker"),
         (HALF.replace("0.5", "1.5"), "rank_factor: Input should be less than or equal to 1, found 1.5"),
-        ("a: [", "is not readable YAML"),
-        ("!!python/object/apply:os.system [exit 9]", "is not readable YAML"),
+        ("a: [", "is neither YAML nor JSON"),
+        ("!!python/object/apply:os.system [exit 9]", "is neither YAML nor JSON"),
         (HALF + "    include: ['encodr.*']\n", "no convolution matches include pattern 'encodr.*'; nearest: encoder"),
     ):
         config.write_text(text)

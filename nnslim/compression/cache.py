@@ -9,7 +9,6 @@ import logging
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -35,20 +34,21 @@ def cache_folder(config: SlimConfig) -> Path:
 
 
 def cache_key(
-    network: nn.Module,
-    weights: Sequence[StateDict],
-    config: SlimConfig,
-    shape: Sequence[int],
-    images: str = "",
+    network: nn.Module, weights: Sequence[StateDict], config: SlimConfig, shape: Sequence[int], images: str = ""
 ) -> str:
     """Return 40 hexadecimal digits that change with the weights, the architecture, the settings, the patch or images.
 
     `images` is the fingerprint of the calibration images.
-
     Cost: one pass over the bytes of the weights (about a second per GB).
     """
     digest = hashlib.blake2b(digest_size=20)
-    head = [CACHE_VERSION, SPEC_VERSION, config.identity(), list(shape), str(network), _switches(network), images]
+    switches = [  # the printed form leaves them out: deep supervision, for one
+        f"{name}.{key}={value}"
+        for name, module in network.named_modules()
+        for key, value in sorted(vars(module).items())
+        if isinstance(value, bool) and key != "training"
+    ]
+    head = [CACHE_VERSION, SPEC_VERSION, config.identity(), list(shape), str(network), switches, images]
     digest.update(json.dumps(head, sort_keys=True).encode())
     for fold in weights:
         seen: set[int] = set()
@@ -61,33 +61,13 @@ def cache_key(
     return digest.hexdigest()
 
 
-def _switches(network: nn.Module) -> list[str]:
-    """Return the boolean attributes of all modules: deep supervision, for one, is not in their printed form."""
-    return [
-        f"{name}.{key}={value}"
-        for name, module in network.named_modules()
-        for key, value in sorted(vars(module).items())
-        if isinstance(value, bool) and key != "training"
-    ]
-
-
 def store_weights(slimmed: Slimmed, key: str, folder: Path) -> Path:
-    """Write a compressed network, whole or not at all.
-
-    Raises:
-        OutputError: the folder cannot be written, or the disk is full.
-    """
+    """Write a compressed network, whole or not at all; OutputError where the folder cannot be written."""
     make_folder(folder)
     path = folder / f"{key}.pt"
-    save_checkpoint(
-        {
-            "spec": json.dumps(slimmed.spec.to_dict()),
-            "summary": json.dumps(slimmed.summary()),
-            "speed": json.dumps(slimmed.speed.to_dict() if slimmed.speed else None),
-            "weights": list(slimmed.weights),
-        },
-        path,
-    )
+    speed = slimmed.speed.to_dict() if slimmed.speed else None
+    texts = {"spec": slimmed.spec.to_dict(), "summary": slimmed.summary(), "speed": speed}
+    save_checkpoint({name: json.dumps(text) for name, text in texts.items()} | {"weights": list(slimmed.weights)}, path)
     return path
 
 
@@ -115,7 +95,7 @@ def _read(network: nn.Module, path: Path) -> Slimmed | None:
     if not path.is_file():
         return None
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
         spec = SlimSpec.from_dict(json.loads(content["spec"]))
         summary, speed = json.loads(content["summary"]), json.loads(content.get("speed", "null"))
         weights = tuple(content["weights"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +15,8 @@ from torch import nn
 from nnslim.compression.calibration import Calibration
 from nnslim.compression.config import SlimConfig
 from nnslim.compression.guard import Guard
-from nnslim.compression.plan_and_fit import fit_and_recover, plan_methods, settle
+from nnslim.compression.plan_and_fit import find_budget, fit_and_recover, plan_methods, searched, settle
 from nnslim.compression.recover import Progress, Recovery
-from nnslim.compression.search import find_budget, searched
 from nnslim.compression.storage import StateDict, agreement_record, in_half, stored, tile_agreement
 from nnslim.errors import SpecError
 from nnslim.methods.base import Decision, Plan
@@ -26,8 +24,6 @@ from nnslim.network.cost import Cost, Counts, measure_cost
 from nnslim.network.spec import SlimSpec, apply_spec, spec_of
 from nnslim.network.walk import unwrap
 from nnslim.running.speed import Speed
-
-_log = logging.getLogger("nnslim")
 
 
 @dataclass(frozen=True)
@@ -96,10 +92,8 @@ def compress(
         network: dense network of the folds; wrappers of torch.compile and DDP are looked through.
         weights: state dicts of the folds, at least one. Those in half precision are computed on in float32 and
             written in half precision again.
-        config: the methods, in order, and how data are used.
         input_shape: (1, channels, *patch) in voxels.
         data: calibration images; without them, planning uses the weights alone and nothing is recovered.
-        progress: called with (what is done, units done, units in all).
         checkpoint: the state of an interrupted recovery is kept in files named after it, `<name>.fold<N>`.
         guard: puts layers back to dense where the plan is not faster, before weights are computed.
     Raises:
@@ -129,7 +123,8 @@ def compress(
         if number == 0:
             handed_out, errors = network, layer_errors
             if config.store == "half" and data is not None and in_half(state):
-                agreement = _agreement(slim, network, data, device)
+                pair = [copy.deepcopy(one).to(device).eval() for one in (slim, network)]
+                agreement = tile_agreement(*pair, data.held_out, data.class_names, regions=data.regions)
         states.append(state)
         if recovery is not None:
             recoveries.append(recovery.to_dict())
@@ -146,14 +141,8 @@ def compress(
         tuple(recoveries),
         time.perf_counter() - started,
         speed,
-        agreement,
+        agreement and agreement_record(agreement),
     )
-
-
-def _agreement(slim: nn.Module, kept: nn.Module, data: Calibration, device: torch.device) -> dict[str, Any]:
-    """Compare a network with what is stored of it."""
-    pair = [copy.deepcopy(network).to(device).eval() for network in (slim, kept)]
-    return agreement_record(tile_agreement(*pair, data.held_out, data.class_names, regions=data.regions))
 
 
 def _planned(
@@ -168,8 +157,8 @@ def _planned(
     """Return the settings in force, the plans, their measured speed, and the first fold where a search has made it."""
     done = None
     if config.active and (position := searched(config)) is not None:
-        found = find_budget(first, config, position, cost, input_shape, data, progress)
-        config, plans, done = found.config, found.plans, (found.slim, found.recovery, {})
+        config, plans, *made = find_budget(first, config, position, cost, input_shape, data, progress)
+        done = (*made, {})
     else:
         plans = plan_methods(first, config, cost, input_shape, data)
         if data is not None:
@@ -181,7 +170,7 @@ def _planned(
 
 
 def _with_error(decision: Decision, errors: Mapping[str, float]) -> Decision:
-    """Return the decision with the error that its layer came out with; the plan has at most predicted one."""
+    # What the layer came out with; the plan has at most predicted an error.
     if decision.action == "dense" or decision.layer not in errors:
         return decision
     return replace(decision, error=round(errors[decision.layer], 6))
@@ -193,8 +182,7 @@ def _with_weights(base: nn.Module, weights: Sequence[StateDict], number: int) ->
         dense.load_state_dict({key: value.float() for key, value in weights[number].items()})
     except RuntimeError as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
-        where = f"fold number {number + 1} of {len(weights)}"
-        raise SpecError(f"the weights of {where} do not fit: {reason}") from error
+        raise SpecError(f"the weights of fold number {number + 1} of {len(weights)} do not fit: {reason}") from error
     return dense.eval()
 
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
 
 from nnslim.errors import ConfigError, nearest
-from nnslim.files import sha256_of
+from nnslim.files import read_yaml, sha256_of
 from nnslim.methods.base import MethodConfig, method_named, methods
 from nnslim.running.engine import Backend, Precision, Settings
 
 CONFIG_VERSION = 1
 _LEGACY = {"tucker_args", "apply_tucker", "inference_bs", "ckpt_path", "save_model", "load_model"}
-_log = logging.getLogger("nnslim")
 
 
 class _Section(BaseModel):
@@ -61,9 +58,7 @@ class CacheConfig(_Section):
 class CalibrationConfig(_Section):
     """Unlabelled images: for fitting the weights and for measuring agreement with the dense model."""
 
-    images: Path | None = Field(
-        None, description="folder of images, as for prediction; default: none, fit by the weights alone"
-    )
+    images: Path | None = Field(None, description="folder, as for prediction; default: none, fit by the weights alone")
     count: int = Field(8, ge=1, le=32, description="images for the statistics, at most")
     tiles_per_image: int = Field(2, ge=1, description="sliding-window tiles of each image, at most")
     mirrored: bool = Field(
@@ -128,8 +123,7 @@ class SlimConfig(_Section):
     run: RunConfig = RunConfig()
     cache: CacheConfig = CacheConfig()
     store: Literal["as-is", "half"] = Field(
-        "as-is",
-        description="weights on disk: as-is, in the dense model's precision; half: float16, half the size",
+        "as-is", description="weights on disk: as-is, in the dense model's precision; half: float16, half the size"
     )
 
     @field_validator("methods", mode="before")
@@ -151,8 +145,6 @@ class SlimConfig(_Section):
 
     def for_trained(self) -> SlimConfig:
         """Return the configuration for a trained model: without methods that work only in training."""
-        if self.training is None:
-            return self
         left = tuple(entry for entry in self.methods if not method_named(entry.method).trains)
         return self.model_copy(update={"methods": left})
 
@@ -186,11 +178,7 @@ class SlimConfig(_Section):
 
 
 def training_settings(config: SlimConfig, method: str) -> MethodConfig:
-    """Return the settings of a method that works in training.
-
-    Raises:
-        ConfigError: the method needs no training, or the configuration does not have it.
-    """
+    """Return a configuration's settings of a method that works in training; a ConfigError says what is wrong."""
     if not method_named(method).trains:
         known = ", ".join(name for name, one in methods().items() if one.trains)
         raise ConfigError(f"{method} needs no training: use nnslim compress; methods for training: {known}")
@@ -201,11 +189,7 @@ def training_settings(config: SlimConfig, method: str) -> MethodConfig:
 
 
 def changed_settings(settings: MethodConfig, changes: Mapping[str, Any], where: str) -> Any:
-    """Return settings with some values changed, checked as a whole.
-
-    Raises:
-        ConfigError: names the key, its value and what is wrong with it.
-    """
+    """Return settings with some values changed, checked as a whole; a ConfigError names the key that is wrong."""
     return _validated(type(settings), {**dict(settings), **changes}, where)
 
 
@@ -276,36 +260,23 @@ def _from_legacy(raw: Mapping[str, Any], where: str) -> SlimConfig:
     arguments = raw.get("tucker_args") or {}
     if not isinstance(arguments, Mapping):
         raise ConfigError(f"{where}: 'tucker_args' holds keys and values, found {arguments!r}")
-    path = raw.get("ckpt_path") or ""
-    cache: dict[str, Any] = {}
-    if path:
-        cache = {
-            "folder": Path(path).parent / "nnslim",
-            "read": bool(raw.get("load_model", False)),
-            "write": bool(raw.get("save_model", False)),
-        }
-    return _validated(
-        SlimConfig,
-        {
-            "apply": bool(raw.get("apply_tucker", True)),
-            "methods": [{"method": "tucker", **arguments}],
-            "run": {"tile_batch": raw.get("inference_bs", 1)},
-            "cache": cache,
-        },
-        where,
-    )
-
-
-def preset_folder() -> Path:
-    """Return the folder of the presets: inside an installed package, or `configs/` of the source tree."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
+    made = {
+        "apply": bool(raw.get("apply_tucker", True)),
+        "methods": [{"method": "tucker", **arguments}],
+        "run": {"tile_batch": raw.get("inference_bs", 1)},
+    }
+    if path := raw.get("ckpt_path"):
+        used = {"read": bool(raw.get("load_model", False)), "write": bool(raw.get("save_model", False))}
+        made["cache"] = {"folder": Path(path).parent / "nnslim", **used}
+    return _validated(SlimConfig, made, where)
 
 
 def presets() -> dict[str, Path]:
-    """Return the presets that ship with nnslim, by name."""
-    return {path.stem: path for path in sorted(preset_folder().glob("*.yml"))}
+    """Return the presets that ship with nnslim, by name: inside an installed package, or `configs/` of the sources."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "configs"
+    folder = inside if inside.is_dir() else package.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yml"))}
 
 
 def load_config(config: SlimConfig | MethodConfig | Mapping[str, Any] | str | Path) -> SlimConfig:
@@ -316,7 +287,7 @@ def load_config(config: SlimConfig | MethodConfig | Mapping[str, Any] | str | Pa
             file (a relative path of a plan in it is looked for in the current folder, then in the file's own), or the
             name of a preset.
     Raises:
-        ConfigError: no such preset or file, unreadable YAML, unknown key, value out of bounds.
+        ConfigError: no such preset or file, neither YAML nor JSON, unknown key, value out of bounds.
     """
     if isinstance(config, SlimConfig):
         return config
@@ -332,18 +303,11 @@ def load_config(config: SlimConfig | MethodConfig | Mapping[str, Any] | str | Pa
     if not path.is_file():
         kind = "file" if "/" in name or path.suffix in (".yml", ".yaml") else "preset or file"
         raise ConfigError(f"no config {kind} '{name}'; {nearest(name, known)}")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from error
-    return _beside(from_dict(raw if raw is not None else {}, str(path)), path.parent)
-
-
-def _beside(config: SlimConfig, folder: Path) -> SlimConfig:
-    """Look for relative paths of methods (a plan's) in the YAML file's folder if the current one does not have them."""
+    raw = read_yaml(path, ConfigError)
+    read = from_dict(raw if raw is not None else {}, str(path))
     entries = []
-    for entry in config.methods:
+    for entry in read.methods:
         paths = {key: value for key, value in entry.settings if isinstance(value, Path) and not value.exists()}
-        moved = {key: folder / value for key, value in paths.items()}  # an absolute path stays as it is
+        moved = {key: path.parent / value for key, value in paths.items()}  # an absolute path stays as it is
         entries.append(entry.model_copy(update={"settings": entry.settings.model_copy(update=moved)}))
-    return config.model_copy(update={"methods": tuple(entries)})
+    return read.model_copy(update={"methods": tuple(entries)})

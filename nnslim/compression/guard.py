@@ -49,12 +49,10 @@ class Guard:
 
         The last method's layers are measured one by one. Those that save no time go back to dense first, then those
         that save least, half of the remaining ones at a time, until the network as a whole wins. If it never does, the
-        returned plans have no edits, and the speed is that of the last try.
+        returned plans have no edits, and the speed is that of the last try. Plans without edits have no speed.
 
         Args:
             dense: with any weights; not modified. shape: (1, channels, *patch).
-        Returns:
-            The plans, and None for a speed where they had no edits.
         """
         if not any(plan.edits for plan in plans):
             return plans, None
@@ -97,21 +95,13 @@ def _structure(dense: nn.Module, plans: tuple[Plan, ...]) -> nn.Module:
 
 def _without(plan: Plan, names: Collection[str], gains: Mapping[str, float]) -> Plan:
     """Return the plan without the edits of some layers."""
+
+    def dense(one: Decision) -> Decision:
+        if one.action == "dense" or one.layer not in names:
+            return one
+        counts = {"macs_after": one.macs_before, "parameters_after": one.parameters_before}
+        saved = f" (saves {gains[one.layer] * 1e3:.3g} ms of a pass)" if one.layer in gains else ""
+        return replace(one, action="dense", ranks=None, error=None, reason=f"not faster here{saved}", **counts)
+
     edits = tuple(edit for edit in plan.edits if not (edit.separable and edit.layer in names))
-    decisions = (_dense(each, gains) if each.layer in names else each for each in plan.decisions)
-    return Plan(edits, tuple(decisions))
-
-
-def _dense(decision: Decision, gains: Mapping[str, float]) -> Decision:
-    if decision.action == "dense":
-        return decision
-    saved = gains.get(decision.layer)
-    return replace(
-        decision,
-        action="dense",
-        ranks=None,
-        macs_after=decision.macs_before,
-        parameters_after=decision.parameters_before,
-        error=None,
-        reason="not faster here" if saved is None else f"not faster here (saves {saved * 1e3:.3g} ms of a pass)",
-    )
+    return Plan(edits, tuple(map(dense, plan.decisions)))

@@ -41,9 +41,10 @@ class ModelReport:
         """Return the report as lines of text."""
         if self.slimmed is None:
             return [f"{self.source}: left as it is ({self.note})"]
-        before, after = self.slimmed.dense, self.slimmed.slim
+        before, after, speed = self.slimmed.dense, self.slimmed.slim, self.speed or self.slimmed.speed
         changed = sum(decision.action != "dense" for decision in self.slimmed.decisions)
         kept = Counter(one.reason.split(" (")[0] for one in self.slimmed.decisions if one.action == "dense")
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in kept.items())
         patch = "x".join(str(size) for size in self.slimmed.input_shape[2:])
         how = "read from the cache" if self.from_cache else "compressed"
         lines = [
@@ -52,8 +53,7 @@ class ModelReport:
             f"({times_fewer(before.parameters, after.parameters)})",
             f"  MACs per {patch} patch {before.macs / 1e9:.2f} G -> {after.macs / 1e9:.2f} G "
             f"({times_fewer(before.macs, after.macs)})",
-            f"  layers changed {changed}, kept dense {sum(kept.values())}"
-            + (f" ({', '.join(f'{reason}: {count}' for reason, count in kept.items())})" if kept else ""),
+            f"  layers changed {changed}, kept dense {sum(kept.values())}{f' ({reasons})' if kept else ''}",
         ]
         for number, recovery in enumerate(self.slimmed.recovery):
             drops = [recovery["estimated_drop_before"], recovery["estimated_drop_after"]]
@@ -63,7 +63,7 @@ class ModelReport:
                 f"  estimated drop in Dice {after_drop}, was {before_drop} before {recovery['steps']} steps of "
                 f"recovery{where}"
             )
-        if speed := self.speed or self.slimmed.speed:
+        if speed:
             lines.append(f"  forward pass {speed}")
         if sizes := self.slimmed.file_bytes:
             lines.append(f"  checkpoints {sizes[0] / 1e6:.1f} MB -> {sizes[1] / 1e6:.1f} MB")

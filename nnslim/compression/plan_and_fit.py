@@ -1,4 +1,4 @@
-"""Plans of a network, and the weights that follow from them: fitted, chosen between, recovered."""
+"""Plans of a network, and the weights that follow from them: fitted, chosen between, searched, recovered."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,9 +16,10 @@ import numpy as np
 from torch import nn
 
 from nnslim.compression.calibration import Calibration
-from nnslim.compression.config import SlimConfig
+from nnslim.compression.config import MethodEntry, SlimConfig
 from nnslim.compression.recover import Progress, Recovery, recover
 from nnslim.compression.referee import Referee
+from nnslim.errors import ConfigError, RankError
 from nnslim.methods.base import Plan, filled, method_named
 from nnslim.network.cost import Cost, measure_cost
 from nnslim.network.spec import spec_of
@@ -25,6 +27,10 @@ from nnslim.running.kept_models import network_fingerprint
 
 _log = logging.getLogger("nnslim")
 _SAME_DROP = 0.001  # the drop by labels differs from the estimate by this much
+SHARES = (0.7, 0.5, 0.35, 0.25, 0.18, 0.14, 0.11, 0.083, 0.065, 0.05, 0.035)  # of the dense MACs
+START = SHARES.index(0.083)
+_MOST_TRIALS = 5
+_LEFT = 0.5  # the share of a fit's drop that recovery leaves at best: measured .5 to .56 at 0.05 to 0.09 of the MACs
 
 Fitted = tuple[nn.Module, dict[str, float]]  # a slim network before recovery, and the error of each of its layers
 
@@ -32,20 +38,14 @@ Fitted = tuple[nn.Module, dict[str, float]]  # a slim network before recovery, a
 def plan_methods(
     dense: nn.Module, config: SlimConfig, cost: Cost, input_shape: Sequence[int], data: Calibration | None
 ) -> tuple[Plan, ...]:
-    """Return the plan of each method; later methods plan on what earlier ones leave.
-
-    Args:
-        dense: with the weights of the first fold. cost: of it.
-    """
+    """Return the plan of each method; later ones plan on what earlier ones leave. `cost` is that of `dense`."""
     plans: list[Plan] = []
-    structure = dense
-    for entry in config.methods if config.apply else ():
+    for number, entry in enumerate(config.methods if config.apply else ()):
         if plans:
-            last = config.methods[len(plans) - 1]
-            structure = filled(last.method, last.settings, structure, plans[-1], input_shape)
-            cost = measure_cost(structure, input_shape)
-        tiles = None if data is None else data.tiles
-        plans.append(method_named(entry.method).plan(structure, entry.settings, cost, tiles))
+            last = config.methods[number - 1]
+            dense = filled(last.method, last.settings, dense, plans[-1], input_shape)
+            cost = measure_cost(dense, input_shape)
+        plans.append(method_named(entry.method).plan(dense, entry.settings, cost, data and data.tiles))
     return tuple(plans)
 
 
@@ -151,3 +151,85 @@ def _clearly_best(drops: np.ndarray) -> int:
     gain = seen[0] - seen[best]
     noise = gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
     return best if gain.mean() > max(_SAME_DROP, 2 * noise) else 0
+
+
+def searched(config: SlimConfig) -> int | None:
+    """Return the position of the method whose budget is `max_drop`, or None."""
+    found = [n for n, entry in enumerate(config.methods) if entry.settings.drop_limit is not None]
+    if len(found) > 1:
+        raise ConfigError("only one method may have the budget max_drop")
+    return found[0] if found else None
+
+
+def find_budget(
+    dense: nn.Module,
+    config: SlimConfig,
+    position: int,
+    cost: Cost,
+    input_shape: Sequence[int],
+    data: Calibration | None,
+    progress: Progress | None,
+) -> tuple[SlimConfig, tuple[Plan, ...], nn.Module, Recovery]:
+    """Find the smallest share of MACs that keeps `max_drop`, recovery included.
+
+    The search starts at a strong share and goes to weaker ones while the drop is too large, or to stronger ones while
+    it is not. Each trial is a full compression with recovery, which ends as soon as the limit is met; the recovery of
+    the share that was found then runs to its end. The images that a network has learned from do not judge it fairly,
+    least of all its mirrored answers. So a share is also rejected where the fit alone, plain or mirrored, loses more
+    than recovery can win back.
+
+    Args:
+        dense: with the weights of the first fold.
+        position: of the method in `config.methods`.
+        data: calibration images; None is refused.
+    Returns:
+        The configuration with the share in place of `max_drop`, its plans, and the slim network and recovery of the
+        trial that showed it.
+    Raises:
+        ConfigError: there are no images. RankError: not even the weakest share keeps the limit.
+    """
+    entry = config.methods[position]
+    limit = entry.settings.drop_limit
+    if data is None:
+        raise ConfigError(f"max_drop={limit:g} is measured on images: name their folder (-i, or calibration.images)")
+    unfitted = Referee.of(dense, replace(data, mirrored=bool(data.mirror_axes)), tiles=data.fresh)
+    step, drops, best = START, {}, None
+    with tempfile.TemporaryDirectory(prefix="nnslim-") as work:
+        while (
+            0 <= step < len(SHARES)
+            and step not in drops
+            and sum(drop != math.inf for drop in drops.values()) < _MOST_TRIALS
+        ):
+            share, state = SHARES[step], Path(work) / f"{step}"
+            methods = list(config.methods)
+            methods[position] = MethodEntry(method=entry.method, settings=entry.settings.with_macs(share))
+            trial = config.model_copy(update={"methods": tuple(methods)})
+            try:
+                plans = plan_methods(dense, trial, cost, input_shape, data)
+                fitted = fit_plans(dense, trial, plans, input_shape, data, progress)
+                drops[step] = _LEFT * unfitted.drop(fitted[0]) if config.recovery.learns else 0.0
+                if not drops[step] > limit:
+                    learning = {"target": limit, "checkpoint": state, "progress": progress}
+                    given = (dense, trial, plans, input_shape, data)
+                    slim, recovery, _ = fit_and_recover(*given, fitted=fitted, **learning)
+                    recovery = recovery or Recovery()
+                    drops[step] = recovery.after
+            except RankError:  # cheaper than the layers that are never factored
+                drops[step] = math.inf
+            _log.info("max_drop: %g of the MACs give an estimated drop of %.4f", share, drops[step])
+            if drops[step] <= limit:
+                best, reached = (trial, plans, slim, recovery), state
+                step += 1
+            else:
+                step -= 1
+        if best is None:
+            tried = ", ".join(f"{SHARES[n]:g}: {drop:.4f}" for n, drop in drops.items())
+            raise RankError(
+                f"max_drop={limit:g} was not kept by any of the shares of MACs that were tried (share: estimated drop "
+                f"{tried}); allow more recovery steps, or a larger drop"
+            )
+        config, plans, slim, recovery = best
+        if recovery.stopped == "target":
+            given = (dense, config, plans, input_shape, data)
+            slim, recovery, _ = fit_and_recover(*given, fitted=(slim, {}), checkpoint=reached, progress=progress)
+        return config, plans, slim, recovery or Recovery()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from nnslim.errors import InputError, ModelError
 from nnslim.evaluation.agreement import Agreement
-from nnslim.files import write_json
+from nnslim.files import read_json_object, write_json
 from nnslim.methods.base import Decision
 from nnslim.network.cost import Counts
 from nnslim.running.speed import Speed
@@ -22,20 +21,14 @@ def read_record(model: Path, *, required: bool = True) -> dict[str, Any]:
     """Return the content of a model's nnslim.json; {} where there is none and none is required.
 
     Raises:
-        ModelError: there is none, so the model is not a slim one, or it cannot be read.
+        ModelError: it is missing, so the model is not a slim one, or it cannot be read.
     """
     path = Path(model) / RECORD
-    if not path.is_file():
-        if required:
-            raise ModelError(f"{model} has no {RECORD}, which every slim model folder has; was the dense one named?")
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} should hold a JSON object, found {type(content).__name__}")
-    return content
+    if path.is_file():
+        return read_json_object(path)
+    if required:
+        raise ModelError(f"{model} has no {RECORD}, which every slim model folder has; was the dense one named?")
+    return {}
 
 
 def write_record(model: Path, content: Mapping[str, Any], **entries: Any) -> dict[str, Any]:
@@ -45,14 +38,12 @@ def write_record(model: Path, content: Mapping[str, Any], **entries: Any) -> dic
     "distill", "finetune", "stored".
 
     Args:
-        model: folder.
         content: what the file holds already, or that of the model that this one was made from.
         entries: to add or replace; one that is None is left out.
     Raises:
         OutputError: it cannot be written; the file is then as it was.
     """
-    made = {**content, **entries}
-    made = {key: value for key, value in made.items() if value is not None or key not in entries}
+    made = {key: value for key, value in {**content, **entries}.items() if value is not None or key not in entries}
     write_json(Path(model) / RECORD, made)
     return made
 
@@ -86,10 +77,8 @@ class SlimRecord:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], where: str = "nnslim.json") -> SlimRecord:
-        """Return a record from what `read_record` gives.
+        """Return a record from what `read_record` gives; `where` is named in errors.
 
-        Args:
-            where: named in the error.
         Raises:
             InputError: it says nothing about layers (a dense model that was fine-tuned), or is no such record.
         """

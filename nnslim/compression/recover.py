@@ -18,10 +18,8 @@ from torch.utils.data import DataLoader, Subset
 
 from nnslim.compression.calibration import Calibration
 from nnslim.compression.config import RecoveryConfig
-from nnslim.compression.distillation import distillation_loss, stage_ends, stage_loss
-from nnslim.compression.norms import recalibrate_norms
+from nnslim.compression.distillation import Teacher, distillation_loss, recalibrate_norms, stage_ends, stage_loss
 from nnslim.compression.referee import Referee
-from nnslim.compression.teacher import Teacher
 from nnslim.files import save_checkpoint
 from nnslim.network.spec import held_by
 from nnslim.running.bfloat16 import bfloat16_is_safe, has_fast_bfloat16
@@ -30,7 +28,7 @@ _log = logging.getLogger("nnslim")
 _MEMORY = 0.97  # of the running mean of the weights, per step
 _STATE_VERSION = 2  # of the file that an interrupted recovery leaves; raise it when its content changes
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]  # called with (what is done, units done, units in all)
 
 
 @dataclass
@@ -54,17 +52,17 @@ class Recovery:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
+
+        def rounded(value: float) -> float | None:
+            return None if math.isnan(value) else round(value, 5)
+
         return {
             "steps": self.steps,
-            "estimated_drop_before": _rounded(self.before),
-            "estimated_drop_after": _rounded(self.after),
-            "history": [[step, _rounded(drop)] for step, drop in self.history],
+            "estimated_drop_before": rounded(self.before),
+            "estimated_drop_after": rounded(self.after),
+            "history": [[step, rounded(drop)] for step, drop in self.history],
             "stopped": self.stopped,
         }
-
-
-def _rounded(value: float) -> float | None:
-    return None if math.isnan(value) else round(value, 5)
 
 
 def schedule(step: int, settings: RecoveryConfig, spent: float = 0.0) -> tuple[float, bool]:
@@ -133,18 +131,19 @@ class _Learning:
 
     def go(self) -> Recovery:
         """Run to the end and leave the best state in the slim network."""
-        resumed = self._resume()
-        recovery = self.recovery
-        if not resumed:
-            recovery.before = recovery.after = self.referee.drop(self.slim)
+        if not self._resume():
+            self.recovery.before = self.recovery.after = self.referee.drop(self.slim)
             self._keep()
-        if self.target is not None and recovery.after <= self.target:
-            recovery.stopped = "target"
-        elif recovery.stopped == "steps":  # else an earlier call ended it
+        if self._reached(self.recovery.after):
+            self.recovery.stopped = "target"
+        elif self.recovery.stopped == "steps":  # else an earlier call ended it
             self._learn()
         self.slim.load_state_dict(self.best)
-        recovery.seconds = self._elapsed()
-        return recovery
+        self.recovery.seconds = self._elapsed()
+        return self.recovery
+
+    def _reached(self, drop: float) -> bool:
+        return self.target is not None and drop <= self.target
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self.started
@@ -201,7 +200,7 @@ class _Learning:
             recovery.after = drop
             self._keep()
         recent = [value for _, value in recovery.history[-self.settings.patience :]]
-        if self.target is not None and drop <= self.target:
+        if self._reached(drop):
             recovery.stopped = "target"
         elif self.settings.patience and len(recovery.history) > self.settings.patience and min(recent) > recovery.after:
             recovery.stopped = "no gain"
@@ -223,20 +222,17 @@ class _Learning:
 
     def _resume(self) -> bool:
         """Take up the state of an interrupted run; False where there is none that fits."""
-        if self.checkpoint is None or not self.checkpoint.is_file():
+        if self.checkpoint is None or not self.checkpoint.is_file() or not (content := _read_state(self.checkpoint)):
             return False
-        content = _read_state(self.checkpoint)
-        if content and content["identity"] != self.identity:
+        if content["identity"] != self.identity:
             _log.warning("%s belongs to another run and is not used", self.checkpoint)
-            return False
-        if not content:
             return False
         for name, part in self._parts().items():
             part.load_state_dict(content[name])
         self.recovery, self.best = Recovery(**content["recovery"]), content["best"]
         self.recovery.history = [tuple(item) for item in self.recovery.history]
         self.started -= self.recovery.seconds
-        if self.recovery.stopped == "target" and not (self.target is not None and self.recovery.after <= self.target):
+        if self.recovery.stopped == "target" and not self._reached(self.recovery.after):
             self.recovery.stopped = "steps"  # no longer the target: it goes on
         _log.info("recovery goes on after step %d", self.recovery.steps)
         return True
@@ -275,12 +271,9 @@ def recover(
 
     Args:
         dense, slim: on one device; left in eval mode.
-        data: patches to learn from, held-out tiles to judge on.
-        settings: steps, rate, budgets.
         checkpoint: file for the state in between; the caller removes it when all is written.
         identity: a checkpoint of another identity is not used.
         target: stop as soon as the estimated drop is at most this.
-        progress: called with (what, steps done, steps in all).
     """
     referee = Referee.of(dense.eval(), data, images=settings.mirrored_teacher)
     if settings.norms:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nnslim.compression.calibration import Calibration
-from nnslim.compression.teacher import Axes, flip, mirrors
+from nnslim.compression.distillation import Axes, flip, mirrors
 from nnslim.evaluation.expected import TEMPERATURE, expected_dices, harden
 from nnslim.surgery.streaming import Tiles
 
@@ -99,20 +99,16 @@ class Referee:
         drops: list[list[float]] = []
         training = slim.training
         slim.eval()
+        mirrored = self.mirrored and len(self._ways) > 1
         for number, tile in enumerate(self.tiles):
             tile = tile.to(self._device)
             truth, dense = self.reference(number, tile)
-            mirrored = self.mirrored and len(self._ways) > 1
             logits, mean = self._answers(slim, tile, self._ways if mirrored else [()])
             pairs = [(dense, self._decided(logits))]
             if mirrored:
                 pairs.append((harden(truth, not self.regions), harden(mean, not self.regions)))
-            drops.append([self._drop(truth, pair) for pair in pairs])
+            made = [expected_dices(truth, pair, not self.regions, TEMPERATURE) for pair in pairs]
+            lost = [torch.as_tensor(wanted) - torch.as_tensor(found) for wanted, found in made]
+            drops.append([float(one[one.isfinite()].mean()) for one in lost])  # NaN where there is none
         slim.train(training)
         return drops
-
-    def _drop(self, truth: Tensor, pair: tuple[Tensor, Tensor]) -> float:
-        made = expected_dices(truth, pair, not self.regions, TEMPERATURE)
-        wanted, found = (torch.as_tensor(dice) for dice in made)
-        there = wanted.isfinite() & found.isfinite()
-        return float((wanted - found)[there].mean()) if there.any() else math.nan

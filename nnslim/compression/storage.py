@@ -27,8 +27,7 @@ def in_half(weights: Mapping[str, Tensor]) -> bool:
 
 def too_large(weights: Mapping[str, Tensor]) -> list[str]:
     """Return the names of tensors with a value that float16 does not hold (above 65504, or not a number)."""
-    floats = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
-    return [name for name, tensor in floats.items() if not bool((tensor.abs() <= _LARGEST).all())]
+    return [n for n, one in weights.items() if one.is_floating_point() and not bool((one.abs() <= _LARGEST).all())]
 
 
 def half_precision(weights: Mapping[str, Tensor]) -> StateDict:
@@ -37,11 +36,6 @@ def half_precision(weights: Mapping[str, Tensor]) -> StateDict:
     Stock nnU-Net loads the result: `load_state_dict` copies into the network's float32 parameters.
     """
     return _once_each(weights, lambda tensor: tensor.half() if tensor.is_floating_point() else tensor)
-
-
-def copied_state(state: Mapping[str, Tensor]) -> StateDict:
-    """Return tensors of their own: nnU-Net loads one fold after the other into the network that is handed out."""
-    return _once_each(state, Tensor.clone)
 
 
 def _once_each(state: Mapping[str, Tensor], make: Callable[[Tensor], Tensor]) -> StateDict:
@@ -70,8 +64,8 @@ def stored(network: nn.Module, half: bool) -> tuple[nn.Module, StateDict]:
     if half and (large := too_large(state)):
         _log.warning("weights are stored in float32: float16 does not hold those of %s", ", ".join(large[:3]))
         half = False
-    if not half:
-        return network, copied_state(state)
+    if not half:  # copies: nnU-Net loads one fold after the other into the network that is handed out
+        return network, _once_each(state, Tensor.clone)
     halves = half_precision(state)
     rounded = copy.deepcopy(network)
     rounded.load_state_dict(halves)
@@ -91,11 +85,11 @@ def tile_agreement(
     device = next(wanted.parameters()).device
     agreement = Agreement(tuple(class_names))
     for number, tile in enumerate(tiles):
-        logits = [_first(network(tile.to(device)))[0].float().cpu() for network in (wanted, found)]
+        outputs = [network(tile.to(device)) for network in (wanted, found)]
+        logits = [(one[0] if isinstance(one, (list, tuple)) else one)[0].float().cpu() for one in outputs]
         truth, other = (one.sigmoid() if regions else one.softmax(0) for one in logits)
-        spacing = [1.0] * (truth.dim() - 1)
-        decided = harden(other, not regions)
-        agreement.cases.append(compare_answers(f"tile {number}", truth, decided, spacing, class_names))
+        given = truth, harden(other, not regions), [1.0] * (truth.dim() - 1), class_names
+        agreement.cases.append(compare_answers(f"tile {number}", *given))
     return agreement
 
 
@@ -104,7 +98,3 @@ def agreement_record(agreement: Agreement) -> dict[str, Any]:
     full = agreement.to_dict()
     classes = {name: {"dice": one["dice"], "worst_dice": one["worst_dice"]} for name, one in full["classes"].items()}
     return {"tiles": len(agreement.cases), "mean_dice": full["mean_dice"], "classes": classes}
-
-
-def _first(outputs: Any) -> Tensor:
-    return outputs[0] if isinstance(outputs, (list, tuple)) else outputs

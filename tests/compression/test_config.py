@@ -200,8 +200,8 @@ def test_load_config_unusable_raises(raw, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"methods: [", r"mine\.yml is not readable YAML"),
-        (b"\xff\xfe\x00\x01", r"mine\.yml is not readable YAML"),
+        (b"methods: [", r"mine\.yml is neither YAML nor JSON"),
+        (b"\xff\xfe\x00\x01", r"mine\.yml is neither YAML nor JSON"),
         (b"- tucker\n", r"mine\.yml: expected keys and values, found \['tucker'\]"),
         (b"tucker\n", r"mine\.yml: expected keys and values, found 'tucker'"),
         (b"version: 3\n", r"mine\.yml: version 3 found, this nnslim reads version 1"),
@@ -223,7 +223,7 @@ def test_load_config_yaml_that_would_run_code_is_refused(tmp_path, tag):
     file = tmp_path / "mine.yml"
     argument = f" ['{mark}']" if "object" in tag else ""
     file.write_text(f"methods: {tag}{argument}\n")
-    with pytest.raises(ConfigError, match=r"not readable YAML.*could not determine a constructor"):
+    with pytest.raises(ConfigError, match=r"neither YAML nor JSON.*could not determine a constructor"):
         load_config(file)
     assert not mark.exists()
 

@@ -11,14 +11,13 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from nnslim.compression import plan_and_fit as search
 from nnslim.compression import recover as module
-from nnslim.compression import search
 from nnslim.compression.cache import cache_key, recall_weights, store_weights
 from nnslim.compression.calibration import Calibration
 from nnslim.compression.compress_network import compress
 from nnslim.compression.config import RecoveryConfig, from_dict
-from nnslim.compression.distillation import stage_ends, stage_loss
-from nnslim.compression.norms import recalibrate_norms
+from nnslim.compression.distillation import recalibrate_norms, stage_ends, stage_loss
 from nnslim.compression.recover import Recovery, recover, schedule
 from nnslim.compression.referee import Referee
 from nnslim.errors import ConfigError, RankError
@@ -478,11 +477,11 @@ def test_find_budget_takes_the_smallest_share_within_the_limit(wide, monkeypatch
     monkeypatch.setattr(search, "plan_methods", plan)
     monkeypatch.setattr(search, "fit_plans", lambda *_: (wide, {}))
     monkeypatch.setattr(search, "fit_and_recover", fit)
-    made = search.find_budget(wide, with_limit(0.01), 0, None, SHAPE, make_data(), None)
+    config, plans, slim, recovery = search.find_budget(wide, with_limit(0.01), 0, None, SHAPE, make_data(), None)
     assert seen == tried
-    chosen = made.config.methods[0].settings
+    chosen = config.methods[0].settings
     assert chosen.budget == ("macs", search.SHARES[search.START + found])
-    assert (made.plans, made.slim, made.recovery.after) == (found, found, drops.get(found, 0.0))
+    assert (plans, slim, recovery.after) == (found, found, drops.get(found, 0.0))
     assert type(chosen)(**chosen.model_dump()) == chosen
 
 
@@ -501,8 +500,8 @@ def test_find_budget_leaves_out_what_recovery_cannot_win_back(wide, monkeypatch,
 
     monkeypatch.setattr(search, "fit_and_recover", fit)
     limit = with_limit(0.01, steps=4) if learns else with_limit(0.01)
-    made = search.find_budget(wide, limit, 0, None, SHAPE, make_data(), None)
-    assert tried == recovered and made.slim == search.SHARES[search.START + recovered[-1]]
+    _, _, slim, _ = search.find_budget(wide, limit, 0, None, SHAPE, make_data(), None)
+    assert tried == recovered and slim == search.SHARES[search.START + recovered[-1]]
     assert len(fits) == (2 if learns else 4)
 
 

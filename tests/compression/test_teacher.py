@@ -11,9 +11,9 @@ from torch.utils.data import Dataset
 
 from nnslim.compression.calibration import Calibration
 from nnslim.compression.config import RecoveryConfig
+from nnslim.compression.distillation import Teacher, flip, mirrors
 from nnslim.compression.recover import learns_in_bfloat16, recover
 from nnslim.compression.referee import Referee
-from nnslim.compression.teacher import Teacher, flip, mirrors
 from nnslim.network.walk import LayerIndex
 
 SHAPE = (2, 1, 16, 16)

@@ -17,8 +17,8 @@ from nnslim.errors import ConfigError, ModelError
 from nnslim.hosts.nnunet.compress.compress_model import compress_model
 from nnslim.hosts.nnunet.model.planned import PlannedUNETR, built_from_plans, planned_architecture
 from nnslim.hosts.nnunet.model.trained_model import build_network, read_trained_model
+from nnslim.hosts.nnunet.train.described import RateSchedule, parameter_groups
 from nnslim.hosts.nnunet.train.ext.nnslim_trainers import trainer_named, trainer_names
-from nnslim.hosts.nnunet.train.recipe import RateSchedule, parameter_groups
 from nnslim.hosts.nnunet.train.settings import settings_in_force
 from nnslim.hosts.nnunet.train.token_sparse_trainer import token_sparse_trainer_class, unetr_trainer_class
 from nnslim.methods.token_sparse import TokenSparseConfig, set_ratio

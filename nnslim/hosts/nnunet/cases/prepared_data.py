@@ -16,7 +16,7 @@ from typing import Any
 
 from nnslim.errors import ConfigError, InputError
 from nnslim.files import make_folder, read_json, write_json
-from nnslim.hosts.nnunet.model.pruned import plans_for_fold
+from nnslim.hosts.nnunet.model.slim_plans import plans_for_fold
 from nnslim.hosts.nnunet.model.trained_model import TrainedModel, model_key, preprocessing_key
 
 _log = logging.getLogger("nnslim")

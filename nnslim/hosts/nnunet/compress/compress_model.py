@@ -20,8 +20,7 @@ from nnslim.errors import ConfigError, ModelError, SlowerError
 from nnslim.files import whole_folder
 from nnslim.hosts.nnunet.cases.calibration_tiles import calibration_of
 from nnslim.hosts.nnunet.model.planned import built_from_plans
-from nnslim.hosts.nnunet.model.pruned import trained_base
-from nnslim.hosts.nnunet.model.slim_plans import named_after, slim_plans, with_changed_plans
+from nnslim.hosts.nnunet.model.slim_plans import named_after, slim_plans, trained_base, with_changed_plans
 from nnslim.hosts.nnunet.model.trained_model import (
     TrainedModel,
     build_network,
@@ -56,10 +55,8 @@ def compress_model(
     in `.<name>.recovery.fold<N>`.
 
     Args:
-        model: from `read_trained_model`.
         target: folder to write; must not exist, or be empty.
         images: folder of unlabelled calibration images; overrides that of the configuration.
-        progress: called with (what is done, units done, units in all).
         allow_slower: write the model as planned even if it is slower than the dense one on this machine.
     Raises:
         SlowerError: no slim form of the model is faster here, and `run.guard` is on.
@@ -84,6 +81,9 @@ def compress_model(
         network, before = trained_base(model, network)
     config, target = config.with_images(images), Path(target)
     state = target.with_name(f".{target.name}.recovery")
+    guard = None
+    if config.run.guard:
+        guard = Guard(config.run.settings(), config.calibration.torch_device(), not allow_slower)
     with whole_folder(target) as side:
         with calibration_of(model, config, progress) as data:
             slimmed = compress(
@@ -94,7 +94,7 @@ def compress_model(
                 data=data,
                 progress=progress,
                 checkpoint=state,
-                guard=_guard(config, allow_slower),
+                guard=guard,
             )
         if slimmed.refused:
             raise SlowerError(
@@ -102,13 +102,16 @@ def compress_model(
                 "--allow-slower if the model is meant for another machine"
             )
         slimmed = replace(slimmed, spec=SlimSpec((*before, *slimmed.spec.edits)))
-        resolution = {}
+        changed = {}
         if given is not model:
             slimmed = replace(slimmed, dense=Counts.of(measure_cost(network, input_shape(given))))
-            resolution = {"resolution": _resolutions(given, model)}
+            pair = [one.configuration_manager for one in (given, model)]
+            spacing = [[float(size) for size in one.spacing] for one in pair]  # mm, before and after
+            patch = [[int(size) for size in one.patch_size] for one in pair]  # voxels
+            changed = {"resolution": {"spacing": spacing, "patch": patch}}
         write_slim(side, model, slimmed.weights, named_after(target.name, slim_plans(model, slimmed.spec)))
         slimmed = replace(slimmed, file_bytes=(_checkpoint_bytes(model, model.path), _checkpoint_bytes(model, side)))
-        write_record(side, _record(model, slimmed, config), **resolution)
+        write_record(side, _record(model, slimmed, config), **changed)
         if config.active:
             write_decisions(slimmed.decisions, side / "plan.csv")
         if config.run.precision == "int8":
@@ -121,18 +124,13 @@ def compress_model(
 def write_slim(
     folder: Path, model: TrainedModel, weights: Iterable[Mapping[str, Tensor]], plans: dict[str, Any]
 ) -> None:
-    """Write a model into an empty folder with slim weights in place of its own, one state dict for each fold.
-
-    Of each checkpoint everything but the optimiser's state is kept.
-    """
-
-    def slim(checkpoint: dict[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
-        made = {**checkpoint, "network_weights": state, "optimizer_state": None, "grad_scaler_state": None}
-        init = made["init_args"]
-        return {**made, "init_args": {**init, "plans": plans}} if isinstance(init, dict) and "plans" in init else made
-
-    pairs = zip(model.checkpoints.items(), weights, strict=True)
-    checkpoints = ((fold, slim(checkpoint, state)) for (fold, checkpoint), state in pairs)
+    """Write a model with slim weights, one state dict for each fold, and without the optimiser's state."""
+    checkpoints = []
+    for (fold, checkpoint), state in zip(model.checkpoints.items(), weights, strict=True):
+        init = checkpoint["init_args"]
+        made = {"network_weights": state, "optimizer_state": None, "grad_scaler_state": None}
+        made["init_args"] = {**init, "plans": plans} if isinstance(init, dict) and "plans" in init else init
+        checkpoints.append((fold, {**checkpoint, **made}))
     write_model(folder, plans, model.dataset, checkpoints, model.checkpoint_name)
 
 
@@ -142,26 +140,10 @@ def _calibrate_int8(side: Path, folds: list[str], config: SlimConfig, progress: 
     images = config.calibration.images
     if images is None:
         raise ConfigError("int8 is calibrated on images: name a folder of them (-i, or calibration.images)")
-    for fold, checked in keep_int8(
-        read_trained_model(side, folds), images, seed=config.calibration.seed, progress=progress
-    ).items():
+    made = keep_int8(read_trained_model(side, folds), images, seed=config.calibration.seed, progress=progress)
+    for fold, checked in made.items():
         if not checked.passed:
             raise ModelError(f"fold {fold}: the int8 model is too far from the one it was made from: {checked}")
-
-
-def _guard(config: SlimConfig, allow_slower: bool) -> Guard | None:
-    if not config.run.guard:
-        return None
-    return Guard(config.run.settings(), config.calibration.torch_device(), not allow_slower)
-
-
-def _resolutions(before: TrainedModel, after: TrainedModel) -> dict[str, Any]:
-    """Return spacing (mm) and patch (voxels), before and after."""
-    pair = [model.configuration_manager for model in (before, after)]
-    return {
-        "spacing": [[float(size) for size in one.spacing] for one in pair],
-        "patch": [[int(size) for size in one.patch_size] for one in pair],
-    }
 
 
 def _checkpoint_bytes(model: TrainedModel, folder: Path) -> int:
@@ -173,10 +155,9 @@ def _record(model: TrainedModel, slimmed: Slimmed, config: SlimConfig) -> dict[s
 
     A copy of a slim model in another precision keeps that model's record.
     """
-    dense, slim = slimmed.file_bytes or (None, None)
-    first = slimmed.weights[0]
+    dense, slim = slimmed.file_bytes
     stored = {
-        "precision": "half" if in_half(first) else "single",
+        "precision": "half" if in_half(slimmed.weights[0]) else "single",
         "weight_bytes": sum(map(bytes_of, slimmed.weights)),
         "checkpoint_bytes": slim,
         "source_weight_bytes": sum(map(bytes_of, model.weights)),

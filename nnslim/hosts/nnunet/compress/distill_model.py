@@ -24,11 +24,8 @@ from nnslim.network.spec import apply_spec, spec_of
 
 
 def distill_config(images: Path, device: str = "auto", **recovery: Any) -> SlimConfig:
-    """Return the configuration of a distillation.
+    """Return the configuration of a distillation, from keys of `RecoveryConfig`; None leaves a key at its default.
 
-    Args:
-        images: folder of unlabelled images. device: auto, cpu or cuda.
-        recovery: keys of `RecoveryConfig`; None leaves a key at its default.
     Raises:
         ConfigError: a value out of bounds, or nothing to learn.
     """
@@ -59,16 +56,10 @@ def read_pair(slim: Path, teacher: Path, *, trust: bool = False) -> tuple[Traine
             f"teacher {dense.path} has other labels or another preprocessing than {small.path}; expected the model "
             "that the slim one was made from"
         )
-    _check_structure(small, dense)
-    return small, dense
-
-
-def _check_structure(small: TrainedModel, dense: TrainedModel) -> None:
-    """Refuse a teacher that does not become the slim network by the slim network's own edits."""
+    # The slim network's own edits must turn the teacher into it.
     network = build_network(small)
-    twin = build_network(dense)
     try:
-        twin = apply_spec(spec_of(network), twin)
+        twin = apply_spec(spec_of(network), build_network(dense))
         problem = _first_difference(network.state_dict(), twin.state_dict())
     except SpecError as error:
         problem = str(error)
@@ -76,11 +67,12 @@ def _check_structure(small: TrainedModel, dense: TrainedModel) -> None:
         raise ModelError(
             f"teacher {dense.path} is of another structure than the model that {small.path} was made from: {problem}"
         )
+    return small, dense
 
 
 def _first_difference(ours: StateDict, theirs: StateDict) -> str:
     shapes = [{key: tuple(value.shape) for key, value in state.items()} for state in (ours, theirs)]
-    for key in sorted(set(shapes[0]) | set(shapes[1])):
+    for key in sorted({**ours, **theirs}):
         found, expected = (shape.get(key, "absent") for shape in shapes)
         if found != expected:
             return f"{key} is {found} in the slim model, and {expected} with this teacher"
@@ -90,7 +82,7 @@ def _first_difference(ours: StateDict, theirs: StateDict) -> str:
 def distill_model(
     slim: TrainedModel, dense: TrainedModel, target: Path, config: SlimConfig, *, progress: Progress | None = None
 ) -> list[Recovery]:
-    """Let each fold of a slim model learn from the dense model's fold, and write a new model folder.
+    """Let each fold of a slim model learn from the dense model's fold, write a model folder, and say how each went.
 
     It holds what the slim folder does, with the new weights in the precision of the old ones. Its nnslim.json gets a
     new entry "recovery" and an entry "distill" with the settings; the agreement, measured on the old weights, is
@@ -98,12 +90,8 @@ def distill_model(
     target, in `.<name>.recovery.fold<N>`.
 
     Args:
-        slim, dense: from `read_pair`.
+        slim, dense: from `read_pair`. config: from `distill_config`.
         target: folder to write; must not exist, or be empty.
-        config: from `distill_config`.
-        progress: called with (what is done, units done, units in all).
-    Returns:
-        How it went, for each fold.
     Raises:
         InputError: no images, or one that cannot be read. ModelError: a cascade. OutputError: the target exists
         or cannot be written; nothing half-written is left.
@@ -155,8 +143,7 @@ def _fold(
     files = [model.path / f"fold_{fold}" / model.checkpoint_name for model in (slim, dense)]
     settings = json.dumps(config.data_identity(), sort_keys=True)
     identity = f"{data.fingerprint} {settings} {[sha256_of(file) for file in files]}"
-    recovery = recover(
-        teacher, student, data, config.recovery, checkpoint=checkpoint, identity=identity, progress=progress
-    )
+    kept = {"checkpoint": checkpoint, "identity": identity, "progress": progress}
+    recovery = recover(teacher, student, data, config.recovery, **kept)
     half = in_half(slim.checkpoints[fold]["network_weights"])
     return stored(student.to("cpu"), half)[1], recovery

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from nnslim.compression.config import SlimConfig
-from nnslim.compression.plan_and_fit import plan_methods
+from nnslim.compression.plan_and_fit import plan_methods, searched
 from nnslim.compression.recover import Progress
-from nnslim.compression.search import searched
 from nnslim.errors import ConfigError, ModelError, OutputError
 from nnslim.files import make_folder, whole_folder
 from nnslim.hosts.nnunet.cases.calibration_tiles import ImageTiles, Source, calibration_of, prepare_images
@@ -41,11 +40,9 @@ def error_grid_folder(
     The method fills the folder, see `Method.survey`; it is written whole or not at all.
 
     Args:
-        model: dense, from `read_trained_model`.
-        target: folder to write; must not exist, or be empty.
+        model: dense. target: folder to write; must not exist, or be empty.
         images: folder of unlabelled images, for the error of the outputs. count: images at most.
         method: one with a survey. step: between two settings; see the method.
-        progress: called with (what is done, units done, units in all).
     Raises:
         ModelError: the model is slim, or cannot be built. InputError: no images, or one that cannot be read.
         ConfigError: step or count below 1, or a method without a survey.
@@ -101,11 +98,9 @@ def plan_model(model: TrainedModel, target: Path, config: SlimConfig, *, progres
     """Choose the ranks of a model by the weights of its first fold, and write the table; no weights are made.
 
     Args:
-        model: dense, from `read_trained_model`.
+        model: dense.
         target: CSV file to write, to be edited and passed back as the key `plan` of the method; must not exist, since
             it may have been edited.
-        config: the methods, and the calibration images if there are any.
-        progress: called with (what is done, units done, units in all).
     Raises:
         ConfigError: nothing to plan, or a budget `max_drop`. RankError: a budget that cannot be met.
         ModelError: the model is slim. InputError: no images. OutputError: the target exists or cannot be written.

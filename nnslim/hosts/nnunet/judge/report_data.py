@@ -13,8 +13,8 @@ from nnslim.compression.record import RECORD, SlimRecord, read_record
 from nnslim.compression.recover import Progress
 from nnslim.errors import InputError, ModelError
 from nnslim.evaluation.scores import read_scores
-from nnslim.files import sha256_of, write_bytes
-from nnslim.hosts.nnunet.model.model_files import find_folds, read_json_object
+from nnslim.files import read_json_object, sha256_of, write_bytes
+from nnslim.hosts.nnunet.model.model_files import find_folds
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.report.page import render_report
 from nnslim.report.page_data import FileFact, ReportData, Viewer

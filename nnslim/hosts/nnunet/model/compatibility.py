@@ -11,37 +11,22 @@ from nnslim.errors import HostError
 from nnslim.optional import installed_version
 
 OLDEST, NEWEST = (2, 3, 1), (2, 8)
+_MANUAL = ("self", "network", "plans_manager", "configuration_manager", "parameters")
+_MANUAL += ("dataset_json", "trainer_name", "inference_allowed_mirroring_axes")
 _KNOWN = {
     "initialize_from_trained_model_folder": ("self", "model_training_output_dir", "use_folds", "checkpoint_name"),
-    "manual_initialization": (
-        "self",
-        "network",
-        "plans_manager",
-        "configuration_manager",
-        "parameters",
-        "dataset_json",
-        "trainer_name",
-        "inference_allowed_mirroring_axes",
-    ),
+    "manual_initialization": _MANUAL,
     "_internal_predict_sliding_window_return_logits": ("self", "data", "slicers", "do_on_device"),
 }
 
 
 def nnunet_version() -> str:
-    """Return the version of the installed nnU-Net.
-
-    Raises:
-        HostError: it is not installed.
-    """
+    """Return the version of the installed nnU-Net; HostError where there is none."""
     return installed_version("nnunetv2", "nnU-Net v2", "nnunetv2", error=HostError)
 
 
 def check_version(version: str) -> None:
-    """Refuse an nnU-Net outside the versions whose source was read.
-
-    Raises:
-        HostError: older than 2.3.1, or newer than 2.8.x.
-    """
+    """Raise a HostError for an nnU-Net outside the versions whose source was read: 2.3.1 to 2.8.x."""
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
     if numbers < OLDEST or numbers[:2] > NEWEST:
         raise HostError(
@@ -50,23 +35,16 @@ def check_version(version: str) -> None:
 
 
 def check_signature(function: Callable[..., Any], name: str) -> None:
-    """Refuse a method whose arguments differ from those of our replacement.
+    """Raise a HostError for a method whose arguments differ from those of our replacement.
 
     Wrappers that other tools put around a method are looked through (functools.wraps); extra arguments with defaults
     are allowed.
-
-    Raises:
-        HostError: the arguments differ.
     """
     parameters = inspect.signature(function).parameters
-    found = tuple(parameters)
-    known = _KNOWN[name]
-    extra = [
-        p
-        for p in list(parameters.values())[len(known) :]
-        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
-    if found[: len(known)] != known or extra:
+    found, known = tuple(parameters), _KNOWN[name]
+    extra = [p for p in list(parameters.values())[len(known) :] if p.default is p.empty]
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    if found[: len(known)] != known or any(p.kind in named for p in extra):
         raise HostError(
             f"nnUNetPredictor.{name} takes ({', '.join(found)}), but ({', '.join(known)}) is expected; "
             f"nnslim does not support this nnU-Net and has changed nothing ({nnunet_version()})"

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from nnslim.errors import ConfigError, ModelError
-from nnslim.files import make_folder, save_checkpoint, whole_folder
-from nnslim.hosts.nnunet.model.model_files import read_json_object
+from nnslim.files import make_folder, read_json_object, save_checkpoint, whole_folder
 from nnslim.hosts.nnunet.model.trained_model import (
     TrainedModel,
     build_network,
@@ -49,10 +48,7 @@ def preprocessed_files(dataset: str, plans: str) -> tuple[Path, Path]:
 
 
 def target_of(
-    model: TrainedModel,
-    configuration: str,
-    plans: Path | None = None,
-    dataset: Path | None = None,
+    model: TrainedModel, configuration: str, plans: Path | None = None, dataset: Path | None = None
 ) -> TrainedModel:
     """Return the untrained 3D model that the weights are for.
 
@@ -76,13 +72,6 @@ def target_of(
     return replace(made, path=model.path)
 
 
-def axes_between(flat: TrainedModel, deep: TrainedModel) -> tuple[int, int, int]:
-    """Return which axis of the 2D model's volumes (0: slices) each axis of the 3D model's is."""
-    before, after = flat.plans["transpose_forward"], deep.plans["transpose_forward"]
-    first, second, third = (before.index(axis) for axis in after)
-    return first, second, third
-
-
 def inflate_model(
     model: TrainedModel, target: TrainedModel, mode: Mode = "center", *, fit: Fit = "error", seed: int = 0
 ) -> dict[str, dict[str, Any]]:
@@ -104,7 +93,8 @@ def inflate_model(
             f"{model.path}: only a dense model that nnU-Net builds from its plans can be inflated "
             f"(trainer {model.trainer_name})"
         )
-    axes = axes_between(model, target)
+    # Which axis of the 2D model's volumes (0: slices) each axis of the 3D model's is.
+    axes = tuple(model.plans["transpose_forward"].index(axis) for axis in target.plans["transpose_forward"])
     mirrors = {1: axes.index(1), 2: axes.index(2)}
     made = {}
     for fold, checkpoint in model.checkpoints.items():

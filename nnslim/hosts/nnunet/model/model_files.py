@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from nnslim.errors import ModelError
 from nnslim.files import sha256_of
 
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth")
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of a model folder.
-
-    Raises:
-        ModelError: missing, unreadable, or not an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path.parent} is not an nnU-Net model folder: it has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} should hold a JSON object, found {type(content).__name__}")
-    return content
 
 
 def find_folds(path: Path, checkpoint_name: str) -> list[str]:

@@ -1,7 +1,6 @@
-"""Architectures that nnU-Net builds in its trainers, described in plans instead, so that any trainer can build them.
+"""Architectures that nnU-Net builds in its trainers (Primus) or not at all, described in plans for any trainer.
 
-nnU-Net's Primus trainers build their networks themselves. A slim model must be built from plans.json, and by stock
-nnU-Net: so the architecture is read off the network and named there.
+A slim model must be built from plans.json, by stock nnU-Net: so the architecture is read off the network.
 """
 
 from __future__ import annotations
@@ -14,12 +13,7 @@ from torch import nn
 
 from nnslim.hosts.nnunet.model.slim_network import ARCHITECTURES
 from nnslim.hosts.nnunet.model.slim_plans import plans_with_architecture
-from nnslim.hosts.nnunet.model.trained_model import (
-    TrainedModel,
-    build_untrained,
-    builds_from_plans,
-    trainer_class,
-)
+from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_untrained, builds_from_plans, trainer_class
 from nnslim.inflation.window_net import WindowNet
 from nnslim.methods.token_sparse.unetr import TokenSparseUNETR
 from nnslim.network.daeformer import DAEFormer, form_named

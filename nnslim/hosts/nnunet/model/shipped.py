@@ -36,10 +36,8 @@ def write_for_shipping(model: Path, target: Path) -> None:
         ModelError: not a model folder. OutputError: the target exists or cannot be written.
     """
     source = read_trained_model(model)
-    plans = {
-        **source.plans,
-        "configurations": {source.configuration: source.plans["configurations"][source.configuration]},
-    }
+    configuration = source.plans["configurations"][source.configuration]
+    plans = {**source.plans, "configurations": {source.configuration: configuration}}
 
     def kept(checkpoint: dict[str, Any]) -> dict[str, Any]:
         return {

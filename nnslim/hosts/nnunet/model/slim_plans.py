@@ -1,4 +1,6 @@
-"""What nnslim changes in a model's plans: the architecture with its spec, and what methods want of a configuration."""
+"""What nnslim changes in a model's plans: the architecture with its spec, and what methods want of a configuration.
+
+Each fold of a model that was pruned in training has its own widths, which the plans do not name."""
 
 from __future__ import annotations
 
@@ -6,12 +8,15 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from nnslim.compression.config import SlimConfig
-from nnslim.errors import ConfigError, SpecError
+from nnslim.errors import ConfigError, ModelError, SpecError
 from nnslim.hosts.nnunet.model.slim_network import BASE_KEY, NETWORK_CLASS_NAME, SPEC_KEY
-from nnslim.hosts.nnunet.model.trained_model import TrainedModel
+from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network
 from nnslim.methods.base import method_named
-from nnslim.network.spec import SlimSpec
+from nnslim.network.spec import Edit, SlimSpec
+from nnslim.surgery.narrow import ElasticEdit, NarrowEdit, as_base, widths_of
 
 
 def resolved(configurations: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -105,10 +110,8 @@ def named_after(folder_name: str, plans: dict[str, Any]) -> dict[str, Any]:
 
 
 def changed_by(config: SlimConfig, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what the methods make of a configuration's settings; the very same object where no method changes them.
+    """Return what the methods make of `trained_settings`; the very same object where no method changes them.
 
-    Args:
-        settings: see `trained_settings`; not modified.
     Raises:
         ConfigError: they do not fit a method, or two methods change them.
     """
@@ -124,22 +127,54 @@ def changed_by(config: SlimConfig, settings: Mapping[str, Any]) -> Mapping[str, 
 
 
 def with_changed_plans(model: TrainedModel, config: SlimConfig) -> TrainedModel:
-    """Return the model with plans as the methods want them and the weights as they are; the same where none does.
-
-    Raises:
-        ConfigError: see `changed_by`.
-    """
+    """Return the model with plans as the methods want them and the weights as they are; see `changed_by`."""
     settings = trained_settings(model.configuration_manager)
     changed = changed_by(config, settings)
     return model if changed is settings else model.with_plans(with_settings(model.plans, model.configuration, changed))
 
 
 def refuse_changed_plans(config: SlimConfig, configuration_manager: Any) -> None:
-    """Refuse methods that change plans for a model in memory, whose images are preprocessed by plans read already.
-
-    Raises:
-        ConfigError: the configuration has such a method, or see `changed_by`.
-    """
+    """Raise a ConfigError where methods change the plans of a model in memory: its images follow plans read already."""
     settings = trained_settings(configuration_manager)
     if changed_by(config, settings) is not settings:
         raise ConfigError("a method changes spacing or patch in the plans: use nnslim compress, then the new folder")
+
+
+def _widths(network: nn.Module) -> tuple[NarrowEdit, ...]:
+    return tuple(NarrowEdit(name, *widths) for name, widths in widths_of(network).items())
+
+
+def plans_for_fold(model: TrainedModel, fold: str) -> dict[str, Any]:
+    """Return the plans of a model for a training to start from.
+
+    Where the weights of each fold decide its widths (an elastic model), these are the widths of this fold.
+    """
+    edits = spec_in_plans(model).edits
+    if not any(isinstance(edit, ElasticEdit) for edit in edits):
+        return copy.deepcopy(model.plans)
+    others = [edit for edit in edits if not isinstance(edit, (NarrowEdit, ElasticEdit))]
+    spec = SlimSpec((*others, *_widths(build_network(model, fold)), ElasticEdit()))
+    return with_architecture(model.plans, model.configuration, spec)
+
+
+def trained_base(model: TrainedModel, network: nn.Module) -> tuple[nn.Module, tuple[Edit, ...]]:
+    """Return the network of a model that a training made slim as a base to compress, and the edits that made it so.
+
+    Args:
+        model: pruned, or with `trained` edits alone. network: of its first fold, see `build_network`.
+    Raises:
+        ModelError: other edits made it slim, or its folds differ in width.
+    """
+    edits = spec_in_plans(model).edits
+    if all(edit.trained for edit in edits):
+        return as_base(network), edits
+    if not {edit.kind for edit in edits} <= {"narrow", "elastic"}:
+        raise ModelError(f"{model.path} is already a slim model; compress the model that it was made from")
+    first, *others = [{key: value.shape for key, value in weights.items()} for weights in model.weights]
+    if any(other != first for other in others):
+        folds = ", ".join(model.checkpoints)
+        raise ModelError(
+            f"{model.path} is pruned, and its folds ({folds}) have widths of their own: compress one by one (-f FOLD)"
+        )
+    base = as_base(network)
+    return base, _widths(base)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ import torch
 from torch import nn
 
 from nnslim.errors import ModelError
-from nnslim.files import save_checkpoint, write_json
+from nnslim.files import read_json_object, save_checkpoint, write_json
 from nnslim.hosts.nnunet.model.compatibility import check_version, nnunet_version
-from nnslim.hosts.nnunet.model.model_files import chosen_folds, read_json_object
+from nnslim.hosts.nnunet.model.model_files import chosen_folds
 from nnslim.hosts.nnunet.model.slim_network import base_class, locate_trusted
 
 _HAS_ALLOW_LIST = hasattr(torch.serialization, "safe_globals")  # torch >= 2.4; older ones load everything or nothing
@@ -97,26 +98,21 @@ def load_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=_HAS_ALLOW_LIST and not trust)
     except pickle.UnpicklingError as error:
         text = str(error)
+        lines = text.splitlines()
         if "global" in text.lower() or "weights only load failed" in text.lower():
+            refused = next((line.strip() for line in lines if "GLOBAL" in line), lines[0])
             raise ModelError(
-                f"{path} holds more than weights and numbers ({_unsupported(text)}); if you trust where it comes "
+                f"{path} holds more than weights and numbers ({refused[:160]}); if you trust where it comes "
                 "from, load it as nnU-Net would: --trust-checkpoint, or trust=True"
             ) from error
-        raise ModelError(f"{path} is not a readable checkpoint: {text.splitlines()[0]}") from error
+        raise ModelError(f"{path} is not a readable checkpoint: {lines[0]}") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        size = path.stat().st_size
-        raise ModelError(
-            f"{path} is truncated or damaged ({size:,} bytes): {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from error
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise ModelError(f"{path} is truncated or damaged ({path.stat().st_size:,} bytes): {reason}") from error
     missing = {"network_weights", "trainer_name", "init_args"} - set(content if isinstance(content, dict) else ())
     if missing:
         raise ModelError(f"{path} is not an nnU-Net v2 checkpoint: it lacks {', '.join(sorted(missing))}")
     return content
-
-
-def _unsupported(text: str) -> str:
-    marks = [line.strip() for line in text.splitlines() if "GLOBAL" in line]
-    return marks[0][:160] if marks else text.splitlines()[0][:160]
 
 
 def allowed_globals() -> AbstractContextManager[Any]:
@@ -126,16 +122,13 @@ def allowed_globals() -> AbstractContextManager[Any]:
     scalar = np.float64(0).__reduce__()[0]
     rebuild = np.zeros(0).__reduce__()[0]
     kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
-    numpy_1 = [_under_name(scalar, "numpy.core.multiarray"), _under_name(rebuild, "numpy.core.multiarray")]
-    numpy_2 = [_under_name(scalar, "numpy._core.multiarray"), _under_name(rebuild, "numpy._core.multiarray")]
-    return torch.serialization.safe_globals([*numpy_1, *numpy_2, np.dtype, np.ndarray, *kinds, torch.device])
+    places = ("numpy.core.multiarray", "numpy._core.multiarray")  # of numpy 1 and 2
+    named = [_under_name(function, place) for place in places for function in (scalar, rebuild)]
+    return torch.serialization.safe_globals([*named, np.dtype, np.ndarray, *kinds, torch.device])
 
 
 def _under_name(function: Callable[..., Any], module: str) -> Callable[..., Any]:
-    """Return a function that torch's allow-list files under another module: numpy 1 and 2 name theirs differently.
-
-    torch 2.6 takes (function, name) pairs for this; 2.4 and 2.5 do not.
-    """
+    """Return a function that torch's allow-list files under another module; torch 2.4 and 2.5 take no other names."""
 
     def alias(*arguments: Any) -> Any:
         return function(*arguments)
@@ -151,9 +144,7 @@ def read_trained_model(
 
     Args:
         path: trainer__plans__configuration folder with plans.json, dataset.json and fold_X.
-        folds: numbers or "all"; every fold that has the checkpoint if None.
-        checkpoint_name: checkpoint_final.pth if there is one, else checkpoint_best.pth, if None.
-        trust: see `load_checkpoint`.
+        folds, checkpoint_name: see `chosen_folds`. trust: see `load_checkpoint`.
     Raises:
         ModelError: whatever is missing, unreadable or not nnU-Net's. HostError: nnU-Net is missing.
     """
@@ -178,11 +169,7 @@ def write_model(
     checkpoints: Iterable[tuple[str, dict[str, Any]]],
     checkpoint_name: str = "checkpoint_final.pth",
 ) -> None:
-    """Write plans, dataset description and checkpoints (fold, content) into an empty folder.
-
-    Raises:
-        OutputError: something cannot be written.
-    """
+    """Write plans, dataset description and checkpoints (fold, content) into an empty folder, or raise OutputError."""
     write_json(folder / "plans.json", plans)
     write_json(folder / "dataset.json", dataset)
     for fold, content in checkpoints:
@@ -229,17 +216,14 @@ def trainer_class(name: str) -> type:
         ModelError: there is none.
     """
     try:
-        try:
-            from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
-        except ImportError:  # before nnU-Net 2.8
-            import nnunetv2
-            from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+        from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
+    except ImportError:  # before nnU-Net 2.8
+        import nnunetv2
+        from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
-            folder = os.path.join(nnunetv2.__path__[0], "training", "nnUNetTrainer")  # noqa: PTH118
-
-            def find(wanted: str) -> type | None:
-                return recursive_find_python_class(folder, wanted, "nnunetv2.training.nnUNetTrainer")
-
+        folder = os.path.join(nnunetv2.__path__[0], "training", "nnUNetTrainer")  # noqa: PTH118
+        find = partial(recursive_find_python_class, folder, current_module="nnunetv2.training.nnUNetTrainer")
+    try:
         found = find(name)
     except RuntimeError:
         found = None
@@ -319,31 +303,20 @@ def input_shape(model: TrainedModel) -> tuple[int, ...]:
     return (1, channels_and_heads(model)[0], *model.configuration_manager.patch_size)
 
 
-_PREPROCESSING = (
-    "preprocessor_name",
-    "spacing",
-    "normalization_schemes",
-    "use_mask_for_norm",
-    "resampling_fn_data",
-    "resampling_fn_data_kwargs",
-    "resampling_fn_seg",
-    "resampling_fn_seg_kwargs",
-)
+_PREPROCESSING = ("preprocessor_name", "spacing", "normalization_schemes", "use_mask_for_norm")
+_PREPROCESSING += ("resampling_fn_data", "resampling_fn_data_kwargs", "resampling_fn_seg", "resampling_fn_seg_kwargs")
 
 
 def preprocessing_key(plans: dict[str, Any], settings: dict[str, Any]) -> str:
     """Return 8 hexadecimal digits that are equal for plans that make the same voxels of the same image.
 
-    Args:
-        plans: content of a plans file.
-        settings: one of its configurations, inheritance resolved.
+    `settings` are one of the configurations of the plans, inheritance resolved.
     """
     values = {key: settings.get(key) for key in _PREPROCESSING}
     values["transpose_forward"] = plans.get("transpose_forward")
     if "CTNormalization" in settings.get("normalization_schemes", ()):  # the one scheme that looks at the dataset
-        values["intensities"] = plans.get("foreground_intensity_properties_per_channel") or plans.get(
-            "foreground_intensity_properties_by_modality"
-        )
+        names = [f"foreground_intensity_properties_{which}" for which in ("per_channel", "by_modality")]
+        values["intensities"] = plans.get(names[0]) or plans.get(names[1])
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -354,12 +327,9 @@ def model_key(model: TrainedModel) -> str:
 
 def classes_of(label_manager: Any) -> dict[str, tuple[int, ...]]:
     """Return the labels of each class or region, in the order of the model's channels, without background."""
-    named = {
-        str(name): tuple(int(label) for label in np.unique(value))
-        for name, value in label_manager.label_dict.items()
-        if name != "ignore"
-    }
-    foreground = {name: members for name, members in named.items() if members != (0,)}
+    named = {name: value for name, value in label_manager.label_dict.items() if name != "ignore"}
+    members = {str(name): tuple(int(label) for label in np.unique(value)) for name, value in named.items()}
+    foreground = {name: labels for name, labels in members.items() if labels != (0,)}
     if label_manager.has_regions:
         return foreground
     return dict(sorted(foreground.items(), key=lambda item: item[1]))

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nnslim.files import read_json_object
 from nnslim.hosts.nnunet.cases.preprocess import check_stage, list_cases
-from nnslim.hosts.nnunet.model.model_files import chosen_folds, content_digest, read_json_object
+from nnslim.hosts.nnunet.model.model_files import chosen_folds, content_digest
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings, absolute_config, config_identity, digest
 from nnslim.prediction.case import Case, Crew, Place, Record, versions
 from nnslim.prediction.images import count_voxels

@@ -17,10 +17,12 @@ from nnslim.network.daeformer import form_named
 
 
 class CEAndSquaredDice(nn.Module):
-    """0.4 cross-entropy + 0.6 Dice loss; the latter with squares, softmax, smooth 1e-5, over all classes."""
+    """0.4 cross-entropy + 0.6 Dice loss; the latter with squares, softmax, smooth 1e-5, over all classes.
+
+    Voxels with the label `ignore` count in neither.
+    """
 
     def __init__(self, ignore: int | None = None) -> None:
-        """Set up. ignore: label whose voxels count in neither."""
         super().__init__()
         self.ignore = ignore
         self.dice = DiceLoss(squared_pred=True, smooth_nr=1e-5, smooth_dr=1e-5, batch=True)

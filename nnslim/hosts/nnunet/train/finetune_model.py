@@ -17,6 +17,7 @@ from nnslim.compression.record import RECORD, read_record, write_record
 from nnslim.errors import ConfigError, InputError, ModelError, OutputError
 from nnslim.files import make_folder, read_json
 from nnslim.hosts.nnunet.cases.prepared_data import PreparedData, model_key, plans_on, prepare_data
+from nnslim.hosts.nnunet.model.slim_plans import named_after
 from nnslim.hosts.nnunet.model.trained_model import (
     TrainedModel,
     builds_from_plans,
@@ -47,13 +48,10 @@ def finetune_model(
     starts from its first fold. checkpoint_latest, _best and _final.pth are kept apart, as nnU-Net does.
 
     Args:
-        model: directory of a trained model, slim or dense.
-        output: directory to write; must not exist or be empty, unless `settings.resume`.
+        output: directory to write, which is returned; must not exist or be empty, unless `settings.resume`.
         dataset: number or name of a raw or preprocessed dataset.
         settings: how; what is None is as in `FINETUNING`.
         progress: called with (epochs done, epochs in all), the folds together; on one device only.
-    Returns:
-        The output directory.
     Raises:
         ModelError: the model or the teacher cannot be used. InputError: the dataset cannot.
         ConfigError: settings that cannot be met, or that are not those of the run to be resumed.
@@ -71,9 +69,13 @@ def finetune_model(
     trainer_name = _trainer_name(source, settings)
     if settings.teacher is not None:
         _check_teacher(source, settings)
-    _check_stage(source, settings)
+    if (stage := source.configuration_manager.previous_stage_name) is not None:
+        if not os.environ.get("nnUNet_results"):
+            raise ConfigError(f"{source.path.name} is the second stage of a cascade; set the variable nnUNet_results")
+        if settings.previous_stage is not None and not settings.previous_stage.is_dir():
+            raise InputError(f"{settings.previous_stage} is not a directory; expected the segmentations of '{stage}'")
     data = prepare_data(source, dataset, settings.processes)
-    folds = list(settings.folds or source.checkpoints)
+    folds = settings.folds or tuple(source.checkpoints)
     make_folder(output)
     record = begin_record(source, output, data, trainer_name, settings)
     total = settings.epochs * len(folds)
@@ -145,38 +147,21 @@ def _check_teacher(source: TrainedModel, settings: TrainingSettings) -> None:
         )
 
 
-def _check_stage(source: TrainedModel, settings: TrainingSettings) -> None:
-    stage = source.configuration_manager.previous_stage_name
-    if stage is None:
-        return
-    if not os.environ.get("nnUNet_results"):
-        raise ConfigError(f"{source.path.name} is the second stage of a cascade; set the variable nnUNet_results")
-    if settings.previous_stage is not None and not settings.previous_stage.is_dir():
-        raise InputError(f"{settings.previous_stage} is not a directory; expected the segmentations of '{stage}'")
-
-
 def fold_job(
     source: TrainedModel, output: Path, data: PreparedData, fold: str, trainer_name: str, settings: TrainingSettings
 ) -> FoldJob:
-    """Return what a process needs to train a fold.
-
-    An output directory named trainer__plans__configuration gives the plans their name, so that
-    `nnUNetv2_predict -p` finds it.
-    """
+    """Return what a process needs to train a fold."""
     start = fold if fold in source.checkpoints else next(iter(source.checkpoints))
     if start != fold:
         text = "%s has no fold %s: it starts from fold %s, which may have seen its validation cases"
         _log.warning(text, source.path.name, fold, start)
     # nnU-Net removes the latest once it has written the final one: where both exist, a finished run was made longer.
     latest = [output / f"fold_{fold}" / name for name in (LATEST, FINAL)] if settings.resume else []
-    plans, parts = plans_on(source, data, start), output.name.split("__")
-    if len(parts) == 3 and parts[1]:
-        plans["plans_name"] = parts[1]
     return FoldJob(
         model=source.path,
         source_fold=start,
         checkpoint_name=source.checkpoint_name,
-        plans=plans,
+        plans=named_after(output.name, plans_on(source, data, start)),
         dataset=data.dataset,
         configuration=source.configuration,
         fold=int(fold) if fold.isdigit() else fold,
@@ -213,8 +198,7 @@ def run_fold(job: FoldJob, device: torch.device, after_epoch: Callable[[int, int
 def run_ranks(job: FoldJob, count: int, device: str = "cuda") -> None:
     """Train one fold in several processes of this machine; each makes its trainer anew, which cannot be pickled.
 
-    Args:
-        device: nnU-Net's trainer takes the CUDA device of its rank whatever this says.
+    nnU-Net's trainer takes the CUDA device of its rank whatever `device` says.
     """
     with tempfile.TemporaryDirectory() as place:
         meeting = (Path(place) / "ranks").as_uri()
@@ -236,11 +220,7 @@ def _run_rank(rank: int, job: FoldJob, count: int, meeting: str, device: str) ->
 def begin_record(
     source: TrainedModel, output: Path, data: PreparedData, trainer_name: str, settings: TrainingSettings
 ) -> dict[str, Any]:
-    """Write nnslim.json: the source's, if it has one, with what this run was asked to do.
-
-    Raises:
-        ConfigError: the output was begun from another model, dataset or trainer.
-    """
+    """Write nnslim.json: the source's, if it has one, with what this run is asked to do; refuse another such run."""
     begun = read_record(output, required=False).get("finetune", {})
     before = read_record(source.path, required=False) or {"nnslim": __version__, "source": source.path.name}
     entry = {

@@ -146,9 +146,8 @@ class FineTuning(SteadyTraining):
                 self.on_validation_epoch_start()
                 batches = range(self.num_val_iterations_per_epoch)
                 self.on_validation_epoch_end([self.validation_step(next(self.dataloader_val)) for _ in batches])
-            notes = self.logger.plain()
         finally:
-            self.logger = kept
+            notes, self.logger = self.logger, kept
         self.print_to_log_file("Validation before epoch 0:", notes)
         if self.local_rank == 0:
             write_json(Path(self.output_folder) / BEFORE, notes)
@@ -176,12 +175,7 @@ class DistilledLoss(nn.Module):
         self.teacher_logits: Tensor | None = None
 
     def forward(self, output: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]) -> Tensor:
-        """Return the scalar loss.
-
-        Args:
-            output: (B, C, *spatial) logits, or a list of them, highest resolution first (deep supervision).
-            target: labels, in the same form.
-        """
+        """Return the scalar loss of (B, C, *spatial) logits and labels, or lists of them, highest resolution first."""
         loss = self.loss(output, target)
         if self.teacher_logits is None:  # validation
             return loss
@@ -194,10 +188,7 @@ class _Notes(dict):
     """Takes the place of nnU-Net's logger, which holds exactly one value per epoch."""
 
     def log(self, key: str, value: Any, step: int) -> None:
-        self[key] = value
-
-    def plain(self) -> dict[str, Any]:
-        return {key: np.asarray(value, dtype=float).tolist() for key, value in self.items()}
+        self[key] = np.asarray(value, dtype=float).tolist()
 
 
 def fold_trainer(
@@ -208,8 +199,6 @@ def fold_trainer(
     Its class keeps the *name* of the trainer that the job asks for: nnU-Net stores it in each checkpoint and looks it
     up at inference, where only that trainer is needed.
 
-    Args:
-        after_epoch: see `SteadyTraining`.
     Raises:
         ModelError: the weights do not fit the network that the trainer builds.
         InputError: a cascade's first stage is missing. OutputError: a checkpoint cannot be written.

@@ -1,9 +1,10 @@
-"""nnU-Net's trainer with Sauron in it: a term in its loss, and filters that go after an epoch."""
+"""nnU-Net's trainer with Sauron in it, and the patches by which trainers inside a context become that one."""
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,18 @@ from nnslim.hosts.nnunet.model.slim_plans import with_architecture
 from nnslim.hosts.nnunet.model.trained_model import read_trained_model, trainer_class
 from nnslim.hosts.nnunet.train.settings import TrainingSettings, settings_in_force
 from nnslim.hosts.nnunet.train.steady import SteadyTraining, reseed
+from nnslim.methods.base import MethodConfig
 from nnslim.methods.sauron import Pruner, SauronConfig
 from nnslim.methods.sauron.feature_maps import feature_maps, save_maps
 from nnslim.methods.sauron.pruning_history import PruningHistory
 from nnslim.network.spec import Edit, SlimSpec, spec_of
 from nnslim.network.walk import unwrap
+from nnslim.patching import AttributePatch
 from nnslim.surgery.narrow import ElasticEdit, fit_widths, narrow_edits, narrow_optimizer, widths_of
 
 _log = logging.getLogger("nnslim")
 STATE = "nnslim_sauron"
+_FINDERS = ("recursive_find_trainer_class_by_name", "recursive_find_python_class")  # nnU-Net 2.8, and before
 
 
 class SauronTraining(SteadyTraining):
@@ -192,7 +196,7 @@ class SauronTraining(SteadyTraining):
         self.network = network
 
     def _fit(self, weights: dict[str, Tensor]) -> None:
-        """Give the network, and an optimiser made anew, the widths of some weights."""
+        """Give the network, and a new optimiser, the widths of some weights."""
         if fit_widths(unwrap(self.network), weights):
             self.optimizer, self.lr_scheduler = self.configure_optimizers()
             self._wrap_again()
@@ -272,3 +276,32 @@ def sauron_trainer_class(settings: SauronConfig | TrainingSettings | None = None
         base = next(cls for cls in base.__mro__ if not issubclass(cls, SteadyTraining))
     made = {"given": settings, "plain_name": base.__name__, "__module__": __name__}
     return type(f"{base.__name__}Sauron", (SauronTraining, base), made)
+
+
+def training_patches(current: Callable[[], MethodConfig | None]) -> list[AttributePatch]:
+    """Return the patches on nnU-Net's `run_training`, not yet applied.
+
+    The look-up of the trainer class is replaced where `run_training` has it: whoever imported that function before
+    gets the trainer, too. Processes that nnU-Net spawns for several GPUs do not; they find nnUNetTrainerSauron by name
+    (nnUNet_extTrainer).
+
+    Args:
+        current: returns the settings of the training method in force for the calling thread, or None.
+    """
+    from nnunetv2.run import run_training as module
+
+    def plain(argument: Any) -> Any:
+        """nnU-Net may not know nnUNetTrainerSauron: it is looked up by the name that it is built on."""
+        return argument.removesuffix("Sauron") if isinstance(argument, str) else argument
+
+    def finding(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def find(*arguments: Any, **options: Any) -> Any:
+            if (config := current()) is None:
+                return original(*arguments, **options)
+            found = original(*map(plain, arguments), **{key: plain(value) for key, value in options.items()})
+            return sauron_trainer_class(config, found) if found and isinstance(config, SauronConfig) else found
+
+        return find
+
+    return [AttributePatch(module, name, finding) for name in _FINDERS if hasattr(module, name)]

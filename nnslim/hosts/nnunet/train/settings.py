@@ -20,13 +20,6 @@ from nnslim.methods.sauron import SauronConfig
 from nnslim.methods.token_sparse.config import TokenSparseConfig
 
 VARIABLE = "NNSLIM_TRAINING"
-# What each kind of trainer had to itself: still read.
-_FORMER = {
-    "NNSLIM_SAURON": "sauron",
-    "NNSLIM_TOKEN_SPARSE": "token_sparse",
-    "NNSLIM_WINDOW": "window",
-    "NNSLIM_DAEFORMER": "daeformer",
-}
 # What a fine-tuning does where nothing else is said.
 FINETUNING = {"epochs": 50, "optimizer": "adamw", "learning_rate": 1e-4}
 FINETUNING |= {"schedule": "constant", "precision": "auto", "seed": 0}
@@ -47,12 +40,8 @@ class DAEFormerConfig(MethodConfig):
         return str(value)  # YAML reads 128 as a number
 
 
-KINDS = {
-    "sauron": SauronConfig,
-    "token_sparse": TokenSparseConfig,
-    "window": WindowConfig,
-    "daeformer": DAEFormerConfig,
-}
+KINDS: dict[str, type[MethodConfig]] = {"sauron": SauronConfig, "token_sparse": TokenSparseConfig}
+KINDS |= {"window": WindowConfig, "daeformer": DAEFormerConfig}
 # What every trainer of nnslim takes, whatever its kind.
 SHARED = ("epochs", "iterations", "validation_iterations", "batch_size", "learning_rate", "weight_decay")
 SHARED += ("precision", "seed")
@@ -71,9 +60,7 @@ class TrainingSettings(MethodConfig):
         None, description="on a CPU; auto: bf16 where the processor is fast in it. On CUDA nnU-Net decides"
     )
     seed: int | None = Field(
-        None,
-        ge=0,
-        description="of augmentation; a run repeats bit by bit where the variable nnUNet_n_proc_DA is 0",
+        None, ge=0, description="of augmentation; a run repeats bit by bit where the variable nnUNet_n_proc_DA is 0"
     )
     optimizer: Literal["adamw", "sgd"] | None = Field(None, description="sgd: nnU-Net's, momentum 0.99, Nesterov")
     schedule: Literal["constant", "poly"] | None = Field(None, description="of the rate; poly: nnU-Net's decay to 0")
@@ -161,7 +148,7 @@ def settings_in_force(kind: str = "") -> TrainingSettings:
     settings = read_settings(text) if text else TrainingSettings()
     if not kind:
         return settings
-    former = next(name for name, its in _FORMER.items() if its == kind)
+    former = f"NNSLIM_{kind.upper()}"  # what each kind of trainer had to itself: NNSLIM_SAURON and so on
     if getattr(settings, kind) is None and (text := os.environ.get(former, "").strip()):
         _hint(former, kind)
         section = read_section(kind, {"form": text} if kind == "daeformer" else text, f"{former} = '{text}'")
@@ -175,11 +162,7 @@ def _hint(former: str, kind: str) -> None:
 
 
 def read_section(kind: str, given: Any, where: str) -> Any:
-    """Return the section of one kind of trainer, from keys and values, a text, the path of a file, or a preset.
-
-    Raises:
-        ConfigError: see `read_settings`.
-    """
+    """Return the section of one kind of trainer from keys and values, a text, file or preset; see `read_settings`."""
     if isinstance(given, str):
         given, whole = _content(given, where)
         if whole and kind not in given:

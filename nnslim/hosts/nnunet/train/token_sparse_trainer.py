@@ -12,8 +12,7 @@ from nnslim.errors import ModelError
 from nnslim.hosts.nnunet.model.planned import PlannedUNETR, planned_architecture
 from nnslim.hosts.nnunet.model.slim_plans import plans_with_architecture, with_architecture
 from nnslim.hosts.nnunet.model.trained_model import load_checkpoint
-from nnslim.hosts.nnunet.train.described import DescribedTraining
-from nnslim.hosts.nnunet.train.recipe import RateSchedule, parameter_groups
+from nnslim.hosts.nnunet.train.described import DescribedTraining, RateSchedule, parameter_groups
 from nnslim.hosts.nnunet.train.settings import TrainingSettings
 from nnslim.methods.token_sparse.config import RecipeConfig, TokenSparseConfig
 from nnslim.methods.token_sparse.plan import token_sparse_edits
@@ -34,17 +33,9 @@ class TokenSparseTraining(DescribedTraining):
         return self.settings.token_sparse
 
     @classmethod
-    def build_network_architecture(
-        cls,
-        plans_manager: Any,
-        configuration_manager: Any,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
+    def build_network_architecture(cls, plans_manager: Any, *given: Any, **options: Any) -> nn.Module:
         """Build the network of the trainer that this one is mixed into and make it token-sparse."""
-        given = (plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision)
-        network = super().build_network_architecture(*given)
+        network = super().build_network_architecture(plans_manager, *given, **options)
         edits = token_sparse_edits(network, cls.settings_now().token_sparse)
         return apply_spec(SlimSpec(edits), network, fill=True)
 
@@ -147,8 +138,8 @@ def token_sparse_trainer_class(base: type, settings: TokenSparseConfig | None = 
 
     Args:
         base: an nnU-Net trainer whose network holds an encoder that nnslim knows.
-        settings: None to read NNSLIM_TRAINING when the trainer is made; else the preset token-sparse-train.
-        name: name of the class, and so of the results directory; default: that of `base`.
+        settings: None: NNSLIM_TRAINING when the trainer is made, else the preset token-sparse-train.
+        name: of the class, and so of the results directory; default: that of `base`.
     """
     given = None if settings is None else TrainingSettings(token_sparse=settings)
     return type(name or base.__name__, (TokenSparseTraining, base), {"given": given})
@@ -159,19 +150,14 @@ class UNETRTraining(TokenSparseTraining):
 
     @classmethod
     def build_network_architecture(
-        cls,
-        plans_manager: Any,
-        configuration_manager: Any,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
+        cls, plans_manager: Any, configuration_manager: Any, inputs: int, heads: int, *_: Any, **__: Any
     ) -> nn.Module:
         """Build the network that the settings describe."""
         sparse = cls.settings_now().token_sparse
         places, ratios, scorers = sparse.stages(sparse.unetr.depth)
         return PlannedUNETR(
-            num_input_channels,
-            num_output_channels,
+            inputs,
+            heads,
             image_size=[int(size) for size in configuration_manager.patch_size],
             locations=places,
             ratios=ratios,

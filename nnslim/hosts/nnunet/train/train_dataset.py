@@ -67,13 +67,9 @@ def train_dataset(
                 f"{folder}/fold_{fold} has a {found[0]} and is not overwritten; continue it with --continue, or "
                 "remove it"
             )
-        trainer = cls(
-            {**copy.deepcopy(plans), "continue_training": settings.resume},
-            configuration,
-            int(fold) if fold.isdigit() else fold,
-            content,
-            torch.device(settings.device),
-        )
+        plans = {**copy.deepcopy(plans), "continue_training": settings.resume}
+        number = int(fold) if fold.isdigit() else fold
+        trainer = cls(plans, configuration, number, content, torch.device(settings.device))
         from nnunetv2.run.run_training import maybe_load_checkpoint
 
         trainer.after_epoch = progress

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from nnslim.errors import ConfigError
 from nnslim.hosts.nnunet.model.planned import PlannedWindowNet, architecture_entry
 from nnslim.hosts.nnunet.model.slim_plans import plans_with_architecture
-from nnslim.hosts.nnunet.train.described import DescribedTraining
-from nnslim.hosts.nnunet.train.recipe import RateSchedule, grouped
+from nnslim.hosts.nnunet.train.described import DescribedTraining, RateSchedule, grouped
 from nnslim.hosts.nnunet.train.settings import TrainingSettings
 from nnslim.inflation.published_weights import load_encoder, read_weights
 from nnslim.inflation.window_net import WindowConfig
@@ -20,10 +19,12 @@ from nnslim.network.walk import unwrap
 
 
 class DiceFocal(nn.Module):
-    """MONAI's Dice plus focal loss on what nnU-Net's data loader gives."""
+    """MONAI's Dice plus focal loss on what nnU-Net's data loader gives.
+
+    With regions, heads overlap (sigmoid, a target channel each) instead of excluding each other.
+    """
 
     def __init__(self, regions: bool) -> None:
-        """Build. regions: heads overlap (sigmoid, a target channel each) instead of excluding each other."""
         super().__init__()
         self.loss = DiceFocalLoss(sigmoid=regions, softmax=not regions, to_onehot_y=not regions, batch=True)
 
@@ -57,17 +58,11 @@ class WindowTraining(DescribedTraining):
 
     @classmethod
     def build_network_architecture(
-        cls,
-        plans_manager: Any,
-        configuration_manager: Any,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
+        cls, plans_manager: Any, configuration_manager: Any, inputs: int, heads: int, *_: Any, **__: Any
     ) -> nn.Module:
-        """Build the window network; nnU-Net calls it with these names."""
+        """Build the window network; nnU-Net looks for the name plans_manager."""
         size = [int(edge) for edge in configuration_manager.patch_size[1:]]
-        network = cls.settings_now().window.network()
-        return PlannedWindowNet(num_input_channels, num_output_channels, size=size, **network)
+        return PlannedWindowNet(inputs, heads, size=size, **cls.settings_now().window.network())
 
     def settle(self) -> None:
         """Refuse what the network cannot be trained on."""
@@ -103,8 +98,7 @@ class WindowTraining(DescribedTraining):
     def described_plans(self) -> dict[str, Any]:
         """Return the plans with the window network in the configuration that is trained."""
         size = [int(edge) for edge in self.configuration_manager.patch_size[1:]]
-        kwargs = {**self.window.network(), "size": size}
-        entry = architecture_entry(PlannedWindowNet, kwargs)
+        entry = architecture_entry(PlannedWindowNet, {**self.window.network(), "size": size})
         plans = plans_with_architecture(self.plans_manager.plans, self.configuration_name, entry)
         if self.window.predict_slices is not None:
             plans["configurations"][self.configuration_name]["patch_size"] = [self.window.predict_slices, *size]
