@@ -103,11 +103,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, *, regions: bool = False
 
 
 def stage_ends(network: nn.Module, tile: Tensor) -> list[str]:
-    """Return the last norm layer of each resolution stage, in order of execution.
-
-    Args:
-        network: in eval mode. tile: (1, C, *patch).
-    """
+    """Return the last norm layer of each stage, in order of execution, of a network in eval mode; (1, C, *patch)."""
     ran: list[tuple[str, tuple[int, ...]]] = []
     names = [layer.name for layer in LayerIndex(network).of_type(*_NORMS)]
     hooks = {n: lambda m, i, o, n=n: ran.append((n, tuple(o.shape[2:]))) for n in names}
@@ -120,8 +116,7 @@ def stage_ends(network: nn.Module, tile: Tensor) -> list[str]:
 def stage_loss(dense: nn.Module, slim: nn.Module, ends: Sequence[str], batch: Tensor) -> Tensor:
     """Return the squared error of the slim network's stages as a share of the dense outputs' variance, mean of stages.
 
-    Args:
-        ends: from `stage_ends`. batch: (B, C, *patch).
+    `ends` are those of `stage_ends`, the batch is (B, C, *patch).
     """
     wanted: dict[str, Tensor] = {}
     found: dict[str, Tensor] = {}

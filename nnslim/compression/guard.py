@@ -50,9 +50,7 @@ class Guard:
         The last method's layers are measured one by one. Those that save no time go back to dense first, then those
         that save least, half of the remaining ones at a time, until the network as a whole wins. If it never does, the
         returned plans have no edits, and the speed is that of the last try. Plans without edits have no speed.
-
-        Args:
-            dense: with any weights; not modified. shape: (1, channels, *patch).
+        `dense` may have any weights and is not modified; the shape is (1, channels, *patch).
         """
         if not any(plan.edits for plan in plans):
             return plans, None

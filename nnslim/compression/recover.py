@@ -68,10 +68,8 @@ class Recovery:
 def schedule(step: int, settings: RecoveryConfig, spent: float = 0.0) -> tuple[float, bool]:
     """Return the learning rate of a step, and whether it learns the stages' outputs (block steps) or the logits.
 
-    Each of the two phases warms up for a tenth of its steps, 20 at most, and then follows a cosine to 0.
-
-    Args:
-        step: 0 is the first. spent: share of the time budget, 0..1.
+    Each of the two phases warms up for a tenth of its steps, 20 at most, and then follows a cosine to 0. The first
+    step is 0; `spent` is the share of the time budget, 0..1.
     """
     blocks = step < settings.block_steps
     first, length = (0, settings.block_steps) if blocks else (settings.block_steps, settings.steps)
@@ -81,11 +79,7 @@ def schedule(step: int, settings: RecoveryConfig, spent: float = 0.0) -> tuple[f
 
 
 def learns_in_bfloat16(networks: Sequence[nn.Module], batch: Tensor, wanted: str) -> bool:
-    """Return whether to learn in bfloat16: where it is asked for, or fast, and torch computes it rightly.
-
-    Args:
-        wanted: "bf16", "f32", or "auto" for bf16 where the batch's device is fast in it.
-    """
+    """Return whether to learn in bfloat16: "bf16", or "auto" where it is fast, if torch computes it correctly."""
     kind = batch.device.type
     fast = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and has_fast_bfloat16()
     half = wanted == "bf16" or (wanted == "auto" and fast)

@@ -55,10 +55,8 @@ def bytes_of(weights: Mapping[str, Tensor]) -> int:
 def stored(network: nn.Module, half: bool) -> tuple[nn.Module, StateDict]:
     """Return the network with the weights as they will be read back, and those weights as they are to be written.
 
-    So a model gives the same result from a folder, from the cache and in memory.
-
-    Args:
-        network: in float32, on the CPU; not modified. half: store in float16 where all values fit.
+    So a model gives the same result from a folder, from the cache and in memory. The network is in float32, on the
+    CPU, and not modified. `half` stores in float16 where all values fit.
     """
     state = network.state_dict()
     if half and (large := too_large(state)):

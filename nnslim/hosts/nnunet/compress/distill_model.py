@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from nnslim._version import __version__
-from nnslim.compression.calibration import Calibration
 from nnslim.compression.config import SlimConfig, from_dict
 from nnslim.compression.record import read_record, write_record
 from nnslim.compression.recover import Progress, Recovery, recover
@@ -87,25 +86,27 @@ def distill_model(
     It holds what the slim folder does, with the new weights in the precision of the old ones. Its nnslim.json gets a
     new entry "recovery" and an entry "distill" with the settings; the agreement, measured on the old weights, is
     left out. An interrupted run continues at the next call: until the folder is written, its state lies beside the
-    target, in `.<name>.recovery.fold<N>`.
+    target, in `.<name>.recovery.fold<N>`. The models are those of `read_pair`, the settings those of `distill_config`.
 
-    Args:
-        slim, dense: from `read_pair`. config: from `distill_config`.
-        target: folder to write; must not exist, or be empty.
     Raises:
         InputError: no images, or one that cannot be read. ModelError: a cascade. OutputError: the target exists
         or cannot be written; nothing half-written is left.
     """
-    target = Path(target)
+    target, device, weights, recoveries = Path(target), config.calibration.torch_device(), [], []
     state = target.with_name(f".{target.name}.recovery")
+    settings = json.dumps(config.data_identity(), sort_keys=True)
     with whole_folder(target) as side:
         with calibration_of(dense, config, progress, needed=True) as data:
-            learned = [
-                _fold(slim, dense, fold, data, config, state.with_name(f"{state.name}.fold{number}"), progress)
-                for number, fold in enumerate(slim.checkpoints)
-            ]
-        recoveries = [recovery for _, recovery in learned]
-        write_slim(side, slim, [weights for weights, _ in learned], named_after(target.name, slim.plans))
+            for number, fold in enumerate(slim.checkpoints):
+                teacher, student = (build_network(model, fold).to(device) for model in (dense, slim))
+                files = [model.path / f"fold_{fold}" / model.checkpoint_name for model in (slim, dense)]
+                identity = f"{data.fingerprint} {settings} {[sha256_of(file) for file in files]}"
+                beside = state.with_name(f"{state.name}.fold{number}")
+                kept = {"checkpoint": beside, "identity": identity, "progress": progress}
+                recoveries.append(recover(teacher, student, data, config.recovery, **kept))
+                half = in_half(slim.checkpoints[fold]["network_weights"])
+                weights.append(stored(student.to("cpu"), half)[1])
+        write_slim(side, slim, weights, named_after(target.name, slim.plans))
         if (slim.path / "plan.csv").is_file():
             shutil.copyfile(slim.path / "plan.csv", side / "plan.csv")
         before = read_record(slim.path)
@@ -127,23 +128,3 @@ def distill_model(
     for leftover in target.parent.glob(f"{state.name}.fold*"):
         leftover.unlink(missing_ok=True)
     return recoveries
-
-
-def _fold(
-    slim: TrainedModel,
-    dense: TrainedModel,
-    fold: str,
-    data: Calibration,
-    config: SlimConfig,
-    checkpoint: Path,
-    progress: Progress | None,
-) -> tuple[StateDict, Recovery]:
-    device = config.calibration.torch_device()
-    student, teacher = build_network(slim, fold).to(device), build_network(dense, fold).to(device)
-    files = [model.path / f"fold_{fold}" / model.checkpoint_name for model in (slim, dense)]
-    settings = json.dumps(config.data_identity(), sort_keys=True)
-    identity = f"{data.fingerprint} {settings} {[sha256_of(file) for file in files]}"
-    kept = {"checkpoint": checkpoint, "identity": identity, "progress": progress}
-    recovery = recover(teacher, student, data, config.recovery, **kept)
-    half = in_half(slim.checkpoints[fold]["network_weights"])
-    return stored(student.to("cpu"), half)[1], recovery

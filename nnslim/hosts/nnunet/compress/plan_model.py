@@ -35,12 +35,12 @@ def error_grid_folder(
     step: int | None = None,
     progress: Progress | None = None,
 ) -> Sequence[Any]:
-    """Write what each setting of a method would cost the layers of the first fold: errors.csv and pictures.
+    """Write what each setting of a method would cost the layers of a dense model's first fold: errors.csv and pictures.
 
     The method fills the folder, see `Method.survey`; it is written whole or not at all.
 
     Args:
-        model: dense. target: folder to write; must not exist, or be empty.
+        target: folder to write; must not exist, or be empty.
         images: folder of unlabelled images, for the error of the outputs. count: images at most.
         method: one with a survey. step: between two settings; see the method.
     Raises:
@@ -95,12 +95,11 @@ class Planned:
 
 
 def plan_model(model: TrainedModel, target: Path, config: SlimConfig, *, progress: Progress | None = None) -> Planned:
-    """Choose the ranks of a model by the weights of its first fold, and write the table; no weights are made.
+    """Choose the ranks of a dense model by the weights of its first fold, and write the table; no weights are made.
 
-    Args:
-        model: dense.
-        target: CSV file to write, to be edited and passed back as the key `plan` of the method; must not exist, since
-            it may have been edited.
+    The CSV file `target` is to be edited and passed back as the key `plan` of the method. It must not exist, since it
+    may have been edited.
+
     Raises:
         ConfigError: nothing to plan, or a budget `max_drop`. RankError: a budget that cannot be met.
         ModelError: the model is slim. InputError: no images. OutputError: the target exists or cannot be written.

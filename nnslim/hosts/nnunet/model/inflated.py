@@ -95,7 +95,6 @@ def inflate_model(
         )
     # Which axis of the 2D model's volumes (0: slices) each axis of the 3D model's is.
     axes = tuple(model.plans["transpose_forward"].index(axis) for axis in target.plans["transpose_forward"])
-    mirrors = {1: axes.index(1), 2: axes.index(2)}
     made = {}
     for fold, checkpoint in model.checkpoints.items():
         with torch.random.fork_rng(devices=[]):
@@ -119,7 +118,7 @@ def inflate_model(
             },
             "trainer_name": model.trainer_name,
             # Only axes within slices: 2D training never mirrors the order of slices.
-            "inference_allowed_mirroring_axes": tuple(sorted(mirrors[axis + 1] for axis in allowed)),
+            "inference_allowed_mirroring_axes": tuple(sorted(axes.index(axis + 1) for axis in allowed)),
             "nnslim_inflation": {
                 "source": model.path.name,
                 "configuration": target.configuration,

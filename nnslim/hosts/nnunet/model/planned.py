@@ -84,11 +84,7 @@ def daeformer_architecture(form: str) -> dict[str, Any]:
 
 
 def planned_architecture(network: nn.Module, patch: Sequence[int]) -> dict[str, Any] | None:
-    """Return the `architecture` entry of a configuration for a dense network, or None for one that we cannot read.
-
-    Args:
-        network: as its trainer builds it. patch: voxels.
-    """
+    """Return the `architecture` entry for a network as its trainer builds it, or None for one that we cannot read."""
     if isinstance(network, PlannedUNETR):
         return architecture_entry(PlannedUNETR, network.planned)
     kinds = {"Primus": PlannedPrimus, "PrimusV2": PlannedPrimusV2}

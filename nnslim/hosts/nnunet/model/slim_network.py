@@ -67,14 +67,9 @@ def base_class(dotted: str, where: str = "plans") -> type[nn.Module]:
 def slim_network(input_channels: int, num_classes: int, **kwargs: Any) -> nn.Module:
     """Build the base architecture and apply the spec; nnU-Net calls this with what the plans hold.
 
-    Args:
-        input_channels: channels of the image.
-        num_classes: segmentation heads.
-        kwargs: of the base architecture, plus `nnslim_base` (its dotted name) and `nnslim_spec` (a SlimSpec's JSON
-            form).
-    Returns:
-        An instance of the base class with some layers replaced: trainers that reach into `decoder` or `encoder` work
-        as before, and untouched layers keep their state-dict keys.
+    `kwargs` are those of the base architecture, plus `nnslim_base` (its dotted name) and `nnslim_spec` (a SlimSpec's
+    JSON form). The network is an instance of the base class with some layers replaced: trainers that reach into
+    `decoder` or `encoder` work as before, and untouched layers keep their state-dict keys.
     """
     arguments = dict(kwargs)
     base = base_class(arguments.pop(BASE_KEY))

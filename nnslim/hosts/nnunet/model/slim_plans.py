@@ -101,10 +101,7 @@ def slim_plans(model: TrainedModel, spec: SlimSpec) -> dict[str, Any]:
 
 
 def named_after(folder_name: str, plans: dict[str, Any]) -> dict[str, Any]:
-    """Return the plans with the name in a folder called trainer__plans__configuration, by which nnU-Net looks for it.
-
-    So `totalsegmentator(plans=...)` and `nnUNetv2_predict -p` find the model.
-    """
+    """Return the plans with the name in a folder called trainer__plans__configuration, by which nnU-Net finds it."""
     parts = folder_name.split("__")
     return {**plans, "plans_name": parts[1]} if len(parts) == 3 and parts[1] else plans
 
@@ -160,8 +157,8 @@ def plans_for_fold(model: TrainedModel, fold: str) -> dict[str, Any]:
 def trained_base(model: TrainedModel, network: nn.Module) -> tuple[nn.Module, tuple[Edit, ...]]:
     """Return the network of a model that a training made slim as a base to compress, and the edits that made it so.
 
-    Args:
-        model: pruned, or with `trained` edits alone. network: of its first fold, see `build_network`.
+    The model is pruned, or has `trained` edits alone; `network` is that of its first fold, see `build_network`.
+
     Raises:
         ModelError: other edits made it slim, or its folds differ in width.
     """

@@ -78,11 +78,9 @@ class TrainedModel:
 def load_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
     """Load a checkpoint without running code from it.
 
-    nnU-Net stores numpy numbers and the device beside the weights; these are allowed. Anything else needs `trust`.
+    nnU-Net stores numpy numbers and the device beside the weights; these are allowed. Anything else needs `trust`:
+    the file is then loaded as nnU-Net does, which runs whatever code it holds.
 
-    Args:
-        path: of a .pth file.
-        trust: load it as nnU-Net does, which runs whatever code the file holds.
     Raises:
         ModelError: missing, cut short, or with content that could run code.
     """
@@ -178,10 +176,8 @@ def write_model(
 
 
 def managers_of(path: Path, plans: dict[str, Any], dataset: dict[str, Any], configuration: str) -> tuple[Any, Any]:
-    """Return nnU-Net's managers of the plans and of one configuration.
+    """Return nnU-Net's managers of the plans and of one configuration; `path` is the model's, for messages.
 
-    Args:
-        path: of the model folder, for messages. plans, dataset: contents of plans.json and dataset.json.
     Raises:
         ModelError: the plans lack the configuration, or nnU-Net cannot read what they hold.
     """
@@ -210,11 +206,7 @@ def managers_of(path: Path, plans: dict[str, Any], dataset: dict[str, Any], conf
 
 
 def trainer_class(name: str) -> type:
-    """Return nnU-Net's trainer class of that name (its own, or from nnUNet_extTrainer).
-
-    Raises:
-        ModelError: there is none.
-    """
+    """Return nnU-Net's trainer class of that name (its own, or from nnUNet_extTrainer); ModelError without one."""
     try:
         from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
     except ImportError:  # before nnU-Net 2.8

@@ -46,11 +46,7 @@ class DAEFormerTraining(DescribedTraining):
     kind = "daeformer"
 
     def planned(self, plans: dict, configuration: str) -> dict:
-        """Name the network in the plans.
-
-        Raises:
-            ConfigError: no such form; a configuration that is not 2D; a patch that the form cannot halve.
-        """
+        """Name the network in the plans; a ConfigError without such a form, 2D, or a patch that it can halve."""
         form = self.settings.daeformer.form
         plans = plans_with_architecture(plans, configuration, daeformer_architecture(form))
         patch = plans["configurations"][configuration]["patch_size"]
@@ -85,11 +81,9 @@ class DAEFormerTraining(DescribedTraining):
 
 
 def daeformer_trainer_class(form: str | None = None, name: str = "nnUNetTrainerDAEFormer") -> type:
-    """Return a trainer of DAEFormer.
+    """Return a trainer of DAEFormer; its class has a `name`, and so has the results directory.
 
-    Args:
-        form: see `nnslim.network.daeformer.FORMS`; None: what NNSLIM_TRAINING says, else "224".
-        name: name of the class, and so of the results directory.
+    Forms are those of `nnslim.network.daeformer.FORMS`; None is what NNSLIM_TRAINING says, else "224".
     """
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 

@@ -60,8 +60,7 @@ class TokenSparseTraining(DescribedTraining):
     def foreground(self, target: torch.Tensor) -> torch.Tensor:
         """Return (B, 1, *size): 1 where a target of nnU-Net's has a label or region other than background and ignore.
 
-        Args:
-            target: (B, 1, *size) of labels; (B, regions (+ 1 for ignore), *size) where regions are trained.
+        The target is (B, 1, *size) of labels; (B, regions (+ 1 for ignore), *size) where regions are trained.
         """
         labels = self.label_manager
         if labels.has_regions:
@@ -113,11 +112,7 @@ def reductions(network: nn.Module) -> list[TokenReduction]:
 
 
 def warm_start(network: nn.Module, checkpoint: Path) -> None:
-    """Load the weights of the dense network; what only the sparse one has keeps its gentle start.
-
-    Raises:
-        ModelError: the checkpoint is missing, or is of another architecture.
-    """
+    """Load the dense network's weights, or raise a ModelError; what only the sparse one has keeps its gentle start."""
     weights = load_checkpoint(Path(checkpoint))["network_weights"]
     own = network.state_dict()
     fits = {key: value.float() for key, value in weights.items() if key in own and own[key].shape == value.shape}

@@ -29,9 +29,7 @@ def train_dataset(
     """Train one fold (the first of the settings, else 0) and return the model directory, which lies in nnUNet_results.
 
     Args:
-        dataset: number or name.
-        settings: how, with the section sauron.
-        progress: called with (epochs done, epochs in all).
+        dataset: number or name. progress: called with (epochs done, epochs in all).
         configuration, plans_name: what is trained; a model to start from (`sauron.start`) brings its own.
     Raises:
         ConfigError: one of nnU-Net's variables is not set. InputError: the dataset is missing or not preprocessed.

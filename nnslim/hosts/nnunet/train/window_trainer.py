@@ -110,11 +110,9 @@ WINDOW_TRAINERS: dict[str, dict[str, Any]] = {"nnUNetTrainerWindow": {}, "nnUNet
 
 
 def window_trainer_class(settings: WindowConfig | None = None, name: str = "nnUNetTrainerWindow") -> type:
-    """Return a trainer of the window network.
+    """Return a trainer of the window network; without settings, NNSLIM_TRAINING is read when one is made.
 
-    Args:
-        settings: None to read NNSLIM_TRAINING when a trainer is made.
-        name: name of the class, and so of the results directory; one of `WINDOW_TRAINERS` has its changes.
+    The `name` is that of the class, and so of the results directory; one of `WINDOW_TRAINERS` has its changes.
     """
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
