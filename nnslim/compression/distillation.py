@@ -103,7 +103,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, *, regions: bool = False
 
 
 def stage_ends(network: nn.Module, tile: Tensor) -> list[str]:
-    """Return the last norm layer of each stage, in order of execution, of a network in eval mode; (1, C, *patch)."""
+    """Return the last norm layer of each resolution stage, in order of execution; the tile is (1, C, *patch)."""
     ran: list[tuple[str, tuple[int, ...]]] = []
     names = [layer.name for layer in LayerIndex(network).of_type(*_NORMS)]
     hooks = {n: lambda m, i, o, n=n: ran.append((n, tuple(o.shape[2:]))) for n in names}

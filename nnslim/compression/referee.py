@@ -50,7 +50,7 @@ class Referee:
     def of(cls, dense: nn.Module, data: Calibration, *, tiles: Tiles | None = None, images: bool = True) -> Referee:
         """Return the referee of calibration data, on `tiles` in place of those held out.
 
-        Mirror `images` count towards the truth; False where the plain answer is learned.
+        With `images`, mirror images count towards the truth; without, the plain answer alone, where that is learned.
         """
         axes = data.mirror_axes if images or data.mirrored else ()
         return cls(dense, data.held_out if tiles is None else tiles, data.regions, axes, data.mirrored)

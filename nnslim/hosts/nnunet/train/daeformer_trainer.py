@@ -46,7 +46,7 @@ class DAEFormerTraining(DescribedTraining):
     kind = "daeformer"
 
     def planned(self, plans: dict, configuration: str) -> dict:
-        """Name the network in the plans; a ConfigError without such a form, 2D, or a patch that it can halve."""
+        """Name the network in the plans; ConfigError for an unknown form, or patches that are not 2D or do not fit."""
         form = self.settings.daeformer.form
         plans = plans_with_architecture(plans, configuration, daeformer_architecture(form))
         patch = plans["configurations"][configuration]["patch_size"]
@@ -81,7 +81,7 @@ class DAEFormerTraining(DescribedTraining):
 
 
 def daeformer_trainer_class(form: str | None = None, name: str = "nnUNetTrainerDAEFormer") -> type:
-    """Return a trainer of DAEFormer; its class has a `name`, and so has the results directory.
+    """Return a trainer of DAEFormer; `name` is that of its class, and so of the results directory.
 
     Forms are those of `nnslim.network.daeformer.FORMS`; None is what NNSLIM_TRAINING says, else "224".
     """

@@ -1,4 +1,4 @@
-"""What trainers of networks share that nnU-Net's plans do not describe: the model's description, and the recipe."""
+"""Shared by trainers of networks that nnU-Net's plans do not describe: the model's description, and a recipe."""
 
 from __future__ import annotations
 

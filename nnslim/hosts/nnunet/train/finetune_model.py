@@ -220,7 +220,11 @@ def _run_rank(rank: int, job: FoldJob, count: int, meeting: str, device: str) ->
 def begin_record(
     source: TrainedModel, output: Path, data: PreparedData, trainer_name: str, settings: TrainingSettings
 ) -> dict[str, Any]:
-    """Write nnslim.json: the source's, if it has one, with what this run is asked to do; refuse another such run."""
+    """Write nnslim.json: the source's, if it has one, with what this run is asked to do.
+
+    Raises:
+        ConfigError: the output was begun from another model, dataset or trainer.
+    """
     begun = read_record(output, required=False).get("finetune", {})
     before = read_record(source.path, required=False) or {"nnslim": __version__, "source": source.path.name}
     entry = {
