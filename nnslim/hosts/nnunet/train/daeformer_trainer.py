@@ -47,7 +47,7 @@ class DAEFormerTraining(DescribedTraining):
 
     def planned(self, plans: dict, configuration: str) -> dict:
         """Name the network in the plans; ConfigError for an unknown form, or patches that are not 2D or do not fit."""
-        form = self.settings.daeformer.form
+        form = self.section.form
         plans = plans_with_architecture(plans, configuration, daeformer_architecture(form))
         patch = plans["configurations"][configuration]["patch_size"]
         step = 4 * 2 ** (len(form_named(form).dims) - 1)

@@ -48,11 +48,6 @@ class SauronTraining(SteadyTraining):
     plain_name: str
     pruner: Pruner
 
-    @property
-    def sauron(self) -> SauronConfig:
-        """The section of the settings."""
-        return self.settings.sauron
-
     def settle(self) -> None:
         """Begin the history."""
         self.history = PruningHistory()
@@ -66,28 +61,28 @@ class SauronTraining(SteadyTraining):
         super().initialize()
         plain = unwrap(self.network)
         self.start_widths = widths_of(plain)
-        if self.sauron.start is not None:
-            source = read_trained_model(Path(self.sauron.start))
+        if self.section.start is not None:
+            source = read_trained_model(Path(self.section.start))
             name = str(self.fold) if str(self.fold) in source.checkpoints else next(iter(source.checkpoints))
             weights = source.checkpoints[name]["network_weights"]
             self._fit(weights)
             self.load_all(weights, f"{source.path}/fold_{name}")
         shape = (1, self.num_input_channels, *self.configuration_manager.patch_size)
-        self.pruner = Pruner(plain, shape, self.sauron, self.num_epochs)
+        self.pruner = Pruner(plain, shape, self.section, self.num_epochs)
         self.loss.pruner = self.pruner
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         """Return the trainer's own, or the Adam of the original's presets with the same decay of the rate."""
-        if self.sauron.optimizer == "trainer":
+        if self.section.optimizer == "trainer":
             return super().configure_optimizers()
         from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
-        rate = self.sauron.learning_rate or 1e-3
+        rate = self.section.learning_rate or 1e-3
         optimizer = torch.optim.Adam(self.network.parameters(), rate, weight_decay=self.weight_decay)
         return optimizer, PolyLRScheduler(optimizer, rate, self.num_epochs)
 
     def _build_loss(self) -> nn.Module:
-        return SauronLoss(super()._build_loss(), self.sauron)
+        return SauronLoss(super()._build_loss(), self.section)
 
     def on_train_start(self) -> None:
         """Put the slim architecture into plans.json: from now on stock nnU-Net loads every checkpoint of the model."""
@@ -112,9 +107,9 @@ class SauronTraining(SteadyTraining):
     def train_step(self, batch: dict) -> dict:
         """Let the last iterations of an epoch count for the criterion."""
         self._iteration += 1
-        if self._iteration == 1 and self.sauron.save_maps and self.current_epoch % self.sauron.save_maps == 0:
+        if self._iteration == 1 and self.section.save_maps and self.current_epoch % self.section.save_maps == 0:
             self._probe = batch["data"][:1].clone()
-        self.loss.observes = self._iteration > self.num_iterations_per_epoch - self.sauron.batches
+        self.loss.observes = self._iteration > self.num_iterations_per_epoch - self.section.batches
         return super().train_step(batch)
 
     def on_epoch_end(self) -> None:
@@ -168,7 +163,7 @@ class SauronTraining(SteadyTraining):
             record = {
                 "nnslim": __version__,
                 "trainer": type(self).__name__,
-                "sauron": self.sauron.model_dump(mode="json"),
+                "sauron": self.section.model_dump(mode="json"),
             }
             record |= {"fold": self.fold, "spec": SlimSpec(edits).to_dict(), **self.history.summary(self.pruner)}
             for folder in (self.output_folder, self.output_folder_base):  # a fold's own, and the model's last
@@ -207,7 +202,7 @@ class SauronTraining(SteadyTraining):
             "pruner": self.pruner.state_dict(),
             "history": self.history.state_dict(),
             "spec": SlimSpec(narrow_edits(self.start_widths, unwrap(self.network))).to_dict(),
-            "settings": self.sauron.model_dump(mode="json"),
+            "settings": self.section.model_dump(mode="json"),
         }
         return {"trainer_name": self.plain_name, STATE: state}
 

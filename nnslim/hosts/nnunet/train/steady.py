@@ -83,6 +83,11 @@ class SteadyTraining:
                 setattr(self, name, value)
         self.settle()
 
+    @property
+    def section(self) -> Any:
+        """The section of the settings that is this kind's own."""
+        return getattr(self.settings, self.kind)
+
     def planned(self, plans: dict, configuration: str) -> dict:
         """Return the plans that the trainer is made with."""
         return plans

@@ -27,11 +27,6 @@ class TokenSparseTraining(DescribedTraining):
 
     kind = "token_sparse"
 
-    @property
-    def sparse(self) -> TokenSparseConfig:
-        """The section of the settings."""
-        return self.settings.token_sparse
-
     @classmethod
     def build_network_architecture(cls, plans_manager: Any, *given: Any, **options: Any) -> nn.Module:
         """Build the network of the trainer that this one is mixed into and make it token-sparse."""
@@ -42,7 +37,7 @@ class TokenSparseTraining(DescribedTraining):
     def settle(self) -> None:
         """Take over what the recipe has beside the shared settings."""
         super().settle()
-        recipe = self.sparse.recipe
+        recipe = self.section.recipe
         self.warmup_duration_whole_net = recipe.warmup_epochs or self.warmup_duration_whole_net
         if recipe.rate_per_256 is not None:
             self.initial_lr = recipe.rate_per_256 * self.configuration_manager.batch_size / 256
@@ -50,12 +45,12 @@ class TokenSparseTraining(DescribedTraining):
     def initialize(self) -> None:
         """Build the network; start from the dense one where the settings name its checkpoint."""
         super().initialize()
-        if self.sparse.warm_start is not None:
-            warm_start(unwrap(self.network), self.sparse.warm_start)
+        if self.section.warm_start is not None:
+            warm_start(unwrap(self.network), self.section.warm_start)
         found = reductions(unwrap(self.network))
         self.target = [module.ratios for module in found]
-        if self.sparse.supervision:
-            self.loss = SupervisedLoss(self.loss, found, self.sparse.supervision, self.foreground)
+        if self.section.supervision:
+            self.loss = SupervisedLoss(self.loss, found, self.section.supervision, self.foreground)
 
     def foreground(self, target: torch.Tensor) -> torch.Tensor:
         """Return (B, 1, *size): 1 where a target of nnU-Net's has a label or region other than background and ignore.
@@ -70,7 +65,7 @@ class TokenSparseTraining(DescribedTraining):
 
     def configure_optimizers(self, stage: str = "warmup_all") -> tuple[Any, Any]:
         """Return nnU-Net's optimiser for Primus, or the recipe's own where it differs."""
-        recipe, default = self.sparse.recipe, RecipeConfig()
+        recipe, default = self.section.recipe, RecipeConfig()
         if all(getattr(recipe, key) == getattr(default, key) for key in ("betas", "layer_decay", "schedule")):
             return super().configure_optimizers(stage)
         if self.training_stage is None:
@@ -91,7 +86,7 @@ class TokenSparseTraining(DescribedTraining):
     def on_train_epoch_start(self) -> None:
         """Raise the ratios where a schedule says so."""
         super().on_train_epoch_start()
-        self.scale_ratios((self.current_epoch + 1) / max(1, self.sparse.schedule_epochs))
+        self.scale_ratios((self.current_epoch + 1) / max(1, self.section.schedule_epochs))
 
     def scale_ratios(self, share: float) -> None:
         """Set every ratio to a share of its target, at most to the target."""

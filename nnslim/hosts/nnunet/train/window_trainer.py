@@ -45,15 +45,10 @@ class WindowTraining(DescribedTraining):
         settings = super().settings_now()
         return settings.model_copy(update={"window": settings.window.model_copy(update=cls.changes)})
 
-    @property
-    def window(self) -> WindowConfig:
-        """The section of the settings."""
-        return self.settings.window
-
     def planned(self, plans: dict, configuration: str) -> dict:
         """Put the patch of the settings into the plans."""
-        if self.window.patch_size is not None:
-            plans["configurations"][configuration]["patch_size"] = list(self.window.patch_size)
+        if self.section.patch_size is not None:
+            plans["configurations"][configuration]["patch_size"] = list(self.section.patch_size)
         return plans
 
     @classmethod
@@ -76,12 +71,12 @@ class WindowTraining(DescribedTraining):
     def initialize(self) -> None:
         """Build the network and put the 2D weights into its encoder."""
         super().initialize()
-        place, depth = self.window.weights, self.window.depth
+        place, depth = self.section.weights, self.section.depth
         apart = self.configuration_manager.spacing[0]
         self.print_to_log_file(f"a window of {depth} slices, {apart:g} mm apart, sees {depth * apart:g} mm of depth")
         if place is not None:
-            load_encoder(unwrap(self.network).encoder, read_weights(place), self.window.mode)
-            self.print_to_log_file(f"encoder from {place}, patch embedding inflated by {self.window.mode}")
+            load_encoder(unwrap(self.network).encoder, read_weights(place), self.section.mode)
+            self.print_to_log_file(f"encoder from {place}, patch embedding inflated by {self.section.mode}")
 
     def _build_loss(self) -> nn.Module:
         return DiceFocal(self.label_manager.has_regions)
@@ -90,18 +85,18 @@ class WindowTraining(DescribedTraining):
         """Return AdamW, decay for matrices only, and a rate that rises and then falls to 0."""
 
         def scale(name: str) -> float:
-            return 1.0 if name.startswith("encoder.") else self.window.decoder_rate
+            return 1.0 if name.startswith("encoder.") else self.section.decoder_rate
 
         optimizer = torch.optim.AdamW(grouped(unwrap(self.network), scale, self.weight_decay), self.initial_lr)
-        return optimizer, RateSchedule(optimizer, self.initial_lr, self.num_epochs, self.window.warmup_epochs, "poly")
+        return optimizer, RateSchedule(optimizer, self.initial_lr, self.num_epochs, self.section.warmup_epochs, "poly")
 
     def described_plans(self) -> dict[str, Any]:
         """Return the plans with the window network in the configuration that is trained."""
         size = [int(edge) for edge in self.configuration_manager.patch_size[1:]]
-        entry = architecture_entry(PlannedWindowNet, {**self.window.network(), "size": size})
+        entry = architecture_entry(PlannedWindowNet, {**self.section.network(), "size": size})
         plans = plans_with_architecture(self.plans_manager.plans, self.configuration_name, entry)
-        if self.window.predict_slices is not None:
-            plans["configurations"][self.configuration_name]["patch_size"] = [self.window.predict_slices, *size]
+        if self.section.predict_slices is not None:
+            plans["configurations"][self.configuration_name]["patch_size"] = [self.section.predict_slices, *size]
         return plans
 
 
