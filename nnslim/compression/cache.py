@@ -25,6 +25,7 @@ from nnslim.running.speed import Speed
 
 # Raise this when a method computes other weights from the same input, so that old files are not used.
 CACHE_VERSION = 2
+_DAMAGED = (OSError, RuntimeError, LookupError, AttributeError, ValueError, TypeError, EOFError)
 _log = logging.getLogger("nnslim")
 
 
@@ -111,9 +112,7 @@ def _read(network: nn.Module, path: Path) -> Slimmed | None:
             speed=Speed.from_dict(speed) if speed else None,
             half_agreement=summary.get("half_agreement"),
         )
-    except pickle.PickleError as error:  # its text is a page of advice for programmers
-        reason = type(error).__name__
-    except (NNSlimError, OSError, RuntimeError, LookupError, AttributeError, ValueError, TypeError, EOFError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-    _log.warning("%s cannot be read (%s); compressing again", path, reason)
+    except (NNSlimError, pickle.PickleError, *_DAMAGED) as error:
+        text = "" if isinstance(error, pickle.PickleError) else str(error)  # that one is a page for programmers
+        _log.warning("%s cannot be read (%s); compressing again", path, " ".join(text.split()) or type(error).__name__)
     return None
