@@ -160,11 +160,8 @@ class SauronTraining(SteadyTraining):
             edits = narrow_edits(self.start_widths, unwrap(self.network))
             self._write_plans((*edits, ElasticEdit()))
             self.history.draw(Path(self.output_folder))
-            record = {
-                "nnslim": __version__,
-                "trainer": type(self).__name__,
-                "sauron": self.section.model_dump(mode="json"),
-            }
+            settings = self.section.model_dump(mode="json")
+            record = {"nnslim": __version__, "trainer": type(self).__name__, "sauron": settings}
             record |= {"fold": self.fold, "spec": SlimSpec(edits).to_dict(), **self.history.summary(self.pruner)}
             for folder in (self.output_folder, self.output_folder_base):  # a fold's own, and the model's last
                 write_record(Path(folder), record)
