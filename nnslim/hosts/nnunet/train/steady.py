@@ -85,8 +85,8 @@ class SteadyTraining:
 
     @property
     def section(self) -> Any:
-        """The section of the settings that is this kind's own."""
-        return getattr(self.settings, self.kind)
+        """The section of the settings that is this kind's own; None for fine-tuning, which has none."""
+        return getattr(self.settings, self.kind) if self.kind else None
 
     def planned(self, plans: dict, configuration: str) -> dict:
         """Return the plans that the trainer is made with."""
