@@ -21,7 +21,7 @@ from nnslim.errors import ConfigError, HostError
 from nnslim.hosts.nnunet.compress.compress_model import compress_model
 from nnslim.hosts.nnunet.model.trained_model import build_untrained, read_trained_model
 from nnslim.hosts.nnunet.predict.sliding_window import window_logits
-from nnslim.methods.tucker.layers import TuckerConv
+from nnslim.methods.tucker.edit import TuckerConv
 from nnslim.network.spec import spec_of
 
 # Stock torch, so that logits can be compared bit by bit; backends and the guard have tests of their own.

@@ -13,7 +13,7 @@ from nnslim.compression.compress_network import compress
 from nnslim.compression.config import SlimConfig, load_config, tucker
 from nnslim.maths.lowrank import partial_tucker
 from nnslim.methods.tucker import TuckerConfig, TuckerEdit, plan_tucker
-from nnslim.methods.tucker.layers import TuckerConv, is_transposed
+from nnslim.methods.tucker.edit import TuckerConv, is_transposed
 from nnslim.network.cost import measure_cost
 from nnslim.network.spec import SlimSpec, apply_spec
 from nnslim.network.walk import LayerIndex

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from nnslim.network.spec import Edit, extend_spec
 from nnslim.network.walk import Layer, LayerIndex, unwrap
 from nnslim.surgery.narrow import CostTable
 from nnslim.surgery.streaming import Tiles
+from nnslim.tables import write_table
+
+OnLayer = Callable[[int, int], None] | None  # called with (layers done, layers in all)
 
 
 class MethodConfig(BaseModel):
@@ -35,11 +39,10 @@ class MethodConfig(BaseModel):
 
 
 def check_patterns(method: str, kind: str, given: Mapping[str, Iterable[str]], layers: Sequence[Layer]) -> None:
-    """Refuse a layer pattern that matches nothing.
+    """Refuse a layer pattern that matches none of the candidates, where there are any.
 
     Args:
         method, kind: named in the message, kind as in "no convolution matches". given: patterns by configuration key.
-        layers: the candidates; without any, nothing is checked.
     Raises:
         ConfigError: a pattern matches none of them; the message names the nearest layer.
     """
@@ -54,11 +57,7 @@ def check_patterns(method: str, kind: str, given: Mapping[str, Iterable[str]], l
 
 
 def left_dense(layer: Layer, config: Any, cost: Cost) -> str:
-    """Return why a layer stays dense whatever a rule says, or an empty string.
-
-    Args:
-        config: with `include` and `exclude`. cost: of the network.
-    """
+    """Return why a layer stays dense whatever a rule says (`config.include`, `config.exclude`), or an empty string."""
     if not layer.matches(*config.include):
         return "not included"
     if layer.matches(*config.exclude):
@@ -175,10 +174,12 @@ def narrowed(before: CostTable, after: CostTable) -> tuple[Decision, ...]:
     for name, (shape, parameters) in before.shapes.items():
         now, left = after.shapes[name]
         counts = (before.layer_macs[name], after.layer_macs[name], parameters, left)
-        same = now == shape
-        widths = None if same else (now[0], now[1])
-        reason = "no filter removed" if same else ""
-        made.append(Decision(name, "dense" if same else "narrow", shape, widths, *counts, reason))
+        fate = (
+            ("dense", shape, None, *counts, "no filter removed")
+            if now == shape
+            else ("narrow", shape, now[:2], *counts)
+        )
+        made.append(Decision(name, *fate))
     return tuple(made)
 
 
@@ -214,3 +215,27 @@ def filled(name: str, settings: Any, dense: nn.Module, plan: Plan, input_shape: 
     if (fill := method_named(name).fill) is not None and plan.edits:
         fill(dense, slim, settings, input_shape)
     return slim
+
+
+COLUMNS = (
+    *("layer", "action", "rank_out", "rank_in", "outputs", "inputs", "kernel"),
+    *("macs_before", "macs_after", "parameters_before", "parameters_after", "error", "reason"),
+)
+
+
+def write_decisions(decisions: Sequence[Decision], path: Path) -> None:
+    """Write one line per layer, with `COLUMNS`.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    rows = [
+        (
+            *(one.layer, one.action, *(one.ranks or (None, None)), *one.shape[:2], "x".join(map(str, one.shape[2:]))),
+            *(one.macs_before, one.macs_after, one.parameters_before, one.parameters_after),
+            None if one.error is None else f"{one.error:.4f}",
+            one.reason,
+        )
+        for one in decisions
+    ]
+    write_table(rows, path, COLUMNS)

@@ -20,7 +20,7 @@ from nnslim.compression.model_report import ModelReport, Report
 from nnslim.errors import ConfigError, InputError, OutputError, SpecError
 from nnslim.evaluation.overlap import dice_per_label
 from nnslim.methods.tucker import TuckerConfig
-from nnslim.methods.tucker.layers import TuckerConv
+from nnslim.methods.tucker.edit import TuckerConv
 from nnslim.network.cost import measure_cost
 from nnslim.network.spec import spec_of
 

@@ -11,7 +11,7 @@ from nnslim.compression.compress_network import compress
 from nnslim.compression.config import tucker
 from nnslim.compression.guard import Guard
 from nnslim.compression.plan_and_fit import plan_methods
-from nnslim.methods.tucker.layers import TuckerConv
+from nnslim.methods.tucker.edit import TuckerConv
 from nnslim.network.cost import measure_cost
 from nnslim.network.walk import LayerIndex
 from nnslim.running import speed as running

@@ -19,8 +19,8 @@ from nnslim.maths.fitting import (
 )
 from nnslim.maths.lowrank import partial_tucker
 from nnslim.maths.moments import ChannelMoments, LinearView, Moments, choose_places, sample_inputs, sample_outputs
-from nnslim.methods.tucker.layers import kernel_of
-from nnslim.methods.tucker.metric import output_metric
+from nnslim.methods.tucker.edit import kernel_of
+from nnslim.methods.tucker.survey import output_metric
 
 SIZES = {2: (9, 8), 3: (7, 6, 8)}
 STRIDES = {2: (1, 2, (1, 2)), 3: (1, 2, (1, 2, 2))}

@@ -16,7 +16,7 @@ from nnslim.compression.config import from_dict, load_config
 from nnslim.errors import ConfigError, SpecError
 from nnslim.methods.embedded import DepthwiseEdit, DropStageEdit, EmbeddedConfig, SparseEdit, cubic_sparsity
 from nnslim.methods.embedded.depthwise import SeparableConv, regrouped
-from nnslim.methods.embedded.resolution import coarser_settings
+from nnslim.methods.embedded.plan import coarser_settings
 from nnslim.methods.embedded.unstructured import prune_globally, zero_share
 from nnslim.network.spec import SlimSpec, apply_spec, extend_spec, held_by
 from nnslim.network.walk import LayerIndex

@@ -15,9 +15,8 @@ from torch import nn
 
 from nnslim.errors import ConfigError, SpecError
 from nnslim.maths.lowrank import Spectrum, leading_eigenvectors
-from nnslim.methods.tucker.error_figures import equal_factor_lines, heat_maps
-from nnslim.methods.tucker.error_grid import error_grid, rank_steps, write_grid
-from nnslim.methods.tucker.layers import TuckerConv, kernel_of
+from nnslim.methods.tucker.edit import TuckerConv, kernel_of
+from nnslim.methods.tucker.error_grid import equal_factor_lines, error_grid, heat_maps, rank_steps, write_grid
 from nnslim.network.cost import measure_cost
 from nnslim.network.walk import LayerIndex
 

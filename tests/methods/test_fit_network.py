@@ -12,8 +12,8 @@ from torch import nn
 
 from nnslim.maths.moments import Moments
 from nnslim.methods.tucker import TuckerConfig, plan_tucker
+from nnslim.methods.tucker.edit import TuckerConv
 from nnslim.methods.tucker.fit_chains import fit_tucker_network
-from nnslim.methods.tucker.layers import TuckerConv
 from nnslim.network.cost import measure_cost
 from nnslim.network.spec import SlimSpec, apply_spec
 from nnslim.network.walk import LayerIndex

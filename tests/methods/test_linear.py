@@ -14,7 +14,7 @@ from nnslim.compression.compress_network import compress, rebuild
 from nnslim.compression.config import from_dict
 from nnslim.errors import ConfigError, RankError, SpecError
 from nnslim.methods.linear import LinearConfig, LowRankLinear, fit_linear, plan_linear
-from nnslim.methods.linear.output_spectra import output_spectra, weight_spectrum
+from nnslim.methods.linear.plan import output_spectra, weight_spectrum
 from nnslim.network.cost import measure_cost
 from nnslim.network.spec import SlimSpec, apply_spec
 from nnslim.network.walk import LayerIndex

@@ -13,8 +13,8 @@ from torch import nn
 from nnslim.compression.config import load_config
 from nnslim.errors import ConfigError
 from nnslim.methods.sauron import Pruner, Removal, SauronConfig
-from nnslim.methods.sauron.distances import delta_opt, delta_prune, distances, mean_distances, pooled
-from nnslim.methods.sauron.thresholds import LayerState, below, has_converged
+from nnslim.methods.sauron.feature_maps import delta_opt, delta_prune, distances, mean_distances, pooled
+from nnslim.methods.sauron.pruner import LayerState, below, has_converged
 from nnslim.network.walk import LayerIndex, deep_supervision
 from nnslim.surgery.channels import channel_map
 from nnslim.surgery.narrow import CostTable, narrow_layers, narrow_optimizer, widths_of

@@ -19,7 +19,8 @@ from nnslim.compression.compress_network import compress
 from nnslim.compression.config import SlimConfig, load_config
 from nnslim.errors import BackendError, ConfigError, SpecError
 from nnslim.methods.token_sparse import TokenSparseConfig, plan_token_sparse, set_ratio, token_sparse_edits
-from nnslim.methods.token_sparse.sparse_encoders import eva_attention, image_content
+from nnslim.methods.token_sparse.scorers import image_content
+from nnslim.methods.token_sparse.sparse_encoders import eva_attention
 from nnslim.network.cost import measure_cost
 from nnslim.network.operations import count_operations
 from nnslim.network.spec import SlimSpec, apply_spec, extend_spec, spec_of

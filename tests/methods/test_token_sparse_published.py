@@ -12,10 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnslim.errors import ConfigError, SpecError
 from nnslim.methods.token_sparse.completion import sincos_3d
-from nnslim.methods.token_sparse.merging import merge_steps
-from nnslim.methods.token_sparse.reduction import TokenReduction, set_ratio
-from nnslim.methods.token_sparse.selection import TopK, keep_count
-from nnslim.methods.token_sparse.sequence import Sequence3d
+from nnslim.methods.token_sparse.reduction import TokenReduction, merge_steps, set_ratio
+from nnslim.methods.token_sparse.sequence import Sequence3d, TopK, keep_count
 from nnslim.methods.token_sparse.unetr import TokenSparseUNETR, published_unetr
 from nnslim.network.operations import count_operations
 

@@ -12,8 +12,7 @@ from torch import nn
 
 from nnslim.hosts.nnunet.train.token_sparse_trainer import TokenSparseTraining, reductions
 from nnslim.methods.token_sparse import TokenSparseConfig, token_sparse_edits
-from nnslim.methods.token_sparse.reduction import Scored
-from nnslim.methods.token_sparse.supervision import SupervisedLoss, scorer_loss
+from nnslim.methods.token_sparse.scorers import Scored, SupervisedLoss, scorer_loss
 from nnslim.network.spec import SlimSpec, apply_spec
 
 SIZE = (32, 32, 24)  # 4 x 4 x 3 tokens of 8 voxels

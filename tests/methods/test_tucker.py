@@ -14,7 +14,7 @@ from torch import nn
 from nnslim.errors import ConfigError, RankError, SpecError
 from nnslim.maths.lowrank import partial_tucker
 from nnslim.methods.tucker import TuckerConfig, TuckerEdit, plan_tucker
-from nnslim.methods.tucker.layers import TuckerConv, kernel_of
+from nnslim.methods.tucker.edit import TuckerConv, kernel_of
 from nnslim.network.cost import measure_cost
 from nnslim.network.spec import SlimSpec, apply_spec
 from nnslim.network.walk import LayerIndex

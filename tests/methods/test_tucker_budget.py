@@ -13,11 +13,11 @@ from torch import nn
 
 from nnslim.errors import ConfigError, RankError
 from nnslim.maths.lowrank import evbmf_rank
-from nnslim.methods.decision_table import write_decisions
+from nnslim.methods.base import write_decisions
 from nnslim.methods.tucker import TuckerConfig, latency, plan_tucker
+from nnslim.methods.tucker.edit import TuckerConv, kernel_of
 from nnslim.methods.tucker.latency import LatencyTable, measured_neighbours, measured_ranks
-from nnslim.methods.tucker.layers import TuckerConv, kernel_of
-from nnslim.methods.tucker.plan_table import read_ranks
+from nnslim.methods.tucker.ranks import read_ranks
 from nnslim.methods.tucker.survey import answer_distance, survey
 from nnslim.network.cost import measure_cost
 from nnslim.network.spec import SlimSpec, apply_spec

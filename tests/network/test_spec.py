@@ -13,7 +13,7 @@ from torch import nn
 
 from nnslim.errors import SpecError
 from nnslim.methods.tucker import TuckerEdit
-from nnslim.methods.tucker.layers import TuckerConv
+from nnslim.methods.tucker.edit import TuckerConv
 from nnslim.network.spec import Edit, SlimSpec, apply_spec, register_edit, spec_of
 
 FIRST = "encoder.stages.1.0.convs.0.conv"

@@ -4,8 +4,7 @@ from nnslim.methods.base import Method, register_method
 from nnslim.methods.embedded.config import EmbeddedConfig
 from nnslim.methods.embedded.depthwise import DepthwiseEdit
 from nnslim.methods.embedded.drop_stage import DropStageEdit
-from nnslim.methods.embedded.plan import plan_embedded
-from nnslim.methods.embedded.resolution import coarser_settings
+from nnslim.methods.embedded.plan import coarser_settings, plan_embedded
 from nnslim.methods.embedded.unstructured import HeldZeros, SparseEdit, cubic_sparsity
 
 register_method(Method("embedded", EmbeddedConfig, plan_embedded, plans=coarser_settings))

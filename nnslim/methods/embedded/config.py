@@ -6,7 +6,6 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from nnslim.errors import ConfigError
 from nnslim.methods.base import MethodConfig
 
 
@@ -47,14 +46,3 @@ class EmbeddedConfig(MethodConfig):
         if self.begin >= self.end:
             raise ValueError("begin is before end")
         return self
-
-    def factors(self, axes: int) -> tuple[float, ...] | None:
-        """Return the factor of each axis of the patch, None where the resolution does not change.
-
-        Raises:
-            ConfigError: there are factors for another number of axes.
-        """
-        given = self.coarser if isinstance(self.coarser, tuple) else (self.coarser,) * axes
-        if len(given) != axes:
-            raise ConfigError(f"embedded: coarser has {len(given)} factors, the patch {axes} axes")
-        return None if all(each == 1 for each in given) else tuple(float(each) for each in given)

@@ -99,12 +99,12 @@ class DepthwiseEdit(ReplacingEdit):
         groups = getattr(dense, "groups", None)
         if self.form not in FORMS or not isinstance(dense, CONVOLUTIONS) or (groups == 1) == (self.form == "dense"):
             raise SpecError(f"it cannot become {self.form}: it is {type(dense).__name__}, groups={groups}")
-        if self.form == "separable":
-            new = SeparableConv(dense)
-            if fill:
-                new.fill(dense)
-            return new
-        return regrouped(dense, 1 if self.form == "dense" else most_groups(dense), fill=fill)
+        if self.form != "separable":
+            return regrouped(dense, 1 if self.form == "dense" else most_groups(dense), fill=fill)
+        new = SeparableConv(dense)
+        if fill:
+            new.fill(dense)
+        return new
 
 
 def depthwise_hindrances(layers: Sequence[Layer], form: str, cost: Cost) -> dict[str, str]:

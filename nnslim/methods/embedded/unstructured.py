@@ -21,11 +21,7 @@ from nnslim.network.spec import Edit, register_edit
 from nnslim.network.walk import Layer, LayerIndex
 
 _log = logging.getLogger("nnslim")
-PRUNABLE = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    nn.Linear,
-)
+PRUNABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
 
 def cubic_sparsity(t: float, initial: float, final: float) -> float:

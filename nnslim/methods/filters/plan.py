@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nnslim.errors import ConfigError
-from nnslim.methods.base import Plan, narrowed
+from nnslim.methods.base import OnLayer, Plan, narrowed
 from nnslim.methods.filters.config import FiltersConfig
 from nnslim.network.cost import Cost
 from nnslim.network.walk import LayerIndex
@@ -94,7 +94,7 @@ def fit_filters(
     *,
     compensate: bool = True,
     seed: int = 0,
-    on_layer: Callable[[int, int], None] | None = None,
+    on_layer: OnLayer = None,
 ) -> dict[str, float]:
     """Fold the filters that go into those that stay, by ridge regression on the maps of unlabelled images.
 

@@ -2,27 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from nnslim.errors import ConfigError
 from nnslim.maths.knapsack import Choice, choose
-from nnslim.methods.base import Decision, Plan, check_patterns, left_dense, relative_error, replaced
+from nnslim.methods.base import Decision, OnLayer, Plan, check_patterns, left_dense, relative_error, replaced
 from nnslim.methods.linear.config import LinearConfig
 from nnslim.methods.linear.edit import LowRankEdit, LowRankLinear
-from nnslim.methods.linear.output_spectra import OutputSpectrum, output_spectra, weight_spectrum
 from nnslim.network.cost import Cost
 from nnslim.network.walk import LayerIndex, unwrap
-from nnslim.surgery.streaming import Tiles
+from nnslim.surgery.folding import MapMoments
+from nnslim.surgery.streaming import Tiles, run_hooked
+
+
+@dataclass(frozen=True)
+class OutputSpectrum:
+    """Variance of the outputs W x of one layer, without the bias, by direction.
+
+    Attributes:
+        basis: (O, min(I, O)) orthonormal directions, the strongest first. energy: (min(I, O),) variance along each.
+        mean: (O,).
+    """
+
+    basis: Tensor
+    energy: Tensor
+    mean: Tensor
+
+    def error(self, rank: int) -> float:
+        """Return the relative error of the centred outputs at a rank."""
+        total = float(self.energy.sum())
+        return (float(self.energy[rank:].sum()) / total) ** 0.5 if total else 0.0
+
+    def rank_for(self, share: float) -> int:
+        """Return the smallest rank that keeps that share of the variance, at least 1."""
+        kept = self.energy.cumsum(0)
+        return int((kept < share * kept[-1]).sum()) + 1
+
+
+def weight_spectrum(linear: nn.Linear) -> OutputSpectrum:
+    """Return the spectrum for white inputs: that of the weights."""
+    left, values, _ = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
+    return OutputSpectrum(left, values.square(), left.new_zeros(len(left)))
+
+
+def output_spectra(network: nn.Module, layers: Mapping[str, nn.Linear], tiles: Tiles) -> dict[str, OutputSpectrum]:
+    """Return the spectrum of each layer over all rows of all tiles, from one pass; rows are not kept.
+
+    Args:
+        network: in eval mode. layers: some of its linear layers, by name; those that no pass reaches get that of
+            their weights. tiles: calibration tiles.
+    """
+    found: dict[str, MapMoments] = {}
+
+    def add(name: str, linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows = inputs[0].detach().flatten(0, -2).double()
+        made = MapMoments.of_rows(rows if _widens(linear) else rows @ linear.weight.detach().double().T)
+        found[name] = found[name] + made if name in found else made
+
+    run_hooked(network, tiles, before={name: partial(add, name) for name in layers})
+    return {
+        name: _spectrum(linear, found[name]) if name in found else weight_spectrum(linear)
+        for name, linear in layers.items()
+    }
+
+
+def _widens(linear: nn.Module) -> bool:
+    """Return whether the inputs, rather than the outputs, are summed: of the narrower, 8 * min(I, O)^2 bytes."""
+    return linear.in_features < linear.out_features
+
+
+def _spectrum(linear: nn.Linear, moments: MapMoments) -> OutputSpectrum:
+    values, vectors = torch.linalg.eigh(moments.covariance)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    if not _widens(linear):
+        return OutputSpectrum(vectors, values, moments.mean)
+    weight = linear.weight.detach().double()
+    left, strengths, _ = torch.linalg.svd(weight @ (vectors * values.sqrt()), full_matrices=False)
+    return OutputSpectrum(left, strengths.square(), weight @ moments.mean)
 
 
 def plan_linear(network: nn.Module, config: LinearConfig, cost: Cost, tiles: Tiles | None = None) -> Plan:
-    """Decide for each linear layer: a rank, or dense with a reason. Reads only.
+    """Decide for each linear layer: a rank, or dense with a reason; see `Method.plan`.
 
-    Args:
-        network: with the weights of the first fold. config: rule and choice of layers. cost: of it, at its patch.
-        tiles: calibration tiles; without them errors are those of the weights.
+    Without tiles, errors are those of the weights.
+
     Raises:
         ConfigError: the network has no linear layer that may be factored. RankError: the budget cannot be met.
     """
@@ -58,21 +127,18 @@ def plan_linear(network: nn.Module, config: LinearConfig, cost: Cost, tiles: Til
 
 
 def _cheaper(linear: nn.Linear, rank: int) -> bool:
-    return rank * (linear.in_features + linear.out_features) < linear.weight.numel()
+    return rank * sum(linear.weight.shape) < linear.weight.numel()
 
 
 def _by_share(
     layers: Mapping[str, nn.Linear], spectra: Mapping[str, OutputSpectrum], config: LinearConfig
 ) -> dict[str, int]:
-    ranks = {}
-    for name, linear in layers.items():
-        if config.energy is not None:
-            wanted = spectra[name].rank_for(config.energy)
-        else:
-            wanted = config.rank_factor * min(linear.in_features, linear.out_features)
-        if _cheaper(linear, rank := config.rounded(wanted)):
-            ranks[name] = rank
-    return ranks
+    if config.energy is not None:
+        wanted = {name: spectra[name].rank_for(config.energy) for name in layers}
+    else:
+        wanted = {name: config.rank_factor * min(linear.weight.shape) for name, linear in layers.items()}
+    ranks = {name: config.rounded(rank) for name, rank in wanted.items()}
+    return {name: rank for name, rank in ranks.items() if _cheaper(layers[name], rank)}
 
 
 def _within_macs(
@@ -83,11 +149,8 @@ def _within_macs(
     for name in names:
         linear, calls = layers[name], cost.layers[name].macs / layers[name].weight.numel()
         ranks = range(config.rounded(1), min(linear.weight.shape), config.rank_multiple)
-        known = [rank for rank in ranks if _cheaper(linear, rank)]
-        choices = [
-            Choice(calls * rank * (linear.in_features + linear.out_features), spectra[name].error(rank) ** 2)
-            for rank in known
-        ]
+        known, width = [rank for rank in ranks if _cheaper(linear, rank)], sum(linear.weight.shape)
+        choices = [Choice(calls * rank * width, spectra[name].error(rank) ** 2) for rank in known]
         offered.append(([*known, None], [*choices, Choice(cost.layers[name].macs, 0.0)]))
     total = config.macs if config.macs > 1 else config.macs * cost.macs()
     paid = cost.macs() - sum(cost.layers[name].macs for name in names)
@@ -97,15 +160,7 @@ def _within_macs(
 
 
 def fit_linear(
-    dense: nn.Module,
-    slim: nn.Module,
-    config: LinearConfig,
-    cost: Cost,
-    tiles: Tiles,
-    *,
-    compensate: bool = True,
-    seed: int = 0,
-    on_layer: Callable[[int, int], None] | None = None,
+    dense: nn.Module, slim: nn.Module, config: Any, cost: Cost, tiles: Tiles, *, on_layer: OnLayer = None, **_: Any
 ) -> dict[str, float]:
     """Set the factored layers of a slim network from the dense one's outputs on data, in place; see `Method.fit`.
 

@@ -70,8 +70,7 @@ class SauronConfig(MethodConfig):
     learning_rate: float | None = Field(None, gt=0, description="none: the trainer's")
     optimizer: Literal["trainer", "adam"] = Field("trainer", description="trainer: the trainer's own, SGD in nnU-Net")
     precision: Literal["f32", "bf16", "auto"] = Field(
-        "f32",
-        description="precision on a CPU; auto: bf16 where the processor is fast in it. On CUDA nnU-Net decides",
+        "f32", description="precision on a CPU; auto: bf16 where the processor is fast in it. On CUDA nnU-Net decides"
     )
     save_maps: int = Field(0, ge=0, description="epochs between two snapshots of all feature maps; 0: none")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +13,85 @@ import numpy as np
 from torch import nn
 
 from nnslim.methods.sauron.config import SauronConfig
-from nnslim.methods.sauron.map_watch import MapWatch
-from nnslim.methods.sauron.thresholds import LayerState, below, due
+from nnslim.methods.sauron.feature_maps import MapWatch
 from nnslim.network.walk import LayerIndex
-from nnslim.surgery.channels import channel_map, fewest, without
+from nnslim.surgery.channels import channel_map, fewest, removable, without
 from nnslim.surgery.folding import MapMoments, fold_channels
 from nnslim.surgery.narrow import CostTable, Cut, narrow_layers
+
+
+@dataclass
+class LayerState:
+    """The state of one layer (group of channels) that lasts from epoch to epoch.
+
+    Attributes:
+        step: index of the threshold in the grid.
+        patience: epochs to wait before the next raise.
+        removed: filters removed in the last epoch.
+    """
+
+    step: int = 0
+    patience: int = 0
+    removed: int = 0
+
+    def advance(
+        self, config: SauronConfig, filters: int, training: Sequence[float], validation: Sequence[float]
+    ) -> None:
+        """Wait one more epoch, or raise the threshold where the layer has converged; see `has_converged`."""
+        if self.patience > 0:
+            self.patience -= 1
+        elif has_converged(config, filters, self.removed, training, validation):
+            self.patience = config.patience
+            self.step = min(self.step + 1, config.steps)
+
+
+def has_converged(
+    config: SauronConfig, filters: int, removed: int, training: Sequence[float], validation: Sequence[float]
+) -> bool:
+    """Return whether a layer is ready for a higher threshold.
+
+    The losses of rho epochs are looked back on (`config.patience`, at least 1): the last training loss lies within
+    theirs, neither falling nor diverging; the last validation loss is no new minimum of the history *before* it (the
+    original's history held the value itself, so that this was always true); few filters were removed in the last epoch.
+    Without validation losses, or with `convergence: training`, the training losses must not have a new minimum, which
+    follows from the first condition.
+
+    Args:
+        filters: number that the layer has. removed: number that the last epoch removed.
+        training, validation: losses of all epochs so far; the latter may be empty.
+    """
+    look_back = max(1, config.patience)
+    validation = [loss for loss in validation if math.isfinite(loss)]
+    judged = config.convergence == "validation" or (config.convergence == "auto" and bool(validation))
+    if len(training) < look_back + 1 or (judged and len(validation) < look_back + 1):
+        return False
+    last, before = training[-1], training[-1 - look_back : -1]
+    # NaN compares as False: a diverged training never counts as converged.
+    if not min(before) <= last <= max(before):
+        return False
+    if judged and validation[-1] < min(validation[:-1]):
+        return False
+    return removed < math.ceil(config.few * filters)
+
+
+def below(scores: np.ndarray, threshold: float, reference: int, config: SauronConfig) -> np.ndarray:
+    """Return the filters of one layer that may be removed, the nearest to the reference first.
+
+    Args:
+        scores: (C,) delta_prune. reference: channel that always stays.
+    Returns:
+        Indices. `min_filters` stay, and the width is a multiple of `multiple`, or unchanged.
+    """
+    order = np.argsort(scores, kind="stable")
+    order = order[order != reference]
+    wanted = int((scores[order] < threshold).sum())
+    return order[: removable(wanted, len(scores), config.min_filters, config.multiple)]
+
+
+def due(target: float, epoch: int, until: float) -> float:
+    """Return the share due after an epoch (from 0), in equal ratios from 1 to the target, due after `until` epochs."""
+    return math.pow(target, min(1.0, (epoch + 1) / max(1.0, until)))
+
 
 Scores = Mapping[str, Sequence[float]]
 
@@ -47,10 +121,9 @@ class Pruner:
     """
 
     def __init__(self, network: nn.Module, shape: Sequence[int], config: SauronConfig, epochs: int) -> None:
-        """Trace and count the network.
+        """Trace and count a plain network, not wrapped by torch.compile or DDP.
 
         Args:
-            network: plain, not wrapped by torch.compile or DDP.
             shape: (1, C, *patch). epochs: of the whole training.
         """
         self.network, self.shape, self.config, self.epochs = network, (1, *shape[1:]), config, epochs
@@ -163,15 +236,14 @@ class Pruner:
         }
         if not decision.keep:
             return {}
-        self.watch.close()
         if moments:
             fold_channels(LayerIndex(self.network), self.channels, decision.keep, moments)
         cuts = narrow_layers(LayerIndex(self.network), self.channels.narrowing(decision.keep))
-        self._look()
+        self.refit()
         return cuts
 
     def refit(self) -> None:
-        """Trace and count anew after a checkpoint changed the widths."""
+        """Trace and count anew after the widths changed."""
         self.watch.close()
         self._look()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ class PruningHistory:
             inputs) of each convolution, after the epoch's removal.
     """
 
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
+    def __init__(self, rows: Iterable[dict[str, Any]] = ()) -> None:
+        """Begin, or go on after the rows of a checkpoint."""
+        self.rows = list(rows)
 
     def add(self, pruner: Any, scores: Mapping[str, Sequence[float]], **epoch: float) -> None:
         """Note an epoch.
@@ -100,14 +101,6 @@ class PruningHistory:
             "epochs": len(self.rows),
             "seconds": round(sum(row["seconds"] for row in self.rows), 1),
         }
-
-    def state_dict(self) -> list[dict[str, Any]]:
-        """Return all rows."""
-        return self.rows
-
-    def load_state_dict(self, rows: list[dict[str, Any]]) -> None:
-        """Restore what `state_dict` gave."""
-        self.rows = list(rows)
 
 
 @own_style

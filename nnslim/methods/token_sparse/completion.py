@@ -9,8 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nnslim.methods.token_sparse.selection import unshuffle
-from nnslim.methods.token_sparse.sequence import Sequence3d
+from nnslim.methods.token_sparse.sequence import Sequence3d, unshuffle
 
 Completion = Literal["fusion", "fusion_v2", "mask", "last"]
 RunBlock = Callable[..., Tensor]  # (block, full sequence, whatever else the host's blocks need)
@@ -65,7 +64,6 @@ class FusionNet(_PublishedNet):
     def __init__(
         self, dim: int, width: int, groups: int, grid: Sequence[int], blocks: Sequence[nn.Module], *, version: int = 1
     ) -> None:
-        """Build for `groups` groups of tokens of `dim` features; the full sequence starts with a class token."""
         super().__init__()
         if version == 2 and width != dim:
             raise ValueError(f"fusion_v2 has no linears, so its width is {dim}, the features of a token; found {width}")
@@ -89,7 +87,6 @@ class MaskCompletion(_PublishedNet):
     """The masked baseline, as published: a mask token at every dropped position, only the last tokens are used."""
 
     def __init__(self, dim: int, width: int, grid: Sequence[int], blocks: Sequence[nn.Module]) -> None:
-        """Build for tokens of `dim` features."""
         super().__init__()
         self.input_norm = nn.LayerNorm(dim, eps=1e-6)
         self.input = nn.Linear(dim, width)
@@ -146,7 +143,6 @@ class GentleCompletion(nn.Module):
 def identity_linear(dim: int) -> nn.Linear:
     """Return a linear layer that returns its input."""
     linear = nn.Linear(dim, dim)
-    with torch.no_grad():
-        linear.weight.copy_(torch.eye(dim))
-        linear.bias.zero_()
+    nn.init.eye_(linear.weight)
+    nn.init.zeros_(linear.bias)
     return linear

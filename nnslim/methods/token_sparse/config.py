@@ -73,8 +73,7 @@ class TokenSparseConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> TokenSparseConfig:
-        ratios = self.ratio if isinstance(self.ratio, tuple) else (self.ratio,)
-        if not all(0 <= each < 1 for each in ratios):
+        if not all(0 <= each < 1 for each in (self.ratio if isinstance(self.ratio, tuple) else (self.ratio,))):
             raise ValueError("a ratio is a share of the tokens, 0 <= ratio < 1")
         places = self.locations
         if places is not None and (list(places) != sorted(set(places)) or min(places, default=0) < 0):

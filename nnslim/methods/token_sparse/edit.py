@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import nn
 
 from nnslim.errors import ConfigError, SpecError
 from nnslim.methods.token_sparse.reduction import TokenReduction
-from nnslim.methods.token_sparse.sparse_encoders import SparseEva, SparseViT
-from nnslim.network.spec import Edit, register_edit
-from nnslim.network.walk import Layer, LayerIndex, replace_layer
+from nnslim.methods.token_sparse.sparse_encoders import SparseEva, SparseViT, is_encoder, is_vit
+from nnslim.network.spec import Edit, register_edit, replace_layer
+from nnslim.network.walk import LayerIndex
 
 
 @register_edit
@@ -55,37 +53,26 @@ class TokenSparseEdit(Edit):
                 f"layer '{self.layer}' drops random patches in training (patch_drop_rate); build it without, and use "
                 "the scorer 'random' at location 0 instead"
             )
-        if not _is_vit(dense) and "attention" in self.scorers and not hasattr(dense.blocks[0].attn, "q_norm"):
+        if not is_vit(dense) and "attention" in self.scorers and not hasattr(dense.blocks[0].attn, "q_norm"):
             raise SpecError(f"layer '{self.layer}': scorer 'attention' does not know this kind of attention")
         width = next(dense.norm.parameters()).shape[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             try:
-                reduction = TokenReduction(
-                    width,
-                    self.locations,
-                    self.ratios,
-                    mode=self.mode,
-                    scorer=self.scorers,
-                    shared=self.shared,
-                    tau=self.tau,
-                    noise=self.noise,
-                )
+                settings = {key: getattr(self, key) for key in ("mode", "shared", "tau", "noise")}
+                reduction = TokenReduction(width, self.locations, self.ratios, scorer=self.scorers, **settings)
             except ConfigError as error:
                 raise SpecError(f"layer '{self.layer}': {error}") from None
             if max(self.locations, default=0) > len(dense.blocks):
                 raise SpecError(
                     f"layer '{self.layer}': location {max(self.locations)} is beyond its {len(dense.blocks)} blocks"
                 )
-            if _is_vit(dense):
-                made = SparseViT(dense, reduction, self.completion, self.completion_depth, self.skips)
-            else:
-                made = SparseEva(dense, reduction, self.completion, self.completion_depth)
+            parts = (dense, reduction, self.completion, self.completion_depth)
+            made = SparseViT(*parts, skips=self.skips) if is_vit(dense) else SparseEva(*parts)
         place = next(dense.parameters())
         made = made.to(place.device, place.dtype).train(dense.training)
-        hooks = []
-        if isinstance(made, SparseEva) and "air" in self.scorers:
-            hooks = [parent.register_forward_pre_hook(made.observe) for parent, _ in layer.slots]
+        watched = layer.slots if isinstance(made, SparseEva) and "air" in self.scorers else ()
+        hooks = [parent.register_forward_pre_hook(made.observe) for parent, _ in watched]
         put_back = replace_layer(layer, made)
 
         def undo() -> None:
@@ -94,29 +81,3 @@ class TokenSparseEdit(Edit):
                 hook.remove()
 
         return undo
-
-
-def is_encoder(module: nn.Module) -> bool:
-    """Whether a module can be made token-sparse: Primus' Eva, or a MONAI ViT for dense prediction."""
-    if _is_vit(module):
-        return not module.classification
-    names = ("blocks", "norm", "pos_embed", "rope", "num_prefix_tokens", "forward_features")
-    return all(hasattr(module, name) for name in names) and not isinstance(module, SparseEva)
-
-
-def encoders_of(network: nn.Module) -> list[Layer]:
-    """Return the encoders of a network that can be made token-sparse."""
-    return [layer for layer in LayerIndex(network).values() if is_encoder(layer.module)]
-
-
-def token_count(encoder: nn.Module) -> int | None:
-    """Return how many patch tokens an encoder works on, where its position embedding tells."""
-    if _is_vit(encoder):
-        return encoder.patch_embedding.n_patches
-    return None if encoder.pos_embed is None else encoder.pos_embed.shape[1] - encoder.num_prefix_tokens
-
-
-def _is_vit(module: nn.Module) -> bool:
-    """Whether it is a MONAI ViT. Only a process that has imported MONAI, which takes seconds, can hold one."""
-    monai = sys.modules.get("monai.networks.nets.vit")
-    return monai is not None and isinstance(module, monai.ViT)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,13 +11,13 @@ from torch import Tensor, nn
 from nnslim.errors import ConfigError
 from nnslim.methods.base import Decision, Plan
 from nnslim.methods.token_sparse.config import TokenSparseConfig
-from nnslim.methods.token_sparse.edit import TokenSparseEdit, encoders_of, token_count
-from nnslim.methods.token_sparse.selection import take
-from nnslim.methods.token_sparse.sparse_encoders import SparseEncoder
+from nnslim.methods.token_sparse.edit import TokenSparseEdit
+from nnslim.methods.token_sparse.sequence import take
+from nnslim.methods.token_sparse.sparse_encoders import SparseEncoder, is_encoder, token_count
 from nnslim.network.cost import Cost
 from nnslim.network.operations import count_operations
 from nnslim.network.spec import extend_spec
-from nnslim.network.walk import unwrap
+from nnslim.network.walk import LayerIndex, unwrap
 from nnslim.surgery.streaming import EndOfPass, Tiles, run_hooked
 
 
@@ -28,7 +27,7 @@ def token_sparse_edits(network: nn.Module, config: TokenSparseConfig) -> tuple[T
     Raises:
         ConfigError: it has none.
     """
-    found = encoders_of(unwrap(network))
+    found = [layer for layer in LayerIndex(unwrap(network)).values() if is_encoder(layer.module)]
     if not found:
         raise ConfigError(
             "token_sparse: the network has no transformer encoder that nnslim knows (nnU-Net's Primus, MONAI's UNETR); "
@@ -41,19 +40,15 @@ def token_sparse_edits(network: nn.Module, config: TokenSparseConfig) -> tuple[T
             raise ConfigError(
                 f"token_sparse: {len(places)} locations, {len(ratios)} ratios and {len(scorers)} scorers do not match"
             )
-        same = {
-            key: getattr(config, key) for key in ("mode", "shared", "tau", "completion", "completion_depth", "skips")
-        }
+        same = config.model_dump(include={"mode", "shared", "tau", "completion", "completion_depth", "skips"})
         noise = config.perturbation == "gumbel"
         edits.append(TokenSparseEdit(layer.name, places, ratios, scorers, noise=noise, **same))
     return tuple(edits)
 
 
 def plan_token_sparse(network: nn.Module, config: TokenSparseConfig, cost: Cost, tiles: Tiles | None = None) -> Plan:
-    """Make every encoder token-sparse. Reads only.
+    """Make every encoder token-sparse; see `Method.plan`. The tiles are not used.
 
-    Args:
-        network: the dense network. config: the stages. cost: of the network at its patch. tiles: not looked at.
     Raises:
         ConfigError: no encoder, or stages that do not fit it. SpecError: the network does not take the stages.
     """
@@ -66,37 +61,21 @@ def plan_token_sparse(network: nn.Module, config: TokenSparseConfig, cost: Cost,
         length = token_count(dense)
         if length is not None:
             slim.reduction.kept_counts(length)  # warns where few are left
-        before, after = (_macs(net, cost, edit.layer) for net in (network, sparse))
-        counts = [sum(p.numel() for p in module.parameters()) for module in (dense, slim)]
-        width = next(dense.norm.parameters()).shape[0]
-        decisions.append(
-            Decision(edit.layer, "token_sparse", (length or 0, width), None, before, after, counts[0], counts[1])
-        )
+        counts = [count_operations(net, cost.input_shape).macs("torch", edit.layer) for net in (network, sparse)]
+        counts += [sum(p.numel() for p in module.parameters()) for module in (dense, slim)]
+        shape = (length or 0, next(dense.norm.parameters()).shape[0])
+        decisions.append(Decision(edit.layer, "token_sparse", shape, None, *counts))
     return Plan(edits, tuple(decisions))
 
 
-def _macs(network: nn.Module, cost: Cost, layer: str) -> int:
-    return count_operations(network, cost.input_shape).macs("torch", layer)
-
-
 def fit_completion(
-    dense: nn.Module,
-    slim: nn.Module,
-    config: TokenSparseConfig,
-    cost: Cost,
-    tiles: Tiles,
-    *,
-    compensate: bool = True,
-    seed: int = 0,
-    on_layer: Callable[[int, int], None] | None = None,
+    dense: nn.Module, slim: nn.Module, config: Any, cost: Cost, tiles: Tiles, *, compensate: bool = True, **_: Any
 ) -> dict[str, float]:
-    """Fit the linears of a `fusion` completion to unlabelled images, in closed form, in place.
+    """Fit the linears of a `fusion` completion to unlabelled images, in closed form, in place; see `Method.fit`.
 
     The value that a dropped token would have had at the end of the dense encoder is regressed (ridge, towards the
     identity) on its last value; one regression per stage, and one for the tokens that stay.
-
-    Returns:
-        The relative error of the encoder's output tokens, by encoder, after the fit.
+    Returns, by encoder, the relative error of its output tokens after the fit.
     """
     errors: dict[str, float] = {}
     for name, module in slim.named_modules():

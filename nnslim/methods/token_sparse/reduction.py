@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from nnslim.errors import ConfigError
-from nnslim.methods.token_sparse.merging import merge_steps
-from nnslim.methods.token_sparse.scorers import LEARNED, Scorer, StageInput, make_scorers
-from nnslim.methods.token_sparse.selection import TopK, keep_count, take
-from nnslim.methods.token_sparse.sequence import Sequence3d
+from nnslim.methods.token_sparse.scorers import LEARNED, Scored, Scorer, StageInput, make_scorers
+from nnslim.methods.token_sparse.sequence import Sequence3d, TopK, keep_count, take
 
 Mode = Literal["drop", "merge"]
 FLOOR = 8  # fewer tokens than this in the last blocks are not worth the parameters that work on them
@@ -22,19 +21,47 @@ _log = logging.getLogger("nnslim")
 Attention = Callable[[Tensor, Tensor | None], Tensor]  # (tokens, rope) -> (B, L), attention received by each token
 
 
-@dataclass(frozen=True)
-class Scored:
-    """The scores that a learned scorer gave to the patch tokens at its stage.
+def merge_steps(now: Sequence3d, keep: int) -> Sequence3d:
+    """Merge until `keep` patch tokens are left; one step of the matching can at most halve their number.
 
-    Attributes:
-        scores: (B, L), log-probabilities, at most 0.
-        positions: (B, L), where each token belongs among all patch tokens.
-        total: number of patch tokens of the complete sequence.
+    Reference: Bolya et al., Token Merging: Your ViT But Faster (ToMe), ICLR 2023.
     """
+    while now.length > keep:
+        _merge(now, now.length - max(keep, (now.length + 1) // 2))
+    return now
 
-    scores: Tensor
-    positions: Tensor
-    total: int
+
+def _merge(now: Sequence3d, count: int) -> None:
+    """Merge `count` patch tokens into their most similar partners, in place.
+
+    The tokens alternate between two sets; the `count` members of the second set that are most similar to one of the
+    first set join it.
+    """
+    prefix, patches = now.x[:, : now.prefix], now.x[:, now.prefix :]
+    batch, length, dim = patches.shape[0], now.length, patches.shape[-1]
+    index = torch.arange(length, device=patches.device).expand(batch, -1)
+    if now.assigned is None:
+        now.assigned = index
+        now.sizes = patches.new_ones(batch, length, 1)
+    targets, sources = patches[:, 0::2], patches[:, 1::2]
+    metric = functional.normalize(patches.detach(), dim=-1)
+    best, partner = (metric[:, 1::2] @ metric[:, 0::2].transpose(1, 2)).max(dim=-1)  # (B, L // 2)
+    order = torch.sort(best, dim=-1, descending=True).indices
+    joins, stays = order[:, :count], torch.sort(order[:, count:], dim=-1).values
+    into = partner.gather(1, joins)
+    sizes = now.sizes
+    weighted, joining = targets * sizes[:, 0::2], take(sources * sizes[:, 1::2], joins)
+    total = sizes[:, 0::2].scatter_add(1, into.unsqueeze(-1), take(sizes[:, 1::2], joins))
+    merged = weighted.scatter_add(1, into.unsqueeze(-1).expand(-1, -1, dim), joining) / total
+    now.x = torch.cat((prefix, merged, take(sources, stays)), dim=1)
+    now.length = length - count
+    now.sizes = torch.cat((total, take(sizes[:, 1::2], stays)), dim=1)
+    origin = torch.cat((index[:, 0::2], stays * 2 + 1), dim=1)  # old index of each new token
+    now.rope = take_rope(now.rope, origin)  # that of the token which the others joined
+    now.content = None if now.content is None else now.content.gather(1, origin)
+    after = index[:, (length + 1) // 2 : now.length]  # new index of the sources that stay, behind the targets
+    new = (index // 2).scatter(1, stays * 2 + 1, after).scatter(1, joins * 2 + 1, into)  # new index of each old token
+    now.assigned = new.gather(1, now.assigned)
 
 
 class TokenReduction(nn.Module):
@@ -85,7 +112,7 @@ class TokenReduction(nn.Module):
         self.heard: list[Scored] | None = None
 
     def listen(self, heard: list[Scored]) -> None:
-        """Append to a list, in training, what learned scorers say; see `supervision`."""
+        """Append to a list, in training, what learned scorers say; see `SupervisedLoss`."""
         self.heard = heard
 
     def set_ratio(self, ratio: float | Sequence[float]) -> None:
@@ -109,10 +136,7 @@ class TokenReduction(nn.Module):
 
     def kept_counts(self, length: int) -> list[int]:
         """Return the number of patch tokens after each stage, and warn where few are left (see FLOOR)."""
-        counts = []
-        for ratio in self.ratios:
-            length = keep_count(length, ratio)
-            counts.append(length)
+        counts = list(itertools.accumulate(self.ratios, keep_count, initial=length))[1:]
         if counts and counts[-1] < FLOOR and self.active:
             _log.warning(
                 "token_sparse: only %d token(s) reach the last blocks, whose parameters then do almost nothing; "
@@ -167,7 +191,6 @@ class TokenReduction(nn.Module):
         return now
 
     def extra_repr(self) -> str:
-        """Name the stages."""
         return f"{self.mode} at {self.locations}, ratios {self.ratios}"
 
 

@@ -7,6 +7,7 @@ They hold the children of the dense encoder under the same names, so that a dens
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nnslim.methods.token_sparse.completion import Completion, GentleCompletion
 from nnslim.methods.token_sparse.reduction import TokenReduction
+from nnslim.methods.token_sparse.scorers import image_content
 from nnslim.methods.token_sparse.sequence import Sequence3d
 
 _QUERIES = 256  # tokens whose attention is looked at by the attention scorer, at most
@@ -27,6 +29,11 @@ class SparseEncoder(nn.Module):
     def __init__(
         self, dense: nn.Module, reduction: TokenReduction, completion: Completion, completion_depth: int
     ) -> None:
+        """Take over the children of a dense encoder, which is left as it is.
+
+        Args:
+            reduction: the stages. completion, completion_depth: see `GentleCompletion`.
+        """
         super().__init__()
         for name, parameter in dense._parameters.items():
             self.register_parameter(name, parameter)
@@ -41,6 +48,7 @@ class SparseEncoder(nn.Module):
             width = next(p for p in self.norm.parameters()).shape[0]
             groups = len(reduction.locations) + 1
             self.completion = GentleCompletion(width, groups, blocks, completion, self._call)
+        self._token_count = token_count(dense)
         self._content: Tensor | None = None
 
     @staticmethod
@@ -49,8 +57,7 @@ class SparseEncoder(nn.Module):
 
     def observe(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Hook for the network around: note the content of each token's part of the image."""
-        image = inputs[0]
-        self._content = image_content(image, self._token_count)
+        self._content = image_content(inputs[0], self._token_count)
 
     def _encode(self, x: Tensor, prefix: int, rope: Tensor | None, attention: Any) -> tuple[Tensor, list[Tensor]]:
         """Run everything; return (B, N, D) before the last norm, and the output of every block."""
@@ -76,21 +83,12 @@ class SparseEncoder(nn.Module):
 class SparseEva(SparseEncoder):
     """In place of `Primus.eva`; returns (all tokens, None), as Eva without patch dropout."""
 
-    def __init__(
-        self, dense: nn.Module, reduction: TokenReduction, completion: Completion = "last", completion_depth: int = 1
-    ) -> None:
-        """Take over the dense encoder's children.
-
-        Args:
-            dense: dynamic_network_architectures' Eva; left as it is.
-            reduction: the stages. completion, completion_depth: see `GentleCompletion`.
-        """
-        super().__init__(dense, reduction, completion, completion_depth)
+    def __init__(self, dense: nn.Module, *settings: Any) -> None:
+        super().__init__(dense, *settings)
         self.num_prefix_tokens = dense.num_prefix_tokens
         self.embed_dim = self.num_features = dense.embed_dim
         self.grad_checkpointing = dense.grad_checkpointing
         self.rope = dense.rope
-        self._token_count = dense.pos_embed.shape[1] - self.num_prefix_tokens if dense.pos_embed is not None else None
 
     @staticmethod
     def _call(block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
@@ -119,23 +117,15 @@ class SparseEva(SparseEncoder):
 class SparseViT(SparseEncoder):
     """In place of MONAI's `UNETR.vit`; returns (tokens, outputs of the blocks)."""
 
-    def __init__(
-        self,
-        dense: nn.Module,
-        reduction: TokenReduction,
-        completion: Completion = "last",
-        completion_depth: int = 1,
-        skips: Literal["completed", "blocks"] = "blocks",
-    ) -> None:
-        """Take over the dense encoder's children; see `SparseEva`.
+    def __init__(self, dense: nn.Module, *settings: Any, skips: Literal["completed", "blocks"]) -> None:
+        """Take over the dense encoder's children; see `SparseEncoder`.
 
         Args:
             skips: the outputs of blocks that the decoder gets: the completed tokens (the published rule), or the
                 outputs themselves, with dropped tokens at their last values.
         """
-        super().__init__(dense, reduction, completion, completion_depth)
+        super().__init__(dense, *settings)
         self.skips = skips
-        self._token_count = dense.patch_embedding.n_patches
 
     @property
     def keeps_hidden(self) -> bool:  # type: ignore[override]
@@ -159,27 +149,9 @@ def silent_copy(block: nn.Module) -> nn.Module:
     made = copy.deepcopy(block)
     outputs = [getattr(made.attn, name) for name in ("proj", "out_proj") if hasattr(made.attn, name)]
     outputs += [getattr(made.mlp, name) for name in ("fc2", "linear2") if hasattr(made.mlp, name)]
-    for linear in outputs:
-        nn.init.zeros_(linear.weight)
-        if linear.bias is not None:
-            nn.init.zeros_(linear.bias)
+    for parameter in (each for linear in outputs for each in linear.parameters()):
+        nn.init.zeros_(parameter)
     return made
-
-
-def image_content(image: Tensor, tokens: int | None) -> Tensor | None:
-    """Return (B, tokens): the standard deviation inside each token's cube, mean over channels; 0 in uniform air."""
-    if tokens is None:
-        return None
-    edge = token_edge(image, tokens)
-    mean = functional.avg_pool3d(image, edge)
-    square = functional.avg_pool3d(image * image, edge)
-    return (square - mean * mean).clamp_min(0).sqrt().mean(dim=1).flatten(1)
-
-
-def token_edge(image: Tensor, tokens: int) -> int:
-    """Return the edge of each token's cube, voxels, where (B, C, *size) is cut into `tokens` cubes."""
-    size = [int(edge) for edge in image.shape[2:]]
-    return round((size[0] * size[1] * size[2] / tokens) ** (1 / 3))
 
 
 def eva_attention(block: nn.Module, x: Tensor, rope: Tensor | None, prefix: int) -> Tensor:
@@ -212,3 +184,24 @@ def _rotated(x: Tensor, rope: Tensor) -> Tensor:
     sine, cosine = rope.chunk(2, dim=-1)
     turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
     return x * cosine + turned * sine
+
+
+def is_encoder(module: nn.Module) -> bool:
+    """Whether a module can be made token-sparse: Primus' Eva, or a MONAI ViT for dense prediction."""
+    if is_vit(module):
+        return not module.classification
+    names = ("blocks", "norm", "pos_embed", "rope", "num_prefix_tokens", "forward_features")
+    return all(hasattr(module, name) for name in names) and not isinstance(module, SparseEva)
+
+
+def token_count(encoder: nn.Module) -> int | None:
+    """Return how many patch tokens an encoder works on, where its position embedding tells."""
+    if is_vit(encoder):
+        return encoder.patch_embedding.n_patches
+    return None if encoder.pos_embed is None else encoder.pos_embed.shape[1] - encoder.num_prefix_tokens
+
+
+def is_vit(module: nn.Module) -> bool:
+    """Whether it is a MONAI ViT. Only a process that has imported MONAI, which takes seconds, can hold one."""
+    monai = sys.modules.get("monai.networks.nets.vit")
+    return monai is not None and isinstance(module, monai.ViT)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,30 +18,10 @@ from nnslim.methods.token_sparse.sequence import Sequence3d
 PatchEmbedding = Literal["conv", "conv2p1d"]
 
 
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches to tokens: one convolution, or (p, p, 1) and then (1, 1, p)."""
-
-    def __init__(self, kind: PatchEmbedding, channels: int, dim: int, patch: int) -> None:
-        """Build for cubic patches of `patch` voxels."""
-        super().__init__()
-        if kind == "conv":
-            self.proj = nn.Conv3d(channels, dim, patch, patch)
-        else:
-            self.proj = nn.Sequential(
-                nn.Conv3d(channels, dim, (patch, patch, 1), (patch, patch, 1)),
-                nn.Conv3d(dim, dim, (1, 1, patch), (1, 1, patch)),
-            )
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Return (B, D, *grid)."""
-        return self.proj(image)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention."""
 
     def __init__(self, dim: int, heads: int) -> None:
-        """Build with biases on query, key and value."""
         super().__init__()
         if dim % heads:
             raise ConfigError(f"token_sparse: {dim} features cannot be shared by {heads} heads")
@@ -61,7 +41,6 @@ class Block(nn.Module):
     """Pre-norm transformer block with stochastic depth."""
 
     def __init__(self, dim: int, heads: int, drop_path: float = 0.0) -> None:
-        """Build with a hidden layer of 4 * dim."""
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
@@ -81,22 +60,6 @@ class Block(nn.Module):
         return x * alive / (1 - self.drop_path)
 
 
-@dataclass
-class Encoded:
-    """What the encoder hands on.
-
-    Attributes:
-        parts: (stage, tokens) of each dropped group, then (-1, the rest with the class token); normalised.
-        sequence: where everything is. hidden: full token sequences without class token, by block, where asked for.
-        grid: tokens along each axis.
-    """
-
-    parts: list[tuple[int, Tensor]]
-    sequence: Sequence3d
-    hidden: list[Tensor]
-    grid: tuple[int, ...]
-
-
 class TokenPruningViT(nn.Module):
     """ViT with a class token, learned positions and token pruning; with ratio 0 it is the dense ViT."""
 
@@ -105,13 +68,13 @@ class TokenPruningViT(nn.Module):
         channels: int,
         image_size: Sequence[int],
         *,
-        patch: int = 8,
-        dim: int = 768,
-        depth: int = 12,
-        heads: int = 12,
-        drop_path: float = 0.0,
-        patch_embed: PatchEmbedding = "conv",
-        reduction: TokenReduction | None = None,
+        patch: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        drop_path: float,
+        patch_embed: PatchEmbedding,
+        reduction: TokenReduction | None,
     ) -> None:
         """Build.
 
@@ -123,7 +86,12 @@ class TokenPruningViT(nn.Module):
         super().__init__()
         self.patch = patch
         self.grid = _grid(image_size, patch)
-        self.patch_embed = PatchEmbed(patch_embed, channels, dim, patch)
+        if patch_embed == "conv":
+            embedding = nn.Conv3d(channels, dim, patch, patch)
+        else:
+            flat, rest = (patch, patch, 1), (1, 1, patch)
+            embedding = nn.Sequential(nn.Conv3d(channels, dim, flat, flat), nn.Conv3d(dim, dim, rest, rest))
+        self.patch_embed = nn.Sequential(OrderedDict(proj=embedding))
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim).normal_(std=1e-6))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + math.prod(self.grid), dim))
         rates = [drop_path * number / max(1, depth - 1) for number in range(depth)]
@@ -141,13 +109,19 @@ class TokenPruningViT(nn.Module):
         """Name the parameters that an optimiser should not decay; the same for dense and sparse."""
         return {"pos_embed", "cls_token"}
 
-    def forward(self, image: Tensor, keep_hidden: Sequence[int] = ()) -> Encoded:
+    def grid_of(self, image: Tensor) -> tuple[int, ...]:
+        """Return the tokens along each axis of an image (B, C, *size)."""
+        return _grid(image.shape[2:], self.patch)
+
+    def forward(self, image: Tensor, keep_hidden: Sequence[int] = ()) -> tuple[Sequence3d, list[Tensor]]:
         """Encode (B, C, *size), sizes divisible by the patch.
 
         Args:
-            keep_hidden: indices of blocks whose outputs are wanted, as full sequences.
+            keep_hidden: indices of blocks whose outputs are wanted.
+        Returns:
+            The tokens, normalised, and the wanted outputs as full sequences without the class token, (B, L, D) each.
         """
-        grid = _grid(image.shape[2:], self.patch)
+        grid = self.grid_of(image)
         x = self.patch_embed(image).flatten(2).transpose(1, 2)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self._positions(grid)
         now, hidden = Sequence3d(x, math.prod(grid), prefix=1), []
@@ -159,8 +133,9 @@ class TokenPruningViT(nn.Module):
                 hidden.append(now.last_values()[:, 1:])
         if self.reduction is not None:
             now = self.reduction(now, len(self.blocks))
-        parts = [(stage, (self.norm if stage < 0 else self.stage_norms[stage])(x)) for stage, x in now.parts()]
-        return Encoded(parts, now, hidden, grid)
+        now.groups = [self.stage_norms[stage](group) for stage, group in zip(now.stages, now.groups, strict=True)]
+        now.x = self.norm(now.x)
+        return now, hidden
 
     def _positions(self, grid: tuple[int, ...]) -> Tensor:
         if grid == self.grid:

@@ -115,29 +115,20 @@ class TuckerConfig(MethodConfig):
     @classmethod
     def published(cls, rank_factor: float, **changes: Any) -> TuckerConfig:
         """Return the rule of the published experiments: every layer, rank_min 8, both factors, no guard."""
-        settings = {
-            "rank_min": 8,
-            "first_layer": True,
-            "pointwise": True,
-            "heads": True,
-            "transposed": True,
-            "only_if_cheaper": False,
-            "one_sided": False,
-        }
+        settings = {"rank_min": 8, **dict.fromkeys(("first_layer", "pointwise", "heads", "transposed"), True)}
+        settings |= dict.fromkeys(("only_if_cheaper", "one_sided"), False)
         return cls(rank_factor=rank_factor, **{**settings, **changes})
 
     def rank(self, channels: int, factor: float | None = None) -> int:
         """Return the rank for an axis with that many channels."""
-        if self.rank_mode == "fixed" and factor is None:
-            rank = self.rank_min or 1
-        else:
+        rank = self.rank_min or 1
+        if self.rank_mode != "fixed" or factor is not None:
             # Rounding before ceil keeps 0.1 * 30 at 3, which binary floats would make 4.
             share = self.rank_factor if factor is None else factor
-            rank = max(self.rank_min or 1, math.ceil(round(channels * share, 9)))
+            rank = max(rank, math.ceil(round(channels * share, 9)))
         return self.rounded(rank, channels)
 
     def rounded(self, rank: int, channels: int) -> int:
         """Return the nearest multiple of rank_multiple, at least one multiple and at most the channels."""
         multiple = self.rank_multiple
-        rounded = max(multiple, multiple * math.floor(rank / multiple + 0.5))
-        return min(channels, rounded)
+        return min(channels, max(multiple, multiple * math.floor(rank / multiple + 0.5)))

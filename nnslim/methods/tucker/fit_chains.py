@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,9 +20,10 @@ from nnslim.maths.fitting import (
 )
 from nnslim.maths.lowrank import TuckerFactors
 from nnslim.maths.moments import ChannelMoments, LinearView, Moments
+from nnslim.methods.base import OnLayer
 from nnslim.methods.tucker.config import FitConfig, TuckerConfig
-from nnslim.methods.tucker.layers import TuckerConv, kernel_of
-from nnslim.methods.tucker.metric import output_metric
+from nnslim.methods.tucker.edit import TuckerConv, kernel_of
+from nnslim.methods.tucker.survey import output_metric
 from nnslim.network.cost import Cost
 from nnslim.network.walk import Layer, LayerIndex, replace_layer
 from nnslim.surgery.streaming import Request, Tiles, following_norms, stream_moments
@@ -61,21 +62,17 @@ def fit_tucker_network(
     *,
     compensate: bool = True,
     seed: int = 0,
-    on_layer: Callable[[int, int], None] | None = None,
+    on_layer: OnLayer = None,
 ) -> dict[str, float]:
     """Set the weights of a slim network's Tucker chains, in place, so that its outputs are those of the dense layers.
 
-    Each layer is fitted to the dense network's outputs from the inputs that the compressed layers before it give.
+    Each layer is fitted to the dense network's outputs from the inputs that the compressed layers before it give; see
+    `Method.fit`.
 
     Args:
-        dense: the dense network, eval mode. slim: the same with chains, from `apply_spec(..., fill=True)`.
-        config: how the data are used (`fit`). cost: of the dense network, for the order of execution.
-        tiles: calibration tiles.
+        dense: eval mode. slim: the same with chains, from `apply_spec(..., fill=True)`.
         compensate: also refit layers that stay dense, after the first factored one, to what reaches them.
         seed: decides the sampled positions.
-        on_layer: called with (layers done, layers in all).
-    Returns:
-        Relative output error of each factored layer, on the calibration data.
     """
     fitter = _Fitter(dense, slim, tiles, config.fit, seed)
     tasks = fitter.tasks([name for name, layer in cost.layers.items() if layer.macs], compensate)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from nnslim.methods.tucker.layers import TuckerConv
+from nnslim.methods.tucker.edit import TuckerConv
 from nnslim.network.cost import Cost
 from nnslim.network.walk import Layer
 from nnslim.running.timing import pass_seconds
@@ -20,12 +20,7 @@ class LatencyTable:
     """Milliseconds per forward pass of one patch, measured at first use and kept by the layer's geometry."""
 
     def __init__(self, cost: Cost, measure: Callable[..., float] | None = None) -> None:
-        """Prepare; nothing is measured yet.
-
-        Args:
-            cost: of the dense network, for the input shape of each layer.
-            measure: called as `chain_milliseconds`, which it replaces.
-        """
+        """Take the cost of the dense network, and what is called in place of `chain_milliseconds`."""
         self._cost, self._measure = cost, measure or chain_milliseconds
         self._known: dict[tuple, float] = {}
 

@@ -9,10 +9,8 @@ from dataclasses import replace
 from torch import nn
 
 from nnslim.methods.base import Decision, Plan, check_patterns, left_dense
-from nnslim.methods.tucker.chain import chain_macs, chain_parameters
 from nnslim.methods.tucker.config import TuckerConfig
-from nnslim.methods.tucker.edit import TuckerEdit
-from nnslim.methods.tucker.layers import CONVOLUTIONS, is_transposed, kernel_of
+from nnslim.methods.tucker.edit import CONVOLUTIONS, TuckerEdit, chain_macs, chain_parameters, is_transposed, kernel_of
 from nnslim.methods.tucker.ranks import Chosen, choose_ranks
 from nnslim.network.cost import Cost
 from nnslim.network.walk import Layer, LayerIndex, unwrap
@@ -22,13 +20,10 @@ _log = logging.getLogger("nnslim")
 
 
 def plan_tucker(network: nn.Module, config: TuckerConfig, cost: Cost, tiles: Tiles | None = None) -> Plan:
-    """Decide for each convolution: ranks, or dense with a reason. Reads only.
+    """Decide for each convolution: ranks, or dense with a reason; see `Method.plan`.
 
-    Args:
-        network: the dense network, with the weights that ranks may depend on (those of the first fold).
-        config: rank rule and choice of layers.
-        cost: of this network at its patch shape (`measure_cost`); tells shapes, order and segmentation heads.
-        tiles: calibration tiles; without them errors are those of the weights.
+    Ranks may depend on the weights (the first fold's). Without tiles, errors are those of the weights.
+
     Raises:
         ConfigError: a pattern of include, exclude or overrides matches no convolution, or a table does not fit.
         RankError: an override asks for a rank outside 1..channels, or a budget cannot be met.
@@ -80,11 +75,9 @@ def _decide(layer: Layer, config: TuckerConfig, cost: Cost, choice: Chosen) -> t
 
     if choice.reason:
         return dense(choice.reason)
-    ranks = tuple(rank or channels for rank, channels in zip(choice.ranks, shape[:2], strict=True))
-    sides = tuple(
-        None if config.one_sided and rank == channels else rank for rank, channels in zip(ranks, shape[:2], strict=True)
-    )
-    if sides == (None, None):
+    ranks = (choice.ranks[0] or shape[0], choice.ranks[1] or shape[1])
+    sides = [None if config.one_sided and rank == size else rank for rank, size in zip(ranks, shape, strict=False)]
+    if sides == [None, None]:
         return dense("full rank")
     macs_after = chain_macs(conv, *sides, ran.voxels_in, ran.voxels_out)
     if config.only_if_cheaper and macs_after >= macs and config.rank_mode not in ("budget", "plan"):

@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
-from nnslim.errors import ConfigError, RankError
+from nnslim.errors import ConfigError, InputError, RankError
 from nnslim.maths.knapsack import Choice, choose
 from nnslim.maths.lowrank import evbmf_rank, unfolded
-from nnslim.methods.tucker.chain import chain_macs, chain_parameters
 from nnslim.methods.tucker.config import TuckerConfig
+from nnslim.methods.tucker.edit import chain_macs, chain_parameters, is_transposed, kernel_of
 from nnslim.methods.tucker.latency import LatencyTable
-from nnslim.methods.tucker.layers import is_transposed, kernel_of
-from nnslim.methods.tucker.plan_table import read_ranks
 from nnslim.methods.tucker.survey import LayerSurvey, Ranks, Survey, survey
 from nnslim.network.cost import Cost
 from nnslim.network.walk import Layer
 from nnslim.surgery.streaming import Tiles
+from nnslim.tables import read_table
 
 _ALIGNMENT = 8  # ranks in multiples of 8 suit CPU vectors and tensor cores (odd ranks lose up to 2.3x on an A100)
 _POWERS = (1.0, 0.5, 0.25, 0.0)  # exponents of the sensitivities: as measured, flattened, all alike
@@ -48,8 +48,7 @@ def choose_ranks(
     between the two: which of them is better shows when they are fitted.
 
     Args:
-        network: dense, with weights. layers: by name, those that may be factored.
-        config: the rule. cost: of the network. tiles: calibration tiles or None.
+        network, config, cost, tiles: see `plan_tucker`. layers: by name, those that may be factored.
     Raises:
         RankError, ConfigError: see `plan_tucker`.
     """
@@ -65,17 +64,12 @@ def choose_ranks(
         return _Budget(layers, config, cost, survey(network, list(layers), tiles, **fit)).chosen()
     energy = config.rank_mode == "energy"
     surveys = survey(network, list(layers), tiles, **fit, probe=False) if energy else {}
-    return [
-        {
-            name: Chosen(_override(layer, config) or _by_rule(layer, config, surveys.get(name)))
-            for name, layer in layers.items()
-        }
-    ]
+    ranks = {name: _override(one, config) or _by_rule(one, config, surveys.get(name)) for name, one in layers.items()}
+    return [{name: Chosen(pair) for name, pair in ranks.items()}]
 
 
 def _channels(layer: Layer) -> tuple[int, int]:
-    outputs, inputs = kernel_of(layer.module).shape[:2]
-    return outputs, inputs
+    return tuple(kernel_of(layer.module).shape[:2])
 
 
 def _by_rule(layer: Layer, config: TuckerConfig, found: LayerSurvey | None) -> tuple[int, int]:
@@ -261,3 +255,31 @@ def _prices(layers: Mapping[str, Layer], cost: Cost, name: str) -> tuple[Callabl
         return ran.macs if ranks is None else chain_macs(layer.module, *ranks, ran.voxels_in, ran.voxels_out)
 
     return (parameters, cost.parameters) if name == "params" else (macs, cost.macs())
+
+
+_READ = ("layer", "action", "rank_out", "rank_in")
+
+
+def read_ranks(path: Path | None) -> dict[str, tuple[int, int] | None]:
+    """Return the ranks (R_out, R_in) of each layer in a table, None for a layer that stays dense.
+
+    Raises:
+        ConfigError: missing, not a table of ours, or a rank that is no positive number; names the line.
+    """
+    try:
+        table = read_table(Path(path or ""), _READ)
+    except InputError as error:
+        raise ConfigError(f"plan: {error}") from error
+    if table.empty:
+        raise ConfigError(f"plan {path} lists no layer")
+    found: dict[str, tuple[int, int] | None] = {}
+    for number, (layer, action, *ranks) in enumerate(table[list(_READ)].to_numpy().tolist(), start=2):
+        where = f"plan {path}, line {number} ({layer})"
+        if layer in found:
+            raise ConfigError(f"{where}: the layer is there twice")
+        if action not in ("tucker", "dense"):
+            raise ConfigError(f"{where}: action is 'tucker' or 'dense', found {action!r}")
+        if action == "tucker" and not all(rank.isdecimal() and int(rank) > 0 for rank in ranks):
+            raise ConfigError(f"{where}: ranks are positive numbers, found {ranks[0]!r} and {ranks[1]!r}")
+        found[layer] = (int(ranks[0]), int(ranks[1])) if action == "tucker" else None
+    return found

@@ -12,11 +12,28 @@ from torch import Tensor, nn
 
 from nnslim.maths.fitting import fit_by_channels, whitened
 from nnslim.maths.lowrank import Spectrum
-from nnslim.maths.moments import ChannelMoments, LinearView
-from nnslim.methods.tucker.layers import kernel_of
-from nnslim.methods.tucker.metric import output_metric
+from nnslim.maths.moments import ChannelMoments, LinearView, Moments
+from nnslim.methods.base import OnLayer
+from nnslim.methods.tucker.edit import kernel_of
 from nnslim.network.walk import LayerIndex
 from nnslim.surgery.streaming import Request, Tiles, following_norms, stream_moments
+
+
+def output_metric(moments: Moments | ChannelMoments, norm: nn.Module | None, damping: float) -> Tensor:
+    """Return the metric of a layer's outputs, (O, O): each channel in units of its standard deviation.
+
+    Instance norm divides each channel by its deviation and multiplies it by its affine weight, so an error of the
+    channel reaches the next layers with that factor. Without a norm all channels count alike. The damping keeps
+    channels that hardly vary (dead ones) from dominating the fit.
+    """
+    view = moments.view
+    variance = moments.variance_y.unflatten(0, (view.outputs, -1)).mean(1)
+    if norm is None:
+        return torch.eye(view.outputs, dtype=torch.float64) / variance.mean().clamp(min=1e-30).sqrt()
+    weight = torch.ones(view.outputs) if norm.weight is None else norm.weight.detach().cpu()
+    scale = (variance + damping * variance.mean() + norm.eps).rsqrt()
+    return torch.diag(weight.double().abs().clamp(min=1e-2) * scale)
+
 
 _PROBE_ERROR = 0.1  # squared relative error of a probe: large enough to be seen, small enough to be local
 _PROBE_TILES = 4
@@ -61,12 +78,10 @@ class Survey(dict[str, LayerSurvey]):
 
         Errors of many layers do not simply add up; this sees what they do together. It takes one pass over a few tiles.
         """
-        kernels = {
-            name: approximate(chosen)
-            for name, chosen in ranks.items()
-            if (approximate := self[name].approximate) is not None
-        }
-        return self._prober.divergence(kernels) if self._prober is not None else 0.0
+        if self._prober is None:
+            return 0.0
+        known = {name: self[name].approximate for name in ranks}
+        return self._prober.divergence({name: make(ranks[name]) for name, make in known.items() if make is not None})
 
 
 def survey(
@@ -78,17 +93,14 @@ def survey(
     seed: int = 0,
     damping: float = 1e-2,
     probe: bool = True,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnLayer = None,
 ) -> Survey:
     """Survey layers of a dense network, in one pass over the tiles and one short probe per layer.
 
     Args:
-        network: eval mode; not modified.
-        names: convolutions without groups.
+        network: eval mode; not modified. names: convolutions without groups.
         tiles: calibration tiles; None surveys the weights alone.
-        samples, seed, damping: as in `FitSettings`.
-        probe: measure the sensitivities.
-        on_step: called with (layers done, layers in all).
+        samples, damping: as in `FitConfig`. probe: measure the sensitivities.
     """
     layers = LayerIndex(network)
     kernels = {name: kernel_of(layers[name].module).detach().cpu().double().flatten(2) for name in names}
@@ -142,9 +154,7 @@ class _Prober:
         self._twin = copy.deepcopy(network)
         self._layers = LayerIndex(self._twin)
         self._device = next(network.parameters()).device
-        step = max(1, len(tiles) // _PROBE_TILES)
-        self._pick = (tiles, step)
-        self._count = len(range(0, len(tiles), step)[:_PROBE_TILES])
+        self._tiles, self._picked = tiles, range(0, len(tiles), max(1, len(tiles) // _PROBE_TILES))[:_PROBE_TILES]
         self._wanted: dict[int, Tensor] = {}  # the dense answers, half precision, as far as they are small
 
     def sensitivity(self, name: str, outputs: Spectrum, approximate: Callable[[Ranks], Tensor]) -> float:
@@ -163,12 +173,11 @@ class _Prober:
             view = kernel_of(module)
             view.copy_(kernel.reshape(view.shape))
         try:
-            total = 0.0
-            tiles, step = self._pick
-            for number, tile in enumerate(itertools.islice(tiles, 0, self._count * step, step)):
+            total, picked = 0.0, self._picked
+            for number, tile in zip(picked, itertools.islice(self._tiles, 0, picked.stop, picked.step), strict=True):
                 tile = tile.to(self._device)
                 total += answer_distance(self._twin(tile), self._answer(number, tile))
-            return total / self._count
+            return total / len(picked)
         finally:
             for name, weight in saved.items():
                 self._layers[name].module.weight.copy_(weight)

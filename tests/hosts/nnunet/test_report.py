@@ -26,7 +26,7 @@ from nnslim.hosts.nnunet.judge.scenes import representative, to_canonical
 from nnslim.hosts.nnunet.model.trained_model import build_network, read_trained_model
 from nnslim.hosts.nnunet.predict.directory import predict_folder
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
-from nnslim.methods.tucker.layers import TuckerConv, kernel_of
+from nnslim.methods.tucker.edit import TuckerConv, kernel_of
 from nnslim.network.walk import LayerIndex
 
 SCRIPT = "(function(a){})(globalThis);/* Niivue */"

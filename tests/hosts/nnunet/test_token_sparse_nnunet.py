@@ -23,7 +23,7 @@ from nnslim.hosts.nnunet.train.settings import settings_in_force
 from nnslim.hosts.nnunet.train.token_sparse_trainer import token_sparse_trainer_class, unetr_trainer_class
 from nnslim.methods.token_sparse import TokenSparseConfig, set_ratio
 from nnslim.methods.token_sparse.config import RecipeConfig, UNETRConfig
-from nnslim.methods.token_sparse.supervision import SupervisedLoss
+from nnslim.methods.token_sparse.scorers import SupervisedLoss
 from nnslim.network.spec import spec_of
 from studies.short_training import ShortTraining, train_short
 

@@ -30,7 +30,7 @@ from nnslim.hosts.nnunet.model.trained_model import (
     trainer_class,
     write_model,
 )
-from nnslim.methods.decision_table import write_decisions
+from nnslim.methods.base import write_decisions
 from nnslim.network.cost import Counts, measure_cost
 from nnslim.network.spec import SlimSpec
 

@@ -18,8 +18,7 @@ from nnslim.errors import ConfigError, ModelError, OutputError
 from nnslim.files import make_folder, whole_folder
 from nnslim.hosts.nnunet.cases.calibration_tiles import ImageTiles, Source, calibration_of, prepare_images
 from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network, input_shape
-from nnslim.methods.base import Decision, method_named
-from nnslim.methods.decision_table import write_decisions
+from nnslim.methods.base import Decision, method_named, write_decisions
 from nnslim.network.cost import measure_cost
 
 _TILES_PER_IMAGE = 2

@@ -197,7 +197,7 @@ class SauronTraining(SteadyTraining):
         """Name the trainer that stock nnU-Net knows, and add Sauron's own state."""
         state = {
             "pruner": self.pruner.state_dict(),
-            "history": self.history.state_dict(),
+            "history": self.history.rows,
             "spec": SlimSpec(narrow_edits(self.start_widths, unwrap(self.network))).to_dict(),
             "settings": self.section.model_dump(mode="json"),
         }
@@ -215,7 +215,7 @@ class SauronTraining(SteadyTraining):
         self.pruner.refit()
         if STATE in content:
             self.pruner.load_state_dict(content[STATE]["pruner"])
-            self.history.load_state_dict(content[STATE]["history"])
+            self.history = PruningHistory(content[STATE]["history"])
 
 
 class SauronLoss(nn.Module):

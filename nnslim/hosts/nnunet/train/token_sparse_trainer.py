@@ -17,7 +17,7 @@ from nnslim.hosts.nnunet.train.settings import TrainingSettings
 from nnslim.methods.token_sparse.config import RecipeConfig, TokenSparseConfig
 from nnslim.methods.token_sparse.plan import token_sparse_edits
 from nnslim.methods.token_sparse.reduction import TokenReduction
-from nnslim.methods.token_sparse.supervision import SupervisedLoss
+from nnslim.methods.token_sparse.scorers import SupervisedLoss
 from nnslim.network.spec import SlimSpec, apply_spec, spec_of
 from nnslim.network.walk import unwrap
 
