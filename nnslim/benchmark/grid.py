@@ -27,7 +27,7 @@ class GridPoint:
         way: backend, precision, threads, device, autocast.
         batch_size: patches per pass.
         apply_tucker: False: the dense network; the rank settings then mean nothing.
-        rank_factor, rank_min: see `TuckerConfig`. rule: "published" (every layer, as the predecessor did) or "nnslim".
+        rank_factor, rank_min: see `TuckerConfig`. rule: "published" (every layer, as tucker-cnn does) or "nnslim".
         low_resolution: the 3 mm architecture instead of the 1.5 mm one. decompose: False: random weights.
         patch: voxels; None: the network's own. model: folder of a trained model instead of an untrained architecture.
     """

@@ -174,5 +174,5 @@ def device_name(device: str = "cpu") -> str:
 
 
 def way_columns(way: Way) -> dict[str, Any]:
-    """Return the way as columns of a table; `compile` as the predecessor's table has it."""
+    """Return the way as columns of a table; `compile` as tucker-cnn's table has it."""
     return {**asdict(way), "threads": way.threads or "", "compile": way.backend in ("compile", "stock-compile")}

@@ -25,7 +25,7 @@ from nnslim.tables import markdown, read_table
 Row = dict[str, Any]
 REPORT = "benchmark.json"
 
-# As the predecessor's benchmark has them, so that its plots read our tables. g_flops: 1e9 MACs of a pass in fvcore's
+# As tucker-cnn's benchmark has them, so that its plots read our tables. g_flops: 1e9 MACs of a pass in fvcore's
 # convention; m_params: 1e6; exec_time_*: ms.
 _PUBLISHED = """
     batch_size device load_params apply_tucker autocast compile eval_passes ckpt_path save_model load_model 3mm

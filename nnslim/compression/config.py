@@ -249,14 +249,14 @@ def from_dict(raw: Mapping[str, Any], where: str = "config") -> SlimConfig:
 
 
 def _from_legacy(raw: Mapping[str, Any], where: str) -> SlimConfig:
-    """Translate the dictionary of tucker-cnn's TuckerContext, the predecessor.
+    """Translate the dictionary of tucker-cnn's TuckerContext.
 
     Its `ckpt_path` names a TorchScript file. Here that file's folder becomes the cache, which keeps folds and models
     apart; `save_model` and `load_model` say whether the cache is written and read.
     """
     if unknown := set(raw) - _LEGACY:
         word = sorted(unknown)[0]
-        raise ConfigError(f"{where}: unknown key '{word}' beside the predecessor's; {nearest(word, _LEGACY)}")
+        raise ConfigError(f"{where}: unknown key '{word}' beside tucker-cnn's; {nearest(word, _LEGACY)}")
     arguments = raw.get("tucker_args") or {}
     if not isinstance(arguments, Mapping):
         raise ConfigError(f"{where}: 'tucker_args' holds keys and values, found {arguments!r}")

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from nnslim.errors import BackendError
 from nnslim.optional import needed
-from nnslim.running.kept_models import keep, network_fingerprint, network_key, openvino_module, read_model, write_model
+from nnslim.running.kept_models import (
+    keep,
+    network_fingerprint,
+    network_key,
+    openvino_module,
+    read_model,
+    write_openvino_model,
+)
 from nnslim.running.openvino import convert, silent_loggers
 
 INT8_NAME = "nnslim_int8.xml"  # beside a checkpoint
@@ -147,5 +154,5 @@ def _convolutions_above(nodes: list[Any], only: tuple[str, ...] = ()) -> list[An
 def _size(model: Any) -> int:
     """Return the bytes of a model's weights in a file."""
     with tempfile.TemporaryDirectory() as folder:
-        write_model(model, Path(folder) / "model.xml")
+        write_openvino_model(model, Path(folder) / "model.xml")
         return (Path(folder) / "model.bin").stat().st_size

@@ -69,7 +69,7 @@ def keep(model: Any, key: str, cache: Path | None) -> None:
         return
     try:
         with whole_folder(target) as side:
-            write_model(model, side / "model.xml")
+            write_openvino_model(model, side / "model.xml")
             write_json(side / _SUMS, {name: sha256_of(side / name) for name in ("model.xml", "model.bin")})
     except OutputError:
         if not (target / _SUMS).exists():  # else another worker of this run was first
@@ -94,7 +94,7 @@ def recall_model(key: str, cache: Path | None) -> Any | None:
     return None
 
 
-def write_model(model: Any, path: Path, *, half: bool = False) -> None:
+def write_openvino_model(model: Any, path: Path, *, half: bool = False) -> None:
     """Write an ov.Model as `path` (.xml) and the .bin beside it, or raise an OutputError; half: weights in 16 bits."""
     make_folder(path.parent)
     try:
@@ -118,7 +118,7 @@ def replace_model(model: Any, path: Path) -> None:
     beside = path.with_name(f".{path.stem}.new.xml")
     made = [beside.with_suffix(".bin"), beside]
     try:
-        write_model(model, beside)
+        write_openvino_model(model, beside)
         for file in made:  # the weights first: an .xml without its .bin would be read
             file.replace(path.with_suffix(file.suffix))
     except OSError as error:

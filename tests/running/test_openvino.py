@@ -17,7 +17,7 @@ from nnslim.running import kept_models
 from nnslim.running import openvino as side
 from nnslim.running.engine import Settings, make_engine
 from nnslim.running.int8 import offer, quantize
-from nnslim.running.kept_models import keep, network_fingerprint, recall_model, replace_model, write_model
+from nnslim.running.kept_models import keep, network_fingerprint, recall_model, replace_model, write_openvino_model
 from nnslim.running.openvino import OpenVINOEngine, convert
 
 pytest.importorskip("openvino")
@@ -77,7 +77,7 @@ def test_convert_larger_patch_is_traced_small_and_has_the_layout(tiny_net, tmp_p
     x = tile(shape)
     with torch.inference_mode():
         assert close(OpenVINOEngine(model, shape, threads=1)(x), network(x), 1e-3)
-    write_model(model, tmp_path / "m.xml")
+    write_openvino_model(model, tmp_path / "m.xml")
     with torch.inference_mode():
         assert close(OpenVINOEngine(tmp_path / "m.xml", shape, threads=1)(x), network(x), 1e-3)
 
@@ -268,8 +268,8 @@ def test_model_that_another_worker_keeps_meanwhile_is_no_fault(tiny_net, tiny_sh
     def write_while_another_does(given, path):
         monkeypatch.undo()
         keep(given, key, tmp_path)
-        write_model(given, path)
+        write_openvino_model(given, path)
 
-    monkeypatch.setattr(kept_models, "write_model", write_while_another_does)
+    monkeypatch.setattr(kept_models, "write_openvino_model", write_while_another_does)
     keep(model, key, tmp_path)
     assert recall_model(key, tmp_path) is not None and [path.name for path in tmp_path.iterdir()] == [key]

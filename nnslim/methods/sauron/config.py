@@ -36,7 +36,7 @@ class SauronConfig(MethodConfig):
     patience: int = Field(5, ge=0, description="epochs after a raise, and epochs looked back on (rho)")
     few: float = Field(0.02, gt=0, le=1, description="a layer that loses less than this share has converged (mu)")
     convergence: Literal["auto", "validation", "training"] = Field(
-        "auto", description="losses that must have stopped falling; auto: those of the validation, where there is one"
+        "auto", description="losses that decide convergence; auto: those of the validation where it has any"
     )
     min_filters: int = Field(1, ge=1, description="filters that each layer keeps, at least")
     multiple: int = Field(1, ge=1, description="widths stay multiples of this; 8 suits CPUs and tensor cores")

@@ -250,10 +250,12 @@ def _write(
         write_bytes(file, made.SerializeToString())
     elif settings.precision == "int8":
         quantised = quantize(network, shape, tiles, channels_last=False)
-        kept_models.write_model(quantised.model, file)
+        kept_models.write_openvino_model(quantised.model, file)
         return (quantised.line(),)
     else:
-        kept_models.write_model(convert(network, shape, channels_last=False), file, half=settings.precision == "f16")
+        kept_models.write_openvino_model(
+            convert(network, shape, channels_last=False), file, half=settings.precision == "f16"
+        )
     return ()
 
 

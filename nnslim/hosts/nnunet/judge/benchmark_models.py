@@ -73,7 +73,7 @@ class ModelPoint:
         return f"{self.network}, {self.way.backend} {self.way.precision}"
 
     def columns(self) -> Row:
-        """Return what the table says about the point; ranks as the predecessor does, where there is one Tucker step."""
+        """Return what the table says about the point; ranks as tucker-cnn has them, where there is one Tucker step."""
         entries = self.variant.methods if isinstance(self.variant, SlimConfig) and self.variant.apply else ()
         chosen = [entry.settings for entry in entries if entry.method == "tucker"]
         columns: Row = {"nnunet_path": str(self.model), "load_params": True, "batch_size": self.batch_size}
