@@ -123,28 +123,28 @@ def profile_case(predictor: Any, case: Case, folder: Path, settings: PredictSett
         predictor: from `load_predictor`. case: its files, and the name of the result. folder: directory to write into.
         settings: as given to `load_predictor`.
     """
-    spent = dict.fromkeys(("read", "case", "predict", "network", "write"), 0.0)
+    spent = dict.fromkeys(("read", "network", "write"), 0.0)
     reader = predictor.plans_manager.image_reader_writer_class
     cuda = predictor.device.type == "cuda"
     model = NNUNetModel(predictor, settings)
     patches = [
         AttributePatch(reader, "read_images", partial(_counted, spent, "read")),
         AttributePatch(reader, "write_seg", partial(_counted, spent, "write")),
-        AttributePatch(model, "read", partial(_counted, spent, "case")),
-        AttributePatch(model, "forward", partial(_counted, spent, "predict")),
     ]
     with ExitStack() as stack:
         for patch in patches:
             patch.apply()
             stack.callback(patch.undo)
         stack.enter_context(_timed_network(predictor.network, spent, cuda))
-        total, _ = timed(lambda: model.write(case, model.forward(case, model.read(case)), folder / case.target))
+        reading, data = timed(lambda: model.read(case))
+        predicting, logits = timed(lambda: model.forward(case, data))
+        writing, _ = timed(lambda: model.write(case, logits, folder / case.target))
     return {
         "read": spent["read"],
-        "preprocess": spent["case"] - spent["read"],
+        "preprocess": reading - spent["read"],
         "forward": spent["network"],
-        "merge": spent["predict"] - spent["network"],
-        "export": total - spent["case"] - spent["predict"] - spent["write"],
+        "merge": predicting - spent["network"],
+        "export": writing - spent["write"],
         "write": spent["write"],
     }
 
