@@ -62,6 +62,10 @@ def main() -> None:
     with NNSlimContext(PRESET) as slim:
         predict_folder(images, OUTPUT / "context", dense_model)
     print(slim.report)
+    made = slim.report.models[0].slimmed
+    same_layers = made is not None and made.spec == slimmed.spec
+    if not same_layers:  # each compression times the layers, and on a busy machine the timings differ
+        print("The context kept other layers dense than the written model, so their results differ a little.")
 
     networks = [load_predictor(model, None, PredictSettings()).network for model in models.values()]
     seconds = dict(zip(models, pass_seconds(networks, input_shape(source), rounds=9), strict=True))
@@ -73,9 +77,8 @@ def main() -> None:
         maps = {n: np.asarray(nib.load(OUTPUT / n / f"{side}.nii.gz").dataobj) for n in ("dense", "slim", "context")}
         dice = dice_per_label(maps["dense"], maps["slim"], [1, 2])
         agreement[side] = {"anterior": dice[1], "posterior": dice[2]}
-        if not np.array_equal(maps["slim"], maps["context"]):  # each compression times the layers on this machine
-            between = dice_per_label(maps["slim"], maps["context"], [1, 2])
-            print(f"{side}: the context kept other layers dense than the folder; Dice between them {between}")
+        if same_layers:
+            assert np.array_equal(maps["slim"], maps["context"]), "the written model and the context must agree"
         outlines = [("dense", maps["dense"]), ("slim", maps["slim"])]
         overlay(image.get_fdata(), outlines, OUTPUT / f"overlay_{side}.png", title=f"{side} hippocampus, MNI152")
 
