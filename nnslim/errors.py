@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterable
+
+_LONGEST = 500  # letters of a message
+
+
+def shown(text: str, longest: int = _LONGEST) -> str:
+    """Return a text, parts of which may come from files, as one line: its middle left out, control characters named."""
+    text = _cut(text, longest)
+    return _cut("".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text), longest)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest * 2 // 3]} … {text[3 - longest // 3 :]}"
+
+
+def _show(record: logging.LogRecord) -> bool:
+    record.msg, record.args = shown(record.getMessage()), None
+    return True
+
+
+logging.getLogger("nnslim").addFilter(_show)
 
 
 class NNSlimError(Exception):
     """Base of all errors that a user can cause or fix. The command line prints the message and exits with 2."""
+
+    def __str__(self) -> str:
+        return shown(super().__str__())
 
 
 class ConfigError(NNSlimError):
@@ -59,17 +83,17 @@ class DownloadError(NNSlimError):
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error that is not ours, at most 300 letters; its kind where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return shown((str(error).strip().splitlines() or [type(error).__name__])[0], 300)
 
 
 def one_line(error: BaseException) -> str:
     """Return the text of an error that is not ours on one line, at most 300 letters; its kind where it says nothing."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+    return shown(" ".join(str(error).split()) or type(error).__name__, 300)
 
 
 def kind_and_line(error: BaseException) -> str:
     """Return the kind and the text of an error that is not ours, on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {shown(' '.join(str(error).split()), 300)}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

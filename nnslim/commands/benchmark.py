@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from nnslim.commands.common import CheckpointOption, FoldOption, QuietOption, TrustOption, start, stderr, stepping
+from nnslim.errors import shown
 
 
 def benchmark(
@@ -58,6 +59,6 @@ def benchmark(
         typer.echo("start: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in measured.starts.items()))
     typer.echo(f"written: {output}")
     for line in measured.failed:
-        stderr.print(f"nnslim: {line}", markup=False)
+        stderr.print(shown(f"nnslim: {line}"), markup=False)
     if measured.failed:
         raise typer.Exit(1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nnslim.commands.common import PreviousStageOption, QuietOption, TrustOption, counting, start, tell
-from nnslim.errors import InputError
+from nnslim.errors import InputError, shown
 
 if TYPE_CHECKING:
     from nnslim.evaluation.classes import Classes
@@ -155,12 +155,12 @@ def _compare(found: Evaluation, other: Evaluation, output: Path) -> list[Path]:
 
 def _tell_problems(found: Evaluation, prefix: str = "") -> None:
     for name, reason in found.failed.items():
-        typer.echo(f"{prefix}failed: {name}: {reason}", err=True)
+        typer.echo(shown(f"{prefix}failed: {name}: {reason}"), err=True)
     for word, names in (("no prediction for", found.missing), ("no reference for", found.extra)):
         if names:
-            typer.echo(f"{prefix}{word} {len(names)} case(s): {', '.join(names)}", err=True)
+            typer.echo(shown(f"{prefix}{word} {len(names)} case(s): {', '.join(names)}"), err=True)
     for case in found.cases:
         for side in ("prediction", "reference"):
             if names := [one.name for one in found.classes if case.lacking.get(one.key) == side]:
                 listed = f"{len(names)} class(es): {', '.join(names)}"
-                typer.echo(f"{prefix}{case.name}: no {side} file of {listed}", err=True)
+                typer.echo(shown(f"{prefix}{case.name}: no {side} file of {listed}"), err=True)

@@ -13,7 +13,7 @@ import typer
 
 from nnslim.commands import common
 from nnslim.commands.common import counting, start, stderr, tell
-from nnslim.errors import ConfigError
+from nnslim.errors import ConfigError, shown
 
 Engine = Enum("Engine", {name: name for name in ("local", "ray", "slurm")}, type=str)
 _STEP = 0.5
@@ -109,7 +109,7 @@ def predict(
             results = predict_folder(images, output, model, settled, settings, count, folder)
     failed = [case for case in results if case.status == "failed"]
     for case in failed:
-        stderr.print(f"nnslim: {case.name}: {case.error}", markup=False)
+        stderr.print(shown(f"nnslim: {case.name}: {case.error}"), markup=False)
     done, there = (sum(case.status == word for case in results) for word in ("done", "there"))
     tell(f"{done} predicted, {there} there already, {len(failed)} failed: {output}", failed=bool(failed))
 

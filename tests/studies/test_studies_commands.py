@@ -74,5 +74,5 @@ def test_table_goes_on_where_it_was_cut_off(tmp_path):
 
 
 def test_markdown_has_a_line_for_every_row():
-    assert markdown([{"a": 1, "b": None}, {"a": "x|y"}]) == "| a | b |\n| --- | --- |\n| 1 |  |\n| x/y |  |\n"
+    assert markdown([{"a": 1, "b": None}, {"a": "x|y"}]) == "| a | b |\n| --- | --- |\n| 1 |  |\n| x&#124;y |  |\n"
     assert markdown([{"a": 1}], ["c", "a"]) == "| c | a |\n| --- | --- |\n|  | 1 |\n"
