@@ -15,7 +15,6 @@ from nnslim.compression.config import RunConfig
 from nnslim.errors import InputError
 from nnslim.hosts.nnunet.cases import write_labels as streamed
 from nnslim.hosts.nnunet.cases.preprocess import list_cases
-from nnslim.hosts.nnunet.cases.resampling_functions import lean_configuration
 from nnslim.patching import AttributePatch
 
 _CONVERT = "convert_predicted_logits_to_segmentation_with_correct_shape"
@@ -115,12 +114,8 @@ class ExportPatches:
 
     def _lean(self, owner: Any, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def run_case_npy(
-            preprocessor: Any, data: Any, seg: Any, properties: Any, plans: Any, configuration: Any, dataset: Any
-        ) -> Any:
-            if self._wanted():
-                configuration = lean_configuration(configuration)
-            return original(preprocessor, data, seg, properties, plans, configuration, dataset)
+        def run_case_npy(*given: Any, **named: Any) -> Any:
+            return streamed.call_lean(original, given, named) if self._wanted() else original(*given, **named)
 
         return run_case_npy
 

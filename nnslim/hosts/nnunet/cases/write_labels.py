@@ -150,13 +150,17 @@ def preprocess_fromnpy_save_to_queue(*given: Any, **named: Any) -> None:
 
 
 def _preprocess_lean(name: str, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    call_lean(_original(name, "nnunetv2.inference.data_iterators"), given, named)
+
+
+def call_lean(function: Callable[..., Any], given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """Call a function of nnU-Net with its configuration, wherever that is among the arguments, made lean."""
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
     def lean(value: Any) -> Any:
         return lean_configuration(value) if isinstance(value, ConfigurationManager) else value
 
-    call = _original(name, "nnunetv2.inference.data_iterators")
-    call(*map(lean, given), **{key: lean(value) for key, value in named.items()})
+    return function(*map(lean, given), **{key: lean(value) for key, value in named.items()})
 
 
 def _original(name: str, module: str = _EXPORT) -> Callable[..., Any]:
