@@ -22,7 +22,7 @@ class Case:
 
     Attributes:
         name: identifier, unique in the folder.
-        files: the images, one per channel.
+        files: the images, in the order of their channels.
         target: name of the file or folder that is written, in the output folder.
         voxels: of one image, for the order of work; bytes where the format does not tell.
         problem: why it cannot be predicted, where the listing shows that already; else "".
@@ -48,6 +48,7 @@ class Record:
         peak_mb: high-water mark of the worker's resident memory while it had the case, in 2^20 bytes; with overlapping
             stages its neighbours' share is in it.
         sha256: of the file; of a folder, see `checksum`.
+        side_files: name -> SHA-256 of what the writer put beside it, as the spacing of a TIFF.
         input: bytes and latest modification time (Unix seconds) of the images.
         worker: host and process. attempts: workers that had it, itself included.
         model: 16 hexadecimal digits of weights and settings that decide the result.
@@ -64,6 +65,7 @@ class Record:
     peak_mb: float = 0.0
     target: str = ""
     sha256: str = ""
+    side_files: dict[str, str] = field(default_factory=dict)
     input: dict[str, float] = field(default_factory=dict)
     worker: str = ""
     attempts: int = 1
@@ -103,7 +105,7 @@ class Model(Protocol):
         """Return what `write` needs."""
 
     def write(self, case: Case, result: Any, beside: Path) -> None:
-        """Write the file or folder `beside`, which ends as `case.target` does."""
+        """Write the file or folder `beside`, alone in its folder, and whatever belongs to it into the same folder."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from nnslim.prediction.case import Case, Model, Record, Report, now
 from nnslim.prediction.manifest import checksum
 from nnslim.running.machine import PeakMeter
 
-_LEFTOVER = re.compile(r"\.nnslim-[0-9a-f]{8}-(.*)", re.DOTALL)  # see `_beside`
+_LEFTOVER = re.compile(r"\.nnslim-[0-9a-f]{8}-(.*)", re.DOTALL)  # see `_hidden`
 _log = logging.getLogger("nnslim")
 
 
@@ -103,15 +103,19 @@ class Pipeline:
         return work
 
     def _written(self, work: _Work) -> Record:
-        digest = ""
+        sums: dict[str, str] = {}
         if not work.error:
             with work.stage("write"):
+                work.beside.parent.mkdir()
                 self._model.write(work.case, work.content, work.beside)
-                digest = _flushed(work.beside)
-                _put(work.beside, work.target)
+                made = [*(path for path in work.beside.parent.iterdir() if path != work.beside), work.beside]
+                sums = {path.name: _flushed(path) for path in made}
+                for path in made:
+                    _put(path, work.target.with_name(path.name))
         work.content = None
         if work.error:
-            _remove(work.beside)
+            sums = {}
+        _remove(work.beside.parent)
         return Record(
             name=work.case.name,
             status="failed" if work.error else "done",
@@ -121,7 +125,8 @@ class Pipeline:
             voxels=work.case.voxels,
             peak_mb=round(self._peaks.end(work.peak) / 2**20, 1),
             target=work.case.target,
-            sha256=digest,
+            sha256=sums.pop(work.case.target, ""),
+            side_files=sums,
             input=work.input,
             worker=self._worker,
             time=now(),
@@ -133,7 +138,8 @@ class _Work:
 
     def __init__(self, case: Case, output: Path, peak: int) -> None:
         self.case, self.peak, self.begun = case, peak, time.perf_counter()
-        self.target, self.beside = output / case.target, output / _beside(case.target)
+        # In a folder of its own, by its own name: a writer may write more files, and name one inside another.
+        self.target, self.beside = output / case.target, output / _hidden(case.target) / case.target
         self.input: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
         self.content: Any = None
@@ -159,7 +165,7 @@ class _Work:
             self.seconds[name] = round(time.perf_counter() - begun, 3)
 
 
-def _beside(target: str) -> str:
+def _hidden(target: str) -> str:
     return f".nnslim-{secrets.token_hex(4)}-{target}"
 
 
@@ -172,9 +178,14 @@ def input_facts(files: tuple[Path, ...]) -> dict[str, float]:
     return {"bytes": sum(stat.st_size for stat in found), "time": round(max(stat.st_mtime for stat in found), 3)}
 
 
-def remove_leftovers(output: Path, targets: set[str]) -> int:
-    """Remove what runs that were killed left half-written of these targets; return how many there were."""
-    found = [path for path in output.iterdir() if (match := _LEFTOVER.fullmatch(path.name)) and match[1] in targets]
+def remove_leftovers(output: Path, cases: Iterable[Case]) -> int:
+    """Remove what runs that were killed left half-written of these cases; return how many there were."""
+    ours = {case.target for case in cases} | {case.name for case in cases}
+    found = [
+        path
+        for path in output.iterdir()
+        if (match := _LEFTOVER.fullmatch(path.name)) and {match[1], match[1].rpartition(".")[0]} & ours
+    ]
     for path in found:
         _remove(path)
     return len(found)
@@ -193,7 +204,7 @@ def _flushed(path: Path) -> str:
 
 def _put(beside: Path, target: Path) -> None:
     if target.exists() and (beside.is_dir() or target.is_dir()):  # folders are not replaced in one step
-        old = target.with_name(_beside(target.name))
+        old = target.with_name(_hidden(target.name))
         target.replace(old)
         _remove(old)
     beside.replace(target)

@@ -68,7 +68,6 @@ def run_folder(
     engine: Engine = importlib.import_module(_ENGINES[settings.engine]).run
     if shared := settings.part is not None:
         cases = share(cases, *settings.part)
-    targets = {case.target for case in cases}
     with _folder(output, shared), alone(output, shared=shared):
         _spare_images(cases, output)
         manifest = Manifest(output, settings.part)
@@ -76,13 +75,13 @@ def run_folder(
         keeper = _Keeper(manifest, *job.stamp(), len(cases), progress)
         begun = manifest.begun()
         left = in_order(_left(cases, output, begun, keeper, settings.overwrite), begun)
-        remove_leftovers(output, targets)
+        remove_leftovers(output, cases)
         schedule = Schedule(left, settings.attempts, begin=lambda case: manifest.begin(case.name))
         try:
             if left:
                 engine(job, schedule, output, settings.crew, keeper.keep)
         finally:
-            remove_leftovers(output, targets)
+            remove_leftovers(output, cases)
         manifest.finish(keeper.records.values())
     return [keeper.records[case.name] for case in cases]
 
@@ -172,9 +171,10 @@ def _is_whole(record: Record, case: Case, target: Path) -> bool:
         _log.warning("%s: its images have changed; it is predicted again", case.name)
         return False
     found = checksum(target)
-    if found and found != record.sha256:
+    lacking = [name for name, digest in record.side_files.items() if checksum(target.with_name(name)) != digest]
+    if found and (found != record.sha256 or lacking):
         _log.warning("%s is not what was written (another checksum); it is predicted again", target)
-    return found == record.sha256 != ""
+    return found == record.sha256 != "" and not lacking
 
 
 def run(job: PredictionJob, schedule: Schedule, output: Path, crew: Crew, report: Report) -> None:
