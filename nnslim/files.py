@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from nnslim.errors import InputError, ModelError, NNSlimError, OutputError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _BLOCK = 1 << 20
+PACKED = b"\x1f\x8b"  # how gzip begins
 
 
 def output_error(path: Path, error: OSError) -> OutputError:
@@ -149,3 +151,24 @@ def sha256_of(path: Path) -> str:
         while block := stream.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def unpacked(path: Path) -> Iterator[bytes]:
+    """Yield a file's content in blocks, decompressed where it begins as gzip does, whatever its name says.
+
+    What follows the last member of a gzip file comes as it is: image readers pass over it.
+
+    Raises:
+        EOFError: a gzip file that is cut short. zlib.error: one that is damaged.
+    """
+    with path.open("rb") as stream:
+        block, member = stream.read(1 << 16), zlib.decompressobj(31)  # small: zeros become a thousand times as many
+        packed = block.startswith(PACKED)
+        while block:
+            if packed and member.eof:
+                packed, member = block.startswith(PACKED[: len(block)]), zlib.decompressobj(31)
+            if found := member.decompress(block) if packed else block:
+                yield found
+            block = (packed and member.unused_data) or stream.read(1 << 16)
+        if packed and not member.eof:
+            raise EOFError("the compressed file is cut short")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import itertools
 import unicodedata
@@ -16,10 +15,13 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
 from nnslim.errors import InputError, one_line
+from nnslim.files import read_json, unpacked
 
 NIFTI = (".nii.gz", ".nii")
 VOLUMES = (*NIFTI, ".mha", ".mhd", ".nrrd")
-PICTURES = (".png", ".tif", ".tiff", ".bmp")
+TIFFS = (".tif", ".tiff")
+PICTURES = (".png", *TIFFS, ".bmp")
+_NIBABEL = (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError, nib.wrapstruct.WrapStructError)
 _LARGEST = 65535
 _NEAR = 0.01  # voxels between the corners of two grids that are the same but for rounding
 _LPS_TO_RAS = np.diag((-1.0, -1.0, 1.0, 1.0))
@@ -88,44 +90,54 @@ def _numbers(values: Any) -> str:
     return "(" + ", ".join(f"{float(value):.4g}" for value in values) + ")"
 
 
-def read_volume(path: Path) -> tuple[np.ndarray, tuple[float, ...], np.ndarray]:
+def read_volume(path: Path, *, grey: bool = False) -> tuple[np.ndarray, tuple[float, ...], np.ndarray]:
     """Return the values of an image or label map, spacing (mm) as the header has it, and affine (RAS), unchecked.
 
+    Args:
+        grey: take the mean of several values per pixel, as of colours, and the first of several volumes.
     Raises:
-        InputError: the file is cut short, damaged, or of no known format.
+        InputError: the file is cut short, damaged, of no known format, or has several values per pixel.
     """
     try:
-        return _read_nifti(path) if ending_of(path, NIFTI) else _read_itk(path)
+        return _read_nifti(path, grey) if ending_of(path, NIFTI) else _read_itk(path, grey)
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
-    except (OSError, EOFError, ValueError, RuntimeError, zlib.error, nib.filebasedimages.ImageFileError) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, zlib.error, *_NIBABEL) as error:
         raise InputError(f"{path} cannot be read: {one_line(error)}") from error
 
 
-def _read_nifti(path: Path) -> tuple[np.ndarray, tuple[float, ...], np.ndarray]:
-    # The whole stream, and by nibabel: gzip then checks the sum at its end, and nibabel the number of voxels. ITK reads
-    # a file that is cut short without an error.
-    content = gzip.decompress(path.read_bytes()) if path.name.lower().endswith(".gz") else path.read_bytes()
-    kind = type(nib.load(path))
+def _read_nifti(path: Path, grey: bool) -> tuple[np.ndarray, tuple[float, ...], np.ndarray]:
+    # The whole stream, and by nibabel: the sum at its end is then checked, and nibabel counts the voxels. ITK reads a
+    # file that is cut short without an error.
+    content = b"".join(unpacked(path))
+    second = 540 in (int.from_bytes(content[:4], order) for order in ("little", "big"))
+    kind = nib.Nifti2Image if second else nib.Nifti1Image
     image = kind.from_bytes(content)
     # A header that nibabel has checked shows a spacing of 0 as 1.
     header = kind.header_class.from_fileobj(io.BytesIO(content), check=False)
     del content
     values = np.asanyarray(image.dataobj)
-    while values.ndim > 3 and values.shape[-1] == 1:
+    while values.ndim > 3 and (values.shape[-1] == 1 or grey):
         values = values[..., 0]
     return values, header.get_zooms()[: values.ndim], np.asarray(image.affine, float)
 
 
-def _read_itk(path: Path) -> tuple[np.ndarray, tuple[float, ...], np.ndarray]:
+def _read_itk(path: Path, grey: bool) -> tuple[np.ndarray, tuple[float, ...], np.ndarray]:
     image = sitk.ReadImage(str(path))
-    if image.GetNumberOfComponentsPerPixel() != 1:
-        raise ValueError(f"{image.GetNumberOfComponentsPerPixel()} values per pixel; a label map has one")
+    values = sitk.GetArrayFromImage(image)
+    if (count := image.GetNumberOfComponentsPerPixel()) != 1:
+        if not grey:
+            raise ValueError(f"{count} values per pixel; a label map has one")
+        values = values.mean(-1)
+    # nnU-Net keeps the spacing of a 3D TIFF, slowest axis first, in a file beside it.
+    stored = ending_of(path, TIFFS) and read_json(path.with_suffix(".json")).get("spacing")
+    if isinstance(stored, list) and len(stored) == image.GetDimension():
+        image.SetSpacing([float(size) for size in stored[::-1]])
     size, side = image.GetDimension(), slice(min(image.GetDimension(), 3))
     affine = np.eye(4)
     affine[side, side] = (np.reshape(image.GetDirection(), (size, size)) * image.GetSpacing())[side, side]
     affine[side, 3] = image.GetOrigin()[side]
-    return sitk.GetArrayFromImage(image).T, image.GetSpacing(), _LPS_TO_RAS @ affine
+    return values.T, image.GetSpacing(), _LPS_TO_RAS @ affine
 
 
 def _as_labels(values: np.ndarray, path: Path) -> np.ndarray:

@@ -116,7 +116,7 @@ def _background(name: str, reference: Source, images: Path | None, box: tuple[sl
     """Return what the outlines are drawn on, cropped: the image, else the labels of the reference, else nothing."""
     labels = reference.map.labels
     if images is not None and (file := _image_of(name, images)) is not None:
-        image = read_volume(file)[0]
+        image = read_volume(file, grey=True)[0]
         if image.shape != labels.shape:
             raise InputError(f"{file} has shape {image.shape}, its labels {labels.shape}")
         return np.asarray(image.T[box].T, np.float32)

@@ -16,9 +16,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from helpers import ROOT, make_predictor
+import SimpleITK
+import torch
+from helpers import ROOT, load_stock, make_predictor
 
 from nnslim.errors import InputError
+from nnslim.evaluation.label_files import read_volume
+from nnslim.hosts.nnunet.cases.calibration_tiles import Source, prepare_images
 from nnslim.hosts.nnunet.cases.preprocess import list_cases, silent
 from nnslim.hosts.nnunet.predict.directory import NNUNetJob, nnunet_cases, predict_folder
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
@@ -96,7 +100,7 @@ def _image(path: Path, data: np.ndarray) -> None:
     nib.save(nib.Nifti1Image(data.astype(np.float32), np.eye(4)), path)
 
 
-def test_faults_of_images_are_named_and_the_rest_is_done(make_model, tmp_path):
+def test_faults_of_images_are_named_and_the_rest_is_done(make_model, tmp_path, caplog):
     images, rng = tmp_path / "Bilder ü 1", np.random.default_rng(0)
     images.mkdir()
     good = rng.standard_normal((16, 17, 18))
@@ -119,13 +123,16 @@ def test_faults_of_images_are_named_and_the_rest_is_done(make_model, tmp_path):
     (images / "._a_0000.nii.gz").write_bytes(b"what other systems leave")
     records = predict_folder(images, tmp_path / "out ü", make_model(), None, STOCK)
     errors = {r.name: r.error for r in records if r.status == "failed"}
-    assert {r.name for r in records if r.status == "done"} == {"Fäll 1", "gap"}
+    assert {r.name for r in records if r.status == "done"} == {"Fäll 1", "gap", "zero", "nan_spacing", "nan"}
+    told = "\n".join(caplog.messages)
+    for said in (
+        "zero_0000.nii.gz has a voxel spacing of 0 x 1 x 1 mm; it is taken as its reader takes it",
+        "nan_spacing_0000.nii.gz has a voxel spacing of 1 x nan x 1 mm; it is taken",
+        "nan_0000.nii.gz has 2 of 4,896 voxels that are NaN or infinite; it is taken",
+    ):
+        assert told.count(said) == 1
     assert errors == {
-        "zero": "zero_0000.nii.gz has a voxel spacing of 0 x 1 x 1 mm; expected positive numbers",
-        "nan_spacing": "nan_spacing_0000.nii.gz has a voxel spacing of 1 x nan x 1 mm; expected positive numbers",
-        "nan": "nan_0000.nii.gz has 2 of 4,896 voxels that are NaN or infinite; expected finite numbers",
-        "4d": "4d_0000.nii.gz has 4 axes (16 x 17 x 18 x 2 voxels); expected 3, and a file of its own for each channel "
-        "or time",
+        "4d": "the model needs 1 channel(s) (MRI), found 2 in 1 file(s): 4d_0000.nii.gz",
         "cut": errors["cut"],
         "cut_plain": "cut_plain_0000.nii.gz and cut_plain_0000.nii are both channel 0000; remove one",
         "two": "the model needs 1 channel(s) (MRI), found 2 file(s): two_0000.nii.gz, two_0001.nii.gz",
@@ -135,16 +142,13 @@ def test_faults_of_images_are_named_and_the_rest_is_done(make_model, tmp_path):
     assert errors["cut"].startswith("cut_0000.nii.gz cannot be read: ")
     assert len(np.unique(voxels(tmp_path / "out ü" / "Fäll 1.nii.gz"))) > 1
     written = sorted(path.name for path in (tmp_path / "out ü").iterdir())
-    assert written == ["Fäll 1.nii.gz", "gap.nii.gz", "manifest.jsonl"]
+    done = sorted(f"{name}.nii.gz" for name in ("Fäll 1", "gap", "zero", "nan_spacing", "nan"))
+    assert written == sorted([*done, "manifest.jsonl"])
 
 
-def test_channels_that_are_not_counted_from_zero_are_refused(make_model, case_folder, tmp_path):
-    model = make_model()
-    dataset = json.loads((model / "dataset.json").read_text())
-    (model / "dataset.json").write_text(json.dumps(dataset | {"channel_names": {"0": "T1", "1": "T2"}}))
+def test_channels_that_are_not_counted_from_zero_are_refused(make_model, case_folder):
+    predictor = load_stock(_model_for(make_model, "SimpleITKIO", ".nii.gz", ("T1", "T2")))
     shutil.copy(case_folder / "a_0000.nii.gz", case_folder / "a_0002.nii.gz")
-    predictor = make_predictor()
-    predictor.dataset_json = json.loads((model / "dataset.json").read_text())
     from nnslim.hosts.nnunet.cases.preprocess import preprocess_case
 
     with pytest.raises(InputError, match=r"needs channels 0000, 0001 \(T1, T2\), found a_0000.nii.gz, a_0002.nii.gz"):
@@ -295,3 +299,147 @@ def test_crew_divides_the_cores_and_stays_in_this_process_by_default(monkeypatch
     assert crew_here("cpu", 2, None) == ("local", Crew(2, 4))
     assert crew_here("cpu", 1, None) == ("local", Crew(1))
     assert crew_here("cpu", 4, 3, overlap=False) == ("local", Crew(4, 3, overlap=False))
+
+
+# --- what the model's own reader reads --------------------------------------------------------------------------------
+
+
+def _model_for(make_model, reader: str, ending: str, channels: tuple[str, ...] = ("MRI",), kind: str = "plain") -> Path:
+    """Return a model folder for a reader of nnU-Net, with so many input channels."""
+    model = make_model(kind)
+    plans, dataset = (json.loads((model / name).read_text()) for name in ("plans.json", "dataset.json"))
+    plans["image_reader_writer"], dataset["file_ending"] = reader, ending
+    dataset["channel_names"] = dict(map(str, pair) for pair in enumerate(channels))
+    properties = plans["foreground_intensity_properties_per_channel"]
+    for number in range(len(channels)):
+        properties.setdefault(str(number), properties.get("0", {}))
+    for settings in plans["configurations"].values():
+        settings["normalization_schemes"] = ["ZScoreNormalization"] * len(channels)
+        settings["use_mask_for_norm"] = [False] * len(channels)
+    for name, content in (("plans.json", plans), ("dataset.json", dataset)):
+        (model / name).write_text(json.dumps(content))
+    path = model / "fold_0" / "checkpoint_final.pth"
+    content = torch.load(path, weights_only=False)
+    weights = content["network_weights"]
+    for key, value in weights.items():  # the first layer, under each of its names
+        if value.ndim > 3 and value.shape[1] == 1:
+            weights[key] = torch.cat([value * (1 + number) for number in range(len(channels))], 1)
+    content["init_args"] = {**content["init_args"], "plans": plans, "dataset_json": dataset}
+    torch.save(content, path)
+    return model
+
+
+def _stock(model: Path, images: Path, output: Path) -> None:
+    predictor = make_predictor()
+    predictor.initialize_from_trained_model_folder(str(model), (0,))
+    output.mkdir()
+    with silent():
+        predictor.predict_from_files_sequential(str(images), str(output))
+
+
+def test_channels_are_those_that_the_reader_finds_as_in_stock_nnunet(make_model, tmp_path):
+    """Two pictures in colour, or one file per channel; a case with other channels is refused alone."""
+    from skimage import io
+
+    images, rng = tmp_path / "in", np.random.default_rng(0)
+    images.mkdir()
+    files = {"colours_0000": 3, "colours_0001": 3, "few_0000": 4, "many_0000": 4, "many_0001": 4, "mixed_0000": 3}
+    for name, channels in {**files, **{f"c.1_000{number}": 0 for number in range(6)}, "mixed_0001": 0}.items():
+        shape = (40, 36, channels) if channels else (40, 36)
+        io.imsave(images / f"{name}.png", rng.integers(0, 255, shape, dtype=np.uint8), check_contrast=False)
+    model = _model_for(make_model, "NaturalImage2DIO", ".png", tuple("RGBrgb"), "2d")
+    records = predict_folder(images, tmp_path / "ours", model, None, STOCK)
+    needed = "the model needs 6 channel(s) (R, G, B, r, g, b), found"
+    assert {r.name: r.error for r in records} == {
+        "colours": "",
+        "c.1": "",
+        "few": f"{needed} 4 in 1 file(s): few_0000.png",
+        "many": f"{needed} 8 in 2 file(s): many_0000.png, many_0001.png",
+        "mixed": "mixed_0000.png, mixed_0001.png cannot be read: its reader wants files of one shape and spacing",
+    }
+    for name in ("few", "many", "mixed"):
+        for file in images.glob(f"{name}_*"):
+            file.unlink()
+    _stock(model, images, tmp_path / "stock")
+    for name in ("colours", "c.1"):
+        ours, stock = (io.imread(tmp_path / kind / f"{name}.png") for kind in ("ours", "stock"))
+        assert ours.shape == (40, 36) and np.array_equal(ours, stock)
+    with prepare_images(Source.of(load_stock(model)), images, 2) as prepared:
+        assert [prepared.load(number).shape[0] for number in range(2)] == [6, 6]
+
+
+def test_everything_that_a_writer_wrote_is_moved_and_checked(make_model, tmp_path):
+    """nnU-Net's TIFF has its spacing in a file of its own; an .mhd names the file of its voxels."""
+    import tifffile
+
+    for reader, ending, side in (("Tiff3DIO", ".tif", "json"), ("SimpleITKIO", ".mhd", "zraw")):
+        images, output = tmp_path / f"in{side}", tmp_path / f"out{side}"
+        images.mkdir()
+        voxels_in = np.random.default_rng(0).integers(0, 255, (20, 18, 17), dtype=np.uint8)
+        if side == "json":
+            tifffile.imwrite(images / "cell_0000.tif", voxels_in)
+            (images / "cell.json").write_text('{"spacing": [2.0, 1.0, 1.0]}')
+        else:
+            SimpleITK.WriteImage(SimpleITK.GetImageFromArray(voxels_in), str(images / "cell_0000.mhd"))
+        assert not list_cases(images, ending).left_out
+        model = _model_for(lambda kind, parent=side: make_model(kind, parent=parent), reader, ending)
+        output.mkdir()
+        (output / f".nnslim-0123abcd-cell.{side}").write_text("of a run of an earlier version that was killed")
+        for expected in ("done", "there"):
+            assert predict_folder(images, output, model, None, STOCK)[0].status == expected
+        assert {path.name for path in output.iterdir()} == {f"cell{ending}", f"cell.{side}", "manifest.jsonl"}
+        assert read_volume(output / f"cell{ending}")[1] == ((1.0, 1.0, 2.0) if side == "json" else (1.0, 1.0, 1.0))
+        (output / f"cell.{side}").unlink()
+        (record,) = predict_folder(images, output, model, None, STOCK)
+        assert record.status == "done" and list(record.side_files) == [f"cell.{side}"]
+        assert (output / f"cell.{side}").is_file()
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO"])
+def test_what_the_reader_reads_is_predicted_and_what_is_cut_is_not(make_model, tmp_path, reader):
+    images, whole = tmp_path / "in", np.random.default_rng(0).standard_normal((16, 17, 18)).astype(np.float32)
+    images.mkdir()
+    _image(images / "whole_0000.nii.gz", whole)
+    packed = (images / "whole_0000.nii.gz").read_bytes()
+    plain, half = gzip.decompress(packed), 10_000
+    odd = {
+        "plain": plain,
+        "behind": packed + b"xx",
+        "behind_voxels": gzip.compress(plain + b"xx"),
+        "members": gzip.compress(plain[:half]) + gzip.compress(plain[half:]) + gzip.compress(b""),
+        "stored": gzip.compress(plain, 0),
+        "intent": gzip.compress(plain[:68] + struct.pack("<h", 32000) + plain[70:]),
+        "no_magic": gzip.compress(plain[:344] + bytes(4) + plain[348:]),
+        "voxel_type": gzip.compress(plain[:70] + struct.pack("<h", 999) + plain[72:]),
+        "nifti2": gzip.compress(nib.Nifti2Image(whole, np.eye(4)).to_bytes()),
+        "sheared": gzip.compress(nib.Nifti1Image(whole, np.eye(4) + np.diag([0.2, 0, 0], 1)).to_bytes()),
+        "text": b"this is no image",
+        "empty": b"",
+    }
+    cut = {
+        "cut": packed[: len(packed) // 2],
+        "cut_sum": packed[:-6],
+        "cut_plain": plain[:-1],
+        "cut_packed": gzip.compress(plain[:half]),
+        "cut_member": gzip.compress(plain[:half]) + gzip.compress(plain[half:])[:-2000],
+        "wrong_sum": packed[:-6] + bytes(6),
+    }
+    for name, content in (odd | cut).items():
+        (images / f"{name}_0000.nii.gz").write_bytes(content)
+    model = _model_for(make_model, reader, ".nii.gz")
+    reads = load_stock(model).plans_manager.image_reader_writer_class()
+    expected = {"whole": "done", **dict.fromkeys(cut, "failed")}
+    for name in odd:
+        try:
+            reads.read_images([str(images / f"{name}_0000.nii.gz")])
+            expected[name] = "done"
+        except Exception:  # readers raise whatever their format library raises
+            expected[name] = "failed"
+    records = predict_folder(images, tmp_path / "ours", model, None, STOCK)
+    assert {record.name: record.status for record in records} == expected
+    assert expected["plain"] == expected["no_magic"] == ("done" if reader == "SimpleITKIO" else "failed")
+    assert all("cannot be read" in record.error and "\n" not in record.error for record in records if record.error)
+    first = voxels(tmp_path / "ours" / "whole.nii.gz")
+    for name in ("plain", "behind", "behind_voxels", "members", "stored", "intent"):
+        if expected[name] == "done":
+            assert np.array_equal(voxels(tmp_path / "ours" / f"{name}.nii.gz"), first)

@@ -99,7 +99,7 @@ def prepare_images(
 
     Args:
         source: the model's settings.
-        images: folder of `<case>_0000<ending>` files; a model with one channel also takes `<case><ending>`.
+        images: folder of `<case>_0000<ending>` files, else of `<case><ending>` files that hold all channels.
         count: how many cases; chosen by the seed where there are more.
         progress: called with (cases done, cases in all).
     Raises:
@@ -107,12 +107,11 @@ def prepare_images(
     """
     check_stage(source, None)
     images, ending = Path(images), source.dataset_json["file_ending"]
-    channels = len(source.dataset_json.get("channel_names") or source.dataset_json.get("modality"))
     try:
         cases = list_cases(images, ending).cases
     except InputError:
         plain = sorted(images.glob(f"*{ending}")) if images.is_dir() else [images]
-        if channels != 1 or not plain or not images.exists():
+        if not plain or not images.exists():
             raise
         cases = {path.name.removesuffix(ending): [path] for path in plain}
     names = sorted(cases)

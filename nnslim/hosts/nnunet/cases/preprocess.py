@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -13,10 +14,11 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from nnslim.errors import InputError, ModelError, one_line
-from nnslim.prediction.images import check_image, not_finite
+from nnslim.errors import InputError, ModelError, NNSlimError, one_line
+from nnslim.prediction.images import check_image
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".gipl", ".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg")
+_log = logging.getLogger("nnslim")
 _lock = threading.Lock()
 _hushed = 0
 _shown: TextIO = sys.stdout
@@ -47,9 +49,10 @@ class Listing:
     """What a folder of images holds.
 
     Attributes:
-        cases: files of each case, one per channel, in channel order.
+        cases: files of each case in the order of their channels; the model's reader tells how many a file holds.
         problems: case -> why its files are ambiguous or unusable.
-        left_out: files that are no case's.
+        left_out: files that are no case's. What has the name of a case or of its image is (the spacing of a TIFF, the
+            voxels of an .mhd).
     """
 
     cases: dict[str, list[Path]] = field(default_factory=dict)
@@ -81,7 +84,7 @@ def list_cases(images: Path, ending: str) -> Listing:
             found.problems[name] = f"{twin.name} and {file.name} are both channel {stem[-4:]}; remove one"
         elif name and name not in found.cases:
             found.problems[name] = f"{file.name} cannot be taken: the model reads {ending} files; convert it"
-        else:
+        elif file.name.endswith(ending) or not {file.stem, file.stem[:-5]} & found.cases.keys():
             found.left_out.append(file)
     return found
 
@@ -108,59 +111,78 @@ def check_stage(model: Any, previous: Path | None) -> None:
         )
 
 
-def _check_channels(predictor: Any, files: list[Path]) -> None:
+def _check_channels(predictor: Any, files: list[Path], count: int) -> None:
+    """Refuse a case that has not the model's channels; one file may hold several, as a colour picture does."""
     described = predictor.dataset_json.get("channel_names") or predictor.dataset_json.get("modality")
     numbers = [file.name.removesuffix(predictor.dataset_json["file_ending"])[-4:] for file in files]
     names = ", ".join(str(value) for value in described.values())
     found = ", ".join(file.name for file in files)
-    if len(files) != len(described):
-        raise InputError(f"the model needs {len(described)} channel(s) ({names}), found {len(files)} file(s): {found}")
+    if count != len(described):
+        inside = "" if count == len(files) else f"{count} in "
+        needed = f"the model needs {len(described)} channel(s) ({names})"
+        raise InputError(f"{needed}, found {inside}{len(files)} file(s): {found}")
     wanted = [f"{number:04d}" for number in range(len(files))]
-    if len(files) > 1 and numbers != wanted:
+    if 1 < len(files) == count and numbers != wanted:
         raise InputError(f"the model needs channels {', '.join(wanted)} ({names}), found {found}")
 
 
 def preprocess_case(
-    predictor: Any, files: list[Path], previous: Path | None, *, lean: bool = False
+    predictor: Any, files: list[Path], previous: Path | None, *, lean: bool = False, finite: bool = True
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Check, read and preprocess one case with nnU-Net's own parts.
 
     Args:
         predictor: an initialised nnUNetPredictor.
-        files: one per channel.
+        files: in the order of their channels, see `Listing`.
         previous: for a cascade, the segmentation of the stage before.
         lean: resample without large copies, see `lean_configuration`.
+        finite: refuse what comes out not finite; else nnU-Net predicts it, with a warning.
     Returns:
         (channels, *spatial) data, and nnU-Net's properties of the case.
     Raises:
-        InputError: wrong number of channels, a file that is cut short or cannot be read, more than three axes, a
-        spacing that is not a length, or intensities that are not finite.
+        InputError: wrong number of channels, a file that is cut short or that the model's reader cannot read, or
+        intensities that are not finite.
     """
     from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
-    _check_channels(predictor, files)
+    from nnslim.hosts.nnunet.cases.resampling_functions import Stand, lean_configuration
+
     for file in files:
         check_image(file)
-    configuration = predictor.configuration_manager
+    configuration, plans = predictor.configuration_manager, predictor.plans_manager
     if lean:
-        from nnslim.hosts.nnunet.cases.resampling_functions import lean_configuration
-
         configuration = lean_configuration(configuration)
+    # Only CT's normalisation reads them, and plans may have them for fewer channels than the model.
+    known = plans.foreground_intensity_properties_per_channel
+    known = {str(number): {} for number in range(len(configuration.normalization_schemes))} | known
+    plans = Stand(plans, foreground_intensity_properties_per_channel=known)
     preprocessor = configuration.preprocessor_class(verbose=False)
+    original = preprocessor.run_case_npy
+
+    def run_case_npy(data: np.ndarray, *rest: Any, **named: Any) -> Any:
+        _check_channels(predictor, files, len(data))
+        return original(data, *rest, **named)
+
+    preprocessor.run_case_npy = run_case_npy
     try:
         with silent():
             data, stage, properties = preprocessor.run_case(
                 [str(file) for file in files],
                 None if previous is None else str(previous),
-                predictor.plans_manager,
+                plans,
                 configuration,
                 predictor.dataset_json,
             )
+    except NNSlimError:
+        raise
     except Exception as error:  # readers raise whatever their format library raises
         names = [file.name for file in files] + ([previous.name] if previous else [])
-        raise InputError(f"{', '.join(names)} cannot be read: {one_line(error)}") from error
+        reason = one_line(error) if str(error) else "its reader wants files of one shape and spacing"  # as it prints
+        raise InputError(f"{', '.join(names)} cannot be read: {reason}") from error
     if not np.isfinite(data).all():
-        raise InputError(_not_finite(predictor, files))
+        if finite:
+            raise InputError(_not_finite(predictor, files))
+        _log.warning("%s; nnU-Net predicts it all the same", _not_finite(predictor, files))
     if previous is not None:  # a cascade sees the stage before it as one channel per label
         labels = predictor.label_manager.foreground_labels
         data = np.vstack((data, convert_labelmap_to_one_hot(stage[0], labels, data.dtype)))
@@ -173,5 +195,5 @@ def _not_finite(predictor: Any, files: list[Path]) -> str:
     for file in files:
         image, _ = reader.read_images([str(file)])
         if bad := int(np.count_nonzero(~np.isfinite(image))):
-            return not_finite(file, bad, image.size)
+            return f"{file.name} has {bad:,} of {image.size:,} voxels that are NaN or infinite"
     return f"{', '.join(file.name for file in files)} cannot be normalised: the result holds NaN or infinite values"

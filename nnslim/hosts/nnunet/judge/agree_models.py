@@ -21,7 +21,7 @@ from nnslim.hosts.nnunet.model.model_files import find_folds
 from nnslim.hosts.nnunet.model.trained_model import classes_of, read_trained_model
 from nnslim.hosts.nnunet.predict.load import load_predictor
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
-from nnslim.prediction.images import check_complete
+from nnslim.prediction.images import check_image
 
 
 class ComparedCase(NamedTuple):
@@ -174,7 +174,7 @@ def _compare(dense: Any, slim: Any, case: ComparedCase, temperature: float) -> C
 
 def read_labels(predictor: Any, path: Path) -> np.ndarray:
     """Return the (*grid) label map in the reader's order of axes."""
-    check_complete(path)
+    check_image(path)
     try:
         labels = predictor.plans_manager.image_reader_writer_class().read_seg(str(path))[0][0]
     except Exception as error:  # readers raise whatever their format library raises

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nnslim.errors import ModelError
+from nnslim.errors import InputError, ModelError
 from nnslim.hosts.nnunet.cases.preprocess import preprocess_case, silent
 from nnslim.hosts.nnunet.cases.write_labels import write_segmentation
 from nnslim.hosts.nnunet.model.compatibility import predictor_class
@@ -82,7 +82,10 @@ class NNUNetModel:
     def read(self, case: Case) -> tuple[Any, dict[str, Any]]:
         """Return (channels, *spatial) preprocessed data and nnU-Net's properties."""
         previous = self.settings.previous_stage and self.settings.previous_stage / case.target
-        return preprocess_case(self.predictor, list(case.files), previous, lean=self.streamed)
+        data, properties = preprocess_case(self.predictor, list(case.files), previous, lean=self.streamed, finite=False)
+        if len(properties.get("sitk_stuff", {}).get("spacing", ())) > 3:  # its reader takes them, its writer does not
+            raise InputError(f"{case.files[0].name} has 4 axes; nnU-Net cannot write labels for it, only for 3")
+        return data, properties
 
     def forward(self, case: Case, data: tuple[Any, dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
         """Return (heads, *spatial) logits on the CPU, and the properties."""
