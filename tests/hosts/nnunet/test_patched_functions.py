@@ -18,7 +18,7 @@ from nnslim.hosts.nnunet.cases import export_patches, write_labels
 from nnslim.hosts.nnunet.cases.preprocess import silent
 from nnslim.patching import AttributePatch
 
-DENSE = {"run": {"backend": "stock"}}
+DENSE = {"run": {"backend": "stock", "export": "stock"}}  # to the bit, also for images and probabilities
 FEW = {"num_processes_preprocessing": 1, "num_processes_segmentation_export": 1}
 
 
