@@ -84,15 +84,10 @@ _SEQUENTIAL = {
 _WITH_WORKERS = {
     "path": lambda p, i, o: p.predict_from_files(str(i), o, **FEW),
     "path of images": lambda p, i, o: p.predict_from_files(i, str(o), **FEW),
-    "tuples": lambda p, i, o: p.predict_from_files(((str(i / "a_0000.nii.gz"),),), (str(o / "x"),), **FEW),
-    "paths": lambda p, i, o: p.predict_from_files([[i / "a_0000.nii.gz"]], [str(o / "x")], False, True, 1, 1),
     "by name": lambda p, i, o: p.predict_from_files(
         list_of_lists_or_source_folder=str(i), output_folder_or_list_of_truncated_output_files=str(o), **FEW
     ),
     "none": lambda p, i, o: p.predict_from_files([], str(o), **FEW),
-    "arrays": lambda p, i, o: p.predict_from_list_of_npy_arrays(
-        *([part] for part in (_arrays(p, i)[0], None, _arrays(p, i)[1])), None, 1, False, 1
-    ),
 }
 
 

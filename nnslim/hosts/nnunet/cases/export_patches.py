@@ -104,7 +104,8 @@ class ExportPatches:
                 return original(*args, **named)
             own = ("self", _SOURCE, _OUTPUT, *_WORKERS, *_PARTS)
             rest = {key: value for key, value in given.items() if key not in own}
-            return given["self"].predict_from_files_sequential(*alone, **rest)
+            found = given["self"].predict_from_files_sequential(*alone, **rest)
+            return [None] if found == [] else found  # as the workers do
 
         return predict_from_files
 
@@ -158,10 +159,12 @@ def _only_case(given: dict[str, Any]) -> tuple[list[list[str]], Any] | None:
         files = [list(map(str, found))]
         if isinstance(output, str):
             output = [str(Path(output) / name)]
-    elif len(source) == 1:
-        files = list(source)
+    elif isinstance(source, list) and len(source) == 1:
+        files = source
     else:
         return None
+    if not isinstance(output, (str, list)):  # nnU-Net then returns arrays
+        output = None
     if output is not None:  # nnU-Net makes the folder only where it starts processes
         folder = Path(output) if isinstance(output, str) else Path(output[0]).parent
         folder.mkdir(parents=True, exist_ok=True)
