@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from nnslim.errors import RewriteError
+from nnslim.errors import RewriteError, first_line
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -21,7 +23,8 @@ PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn
 def trace(network: nn.Module, shape: Sequence[int]) -> fx.GraphModule:
     """Return the network in eval mode as a graph whose nodes are torch's own layers, with the shape at each node.
 
-    The layers are the network's own objects, not copies. Layers that do nothing in eval mode are left out.
+    The layers are the network's own objects, not copies. Layers that do nothing in eval mode are left out. Other
+    threads may use networks meanwhile, this one included where it is in eval mode.
 
     Args:
         network: any module of one tensor argument whose path does not depend on the values or the size of its input.
@@ -29,22 +32,77 @@ def trace(network: nn.Module, shape: Sequence[int]) -> fx.GraphModule:
     Raises:
         RewriteError: the path depends on the input, or the network does not run on that shape.
     """
-    was_training = network.training
+    training = [module for module in network.modules() if module.training]
     network.eval()
     try:
-        graph = fx.Tracer().trace(network)
-        traced = fx.GraphModule(network, graph, type(network).__name__)
+        traced = _Recorder().record(network)
+        for node in list(traced.graph.nodes):
+            if isinstance(layer_of(node), PASSING):
+                node.replace_all_uses_with(node.args[0])
+                traced.graph.erase_node(node)
+        traced.graph.eliminate_dead_code()
+        return note_shapes(traced.eval(), shape)
+    except RewriteError:
+        raise
     except Exception as error:  # whatever the network's own code raises on a proxy
-        raise RewriteError(f"{type(network).__name__} cannot be traced: {error}") from error
+        raise RewriteError(f"{type(network).__name__} cannot be traced: {first_line(error)}") from error
     finally:
-        network.train(was_training)
-    traced.eval()
-    for node in list(traced.graph.nodes):
-        if isinstance(layer_of(node), PASSING):
-            node.replace_all_uses_with(node.args[0])
-            traced.graph.erase_node(node)
-    traced.graph.eliminate_dead_code()
-    return note_shapes(traced, shape)
+        for module in training:
+            module.training = True
+
+
+class _Recorder(fx.Tracer):
+    """Records the calls of a network's layers without a patch on `nn.Module`.
+
+    `fx.Tracer.trace` replaces `nn.Module.__call__` for the whole process, and so records what other threads call. This
+    one walks through a twin of the network: the same parameters and layers in objects whose classes record.
+    """
+
+    def record(self, network: nn.Module) -> fx.GraphModule:
+        self.proxies: dict[str, fx.Proxy] = {}
+        self.classes: dict[type, type] = {}
+        self.twins: dict[nn.Module, nn.Module] = {}
+        self.root = root = self._twin(network)
+        self.root_module_name = type(network).__name__
+        self.submodule_paths = {module: name for name, module in root.named_modules()}
+        self.tensor_attrs = {
+            value: f"{name}.{key}" if name else key
+            for name, module in root.named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, torch.Tensor)
+        }
+        self.graph = fx.Graph()
+        forward, given = self.create_args_for_root(type(root).forward, True)
+        self.create_node("output", "output", (self.create_arg(forward(*given)),), {})
+        for node in self.graph.nodes:
+            node.meta.clear()  # names the twin's classes
+        named = {str(node.target) for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
+        # Tensors that the code computed itself became constants of the twin.
+        held = {name: vars(root)[name] if name in vars(root) else attrgetter(name)(network) for name in named}
+        return fx.GraphModule(held, self.graph, type(network).__name__)
+
+    def _twin(self, module: nn.Module) -> nn.Module:
+        if (twin := self.twins.get(module)) is None:
+            cls = type(module)
+            if cls not in self.classes:
+                self.classes[cls] = type(cls.__name__, (_recording(self, cls), cls), {"__module__": cls.__module__})
+            twin = self.twins[module] = object.__new__(self.classes[cls])
+            vars(twin).update(vars(module))
+            twin._modules = {name: item and self._twin(item) for name, item in module._modules.items()}
+        return twin
+
+
+def _recording(tracer: _Recorder, cls: type) -> type:
+    """Return what makes the calls and the parameters of a class of layers known to a tracer."""
+
+    class Recording:
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return tracer.call_module(self, partial(cls.__call__, self), args, kwargs)
+
+        def __getattr__(self, name: str) -> Any:
+            return tracer.getattr(name, cls.__getattr__(self, name), tracer.proxies)
+
+    return Recording
 
 
 def tidy(graph: fx.GraphModule) -> fx.GraphModule:
