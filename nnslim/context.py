@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
+from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +20,8 @@ from nnslim.methods.base import MethodConfig
 
 _log = logging.getLogger("nnslim")
 _lock = threading.RLock()
-_active: list[tuple[int, NNSlimContext]] = []
+_active: list[tuple[int, NNSlimContext]] = []  # the thread that entered it, and the context
+_own: ContextVar[tuple[NNSlimContext, ...]] = ContextVar("nnslim_contexts", default=())
 _installed: ExitStack | None = None
 
 
@@ -32,9 +34,9 @@ class NNSlimContext(Session):
 
     Works for TotalSegmentator and for any code that uses nnUNetPredictor in this process. With a method that works in
     training (sauron), nnU-Net's `run_training` trains with it. Contexts nest: the inner one is in force. The patches
-    are on nnU-Net's class and so affect the whole process: a thread that has entered a context of its own uses that
-    one, any other thread the one entered last. Models loaded before the block stay dense; models loaded inside it stay
-    slim after it.
+    are on nnU-Net's class and so affect the whole process: a thread or an asyncio task uses the context that it has
+    entered itself or was started in, and other threads use the one entered last. Tasks of one thread never see each
+    other's. Models loaded before the block stay dense; models loaded inside it stay slim after it.
 
     Attributes:
         config: the SlimConfig in force.
@@ -78,6 +80,7 @@ class NNSlimContext(Session):
                     exports.apply()
                     _installed = stack.pop_all()
             _active.append((threading.get_ident(), self))
+            _own.set((*_own.get(), self))
             self._entered = True
         return self
 
@@ -88,6 +91,7 @@ class NNSlimContext(Session):
         global _installed
         with _lock:
             _active[:] = [(thread, context) for thread, context in _active if context is not self]
+            _own.set(tuple(context for context in _own.get() if context is not self))
             self._entered = False
             self.kept.clear()
             if not _active and _installed is not None:
@@ -110,5 +114,6 @@ def _training_now() -> MethodConfig | None:
 
 def _current() -> NNSlimContext | None:
     with _lock:
-        own = [context for thread, context in _active if thread == threading.get_ident()]
-        return (own or [context for _, context in _active] or [None])[-1]
+        own = [context for context in _own.get() if context._entered]  # a task may outlive the block it was started in
+        others = [context for thread, context in _active if thread != threading.get_ident()]
+        return (own or others or [None])[-1]

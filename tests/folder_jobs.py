@@ -52,6 +52,9 @@ class CopyJob:
     def stamp(self) -> tuple[str, dict[str, str]]:
         return IDENTITY, {"copy": "1"}
 
+    def keeping(self, run: dict) -> CopyJob:
+        return self
+
     @contextmanager
     def open(self, place: Place) -> Iterator[CopyModel]:
         if self.refuse:
@@ -67,6 +70,9 @@ class CopyModel:
 
     def __init__(self, job: CopyJob) -> None:
         self._job = job
+
+    def run(self) -> dict:
+        return {"backend": "copy"}
 
     def read(self, case: Case) -> str:
         text = case.files[0].read_text()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -147,6 +149,56 @@ def test_context_worker_thread_without_its_own_uses_the_active_one(make_model):
         thread.start()
         thread.join()
     assert found[0] is not None and len(slim.report.models) == 1
+
+
+def test_context_tasks_of_one_thread_each_use_their_own(make_model):
+    source, found = make_model(), {}
+
+    async def own(number: int) -> None:
+        config = {"methods": [{"method": "tucker", "rank_factor": 0.5, "rank_min": 2 + number}], "run": STOCK}
+        with NNSlimContext(config) as slim:
+            for _ in range(3):
+                await asyncio.sleep(0)  # the others enter and leave theirs
+            inside = await asyncio.to_thread(load_stock, source) if number % 2 else load_stock(source)
+            found[number] = [edit.layer for edit in spec_of(inside.network).edits], len(slim.report.models)
+
+    async def none() -> None:
+        for _ in range(2):
+            await asyncio.sleep(0)
+            found.setdefault("none", []).append(spec_of(load_stock(source).network))
+
+    async def started_inside() -> None:
+        with NNSlimContext(HALF):
+            child = asyncio.create_task(asyncio.to_thread(load_stock, source))
+            await asyncio.sleep(0)
+            found["child"] = spec_of((await child).network)
+
+    async def outliving() -> None:
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        found["late"] = spec_of(load_stock(source).network)
+
+    async def everything() -> None:
+        await asyncio.gather(none(), *(own(number) for number in range(4)), started_inside())
+        with NNSlimContext(HALF):
+            late = asyncio.create_task(outliving())
+        await late
+
+    asyncio.run(everything())
+    assert found["none"] == [None, None], "another task's context is not its own"
+    assert [found[number][1] for number in range(4)] == [1, 1, 1, 1]
+    assert found["child"] is not None and found["late"] is None, "a context ends with its block"
+
+
+def test_context_loading_leaves_the_random_states_where_stock_leaves_them(make_model):
+    source, states = make_model(), []
+    for config in (None, HALF):
+        torch.manual_seed(3)
+        np.random.seed(3)
+        with NNSlimContext(config) if config else nullcontext():
+            load_stock(source)
+        states.append((torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()))
+    assert states[0] == states[1]
 
 
 def test_context_unknown_signature_is_refused_and_nothing_changed(monkeypatch):

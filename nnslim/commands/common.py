@@ -40,6 +40,11 @@ PrecisionOption = Annotated[
 ]
 
 
+DeterministicOption = Annotated[
+    bool, typer.Option("--deterministic", help="the same bytes, run after run on one machine: nothing is measured")
+]
+
+
 def start(quiet: bool) -> None:
     """Send nnslim's log to stderr: warnings only where `quiet`."""
     handler = RichHandler(console=stderr, show_time=False, show_path=False, markup=False)

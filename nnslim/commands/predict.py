@@ -48,6 +48,7 @@ def predict(
     previous_stage: common.PreviousStageOption = None,
     backend: common.BackendOption = None,
     precision: common.PrecisionOption = None,
+    deterministic: common.DeterministicOption = False,
     ml: Annotated[bool, typer.Option("--ml", help="with --task: one label map per case, not a file per class")] = False,
     roi: Annotated[
         list[str] | None, typer.Option(help="with --task: class to segment, repeatable; default: all")
@@ -91,6 +92,7 @@ def predict(
         runner, crew, overwrite, part=part_of(os.environ, parts) if engine.value == "slurm" else None
     )
     chosen: Any = {"backend": backend and backend.value, "precision": precision and precision.value, "threads": threads}
+    chosen["deterministic"] = deterministic
     settled: Any = config
     if calibration is not None:  # only now: the import takes torch's seconds
         from nnslim.compression.config import load_config

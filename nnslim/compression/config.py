@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pydantic
 import torch
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
 from nnslim.errors import ConfigError, nearest
 from nnslim.files import read_yaml, sha256_of
@@ -41,10 +41,18 @@ class RunConfig(_Section):
         "auto", description="auto: one image alone is read and exported in this process; stock: by nnU-Net's workers"
     )
     guard: bool = Field(True, description="measure dense and slim here; layers that make it slower stay dense")
+    deterministic: bool = Field(
+        False, description="the same bytes, run after run on one machine: nothing is chosen by measuring"
+    )
 
     def settings(self) -> Settings:
         """Return what the running side needs."""
-        return Settings(self.backend, self.precision, self.threads)
+        return Settings(self.backend, self.precision, self.threads, self.deterministic)
+
+    @property
+    def measures(self) -> bool:
+        """Whether a guard may decide by time which layers stay dense."""
+        return self.guard and not self.deterministic
 
 
 class CacheConfig(_Section):
@@ -133,6 +141,15 @@ class SlimConfig(_Section):
             raise ConfigError(f"'methods' is a list of objects with a 'method' each, found {raw!r}")
         return tuple(_method_entry(item) for item in raw)
 
+    @model_validator(mode="after")
+    def _measures_no_time(self) -> SlimConfig:
+        """Refuse what depends on time where the result shall not."""
+        timed = [entry.method for entry in self.methods if entry.settings.timed]
+        timed += ["recovery.seconds"] if self.recovery.seconds is not None else []
+        if self.run.deterministic and timed:
+            raise ConfigError(f"run.deterministic does not go with a budget of time, found one in {timed[0]}")
+        return self
+
     @property
     def active(self) -> bool:
         """Whether networks change."""
@@ -188,7 +205,7 @@ def training_settings(config: SlimConfig, method: str) -> MethodConfig:
     return found[0]
 
 
-def changed_settings(settings: MethodConfig, changes: Mapping[str, Any], where: str) -> Any:
+def changed_settings(settings: BaseModel, changes: Mapping[str, Any], where: str) -> Any:
     """Return settings with some values changed, checked as a whole; a ConfigError names the key that is wrong."""
     return _validated(type(settings), {**dict(settings), **changes}, where)
 

@@ -29,6 +29,11 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @property
+    def timed(self) -> bool:
+        """Whether the plan depends on times that are measured."""
+        return False
+
+    @property
     def drop_limit(self) -> float | None:
         """The estimated drop in Dice within which the smallest share of the MACs is searched; None: no search."""
         return None

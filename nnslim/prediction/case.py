@@ -52,6 +52,7 @@ class Record:
         input: bytes and latest modification time (Unix seconds) of the images.
         worker: host and process. attempts: workers that had it, itself included.
         model: 16 hexadecimal digits of weights and settings that decide the result.
+        run: "backend", "precision" and "threads" that it was predicted with.
         versions: of nnslim, its hosts, torch and Python.
         time: when it ended, UTC, ISO 8601.
     """
@@ -70,6 +71,7 @@ class Record:
     worker: str = ""
     attempts: int = 1
     model: str = ""
+    run: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     time: str = ""
 
@@ -96,7 +98,7 @@ def now() -> str:
 
 
 class Model(Protocol):
-    """A loaded model. Its three methods run in three threads, each on another case."""
+    """A loaded model. Its three stages run in three threads, each on another case."""
 
     def read(self, case: Case) -> Any:
         """Return what `forward` needs."""
@@ -106,6 +108,9 @@ class Model(Protocol):
 
     def write(self, case: Case, result: Any, beside: Path) -> None:
         """Write the file or folder `beside`, alone in its folder, and whatever belongs to it into the same folder."""
+
+    def run(self) -> dict[str, Any]:
+        """Return how its networks run, after a forward pass; see `Record`."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,9 @@ class PredictionJob(Protocol):
 
     def stamp(self) -> tuple[str, dict[str, str]]:
         """Return the identity of the model with its settings, and the versions; see `Record`."""
+
+    def keeping(self, run: dict[str, Any]) -> PredictionJob:
+        """Return the job as an earlier run of it began, whose records hold `run`."""
 
     def open(self, place: Place) -> AbstractContextManager[Model]:
         """Load the model.

@@ -128,6 +128,7 @@ class Pipeline:
             sha256=sums.pop(work.case.target, ""),
             side_files=sums,
             input=work.input,
+            run={} if work.error else self._model.run(),
             worker=self._worker,
             time=now(),
         )

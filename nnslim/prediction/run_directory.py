@@ -74,7 +74,11 @@ def run_folder(
         manifest.tidy()
         keeper = _Keeper(manifest, *job.stamp(), len(cases), progress)
         begun = manifest.begun()
-        left = in_order(_left(cases, output, begun, keeper, settings.overwrite), begun)
+        known = None if settings.overwrite else manifest.read()
+        left = in_order(_left(cases, output, begun, keeper, known), begun)
+        began = [record for record in (known or {}).values() if record.model == keeper.model and record.run]
+        if began:
+            job = job.keeping(max(began, key=lambda record: record.time).run)
         remove_leftovers(output, cases)
         schedule = Schedule(left, settings.attempts, begin=lambda case: manifest.begin(case.name))
         try:
@@ -132,10 +136,10 @@ class _Keeper:
 
 
 def _left(
-    cases: Sequence[Case], output: Path, begun: Mapping[str, int], keeper: _Keeper, overwrite: bool
+    cases: Sequence[Case], output: Path, begun: Mapping[str, int], keeper: _Keeper, known: Mapping[str, Record] | None
 ) -> list[Case]:
-    """Return the cases to predict; the others get their records."""
-    known = {} if overwrite else keeper.manifest.read()
+    """Return the cases to predict; the others get their records. `known`: those of earlier runs; None: overwrite."""
+    overwrite, known = known is None, known or {}
     done = {case.name: known[case.name] for case in cases if case.name in known and known[case.name].status == "done"}
     other = [
         c.name for c in cases if c.name in done and done[c.name].model != keeper.model and (output / c.target).exists()

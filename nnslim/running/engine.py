@@ -7,20 +7,25 @@ import hashlib
 import importlib.util
 import json
 import logging
+import random
+import threading
 import time
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from nnslim.errors import BackendError, NNSlimError, OutputError, RewriteError, first_line
-from nnslim.files import make_folder, read_json, user_cache, write_json
+from nnslim.files import make_folder, read_json, write_json
 from nnslim.running.bfloat16 import bfloat16_is_safe
 from nnslim.running.cpu import channels_last
-from nnslim.running.machine import cpu_name, machine_threads
+from nnslim.running.machine import cpu_name, machine_threads, measured_backends
 from nnslim.running.rewrites import rewritten
 from nnslim.running.timing import pass_seconds, run_pass
 
@@ -28,6 +33,9 @@ Backend = Literal["auto", "stock", "eager", "compile", "openvino"]
 Precision = Literal["f32", "bf16", "f16", "int8"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 _CUDA_TYPES = {"f32": torch.half, "f16": torch.half, "bf16": torch.bfloat16}  # nnU-Net's autocast is float16
+_preparing = threading.RLock()  # compilers and tracers of one network at a time
+_settled: dict[str, str] = {}
+_believed: Mapping[str, Any] | None = None
 _log = logging.getLogger("nnslim")
 
 
@@ -41,11 +49,14 @@ class Settings:
         precision: of the arithmetic; on a CPU anything but f32 needs the openvino backend. On CUDA f32 is what nnU-Net
             does, autocast to float16; bf16 is autocast to bfloat16.
         threads: CPU threads; None for all that the process may use.
+        deterministic: the same bytes for the same input, run after run on one machine: "auto" is eager (openvino for
+            other precisions on a CPU) and no form of a network is chosen by measuring.
     """
 
     backend: Backend = "auto"
     precision: Precision = "f32"
     threads: int | None = None
+    deterministic: bool = False
 
 
 def make_engine(network: nn.Module, shape: Sequence[int], settings: Settings) -> nn.Module:
@@ -81,7 +92,8 @@ def make_engine(network: nn.Module, shape: Sequence[int], settings: Settings) ->
         from nnslim.running.cuda import Graphed, fastest_variant
 
         dtype = _CUDA_TYPES[settings.precision]
-        return fastest_variant(graph, shape, dtype) if isinstance(graph, fx.GraphModule) else Graphed(graph, dtype)
+        measured = isinstance(graph, fx.GraphModule) and not settings.deterministic
+        return fastest_variant(graph, shape, dtype) if measured else Graphed(graph, dtype)
     if device.type == "cpu" and isinstance(graph, fx.GraphModule):
         graph = channels_last(graph)
     return graph
@@ -174,9 +186,12 @@ class Runner(nn.Module):
     """Behaves like the network it holds, and runs each patch on the backend of the settings.
 
     Hosts load weights into it before every case and fold. An engine is made at the first patch with new weights, and
-    kept: a state dict that was loaded before finds its own again. On a backend that fails, the next one takes over,
-    with a message. With "auto" the backend that was measured to be the fastest here is taken; where nothing was
-    measured yet, eager, until it has run for a minute; then the next case begins with a measurement.
+    kept: a state dict that was loaded before finds its own again, unless one of its tensors was replaced or changed.
+    Parameters that are changed in place get a new engine, too. On a backend that fails, the next one takes over, with a
+    message. "auto" is settled once in a process, see `settled`; after a minute of passes the backends are measured for
+    the processes that follow.
+
+    Several threads may use it, each with the weights that it loaded last; one passes at a time.
 
     Attributes:
         backend: the one in use; "" before the first patch.
@@ -195,10 +210,14 @@ class Runner(nn.Module):
         self.settings = settings
         self.backend = ""
         self.engines: OrderedDict[tuple[Any, ...], nn.Module] = OrderedDict()
-        self._states: dict[int, Mapping[str, Tensor]] = {}  # holds them, so that no other gets the same id
-        self._loaded = 0
+        self._known: list[_Weights] = []
+        self._held = self._first = _Weights({})  # what the network holds; what it came with
+        self._places = _places(network)
+        self._present = _versions(self._places)
+        self._mine = threading.local()  # what a thread has loaded last: "weights", and "state" to load it again
+        self._lock = threading.RLock()
         self._spent = 0.0
-        self._measured = self._measuring = False
+        self._measured = False
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -206,14 +225,25 @@ class Runner(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("_orig_mod"), name)  # e.g. network.decoder
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Runner, (self._orig_mod, self.settings)  # engines, locks and threads do not travel
+
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Load weights into the network; the same object a second time only switches back to its engine."""
-        result = self._orig_mod.load_state_dict(state_dict, *args, **kwargs)
-        self._states[id(state_dict)] = state_dict
-        self._loaded = id(state_dict)
-        if self.settings.backend == "auto" and not self._measured and self._spent > self.worth_measuring:
-            self._measuring = True  # between two cases, so that a case is predicted by one backend
-            self.engines.clear()
+        """Load weights into the network; the same tensors a second time only switch back to their engine."""
+        with self._lock:
+            result = self._orig_mod.load_state_dict(state_dict, *args, **kwargs)
+            self._mine.state, held = state_dict, _Weights(state_dict)
+            self._forget([weights for weights in self._known if not weights.alive])
+            self._held = next((weights for weights in self._known if weights == held), held)
+            if self._held is held:
+                self._known.append(held)
+            self._mine.weights = self._held
+            self._present = _versions(self._places)
+            measures = self.settings.backend == "auto" and not self.settings.deterministic
+            if measures and not self._measured and self._spent > self.worth_measuring:
+                self._measured = True  # between two cases
+                for shape in dict.fromkeys(shape for _, shape, _ in self.engines):
+                    fastest(self._orig_mod, shape, self.settings)
         return result
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -228,37 +258,115 @@ class Runner(nn.Module):
             torch.set_num_threads(threads)
         started = time.perf_counter()
         try:
-            return self._answer(x)
+            with self._lock, self._algorithms(x):
+                return self._answer(x)
         finally:
             self._spent += time.perf_counter() - started
             if torch.get_num_threads() != before:
                 torch.set_num_threads(before)
 
     def _answer(self, x: Tensor) -> Tensor:
-        key = (self._loaded, tuple(x.shape), x.device)
-        if key in self.engines:
+        if _versions(self._places) != self._present:  # somebody changed parameters
+            self._places = _places(self._orig_mod)
+            self._present, self._held = _versions(self._places), _Weights({})
+            self._mine.weights = self._mine.state = None
+        weights = getattr(self._mine, "weights", None) or self._held
+        key = (weights, tuple(x.shape), x.device)
+        engine = self.engines.get(key)
+        if weights is not self._held and (engine is None or engine is self._orig_mod):  # another thread loaded its own
+            self._orig_mod.load_state_dict(self._mine.state)
+            self._held, self._present = weights, _versions(self._places)
+        if engine is not None:
             self.engines.move_to_end(key)
-            return self.engines[key](x)
+            return engine(x)
         self.engines[key], answer = self._made(x)
         while len(self.engines) > self.most_engines:
             self.engines.popitem(last=False)
         return answer
 
+    def _algorithms(self, x: Tensor) -> AbstractContextManager[Any]:
+        """Keep cuDNN, where results must not change, from choosing algorithms by their time."""
+        if not (x.is_cuda and self.settings.deterministic):
+            return nullcontext()
+        return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+
+    def _forget(self, gone: Sequence[_Weights]) -> None:
+        """Drop weights whose state dict is gone, and their engines."""
+        self._known = [weights for weights in self._known if weights not in gone]
+        for key in [key for key in self.engines if key[0] in gone]:
+            del self.engines[key]
+
     def _made(self, x: Tensor) -> tuple[nn.Module, Tensor]:
         """Return an engine and its answer: on small images a pass on nothing, to try it, would be felt."""
-        chosen, shape = self.settings, tuple(x.shape)
-        if chosen.backend == "auto":
-            if self._measuring:
-                engine, self.backend = fastest(self._orig_mod, shape, chosen)
-                self._measuring, self._measured = False, True
-                return engine, engine(x)
-            name = self.backend or remembered(self._orig_mod, shape, chosen)
-            self._measured = self._measured or name is not None
-            on_gpu = next(self._orig_mod.parameters()).device.type == "cuda"
-            standard = "eager" if chosen.precision == "f32" or on_gpu else "openvino"
-            chosen = replace(chosen, backend=name or standard)  # type: ignore[arg-type]
-        engine, self.backend, answer = first_pass(self._orig_mod, x, chosen, _waiting)
+        chosen = self.settings
+        with _preparing, kept_random_state():
+            if chosen.backend == "auto":
+                name = self.backend or settled(self._orig_mod, tuple(x.shape), chosen)
+                chosen = replace(chosen, backend=name)  # type: ignore[arg-type]
+            engine, self.backend, answer = first_pass(self._orig_mod, x, chosen, _waiting)
         return engine, answer
+
+
+class _Weights:
+    """What a state dict held when it was loaded; two are equal if the same tensors held the same.
+
+    Versions count what is done to a tensor itself; the sums of its bits tell most of what is done behind its back, as
+    `tensor.data.zero_()` does. A sum takes as long as loading the tensor.
+    """
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        self._tensors = [weakref.ref(value) for value in tensors.values()]
+        storages = {value.data_ptr(): value for value in tensors.values()}  # nnU-Net lists them under several names
+        sums = {place: _bits(value) for place, value in storages.items()}
+        self._content = [(name, id(value), _version(value), sums[value.data_ptr()]) for name, value in tensors.items()]
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Weights) and bool(self._content) and self._same(other))
+
+    def _same(self, other: _Weights) -> bool:
+        return self.alive and other.alive and self._content == other._content
+
+    __hash__ = object.__hash__
+
+    @property
+    def alive(self) -> bool:
+        """Whether all tensors are still there: an id says nothing about those that are gone."""
+        return all(ref() is not None for ref in self._tensors)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _bits(tensor: Tensor) -> int:
+    raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    whole = raw.numel() // 8 * 8
+    return int(raw[:whole].view(torch.int64).sum()) + int(raw[whole:].sum())
+
+
+def _places(network: nn.Module) -> list[Mapping[str, Any]]:
+    """Return the dictionaries in which modules hold their layers, parameters and buffers."""
+    held = ((module._modules, module._parameters, module._buffers) for module in network.modules())
+    return [values for three in held for values in three if values]
+
+
+def _versions(places: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """Return the identity of each layer, parameter and buffer, and the version where it is a tensor."""
+    held = (value for values in places for value in values.values())
+    return [(id(value), _version(value) if isinstance(value, Tensor) else 0) for value in held]
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Leave the random states of torch, numpy and Python as they were."""
+    numpys, pythons = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+        try:
+            yield
+        finally:
+            np.random.set_state(numpys)
+            random.setstate(pythons)
 
 
 def _waiting(engine: nn.Module, x: Tensor) -> Tensor:
@@ -268,9 +376,36 @@ def _waiting(engine: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
+def settled(network: nn.Module, shape: Sequence[int], settings: Settings) -> str:
+    """Return the backend that "auto" stands for in this process.
+
+    It is the one that was measured to be the fastest before, where `remembered` knows one, and eager otherwise (on a
+    CPU openvino for other precisions than f32). What is measured later counts in later processes only, so that a run
+    predicts all its cases by one backend.
+    """
+    key = _key(network, shape, settings)
+    if key not in _settled:
+        on_gpu = next(network.parameters()).device.type == "cuda"
+        standard = "eager" if settings.precision == "f32" or on_gpu else "openvino"
+        _settled[key] = (None if settings.deterministic else remembered(network, shape, settings)) or standard
+    return _settled[key]
+
+
+@contextmanager
+def believing(measured: Mapping[str, Any]) -> Iterator[None]:
+    """Settle "auto" by the content that `measured_backends` had when a run began, in all its workers."""
+    global _believed
+    before, _believed = _believed, measured
+    try:
+        yield
+    finally:
+        _believed = before
+
+
 def remembered(network: nn.Module, shape: Sequence[int], settings: Settings) -> Backend | None:
     """Return the backend that `fastest` found for this architecture, patch, device, threads and torch; None if none."""
-    known = read_json(user_cache() / "backends.json").get(_key(network, shape, settings))
+    measured = read_json(measured_backends()) if _believed is None else _believed
+    known = measured.get(_key(network, shape, settings))
     return known if known in candidates(next(network.parameters()).device) else None
 
 
@@ -300,14 +435,15 @@ def fastest(network: nn.Module, shape: Sequence[int], settings: Settings) -> tup
 def _key(network: nn.Module, shape: Sequence[int], settings: Settings) -> str:
     device = next(network.parameters()).device
     named = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    threads = settings.threads or torch.get_num_threads()
+    threads = settings.threads or machine_threads()  # those of a pass, see `Runner.forward`
     parts = [str(network), list(shape), device.type, named, threads, settings.precision, torch.__version__]
+    parts += ["deterministic"] if settings.deterministic else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
 def remember(network: nn.Module, shape: Sequence[int], settings: Settings, backend: str) -> None:
     """Keep the backend that was the fastest; a cache that cannot be written is no reason to stop."""
-    file = user_cache() / "backends.json"
+    file = measured_backends()
     try:
         make_folder(file.parent)
         write_json(file, {**read_json(file), _key(network, shape, settings): backend})

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nnslim.files import user_cache
+
 CPU_INFO = Path("/proc/cpuinfo")
 _PROCESS = Path("/proc/self")
 _GROUP = Path("/sys/fs/cgroup")
@@ -27,6 +29,11 @@ _holders = 0
 def machine_threads() -> int:
     """Return the CPUs that this process may use; nnU-Net itself stops at 8."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def measured_backends() -> Path:
+    """Return the file that keeps which backend was the fastest, by network and machine."""
+    return user_cache() / "backends.json"
 
 
 def cpu_flags() -> frozenset[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -181,24 +182,26 @@ class OpenVINOEngine(nn.Module):
         count = int(model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")) if throughput else 1
         self._requests = [model.create_infer_request() for _ in range(count)]
         self.outputs = _Buffers()
+        self._lock = threading.Lock()  # a request that is running cannot be given another image
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, *patch) float on the CPU -> (B, heads, *patch) float32."""
+        """(B, C, *patch) float on the CPU -> (B, heads, *patch) float32; several threads take turns."""
         if tuple(x.shape[1:]) != self.shape[1:]:
             raise BackendError(f"the engine was made for tiles of {self.shape[1:]}, found {tuple(x.shape[1:])}")
         if x.device.type != "cpu":
             raise BackendError(f"the openvino backend runs on the CPU, found a tensor on {x.device}")
         images = x.detach().float().contiguous().numpy()
-        made = self.outputs.take((len(images), *self.compiled.model.outputs[0].shape[1:]))
         tensor = openvino_module().Tensor
-        for number, image in enumerate(images):
-            request = self._requests[number % len(self._requests)]
-            request.wait()
-            request.set_input_tensor(tensor(image[None], shared_memory=True))
-            request.set_output_tensor(tensor(made[number : number + 1], shared_memory=True))
-            request.start_async()
-        for request in self._requests:
-            request.wait()
+        with self._lock:
+            made = self.outputs.take((len(images), *self.compiled.model.outputs[0].shape[1:]))
+            for number, image in enumerate(images):
+                request = self._requests[number % len(self._requests)]
+                request.wait()
+                request.set_input_tensor(tensor(image[None], shared_memory=True))
+                request.set_output_tensor(tensor(made[number : number + 1], shared_memory=True))
+                request.start_async()
+            for request in self._requests:
+                request.wait()
         logits = torch.from_numpy(made)
         return logits.movedim(-1, 1) if self.compiled.channels_last else logits
 

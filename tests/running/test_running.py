@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 import platform
+import random
 import subprocess
 import sys
 import threading
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -24,6 +30,7 @@ SHAPE = (1, 1, 16, 16, 16)
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("NNSLIM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(backends, "_settled", {})
 
 
 def states(tiny_net, count: int = 3) -> list[dict]:
@@ -64,6 +71,137 @@ def test_first_patch_takes_one_pass(tiny_net, backend, monkeypatch):
     assert len(seen) == 2 and seen[0] is x
     torch.testing.assert_close(first, tiny_net("plain3d").eval()(x), rtol=1e-4, atol=1e-5)
     assert not torch.equal(first, second)
+
+
+def _replaced(state, network):
+    state["decoder.seg_layers.1.weight"] = torch.randn_like(state["decoder.seg_layers.1.weight"])
+
+
+def _scaled(state, network):
+    for tensor in state.values():
+        tensor.mul_(0.5)
+
+
+def _zeroed_behind_its_back(state, network):
+    for tensor in state.values():
+        tensor.data.zero_()
+
+
+def _by_numpy(state, network):
+    for tensor in state.values():
+        tensor.numpy()[...] = 0.01
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["stock", "eager", "openvino"])
+@pytest.mark.parametrize("change", [_replaced, _scaled, _zeroed_behind_its_back, _by_numpy])
+def test_weights_that_change_in_the_same_dictionary_are_followed(tiny_net, change, backend):
+    (fold,), x = states(tiny_net, 1), torch.randn(SHAPE)
+    held, plain = Runner(tiny_net("plain3d").eval(), Settings(backend)), tiny_net("plain3d").eval()
+    held.load_state_dict(fold)
+    before = held(x).clone()
+    change(fold, held)
+    held.load_state_dict(fold)
+    plain.load_state_dict(fold)
+    torch.testing.assert_close(held(x), plain(x), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(before, plain(x), atol=1e-3)
+
+
+def _added(network):
+    for parameter in network.parameters():
+        parameter.add_(0.1)
+
+
+def _other_parameter(network):
+    conv = network.encoder.stages[0][0].convs[0].conv
+    conv.weight = nn.Parameter(torch.randn_like(conv.weight))
+
+
+def _other_layer(network):
+    head = network.decoder.seg_layers[-1]
+    network.decoder.seg_layers[-1] = type(head)(head.in_channels, head.out_channels, 1)
+
+
+def _loaded_past_the_runner(network):
+    network.load_state_dict({name: value * 0.7 for name, value in network.state_dict().items()})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("loads", [False, True])
+@pytest.mark.parametrize("change", [_added, _other_parameter, _other_layer, _loaded_past_the_runner])
+def test_parameters_that_somebody_changes_are_followed(tiny_net, change, loads):
+    (fold,), x = states(tiny_net, 1), torch.randn(SHAPE)
+    network = tiny_net("plain3d").eval()
+    held = Runner(network, Settings("eager"))
+    if loads:
+        held.load_state_dict(fold)
+    before = held(x).clone()
+    change(network)
+    torch.testing.assert_close(held(x), network(x), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(before, held(x), atol=1e-3)
+    if loads:
+        held.load_state_dict(fold)
+        torch.testing.assert_close(held(x), network(x), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_state_dicts_and_their_engines_are_released(tiny_net):
+    held, x, seen = Runner(tiny_net("plain3d").eval(), Settings("eager")), torch.randn(SHAPE), []
+    for seed in range(5):
+        state = tiny_net("plain3d", seed=seed).state_dict()
+        seen.append(weakref.ref(next(iter(state.values()))))
+        held.load_state_dict(state)
+        held(x)
+        del state
+        gc.collect()
+    assert [ref() is not None for ref in seen] == [False] * 4 + [True], "the last one may be needed again"
+    assert len(held.engines) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["stock", "eager", "openvino"])
+def test_threads_that_share_a_runner_get_the_answer_of_the_weights_that_each_loaded(tiny_net, backend):
+    folds, x = states(tiny_net), torch.randn(SHAPE)
+    held, wanted, found = Runner(tiny_net("plain3d").eval(), Settings(backend)), {}, {}
+    for number, fold in enumerate(folds):
+        plain = tiny_net("plain3d").eval()
+        plain.load_state_dict(fold)
+        wanted[number] = plain(x)
+    gate = threading.Barrier(len(folds))
+
+    @torch.no_grad()
+    def work(number: int) -> None:
+        held.load_state_dict(folds[number])
+        gate.wait()  # the network holds the weights of the last one now
+        found[number] = [held(x).clone() for _ in range(5)]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(folds))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(len(folds)):
+        for answer in found[number]:
+            torch.testing.assert_close(answer, wanted[number], rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["stock", "eager", "openvino"])
+def test_first_prediction_leaves_random_states_alone(tiny_net, backend):
+    held, x = Runner(tiny_net("plain3d").eval(), Settings(backend)), torch.randn(SHAPE)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    held(x)
+    assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
+    assert before[2] == random.getstate()
+
+
+def test_runner_can_be_copied_and_pickled(tiny_net):
+    held, x = Runner(tiny_net("plain3d").eval(), Settings("eager")), torch.randn(SHAPE)
+    with torch.no_grad():
+        answer = held(x)
+        for other in (copy.deepcopy(held), pickle.loads(pickle.dumps(held))):
+            assert other._orig_mod is not held._orig_mod
+            torch.testing.assert_close(other(x), answer)
 
 
 @torch.no_grad()
@@ -118,10 +256,19 @@ def test_auto_starts_eager_and_measures_between_cases_once_it_is_worth_it(tiny_n
     assert not measured, "never within a case"
     held.load_state_dict(fold)
     held(x)
-    assert held.backend == "stock" and measured == [2]
+    assert held.backend == "eager" and measured == [2], "what is measured is for later runs"
     held.load_state_dict(fold)
     held(x)
     assert measured == [2], "once"
+    beside = Runner(tiny_net("plain3d").eval(), Settings("auto"))
+    beside(x)
+    assert beside.backend == "eager", "one choice in a process"
+    monkeypatch.setattr(backends, "_settled", {})
+    steady = Runner(tiny_net("plain3d").eval(), Settings("auto", deterministic=True))
+    steady(x)
+    assert steady.backend == "eager"
+    with backends.believing({}):
+        assert backends.settled(tiny_net("plain3d").eval(), SHAPE, Settings("auto", threads=77)) == "eager"
     again = Runner(tiny_net("plain3d").eval(), Settings("auto"))
     again(x)
     assert again.backend == "stock" and measured == [2], "remembered on disk"

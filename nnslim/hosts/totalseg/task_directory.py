@@ -8,11 +8,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnslim.errors import InputError
+from nnslim.files import read_json
 from nnslim.hosts.nnunet.cases.preprocess import silent
 from nnslim.hosts.nnunet.model.model_files import content_digest
 from nnslim.hosts.nnunet.predict.predict_settings import absolute_config, config_identity, digest
@@ -22,6 +23,7 @@ from nnslim.patching import AttributePatch
 from nnslim.prediction.case import Case, Crew, Place, Record, versions
 from nnslim.prediction.images import check_image, count_voxels
 from nnslim.prediction.run_directory import FolderSettings, run_folder
+from nnslim.running.machine import measured_backends
 
 if TYPE_CHECKING:
     from nnslim.hosts.nnunet.predict.predictor_patches import Session
@@ -51,8 +53,8 @@ class TaskSettings:
         device: cpu, cuda or mps.
         ml: one label map per case; else a folder with one file per class.
         roi: classes to segment; all if empty.
-        backend, precision, threads: see `nnslim.running.engine.Settings`; without config and backend nnU-Net's own code
-            runs, and the results are those of `totalsegmentator()`, bit by bit.
+        backend, precision, threads, deterministic: see `nnslim.running.engine.Settings`; without config and backend
+            nnU-Net's own code runs, and the results are those of `totalsegmentator()`, bit by bit.
     """
 
     task: str = "total"
@@ -62,6 +64,7 @@ class TaskSettings:
     backend: Backend | None = None
     precision: Precision | None = None
     threads: int | None = None
+    deterministic: bool = False
 
 
 def predict_task_folder(
@@ -90,7 +93,7 @@ def predict_task_folder(
         _log.info("fetching the weights of TotalSegmentator's model %d", number)
         with locked_home():  # of tasks of a Slurm array one fetches, the others find
             download(number, weights_folder())
-    job = TotalsegJob(settings, absolute_config(config))
+    job = TotalsegJob(settings, absolute_config(config), read_json(measured_backends()))
     return run_folder(job, cases, Path(output), folder or FolderSettings(crew=Crew(threads=settings.threads)), progress)
 
 
@@ -132,10 +135,12 @@ def task_cases(images: Path, *, ml: bool) -> list[Case]:
 
 @dataclass(frozen=True)
 class TotalsegJob:
-    """A task with settings; implements `PredictionJob`."""
+    """A task with settings; implements `PredictionJob`. `measured` and `began`: see `NNUNetJob`."""
 
     settings: TaskSettings
     config: Any = None
+    measured: dict[str, Any] = field(default_factory=dict)
+    began: dict[str, Any] = field(default_factory=dict)
 
     @property
     def first_alone(self) -> bool:
@@ -157,6 +162,10 @@ class TotalsegJob:
         }
         return digest(decisive), versions("nnunetv2", "TotalSegmentator")
 
+    def keeping(self, run: dict[str, Any]) -> TotalsegJob:
+        """See `PredictionJob`."""
+        return replace(self, began=run)
+
     @contextmanager
     def open(self, place: Place) -> Iterator[TotalsegModel]:
         """Make `totalsegmentator()` ready; it loads weights as needed, and fetches those of its rough cropping model.
@@ -165,19 +174,21 @@ class TotalsegJob:
             HostError, ConfigError: what cannot be used.
         """
         from nnslim.hosts.nnunet.predict.predictor_patches import own_session
+        from nnslim.running.engine import believing
         from nnslim.running.machine import keep_heap
 
         settings = self.settings
         stock = self.config is None and settings.backend is None and settings.precision is None
         run = {"backend": "stock" if stock else settings.backend, "precision": settings.precision}
-        session = own_session(self.config, {"keep_models": True, "threads": place.threads, **run})
-        with _many_images(session, place.threads) as segment, keep_heap():
+        run |= {"keep_models": True, "threads": place.threads, "deterministic": settings.deterministic or None}
+        session = own_session(self.config, run, self.began)
+        with _many_images(session, place.threads) as segment, keep_heap(), believing(self.measured):
             device = {"cuda": "gpu" if place.gpu is None else f"gpu:{place.gpu}"}.get(settings.device, settings.device)
             task = find_task(settings.task, settings.roi)
             options = {"device": device, "quiet": True, "nr_thr_saving": 1, "roi_subset": list(settings.roi) or None}
             options |= task.options
             # TotalSegmentator writes with 6 processes.
-            yield TotalsegModel(functools.partial(segment, **options), task, settings, place.threads or 6)
+            yield TotalsegModel(functools.partial(segment, **options), task, settings, session, place.threads or 6)
 
 
 @contextmanager
@@ -232,6 +243,7 @@ class TotalsegModel:
     segment: Callable[..., Any]
     task: Task
     settings: TaskSettings
+    session: Session
     threads: int
 
     def read(self, case: Case) -> Path:
@@ -262,6 +274,12 @@ class TotalsegModel:
 
             nib.save(combine_masks(beside, "body"), beside / "body.nii.gz")
             nib.save(extract_skin(nib.load(case.files[0]), nib.load(beside / "body.nii.gz")), beside / "skin.nii.gz")
+
+    def run(self) -> dict[str, Any]:
+        """See `Model`."""
+        from nnslim.hosts.nnunet.predict.load import run_facts
+
+        return run_facts([loaded["network"] for loaded in self.session.kept.values()])
 
 
 def _write_classes(labels: Any, classes: dict[int, str], folder: Path, threads: int) -> None:

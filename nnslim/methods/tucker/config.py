@@ -72,6 +72,11 @@ class TuckerConfig(MethodConfig):
     decompose: bool = Field(True, description="False: random weights, for timing only")
     verbose: bool = Field(False, description="log one line per layer")
 
+    @property
+    def timed(self) -> bool:
+        """Whether the budget is a time of this machine."""
+        return self.milliseconds is not None
+
     @model_validator(mode="before")
     @classmethod
     def _choose_mode(cls, raw: Any) -> Any:

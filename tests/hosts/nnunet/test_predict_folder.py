@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -20,7 +21,7 @@ import SimpleITK
 import torch
 from helpers import ROOT, load_stock, make_predictor
 
-from nnslim.errors import InputError
+from nnslim.errors import ConfigError, InputError
 from nnslim.evaluation.label_files import read_volume
 from nnslim.hosts.nnunet.cases.calibration_tiles import Source, prepare_images
 from nnslim.hosts.nnunet.cases.preprocess import list_cases, silent
@@ -28,6 +29,7 @@ from nnslim.hosts.nnunet.predict.directory import NNUNetJob, nnunet_cases, predi
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.prediction.case import Crew, crew_here
 from nnslim.prediction.run_directory import FolderSettings
+from nnslim.running import engine
 
 STOCK = PredictSettings(backend="stock", threads=1)
 TWO = FolderSettings("local", Crew(2, threads=1))
@@ -70,6 +72,42 @@ def test_overlap_gives_the_same_voxels_as_one_thing_at_a_time(make_model, case_f
         assert {r.status for r in records} == {"done"}
     for name in "abc":
         assert np.array_equal(*(voxels(tmp_path / kind / f"{name}.nii.gz") for kind in ("with", "without")))
+
+
+def test_a_resumed_run_keeps_the_backend_that_it_began_with(make_model, case_folder, tmp_path, monkeypatch):
+    """A measurement in between, by this or another process, would change the backend, and with it a voxel."""
+    monkeypatch.setattr(engine, "_settled", {})
+    model, out = make_model(), tmp_path / "out"
+    first = predict_folder(case_folder, out, model, None, PredictSettings(threads=2))
+    assert [r.run for r in first] == [{"backend": "eager", "precision": "f32", "threads": 2}] * 3
+    before = {name: (out / f"{name}.nii.gz").read_bytes() for name in "abc"}
+    for name in "ab":
+        (out / f"{name}.nii.gz").unlink()
+    monkeypatch.setattr(engine, "_settled", {})
+    monkeypatch.setattr(engine, "remembered", lambda *given: "openvino")
+    again = predict_folder(case_folder, out, model, None, PredictSettings(threads=2))
+    assert [r.status for r in again] == ["done", "done", "there"] and [r.run["backend"] for r in again] == ["eager"] * 3
+    assert {name: (out / f"{name}.nii.gz").read_bytes() for name in "abc"} == before
+    (out / "a.nii.gz").unlink()
+    asked = predict_folder(case_folder, out, model, None, PredictSettings(threads=2, backend="stock"))
+    assert asked[0].run["backend"] == "stock", "what is asked for is done"
+    steady = PredictSettings(deterministic=True)
+    (out / "a.nii.gz").unlink()
+    assert predict_folder(case_folder, tmp_path / "new", model, None, steady)[0].run["backend"] == "eager"
+    fresh = predict_folder(case_folder, tmp_path / "fresh", model, None, PredictSettings())
+    assert fresh[0].run["backend"] == "openvino"
+
+
+def test_deterministic_run_keeps_its_threads_and_refuses_budgets_of_time(make_model, case_folder, tmp_path):
+    model, out, steady = make_model(), tmp_path / "out", PredictSettings(deterministic=True)
+    predict_folder(case_folder, out, model, None, replace(steady, threads=1))
+    before = (out / "a.nii.gz").read_bytes()
+    (out / "a.nii.gz").unlink()
+    again = predict_folder(case_folder, out, model, None, steady)
+    assert again[0].run["threads"] == 1 and (out / "a.nii.gz").read_bytes() == before
+    timed = {"methods": [{"method": "tucker", "milliseconds": 0.5}]}
+    with pytest.raises(ConfigError, match="does not go with a budget of time, found one in tucker"):
+        predict_folder(case_folder, tmp_path / "timed", model, timed, steady)
 
 
 def test_identity_follows_weights_and_what_decides_voxels(make_model):

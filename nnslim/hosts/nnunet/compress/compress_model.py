@@ -82,7 +82,7 @@ def compress_model(
     config, target = config.with_images(images), Path(target)
     state = target.with_name(f".{target.name}.recovery")
     guard = None
-    if config.run.guard:
+    if config.run.measures:
         guard = Guard(config.run.settings(), config.calibration.torch_device(), not allow_slower)
     with whole_folder(target) as side:
         with calibration_of(model, config, progress) as data:

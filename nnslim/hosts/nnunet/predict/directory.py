@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nnslim.files import read_json_object
+from nnslim.files import read_json, read_json_object
 from nnslim.hosts.nnunet.cases.preprocess import check_stage, list_cases
 from nnslim.hosts.nnunet.model.model_files import chosen_folds, content_digest
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings, absolute_config, config_identity, digest
 from nnslim.prediction.case import Case, Crew, Place, Record, versions
 from nnslim.prediction.images import count_voxels
 from nnslim.prediction.run_directory import FolderSettings, run_folder
+from nnslim.running.machine import measured_backends
 
 _log = logging.getLogger("nnslim")
 
@@ -47,7 +48,7 @@ def predict_folder(
     """
     settings = settings or PredictSettings()
     # Absolute, as a worker on another machine does not start in this folder.
-    job = NNUNetJob(Path(model).absolute(), absolute_config(config), settings)
+    job = NNUNetJob(Path(model).absolute(), absolute_config(config), settings, read_json(measured_backends()))
     cases = nnunet_cases(Path(images).absolute(), job.ending)
     return run_folder(job, cases, Path(output), folder or FolderSettings(crew=Crew(threads=settings.threads)), progress)
 
@@ -76,11 +77,14 @@ class NNUNetJob:
 
     Attributes:
         model: model folder. config: what NNSlimContext takes, to compress on the fly. settings: how to predict.
+        measured: the fastest backends, as they were known when the run began. began: see `own_session`.
     """
 
     model: Path
     config: Any
     settings: PredictSettings
+    measured: dict[str, Any] = field(default_factory=dict)
+    began: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ending(self) -> str:
@@ -111,6 +115,10 @@ class NNUNetJob:
         }
         return digest(decisive), versions("nnunetv2")
 
+    def keeping(self, run: dict[str, Any]) -> NNUNetJob:
+        """See `PredictionJob`."""
+        return replace(self, began=run)
+
     @contextmanager
     def open(self, place: Place) -> Iterator[Any]:
         """Load the model.
@@ -121,6 +129,7 @@ class NNUNetJob:
         import torch
 
         from nnslim.hosts.nnunet.predict.load import NNUNetModel, load_predictor
+        from nnslim.running.engine import believing
         from nnslim.running.machine import keep_heap
 
         settings = replace(self.settings, threads=place.threads or self.settings.threads)
@@ -130,9 +139,9 @@ class NNUNetJob:
         if place.threads is not None:
             torch.set_num_threads(place.threads)
         try:
-            predictor = load_predictor(self.model, self.config, settings)
+            predictor = load_predictor(self.model, self.config, settings, self.began)
             check_stage(predictor, settings.previous_stage)
-            with keep_heap():
+            with keep_heap(), believing(self.measured):
                 yield NNUNetModel(predictor, settings)
         finally:
             torch.set_num_threads(before)

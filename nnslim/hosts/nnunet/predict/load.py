@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,21 @@ from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.hosts.nnunet.predict.predictor_patches import own_session, slim_predictor
 from nnslim.hosts.nnunet.predict.sliding_window import window_logits
 from nnslim.prediction.case import Case
+from nnslim.running.engine import Runner, Settings
 from nnslim.running.machine import machine_threads
 
 
-def load_predictor(model: Path, config: Any, settings: PredictSettings) -> Any:
+def load_predictor(model: Path, config: Any, settings: PredictSettings, began: Mapping[str, Any] | None = None) -> Any:
     """Return an initialised nnUNetPredictor, compressed by `config` where one is given.
 
+    Args:
+        began: see `own_session`.
     Raises:
         ModelError, ConfigError, HostError: what cannot be used.
     """
     named = ("backend", "precision", "threads", "export")
-    session = own_session(config, {key: getattr(settings, key) for key in named})
+    chosen = {key: getattr(settings, key) for key in named} | {"deterministic": settings.deterministic or None}
+    session = own_session(config, chosen, began or {})
     # Read, checked and built here, once: nnU-Net would run code in checkpoints, and reports faults as bare KeyErrors.
     source = read_trained_model(model, settings.folds, settings.checkpoint, trust=settings.trust)
     device = torch.device(settings.device)
@@ -97,3 +101,15 @@ class NNUNetModel:
         """Resample the logits to the image, label, and write."""
         threads = self.settings.threads or machine_threads()
         write_segmentation(self.predictor, *result, beside, streamed=self.streamed, threads=threads)
+
+    def run(self) -> dict[str, Any]:
+        """See `Model`."""
+        return run_facts([self.predictor.network])
+
+
+def run_facts(networks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    """Return "backend", "precision" and "threads" of networks that run; see `Record`."""
+    held = [network for network in networks if isinstance(network, Runner)]
+    backends = "+".join(sorted({runner.backend for runner in held})) or "stock"
+    settings = held[0].settings if held else Settings()
+    return {"backend": backends, "precision": settings.precision, "threads": settings.threads or machine_threads()}

@@ -23,6 +23,7 @@ class PredictSettings:
         previous_stage: for a cascade, folder of the segmentations of the stage before.
         backend, precision, threads: see `nnslim.running.engine.Settings`; None: the config's.
         export: "streamed" or nnU-Net's own, "stock"; None: the config's.
+        deterministic: see `nnslim.running.engine.Settings`.
     """
 
     device: str = "cpu"
@@ -36,6 +37,7 @@ class PredictSettings:
     precision: Precision | None = None
     threads: int | None = None
     export: Literal["streamed", "stock"] | None = None
+    deterministic: bool = False
 
 
 def absolute_config(config: Any) -> Any:

@@ -6,7 +6,7 @@ import functools
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 
 from nnslim.compression.cache import cache_folder, cache_key, recall_weights, store_weights
 from nnslim.compression.compress_network import Slimmed, StateDict, compress
-from nnslim.compression.config import RunConfig, SlimConfig, load_config
+from nnslim.compression.config import RunConfig, SlimConfig, changed_settings, load_config
 from nnslim.compression.guard import Guard
 from nnslim.compression.model_report import ModelReport, Report
 from nnslim.errors import OutputError
@@ -27,7 +27,7 @@ from nnslim.hosts.nnunet.predict.sliding_window import window_logits
 from nnslim.network.spec import spec_of
 from nnslim.network.walk import unwrap
 from nnslim.patching import AttributePatch
-from nnslim.running.engine import Runner, check_precision
+from nnslim.running.engine import Runner, check_precision, kept_random_state
 
 _log = logging.getLogger("nnslim")
 _MOST = 8  # models that are kept, the latest used; TotalSegmentator has five parts and a rough one
@@ -76,11 +76,21 @@ class Session:
     kept: KeptPredictors = field(default_factory=KeptPredictors)
 
 
-def own_session(config: Any, run: dict[str, Any]) -> Session:
-    """Return a session for what NNSlimContext takes, or None; those settings of `run` that are not None are changed."""
-    run = {key: value for key, value in run.items() if value is not None}
+def own_session(config: Any, run: dict[str, Any], began: Mapping[str, Any]) -> Session:
+    """Return a session for what NNSlimContext takes, or None.
+
+    Args:
+        run: settings that are changed, where they are not None.
+        began: how an interrupted run began, see `Record`: its backend is kept where nothing else is asked for, and
+            its threads where results must not change.
+    """
     slim = SlimConfig() if config is None else load_config(config)
-    return Session(slim.model_copy(update={"run": slim.run.model_copy(update=run)}))
+    run = {**dict(slim.run), **{key: value for key, value in run.items() if value is not None}}
+    if run["backend"] == "auto":
+        run["backend"] = began.get("backend", "auto")
+    if run["deterministic"] and run["threads"] is None:
+        run["threads"] = began.get("threads")
+    return Session(changed_settings(slim, {"run": changed_settings(slim.run, run, "run")}, "config"))
 
 
 def predictor_patches(current: Callable[[], Session | None], prepare: Callable[[], None]) -> list[AttributePatch]:
@@ -151,6 +161,7 @@ def predictor_patches(current: Callable[[], Session | None], prepare: Callable[[
     ]
 
 
+@kept_random_state()
 def slim_predictor(predictor: Any, session: Session, source: str, folder: Path | None = None) -> None:
     """Replace the network and the fold weights of an initialised predictor, and report it.
 
@@ -229,7 +240,7 @@ def _compress_or_recall(
 ) -> tuple[Slimmed, bool]:
     folder = cache_folder(config)
     key = cache_key(network, folds, config, shape, images_fingerprint(config))
-    guard = Guard(config.run.settings(), predictor.device) if config.run.guard else None
+    guard = Guard(config.run.settings(), predictor.device) if config.run.measures else None
     if config.cache.read and (found := recall_weights(network, key, folder, guard)) is not None:
         return found, True
     with calibration_of(predictor, config) as data:
