@@ -144,6 +144,9 @@ def test_stages_of_neighbouring_cases_overlap(tmp_path, notes):
                 assert forward_b.wait(60)  # a is written while b is in its forward pass
             beside.write_text(result)
 
+        def run(self):
+            return {}
+
     class Job(CopyJob):
         def open(self, place):
             from contextlib import nullcontext
