@@ -20,7 +20,7 @@ from nnslim.compression.config import changed_settings
 from nnslim.errors import ConfigError
 from nnslim.figures import new_figure, own_style, save_figure
 from nnslim.hosts.nnunet.model.inflated import inflate_model, target_of, write_inflated
-from nnslim.hosts.nnunet.model.trained_model import read_trained_model
+from nnslim.hosts.nnunet.model.trained_model import load_checkpoint, read_trained_model
 from nnslim.hosts.nnunet.train.described import DescribedTraining
 from nnslim.hosts.nnunet.train.settings import read_section
 from nnslim.hosts.nnunet.train.window_trainer import window_trainer_class
@@ -117,7 +117,7 @@ def _measured(row: InflationRun, study: Study, curve: GrowingTable) -> dict[str,
     scores, seconds, _ = validation_dice(folder, study.fold, study.dataset, study.cases)
     columns = {"run": row.name, "part": row.part, "start": row.start, "seed": row.seed}
     if row.trained:
-        log = torch.load(folder / f"fold_{study.fold}" / "checkpoint_final.pth", weights_only=False)["logging"]
+        log = load_checkpoint(folder / f"fold_{study.fold}" / "checkpoint_final.pth")["logging"]
         points = [(number * length.iterations, float(value)) for number, value in enumerate(log["mean_fg_dice"], 1)]
         curve.add(*({**columns, "steps": steps, "dice": round(dice, 4)} for steps, dice in points))
     steps = length.epochs * length.iterations if row.trained else 0
@@ -154,7 +154,7 @@ def _train(row: InflationRun, study: Study, length: ShortTraining) -> Path:
         if start is None:
             return
         path = start / f"fold_{study.fold}" / "checkpoint_final.pth"
-        weights = torch.load(path, map_location="cpu", weights_only=False)["network_weights"]
+        weights = load_checkpoint(path)["network_weights"]
         if not study.heads:
             own = unwrap(trainer.network).state_dict()
             weights = {key: own[key] if ".seg_layers." in key else weights[key] for key in own}

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nnslim.hosts.nnunet.model.trained_model import load_checkpoint
 from nnslim.running.bfloat16 import bfloat16_is_safe, in_bfloat16
 
 _CPU = torch.device("cpu")
@@ -108,6 +109,10 @@ def short_trainer_class(length: ShortTraining, base: type | None = None) -> type
             if length.bfloat16 and self.device.type == "cpu" and bfloat16_is_safe(self.network, shape):
                 self.network.forward = in_bfloat16(self.network.forward)
 
+        def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+            load_checkpoint(Path(filename_or_checkpoint))  # refuses code, which nnU-Net would run
+            super().load_checkpoint(filename_or_checkpoint)
+
     _Short.__name__ = _Short.__qualname__ = base.__name__
     return _Short
 
@@ -193,7 +198,7 @@ def train_short(
     if not trainer.was_initialized:
         trainer.initialize()
     if pretrained is not None:
-        weights = torch.load(pretrained, map_location="cpu", weights_only=False)["network_weights"]
+        weights = load_checkpoint(Path(pretrained))["network_weights"]
         trainer.network.load_state_dict(weights)
     if on_start is not None:
         on_start(trainer)
@@ -211,7 +216,7 @@ def copy_weights(fold: Path, target: Path) -> Path:
     (target / fold.name).mkdir(parents=True)
     for name in ("plans.json", "dataset.json"):
         shutil.copyfile(fold.parent / name, target / name)
-    checkpoint = torch.load(fold / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+    checkpoint = load_checkpoint(fold / "checkpoint_final.pth")
     kept = checkpoint | {"optimizer_state": None, "grad_scaler_state": None, "logging": {}}
     torch.save(kept, target / fold.name / "checkpoint_final.pth")
     return target

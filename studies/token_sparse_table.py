@@ -15,14 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from nnslim.compression.config import SlimConfig, from_dict
 from nnslim.errors import ConfigError
 from nnslim.hosts.nnunet.compress.compress_model import compress_model
-from nnslim.hosts.nnunet.model.slim_network import BASE_KEY, SPEC_KEY
-from nnslim.hosts.nnunet.model.trained_model import input_shape, read_trained_model
+from nnslim.hosts.nnunet.model.checked_plans import BASE_KEY, SPEC_KEY
+from nnslim.hosts.nnunet.model.trained_model import input_shape, load_checkpoint, read_trained_model
 from nnslim.hosts.nnunet.train.token_sparse_trainer import token_sparse_trainer_class, unetr_trainer_class
 from nnslim.methods.token_sparse.config import RecipeConfig, TokenSparseConfig, UNETRConfig
 from nnslim.network.operations import count_operations
@@ -136,7 +135,7 @@ def _row(run: SparseRun, dataset: int, fold: int, length: ShortTraining, work: P
     folder = _made(run, dataset, fold, length, work)
     scores, seconds, predictor = validation_dice(folder, fold, dataset, cases)
     cost = count_operations(predictor.network, input_shape(read_trained_model(folder, [fold])))
-    log = torch.load(folder / f"fold_{fold}" / "checkpoint_final.pth", weights_only=False).get("logging") or {}
+    log = load_checkpoint(folder / f"fold_{fold}" / "checkpoint_final.pth").get("logging") or {}
     starts, ends = log.get("epoch_start_timestamps", []), log.get("epoch_end_timestamps", [])
     times = sorted(end - start for start, end in zip(starts, ends, strict=False))
     trained = run.compress is None

@@ -246,3 +246,15 @@ def train_sauron_rank(rank: int, meeting: str, config: Any) -> None:
     dist.all_gather(theirs, mine)
     assert torch.equal(theirs[0], theirs[1])
     dist.destroy_process_group()
+
+
+class Bomb:
+    """What a checkpoint with code in it holds: unpickled without a check, it prints."""
+
+    def __reduce__(self) -> Any:
+        return (print, ("code ran",))
+
+
+def plant_bomb(path: Path) -> None:
+    """Put code into a checkpoint."""
+    torch.save({**torch.load(path, weights_only=False), "logging": Bomb()}, path)

@@ -11,7 +11,7 @@ import torch
 import nnslim.architectures
 from nnslim.compression.config import tucker
 from nnslim.hosts.nnunet.compress.compress_model import compress_model
-from nnslim.hosts.nnunet.model.slim_network import base_class, locate_trusted
+from nnslim.hosts.nnunet.model.checked_plans import base_class, locate_trusted
 from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 
 # Models on users' disks name these. A name may be added here, never changed or removed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -76,7 +77,10 @@ class WindowEncoder(nn.Module):
         super().__init__()
         timm = needed("timm", "nnslim[window]", purpose="the window network", error=ConfigError)
         options = dict(options or {})
-        patch = options.get("patch_size") or _patch_of(timm, model)
+        if other := set(options) & set(inspect.signature(timm.create_model).parameters):
+            # Such as checkpoint_path: timm would unpickle the file, and plans.json may hold these options.
+            raise ConfigError(f"inflation: '{sorted(other)[0]}' is no argument of timm's network '{model}'")
+        patch = _patch_of(timm, model, options.get("patch_size"))
         grid = tuple(max(1, math.ceil(edge / patch)) for edge in size)
         swin = model.startswith("swin_")
         extra: dict[str, Any] = {"strict_img_size": False, "always_partition": True} if swin else {}
@@ -134,9 +138,11 @@ class WindowEncoder(nn.Module):
         return list(made) if self.kind != "Beit" else [each[:, :, :rows, :columns] for each in made]
 
 
-def _patch_of(timm: Any, model: str) -> int:
+def _patch_of(timm: Any, model: str, given: int | None) -> int:
     if model not in timm.list_models():
         raise ConfigError(f"inflation: timm {timm.__version__} has no network '{model}'; {nearest(model, ENCODERS)}")
+    if given:
+        return given
     if model.startswith("swin_"):
         return 4
     if found := re.search(r"_patch(\d+)(?:_|$)", model):

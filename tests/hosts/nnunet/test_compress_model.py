@@ -9,6 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from helpers import plant_bomb
 
 from nnslim.compression.compress_network import compress
 from nnslim.compression.config import tucker
@@ -216,16 +217,9 @@ def test_read_other_torch_file_is_named(make_model):
         read_trained_model(source)
 
 
-class _Bomb:
-    def __reduce__(self):
-        return (print, ("code ran",))
-
-
 def test_read_checkpoint_with_code_is_refused_and_code_does_not_run(make_model, capsys):
     source = make_model()
-    path = source / "fold_0" / "checkpoint_final.pth"
-    content = torch.load(path, weights_only=False)
-    torch.save({**content, "logging": _Bomb()}, path)
+    plant_bomb(source / "fold_0" / "checkpoint_final.pth")
     with pytest.raises(ModelError, match="holds more than weights and numbers"):
         read_trained_model(source)
     assert "code ran" not in capsys.readouterr().out
@@ -252,8 +246,8 @@ def test_read_checkpoint_of_numpy_1_is_read_without_trust(make_model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"network_class_name": "os.system"}, r"names 'os\.system', which is not a class of the packages"),
-        ({"network_class_name": "torch.os.system"}, r"names 'torch\.os\.system', which is not a class"),
+        ({"network_class_name": "os.system"}, r"names 'os\.system', which is not one of the classes"),
+        ({"network_class_name": "torch.os.system"}, r"names 'torch\.os\.system', which is not one"),
         (
             {"network_class_name": "dynamic_network_architectures.architectures.unet.NoSuchNet"},
             r"NoSuchNet', which is not installed",

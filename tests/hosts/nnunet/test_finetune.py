@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from helpers import final_of, offer_gloo_trainer, stock_prediction, write_ball_dataset
+from helpers import final_of, offer_gloo_trainer, plant_bomb, stock_prediction, write_ball_dataset
 
 from nnslim.cli import main
 from nnslim.compression.config import changed_settings, tucker
@@ -148,6 +148,18 @@ def test_resumed_training_equals_an_uninterrupted_one(ball, tmp_path):
     steps = {float(state["step"]) for state in resumed["optimizer_state"]["state"].values()}
     assert steps == {float(state["step"]) for state in whole["optimizer_state"]["state"].values()} == {4.0}
     assert not (part / "fold_0" / "checkpoint_latest.pth").exists()
+
+
+def test_finetune_continue_runs_no_code_from_the_checkpoint(ball, tmp_path, capsys):
+    with pytest.raises(StoppedError):
+        finetune_model(ball.slim, tmp_path / "part", 998, TINY, stop_after_first)
+    latest = tmp_path / "part" / "fold_0" / "checkpoint_latest.pth"
+    plant_bomb(latest)
+    with pytest.raises(ModelError, match=r"checkpoint_latest\.pth holds more than weights"):
+        finetune_model(ball.slim, tmp_path / "part", 998, settings_with(resume=True))
+    with pytest.raises(ModelError, match="holds more than weights"):
+        make_trainer(ball, tmp_path / "other").load_checkpoint(str(latest))
+    assert "code ran" not in capsys.readouterr().out
 
 
 def test_finetune_continue_of_a_finished_run_trains_nothing_and_longer_goes_on(ball, tmp_path):

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import final_of, offer_gloo_trainer, stock_prediction, train_sauron_rank, write_ball_dataset
+from helpers import final_of, offer_gloo_trainer, plant_bomb, stock_prediction, train_sauron_rank, write_ball_dataset
 
 from nnslim.compression.record import SlimRecord
 from nnslim.context import NNSlimContext
-from nnslim.errors import ConfigError, InputError, OutputError
+from nnslim.errors import ConfigError, InputError, ModelError, OutputError
 from nnslim.hosts.nnunet.model.trained_model import build_network, read_trained_model, trainer_class
 from nnslim.hosts.nnunet.train import train_dataset as train_module
 from nnslim.hosts.nnunet.train.sauron_trainer import sauron_trainer_class
@@ -164,6 +164,20 @@ def test_killed_and_resumed_training_is_the_same_curve(moment, world, results):
     assert states[0].keys() == states[1].keys()
     for key, state in states[0].items():
         torch.testing.assert_close(states[1][key]["momentum_buffer"], state["momentum_buffer"], rtol=1e-2, atol=1e-3)
+
+
+def test_continued_training_runs_no_code_from_its_checkpoint_or_plans(world, results, capsys):
+    shutil.copytree(world.whole, results / NAME)
+    plant_bomb(results / NAME / "fold_0" / "checkpoint_final.pth")
+    with pytest.raises(ModelError, match="holds more than weights"):
+        train_dataset(998, settings(resume=True))
+    assert "code ran" not in capsys.readouterr().out
+    plans = json.loads((world.preprocessed / "nnUNetPlans.json").read_text())
+    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["nonlin"] = "os.system"
+    (world.preprocessed / "evil.json").write_text(json.dumps({**plans, "plans_name": "evil"}))
+    with pytest.raises(ModelError, match=r"names 'os\.system'"):
+        train_dataset(998, settings(), plans_name="evil")
+    (world.preprocessed / "evil.json").unlink()
 
 
 def test_folds_of_other_widths_predict_together(world, results):

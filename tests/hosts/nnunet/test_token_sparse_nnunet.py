@@ -142,7 +142,7 @@ def test_architecture_read_off_a_network_builds_it_again(kind):
         1, 48, (8, 8, 8), 3, 4, 4, (16, 24, 32), num_register_tokens=2, init_values=0.1, drop_path_rate=0.2
     )
     entry = planned_architecture(network, (16, 24, 32))
-    from nnslim.hosts.nnunet.model.slim_network import base_class
+    from nnslim.hosts.nnunet.model.checked_plans import base_class
 
     again = base_class(entry["network_class_name"])(
         input_channels=1, num_classes=3, deep_supervision=False, **json.loads(json.dumps(entry["arch_kwargs"]))

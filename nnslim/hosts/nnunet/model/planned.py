@@ -11,7 +11,7 @@ from typing import Any
 from dynamic_network_architectures.architectures import primus
 from torch import nn
 
-from nnslim.hosts.nnunet.model.slim_network import ARCHITECTURES
+from nnslim.hosts.nnunet.model.checked_plans import ARCHITECTURES
 from nnslim.hosts.nnunet.model.slim_plans import plans_with_architecture
 from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_untrained, builds_from_plans, trainer_class
 from nnslim.inflation.window_net import WindowNet

@@ -12,7 +12,8 @@ from torch import nn
 
 from nnslim.compression.config import SlimConfig
 from nnslim.errors import ConfigError, ModelError, SpecError
-from nnslim.hosts.nnunet.model.slim_network import BASE_KEY, NETWORK_CLASS_NAME, SPEC_KEY
+from nnslim.hosts.nnunet.model.checked_plans import BASE_KEY, SPEC_KEY
+from nnslim.hosts.nnunet.model.slim_network import NETWORK_CLASS_NAME
 from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network
 from nnslim.methods.base import method_named
 from nnslim.network.spec import Edit, SlimSpec

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,12 +21,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from nnslim.errors import ModelError
+from nnslim.errors import ModelError, NNSlimError, kind_and_line
 from nnslim.files import read_json_object, save_checkpoint, write_json
+from nnslim.hosts.nnunet.model.checked_plans import LimitedBuild, check_architecture, check_named
 from nnslim.hosts.nnunet.model.compatibility import check_version, nnunet_version
 from nnslim.hosts.nnunet.model.model_files import chosen_folds
-from nnslim.hosts.nnunet.model.slim_network import base_class, locate_trusted
 
+# Names that DataParallel, DistributedDataParallel and torch.compile put before a network's own.
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
 _HAS_ALLOW_LIST = hasattr(torch.serialization, "safe_globals")  # torch >= 2.4; older ones load everything or nothing
 
 
@@ -110,7 +113,13 @@ def load_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
     missing = {"network_weights", "trainer_name", "init_args"} - set(content if isinstance(content, dict) else ())
     if missing:
         raise ModelError(f"{path} is not an nnU-Net v2 checkpoint: it lacks {', '.join(sorted(missing))}")
-    return content
+    weights = content["network_weights"]
+    if not isinstance(weights, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in weights.items()
+    ):
+        raise ModelError(f"{path}: 'network_weights' should map names to tensors")
+    plain = {_WRAPPERS.sub("", key): value for key, value in weights.items()}
+    return {**content, "network_weights": plain} if len(plain) == len(weights) else content
 
 
 def allowed_globals() -> AbstractContextManager[Any]:
@@ -182,12 +191,16 @@ def managers_of(path: Path, plans: dict[str, Any], dataset: dict[str, Any], conf
         ModelError: the plans lack the configuration, or nnU-Net cannot read what they hold.
     """
     check_version(nnunet_version())
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     where = path / "plans.json"
-    if configuration not in plans.get("configurations", {}):
-        known = ", ".join(plans.get("configurations", {})) or "none"
-        raise ModelError(f"{where} has no configuration '{configuration}', which the checkpoint names; it has {known}")
+    configurations = plans.get("configurations")
+    if not isinstance(configurations, dict) or configuration not in list(configurations):
+        known = ", ".join(configurations) if isinstance(configurations, dict) else ""
+        raise ModelError(
+            f"{where} has no configuration '{configuration}', which the checkpoint names; it has {known or 'none'}"
+        )
     if "labels" not in dataset or not ("channel_names" in dataset or "modality" in dataset):
         raise ModelError(f"{path / 'dataset.json'} lacks 'labels' or 'channel_names'")
     try:
@@ -195,13 +208,14 @@ def managers_of(path: Path, plans: dict[str, Any], dataset: dict[str, Any], conf
             warnings.filterwarnings("ignore", message="Detected old nnU-Net plans format")
             manager = PlansManager(copy.deepcopy(plans))
             settings = manager.get_configuration(configuration)
-        base_class(settings.network_arch_class_name, f"{where}, configuration {configuration},")
-        for key in settings.network_arch_init_kwargs_req_import:
-            value = settings.network_arch_init_kwargs.get(key)
-            if value is not None:
-                locate_trusted(value, f"{where}, configuration {configuration}, {key},")
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise ModelError(f"{where} cannot be understood: {type(error).__name__}: {error}") from error
+        check_architecture({"patch_size": None, **settings.configuration}, f"{where}, configuration {configuration},")
+        check_named(manager, settings)
+        determine_num_input_channels(manager, settings, dataset)
+        manager.get_label_manager(dataset).num_segmentation_heads  # noqa: B018  reads the labels
+    except NNSlimError:
+        raise
+    except Exception as error:  # whatever nnU-Net's readers say to what anybody may have written
+        raise ModelError(f"{where} or dataset.json cannot be understood: {kind_and_line(error)}") from error
     return manager, settings
 
 
@@ -215,11 +229,13 @@ def trainer_class(name: str) -> type:
 
         folder = os.path.join(nnunetv2.__path__[0], "training", "nnUNetTrainer")  # noqa: PTH118
         find = partial(recursive_find_python_class, folder, current_module="nnunetv2.training.nnUNetTrainer")
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
     try:
         found = find(name)
-    except RuntimeError:
+    except (RuntimeError, AssertionError, TypeError):  # the last two: something else of that name
         found = None
-    if found is None:
+    if not isinstance(found, type) or not issubclass(found, nnUNetTrainer):
         raise ModelError(
             f"the checkpoint was trained by '{name}', which nnU-Net {nnunet_version()} does not have; if it is yours, "
             "name its folder in the environment variable nnUNet_extTrainer"
@@ -252,18 +268,21 @@ def build_untrained(model: TrainedModel) -> nn.Module:
     build = trainer_class(model.trainer_name).build_network_architecture
     settings = model.configuration_manager
     try:
-        if "plans_manager" in inspect.signature(build).parameters:
-            return build(model.plans_manager, settings, inputs, heads, enable_deep_supervision=False)
-        # nnU-Net 2.3.1 to 2.6; some of them write into the arguments
-        return build(
-            settings.network_arch_class_name,
-            copy.deepcopy(settings.network_arch_init_kwargs),
-            settings.network_arch_init_kwargs_req_import,
-            inputs,
-            heads,
-            enable_deep_supervision=False,
-        )
-    except (ImportError, TypeError, KeyError, RuntimeError, AssertionError) as error:
+        with LimitedBuild(model.path):
+            if "plans_manager" in inspect.signature(build).parameters:
+                return build(model.plans_manager, settings, inputs, heads, enable_deep_supervision=False)
+            # nnU-Net 2.3.1 to 2.6; some of them write into the arguments
+            return build(
+                settings.network_arch_class_name,
+                copy.deepcopy(settings.network_arch_init_kwargs),
+                settings.network_arch_init_kwargs_req_import,
+                inputs,
+                heads,
+                enable_deep_supervision=False,
+            )
+    except NNSlimError:
+        raise
+    except Exception as error:  # networks check their arguments, which anybody may have written, in many ways
         raise _does_not_fit(model, error) from error
 
 
@@ -277,7 +296,7 @@ def build_network(model: TrainedModel, fold: str | None = None) -> nn.Module:
     try:
         weights = model.weights[0] if fold is None else model.checkpoints[fold]["network_weights"]
         network.load_state_dict({key: value.float() for key, value in weights.items()})
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise _does_not_fit(model, error) from error
     return network.eval()
 

@@ -7,6 +7,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from nnslim.compression.guard import Guard
 from nnslim.compression.model_report import ModelReport, Report
 from nnslim.errors import OutputError
 from nnslim.hosts.nnunet.cases.calibration_tiles import calibration_of, images_fingerprint
+from nnslim.hosts.nnunet.model.checked_plans import LimitedBuild, check_directory
 from nnslim.hosts.nnunet.model.compatibility import predictor_class
 from nnslim.hosts.nnunet.model.slim_plans import refuse_changed_plans
 from nnslim.hosts.nnunet.predict.sliding_window import window_logits
@@ -119,7 +121,10 @@ def predictor_patches(current: Callable[[], Session | None], prepare: Callable[[
             if keeps and session.kept.give(self, key):
                 prepare()
                 return None
-            result = original(self, model_training_output_dir, use_folds, checkpoint_name)
+            if session is not None:
+                check_directory(Path(model_training_output_dir))  # nnU-Net would import and call whatever plans name
+            with nullcontext() if session is None else LimitedBuild(model_training_output_dir):
+                result = original(self, model_training_output_dir, use_folds, checkpoint_name)
             prepare()
             if session is not None:
                 folder = str(model_training_output_dir)

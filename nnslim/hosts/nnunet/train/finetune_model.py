@@ -84,7 +84,7 @@ def finetune_model(
         job = fold_job(source, output, data, fold, trainer_name, settings)
         _train(job, lambda epochs, before=before: progress(before + epochs, total))
     results = record["finetune"]["folds"]
-    results |= {fold: fold_result(output / f"fold_{fold}", data.dataset) for fold in folds}
+    results |= {fold: fold_result(output / f"fold_{fold}", data.dataset, trust=settings.trust) for fold in folds}
     write_record(output, record, checkpoint=FINAL, folds=sorted(results))
     return output
 
@@ -176,7 +176,7 @@ def _train(job: FoldJob, progress: Callable[[int], None]) -> None:
     """Train one fold; one that is finished already costs nothing, unless its cases are to be predicted."""
     settings = job.settings
     if job.resume_from is not None:
-        trained = int(load_checkpoint(job.resume_from, trust=True)["current_epoch"])
+        trained = int(load_checkpoint(job.resume_from, trust=settings.trust)["current_epoch"])
         _log.info("fold %s: %d of %d epochs are done", job.fold, min(trained, settings.epochs), settings.epochs)
         if trained >= settings.epochs and job.resume_from.name == FINAL and not settings.validation:
             progress(settings.epochs)
@@ -243,9 +243,9 @@ def begin_record(
     return write_record(output, before, finetune=entry)
 
 
-def fold_result(folder: Path, dataset: dict[str, Any]) -> dict[str, Any]:
+def fold_result(folder: Path, dataset: dict[str, Any], *, trust: bool = False) -> dict[str, Any]:
     """Return epochs, seconds and pseudo-Dice (nnU-Net's, on random validation patches) of a finished fold."""
-    checkpoint = load_checkpoint(folder / FINAL, trust=True)  # this process, or one that it started, wrote it
+    checkpoint = load_checkpoint(folder / FINAL, trust=trust)
     log, before = checkpoint["logging"], read_json(folder / BEFORE)
     spans = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True)
     return {

@@ -16,7 +16,7 @@ from nnslim._version import __version__
 from nnslim.compression.record import write_record
 from nnslim.files import write_json
 from nnslim.hosts.nnunet.model.slim_plans import with_architecture
-from nnslim.hosts.nnunet.model.trained_model import read_trained_model, trainer_class
+from nnslim.hosts.nnunet.model.trained_model import load_checkpoint, read_trained_model, trainer_class
 from nnslim.hosts.nnunet.train.settings import TrainingSettings, settings_in_force
 from nnslim.hosts.nnunet.train.steady import SteadyTraining, reseed
 from nnslim.methods.base import MethodConfig
@@ -209,7 +209,7 @@ class SauronTraining(SteadyTraining):
             self.initialize()
         content = filename_or_checkpoint
         if isinstance(content, str):
-            content = torch.load(content, map_location="cpu", weights_only=False)
+            content = load_checkpoint(Path(content), trust=self.settings.trust)
         self._fit(content["network_weights"])
         super().load_checkpoint(filename_or_checkpoint)
         self.pruner.refit()

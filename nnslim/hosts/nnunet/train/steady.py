@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from nnslim.errors import ModelError, OutputError
 from nnslim.files import save_checkpoint as write_checkpoint
+from nnslim.hosts.nnunet.model.checked_plans import LimitedBuild
+from nnslim.hosts.nnunet.model.trained_model import load_checkpoint, managers_of
 from nnslim.hosts.nnunet.train.settings import TrainingSettings, settings_in_force
 from nnslim.network.walk import unwrap
 from nnslim.running.bfloat16 import bfloat16_is_safe, passes_in_bfloat16, wants_bfloat16
@@ -74,6 +76,7 @@ class SteadyTraining:
     ) -> None:
         self.settings = self.settings_now()
         plans = self.planned(plans, configuration)
+        managers_of(Path(str(plans.get("dataset_name"))), plans, dataset_json, configuration)  # refuses what is unsafe
         if self.settings.batch_size is not None:
             plans["configurations"][configuration]["batch_size"] = self.settings.batch_size
         super().__init__(plans, configuration, fold, dataset_json, device=device)
@@ -101,7 +104,8 @@ class SteadyTraining:
 
     def initialize(self) -> None:
         """Build the network, and decide in which precision it computes."""
-        super().initialize()
+        with LimitedBuild(self.plans_manager.dataset_name):
+            super().initialize()
         shape = (self.batch_size, self.num_input_channels, *self.configuration_manager.patch_size)
         if wants_bfloat16(self.settings.precision or "f32", self.device):
             self.in_bfloat16 = all(bfloat16_is_safe(network, shape) for network in self.computing())
@@ -140,6 +144,16 @@ class SteadyTraining:
             lines = " ".join(line.strip() for line in str(error).splitlines()[:2])
             name = type(self).__name__
             raise ModelError(f"{where} does not fit the network that trainer {name} builds: {lines[:300]}") from error
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """See nnU-Net's, which runs whatever code a file holds: a file with more than weights is refused before.
+
+        Raises:
+            ModelError: such a file, unless the settings trust it.
+        """
+        if isinstance(filename_or_checkpoint, str):
+            load_checkpoint(Path(filename_or_checkpoint), trust=self.settings.trust)
+        super().load_checkpoint(filename_or_checkpoint)
 
     def train_on(self) -> None:
         """Train the epochs that are left and, where the settings say so, predict the validation cases."""
