@@ -21,6 +21,7 @@ from nnslim import NNSlimContext
 from nnslim.compression.config import from_dict, tucker
 from nnslim.errors import ConfigError, HostError
 from nnslim.hosts.nnunet.compress.compress_model import compress_model
+from nnslim.hosts.nnunet.model.compatibility import check_version
 from nnslim.hosts.nnunet.model.trained_model import build_untrained, read_trained_model
 from nnslim.hosts.nnunet.predict.sliding_window import window_logits
 from nnslim.methods.tucker.edit import TuckerConv
@@ -213,10 +214,44 @@ def test_context_unknown_signature_is_refused_and_nothing_changed(monkeypatch):
     assert dict(vars(nnUNetPredictor)) == before
 
 
-@pytest.mark.parametrize("version", ["2.1", "2.2.1", "2.3.0", "2.9.0", "3.0"])
-def test_context_unknown_version_is_refused(monkeypatch, version):
-    monkeypatch.setattr("nnslim.hosts.nnunet.model.compatibility.nnunet_version", lambda: version)
-    with pytest.raises(HostError, match=rf"nnU-Net {version} is installed; nnslim supports 2\.3\.1 to 2\.8\.x"):
+@pytest.fixture
+def installed(monkeypatch):
+    """Pretend that another nnU-Net is installed."""
+
+    def pretend(version):
+        for place in ("model.compatibility", "cases.export_patches", "model.trained_model"):
+            monkeypatch.setattr(f"nnslim.hosts.nnunet.{place}.nnunet_version", lambda: version)
+        check_version.cache_clear()
+
+    yield pretend
+    check_version.cache_clear()
+
+
+@pytest.mark.parametrize("version", ["2.1", "2.2.1", "2.3.0"])
+def test_context_old_version_is_refused(installed, version):
+    installed(version)
+    with pytest.raises(HostError, match=rf"nnU-Net {version} is installed; nnslim needs 2\.3\.1 or newer"):
+        NNSlimContext(HALF).__enter__()
+
+
+@pytest.mark.parametrize("version", ["2.9.0", "3.0"])
+def test_context_newer_version_is_used_with_one_warning_as_far_as_it_fits(
+    installed, make_model, case_folder, tmp_path, monkeypatch, caplog, version
+):
+    installed(version)
+    source = make_model()
+    before = vars(nnUNetPredictor)["predict_from_files"]
+    with caplog.at_level(logging.WARNING, "nnslim"):
+        for _ in range(2):
+            with NNSlimContext(HALF) as slim:
+                assert spec_of(load_stock(source).network) is not None
+                # how images are read and written is not touched: only what it compresses has been checked
+                assert vars(nnUNetPredictor)["predict_from_files"] is before
+    assert slim.report.models[0].slimmed is not None
+    assert caplog.text.count(f"nnU-Net {version} is newer than 2.8.x") == 1
+    compress_model(read_trained_model(source), tmp_path / "slim", from_dict(HALF))
+    monkeypatch.setattr(nnUNetPredictor, "manual_initialization", lambda self, network, plans: None)
+    with pytest.raises(HostError, match=r"nnUNetPredictor\.manual_initialization takes \(self, network, plans\), but"):
         NNSlimContext(HALF).__enter__()
 
 

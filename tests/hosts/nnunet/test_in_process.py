@@ -10,6 +10,7 @@ import nnunetv2.inference.data_iterators as data_iterators
 import nnunetv2.utilities.utils as listing
 import numpy as np
 import pytest
+import torch
 from helpers import load_stock
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
@@ -42,19 +43,70 @@ def _array(path):
     return np.asarray(nib.load(path).dataobj)
 
 
-def test_file_is_that_of_the_workers(make_model, one_image, tmp_path, monkeypatch):
-    model = make_model()
-    few = {"num_processes_preprocessing": 1, "num_processes_segmentation_export": 1}
-    load_stock(model).predict_from_files(str(one_image), str(tmp_path / "workers"), **few)
-    with monkeypatch.context() as patched, NNSlimContext({"run": {"backend": "stock", "export": "stock"}}):
-        patched.setattr(listing, "Pool", None)
-        patched.setattr(nnUNetPredictor, "predict_from_data_iterator", None)
-        load_stock(model).predict_from_files(str(one_image), str(tmp_path / "new" / "here"), **few)
-    found, expected = tmp_path / "new" / "here", tmp_path / "workers"
-    assert np.array_equal(_array(found / "a.nii.gz"), _array(expected / "a.nii.gz"))
-    assert {path.name for path in found.iterdir()} == {path.name for path in expected.iterdir()}
-    for name in ("dataset.json", "plans.json"):
-        assert json.loads((found / name).read_text()) == json.loads((expected / name).read_text())
+@pytest.mark.parametrize(
+    ("kind", "images", "written", "probabilities"),
+    [
+        ("plain", 1, True, False),
+        ("cascade", 1, False, True),
+        pytest.param("plain", 1, False, False, marks=pytest.mark.slow),
+        pytest.param("cascade", 1, True, True, marks=pytest.mark.slow),
+        pytest.param("cascade", 3, True, False, marks=pytest.mark.slow),
+    ],
+)
+def test_results_are_those_of_the_workers(make_model, case_folder, tmp_path, kind, images, written, probabilities):
+    for name in "bc"[images - 1 :]:
+        (case_folder / f"{name}_0000.nii.gz").unlink()
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    for file in case_folder.iterdir():  # the stage before a cascade: a third of the voxels for each label
+        image = nib.load(file)
+        labels = np.digitize(np.asarray(image.dataobj), (-0.43, 0.43)).astype(np.uint8)
+        nib.save(nib.Nifti1Image(labels, image.affine), stage / file.name.replace("_0000", ""))
+    options = {"folder_with_segs_from_prev_stage": str(stage)} if kind == "cascade" else {}
+    options |= {"num_processes_preprocessing": 1, "num_processes_segmentation_export": 1}
+    model, out = make_model(kind), tmp_path / "new" / "out"
+
+    def predict(keep):
+        predictor = load_stock(model)
+        found = predictor.predict_from_files(
+            str(case_folder), str(out) if written else None, save_probabilities=probabilities, **options
+        )
+        if written:
+            out.rename(keep)
+        return found
+
+    expected = predict(tmp_path / "workers")
+    with pytest.MonkeyPatch.context() as patched, NNSlimContext({"run": {"backend": "stock", "export": "stock"}}):
+        if images == 1:
+            patched.setattr(listing, "Pool", None)
+            patched.setattr(nnUNetPredictor, "predict_from_data_iterator", None)
+        found = predict(tmp_path / "here")
+    assert len(found) == len(expected) == images
+    if not written:
+        pairs = zip(found[0], expected[0], strict=True) if probabilities else [(found[0], expected[0])]
+        assert all(np.array_equal(ours, stock) for ours, stock in pairs)
+        return
+    names = {path.name for path in (tmp_path / "workers").iterdir()}
+    assert {path.name for path in (tmp_path / "here").iterdir()} == names and ("a.npz" in names) == probabilities
+    for name in names:
+        ours, stock = tmp_path / "here" / name, tmp_path / "workers" / name
+        if name.endswith(".nii.gz"):
+            assert np.array_equal(_array(ours), _array(stock)) and len(np.unique(_array(ours))) > 1
+        elif name.endswith(".npz"):
+            assert np.array_equal(np.load(ours)["probabilities"], np.load(stock)["probabilities"])
+        elif name.endswith(".json"):
+            assert json.loads(ours.read_text()) == json.loads(stock.read_text())
+
+
+def test_subclass_with_its_own_way_keeps_it(make_model, one_image, tmp_path):
+    class Own(nnUNetPredictor):
+        def predict_from_data_iterator(self, items, *rest, **options):
+            return "its own"
+
+    with NNSlimContext(DENSE):
+        predictor = Own(device=torch.device("cpu"), allow_tqdm=False)
+        predictor.initialize_from_trained_model_folder(str(make_model()), (0,))
+        assert predictor.predict_from_files(str(one_image), str(tmp_path / "out")) == "its own"
 
 
 def test_files_by_name_and_labels_returned(make_model, one_image, tmp_path, no_processes):

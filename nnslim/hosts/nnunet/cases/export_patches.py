@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import pkgutil
+import queue
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from nnslim.compression.config import RunConfig
 from nnslim.errors import InputError
 from nnslim.hosts.nnunet.cases import write_labels as streamed
 from nnslim.hosts.nnunet.cases.preprocess import list_cases
+from nnslim.hosts.nnunet.model.compatibility import check_version, nnunet_version
 from nnslim.patching import AttributePatch
 
 _CONVERT = "convert_predicted_logits_to_segmentation_with_correct_shape"
@@ -29,11 +31,13 @@ _PLACES = {
 _PREPROCESSOR = "nnunetv2.preprocessing.preprocessors.default_preprocessor"
 _PREDICTOR = "nnunetv2.inference.predict_from_raw_data"
 # nnU-Net's names of arguments.
-_SOURCE, _OUTPUT = "list_of_lists_or_source_folder", "output_folder_or_list_of_truncated_output_files"
-_WORKERS = ("num_processes_preprocessing", "num_processes_segmentation_export")
-_PARTS = ("num_parts", "part_id")
-_STAGE = "folder_with_segs_from_prev_stage"
-_ARGUMENTS = ("self", _SOURCE, _OUTPUT, "save_probabilities", "overwrite", *_WORKERS, _STAGE, *_PARTS)
+_SOURCE = "list_of_lists_or_source_folder"
+_ARGUMENTS = ("self", _SOURCE, "output_folder_or_list_of_truncated_output_files", "save_probabilities", "overwrite")
+_ARGUMENTS += ("num_processes_preprocessing", "num_processes_segmentation_export")
+_ARGUMENTS += ("folder_with_segs_from_prev_stage", "num_parts", "part_id")
+# The methods of the predictor that `predict_from_files` is made of. A subclass with its own is left alone.
+_STEPS = ("_manage_input_and_output_lists", "_internal_get_data_iterator_from_lists_of_filenames")
+_STEPS += ("predict_from_data_iterator",)
 
 
 class ExportPatches:
@@ -55,7 +59,9 @@ class ExportPatches:
         self._lock = threading.Lock()
 
     def apply(self) -> None:
-        """Replace what is not replaced yet in any module that is loaded."""
+        """Replace what is not replaced yet in any module that is loaded, of an nnU-Net whose source was read."""
+        if not check_version(nnunet_version()):
+            return
         with self._lock:
             for place, functions in _PLACES.items():
                 for function in functions if (module := sys.modules.get(place)) is not None else ():
@@ -91,8 +97,8 @@ class ExportPatches:
 
         nnU-Net starts 12 processes to list a folder, others to preprocess and to export, and each imports torch and
         nnU-Net anew: for several images that is spread over them, for one the caller waits for it and nothing
-        overlaps. nnU-Net's own `predict_from_files_sequential` calls the same functions with the same arguments: the
-        files are the same.
+        overlaps. Here nnU-Net's own method runs with what its workers do called in place of the workers. Its
+        `predict_from_files_sequential` is another path, which before 2.8 leaves out the stage before a cascade.
         """
 
         @functools.wraps(original)
@@ -100,12 +106,10 @@ class ExportPatches:
             run = self._run()
             given = {**dict(zip(_ARGUMENTS, args, strict=False)), **named}
             alone = _only_case(given) if run is not None and run.processes == "auto" else None
-            if alone is None:
+            if alone is None or any(getattr(type(given["self"]), name) is not getattr(owner, name) for name in _STEPS):
                 return original(*args, **named)
-            own = ("self", _SOURCE, _OUTPUT, *_WORKERS, *_PARTS)
-            rest = {key: value for key, value in given.items() if key not in own}
-            found = given["self"].predict_from_files_sequential(*alone, **rest)
-            return [None] if found == [] else found  # as the workers do
+            with _in_process(given["self"], alone):
+                return original(*args, **named)
 
         return predict_from_files
 
@@ -141,31 +145,60 @@ class Exporter:
         return pkgutil.resolve_name, (f"{chosen.__module__}:{chosen.__qualname__}",)
 
 
-def _only_case(given: dict[str, Any]) -> tuple[list[list[str]], Any] | None:
-    """Return the files of the only case, and where its result goes, as nnU-Net takes them; None if there is not one."""
-    predictor, source, output = (given.get(key) for key in ("self", _SOURCE, _OUTPUT))
-    if given.get("num_parts", 1) != 1 or not hasattr(predictor, "predict_from_files_sequential"):
+@contextmanager
+def _in_process(predictor: Any, files: list[list[str]]) -> Iterator[None]:
+    """Let `predict_from_files` of nnU-Net or TotalSegmentator do here, for one case, what it starts processes for."""
+    import nnunetv2.inference.data_iterators as iterators
+    import nnunetv2.inference.predict_from_raw_data as host
+
+    configuration, plans, dataset = predictor.configuration_manager, predictor.plans_manager, predictor.dataset_json
+    listed = predictor._manage_input_and_output_lists
+
+    def preprocessed(cases: Any, stages: Any, outputs: Any, processes: int) -> Iterator[dict[str, Any]]:
+        items: queue.Queue[dict[str, Any]] = queue.Queue()
+        given = (items, threading.Event(), threading.Event(), predictor.verbose_preprocessing)  # done, to be given up
+        iterators.preprocess_fromfiles_save_to_queue(cases, stages, outputs, plans, dataset, configuration, *given)
+        while not items.empty():
+            yield items.get()
+
+    def predicted(items: Iterator[dict[str, Any]], probabilities: bool = False, processes: int = 1, *more: Any) -> Any:
+        rest = (probabilities, *((host.default_num_processes, *more) if more else ()))  # TotalSegmentator has one more
+        results = []
+        for item in items:
+            logits = predictor.predict_logits_from_preprocessed_data(item["data"]).cpu().detach().numpy()
+            properties, output = item["data_properties"], item["ofile"]
+            if output is None:
+                labels = plans, configuration, predictor.label_manager
+                results.append(getattr(host, _CONVERT)(logits, *labels, properties, *rest))
+            else:
+                where = configuration, plans, dataset, output
+                results.append(host.export_prediction_from_logits(logits, properties, *where, *rest))
+        host.compute_gaussian.cache_clear()
+        host.empty_cache(predictor.device)
+        return results
+
+    steps = (lambda source, *rest, **named: listed(files, *rest, **named)), preprocessed, predicted
+    vars(predictor).update(zip(_STEPS, steps, strict=True))
+    try:
+        yield
+    finally:
+        for name in _STEPS:
+            vars(predictor).pop(name, None)
+
+
+def _only_case(given: dict[str, Any]) -> list[list[str]] | None:
+    """Return the files of the only case, as nnU-Net takes them; None if there is not one."""
+    predictor, source = given["self"], given.get(_SOURCE)
+    if given.get("num_parts", 1) != 1 or source is None:
         return None
-    if isinstance(source, str):
-        ending = predictor.dataset_json["file_ending"]
-        try:
-            listing = list_cases(Path(source), ending)
-        except InputError:  # nnU-Net says it in its own way
-            return None
-        strange = listing.problems or any(file.name.endswith(ending) for file in listing.left_out)
-        if len(listing.cases) != 1 or strange or not Path(source).is_dir():
-            return None
-        ((name, found),) = listing.cases.items()
-        files = [list(map(str, found))]
-        if isinstance(output, str):
-            output = [str(Path(output) / name)]
-    elif isinstance(source, list) and len(source) == 1:
-        files = source
-    else:
+    if not isinstance(source, str):
+        return source if isinstance(source, list) and len(source) == 1 else None
+    ending = predictor.dataset_json["file_ending"]
+    try:
+        listing = list_cases(Path(source), ending)
+    except InputError:  # nnU-Net says it in its own way
         return None
-    if not isinstance(output, (str, list)):  # nnU-Net then returns arrays
-        output = None
-    if output is not None:  # nnU-Net makes the folder only where it starts processes
-        folder = Path(output) if isinstance(output, str) else Path(output[0]).parent
-        folder.mkdir(parents=True, exist_ok=True)
-    return files, output
+    strange = listing.problems or any(file.name.endswith(ending) for file in listing.left_out)
+    if len(listing.cases) != 1 or strange or not Path(source).is_dir():
+        return None
+    return [list(map(str, files)) for files in listing.cases.values()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from nnslim.resampling.labels import Regions, label_map
 from nnslim.running.machine import machine_threads
 
 _EXPORT = "nnunetv2.inference.export_prediction"
+_CHOOSING = ("convert_logits_to_segmentation", "apply_inference_nonlin", "convert_probabilities_to_segmentation")
 originals: dict[str, Callable[..., Any]] = {}  # what the patches of this process have replaced, by name
 _log = logging.getLogger("nnslim")
 
@@ -57,7 +59,9 @@ def write_segmentation(
     plans, configuration = predictor.plans_manager, predictor.configuration_manager
     try:
         with silent():
-            export(logits, properties, configuration, plans, predictor.dataset_json, truncated, **_threads(threads))
+            export(
+                logits, properties, configuration, plans, predictor.dataset_json, truncated, **_threads(threads, export)
+            )
     except RuntimeError as error:  # SimpleITK's way to report a failed write
         raise OutputError(f"cannot write {path}: {' '.join(str(error).split())[-300:]}") from error
     try:
@@ -88,7 +92,7 @@ def export_prediction_from_logits(
     ours = None if save_probabilities else _stand_ins(*models)
     call = _plain("export_prediction_from_logits", use_cropped_logits_resampling and ours is None)
     given = (predicted_array_or_file, properties_dict, *(ours or models), output_file_truncated)
-    call(*given, save_probabilities, **_threads(num_threads_torch))
+    call(*given, save_probabilities, **_threads(num_threads_torch, call))
 
 
 def convert_predicted_logits_to_segmentation_with_correct_shape(
@@ -108,7 +112,7 @@ def convert_predicted_logits_to_segmentation_with_correct_shape(
     name = "convert_predicted_logits_to_segmentation_with_correct_shape"
     given = (predicted_logits, plans_manager, configuration_manager, label_manager, properties_dict)
     call = _plain(name, use_cropped_logits_resampling and not ours)
-    return call(*given, return_probabilities, **_threads(num_threads_torch))
+    return call(*given, return_probabilities, **_threads(num_threads_torch, call))
 
 
 def resample_and_save(
@@ -135,8 +139,10 @@ def _dataset(content_or_file: dict[str, Any] | str) -> dict[str, Any]:
     return content_or_file
 
 
-def _threads(count: int | None) -> dict[str, int]:
-    return {} if count is None else {"num_threads_torch": count}
+def _threads(count: int | None, call: Callable[..., Any]) -> dict[str, int]:
+    """Return the count as an argument for a function of nnU-Net, if it takes one; exports before 2.6 do not."""
+    known = count is not None and "num_threads_torch" in inspect.signature(call).parameters
+    return {"num_threads_torch": count} if known else {}
 
 
 def preprocess_fromfiles_save_to_queue(*given: Any, **named: Any) -> None:
@@ -183,8 +189,7 @@ def _known(configuration: Any, labels: Any) -> bool:
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
     function = configuration.resampling_fn_probabilities
-    methods = "convert_logits_to_segmentation", "convert_probabilities_to_segmentation", "apply_inference_nonlin"
-    own = all(getattr(type(labels), name) is getattr(LabelManager, name) for name in methods)
+    own = all(getattr(type(labels), name) is getattr(LabelManager, name) for name in _CHOOSING)
     own = own and (not labels.has_regions or labels.inference_nonlin is torch.sigmoid)
     if own and known_function(function) is not None:
         return True
@@ -213,13 +218,12 @@ def _streaming(configuration: Any, labels: Any) -> tuple[Any, Any]:
         made.append(found)
         return found
 
-    def converted(logits: Any) -> Any:
-        return logits if any(logits is one for one in made) else labels.convert_logits_to_segmentation(logits)
+    def unless_made(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return lambda scores: scores if any(scores is one for one in made) else method(scores)
 
-    return (
-        Stand(configuration, resampling_fn_probabilities=resampled),
-        Stand(labels, convert_logits_to_segmentation=converted),
-    )
+    # The first is what nnU-Net calls from 2.6 on, the others what it called before.
+    stand_ins = {name: unless_made(getattr(labels, name)) for name in _CHOOSING}
+    return Stand(configuration, resampling_fn_probabilities=resampled), Stand(labels, **stand_ins)
 
 
 def labels_of(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 import re
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +13,7 @@ from nnslim.errors import HostError
 from nnslim.optional import installed_version
 
 OLDEST, NEWEST = (2, 3, 1), (2, 8)
+_log = logging.getLogger("nnslim")
 _MANUAL = ("self", "network", "plans_manager", "configuration_manager", "parameters")
 _MANUAL += ("dataset_json", "trainer_name", "inference_allowed_mirroring_axes")
 _KNOWN = {
@@ -25,13 +28,19 @@ def nnunet_version() -> str:
     return installed_version("nnunetv2", "nnU-Net v2", "nnunetv2", error=HostError)
 
 
-def check_version(version: str) -> None:
-    """Raise a HostError for an nnU-Net outside the versions whose source was read: 2.3.1 to 2.8.x."""
+@functools.lru_cache  # a warning once
+def check_version(version: str) -> bool:
+    """Return whether the source of this nnU-Net was read (2.3.1 to 2.8.x); warn of a newer one.
+
+    Raises:
+        HostError: it is older.
+    """
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-    if numbers < OLDEST or numbers[:2] > NEWEST:
-        raise HostError(
-            f"nnU-Net {version} is installed; nnslim supports 2.3.1 to 2.8.x. Run pip install 'nnunetv2>=2.3.1,<2.9'"
-        )
+    if numbers < OLDEST:
+        raise HostError(f"nnU-Net {version} is installed; nnslim needs 2.3.1 or newer. Run pip install -U nnunetv2")
+    if numbers[:2] > NEWEST:
+        _log.warning("nnU-Net %s is newer than 2.8.x, the newest that nnslim knows: used as far as it fits", version)
+    return numbers[:2] <= NEWEST
 
 
 def check_signature(function: Callable[..., Any], name: str) -> None:

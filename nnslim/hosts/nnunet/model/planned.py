@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dynamic_network_architectures.architectures import primus
 from torch import nn
 
 from nnslim.hosts.nnunet.model.checked_plans import ARCHITECTURES
@@ -18,6 +17,11 @@ from nnslim.inflation.window_net import WindowNet
 from nnslim.methods.token_sparse.unetr import TokenSparseUNETR
 from nnslim.network.daeformer import DAEFormer, form_named
 
+try:
+    from dynamic_network_architectures.architectures import primus
+except ImportError:  # what nnU-Net before 2.6 installs
+    primus = None
+_Primus = getattr(primus, "Primus", nn.Module)
 PLAIN_TRAINER = "nnUNetTrainer"  # builds from plans; what a checkpoint names so that stock nnU-Net predicts with it
 
 
@@ -28,11 +32,11 @@ class _WithoutDeepSupervision:
         super().__init__(*args, **kwargs)
 
 
-class PlannedPrimus(_WithoutDeepSupervision, primus.Primus):
+class PlannedPrimus(_WithoutDeepSupervision, _Primus):
     """Primus as nnU-Net calls an architecture from plans."""
 
 
-class PlannedPrimusV2(_WithoutDeepSupervision, getattr(primus, "PrimusV2", primus.Primus)):
+class PlannedPrimusV2(_WithoutDeepSupervision, getattr(primus, "PrimusV2", _Primus)):
     """PrimusV2, likewise."""
 
 
@@ -88,7 +92,7 @@ def planned_architecture(network: nn.Module, patch: Sequence[int]) -> dict[str, 
     if isinstance(network, PlannedUNETR):
         return architecture_entry(PlannedUNETR, network.planned)
     kinds = {"Primus": PlannedPrimus, "PrimusV2": PlannedPrimusV2}
-    known = [cls.__name__ for cls in type(network).__mro__ if cls.__module__ == primus.__name__]
+    known = [cls.__name__ for cls in type(network).__mro__ if cls.__module__ == _Primus.__module__]
     cls = next((kinds[name] for name in known if name in kinds), None)
     if cls is None or "PrimusV3" in known:
         return None

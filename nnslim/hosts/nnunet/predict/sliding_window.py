@@ -11,7 +11,7 @@ from torch import Tensor
 from nnslim.running.machine import keep_heap
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode where nnU-Net is not in it: before 2.6 it adds up the folds outside
 @keep_heap()
 def window_logits(
     predictor: Any, data: Tensor, slicers: Sequence[Any], on_device: bool, batch: int = 1, *, contiguous: bool = True
