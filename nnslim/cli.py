@@ -1,15 +1,18 @@
-"""The `nnslim` command. Exit codes: 0 done, 1 a case or check failed and the rest is done, 2 bad arguments or input."""
+"""The `nnslim` command. Exit codes: 0 done, 1 a case or check failed and the rest is done, 2 bad arguments or input,
+130, 143 or 129: ended by SIGINT (Ctrl-C), SIGTERM or SIGHUP."""
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from nnslim._version import __version__
 from nnslim.commands.benchmark import benchmark
-from nnslim.commands.common import stderr
+from nnslim.commands.common import stderr, stoppable
 from nnslim.commands.compress import compress, distill, plan
 from nnslim.commands.doctor import doctor
 from nnslim.commands.evaluate import agree, evaluate
@@ -29,11 +32,32 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+_AGAIN = "nothing half-written is left; give the same command again"
+_LEARNING = f"{_AGAIN}: learning (recovery) goes on where it stopped"
+_KEPT = {
+    "run": "what the program wrote is as it left it",
+    "predict": "finished cases are kept; the same command goes on with the others (--resume, the default)",
+    "finetune": "the last checkpoint is kept; the same command with --continue goes on from it",
+    "train": "the last checkpoint is kept; the same command with --continue goes on from it",
+    "compress": _LEARNING,
+    "distill": _LEARNING,
+}
+
+
+def _stoppable(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def stopped(*given: object, **named: object) -> None:
+        with stoppable(_KEPT.get(command.__name__, _AGAIN)):
+            command(*given, **named)
+
+    return stopped
+
+
 # In this order in --help.
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(run)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(_stoppable(run))
 _with_data = (predict, evaluate, benchmark, agree, finetune, distill, train, inflate)
 for _command in (compress, plan, *_with_data, export, report, doctor):
-    app.command()(_command)
+    app.command()(_stoppable(_command))
 
 
 @app.callback(invoke_without_command=True)
@@ -50,9 +74,6 @@ def main() -> None:
     except NNSlimError as error:
         stderr.print(f"nnslim: {error}", markup=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        stderr.print("nnslim: interrupted")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import io
 import json
 import os
+import platform
 import shutil
 import tempfile
 import zlib
@@ -128,20 +130,72 @@ def whole_folder(target: Path) -> Iterator[Path]:
         raise OutputError(f"{target} exists and is not overwritten; remove it first, or choose another folder")
     make_folder(target.parent)
     try:
-        # The leading dot hides the side folder from nnU-Net, which looks for folders by their first letters.
-        side = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise output_error(target.parent, error) from error
-    try:
-        yield side
-        side.chmod(0o755)  # mkdtemp makes it private
-        if target.exists():
-            target.rmdir()
-        side.replace(target)
+        with temporary_folder(target) as side:
+            yield side
+            side.chmod(0o755)  # it was private
+            if target.exists():
+                target.rmdir()
+            side.replace(target)
     except OSError as error:
         raise output_error(target, error) from error
+
+
+@contextmanager
+def temporary_folder(target: Path | None = None) -> Iterator[Path]:
+    """Give a private folder that is removed when the block ends; if the process is killed, by the next call like it.
+
+    Args:
+        target: the folder is made beside it; default: in the folder for temporary files.
+    """
+    parent, prefix = remove_dead_folders(target)
+    while (handle := _lock(folder := Path(tempfile.mkdtemp(prefix=prefix, dir=parent)), new=True)) is None:
+        pass  # another process took it for a dead one
+    try:
+        yield folder
     finally:
-        shutil.rmtree(side, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def remove_dead_folders(target: Path | None = None) -> tuple[Path, str]:
+    """Remove temporary folders, see `temporary_folder`, that killed processes of this user and this host left.
+
+    Returns:
+        Where such folders are made, and how their names begin: with a dot, so that nnU-Net does not see them, and with
+        the host, as locks of another one may not be seen here.
+    """
+    parent = Path(tempfile.gettempdir()) if target is None else target.parent
+    host = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+    prefix = f"{'nnslim' if target is None else '.' + target.name}-{host}-"
+    with suppress(OSError):
+        for folder in [Path(entry.path) for entry in os.scandir(parent) if entry.name.startswith(prefix)]:
+            if (handle := _lock(folder, new=False)) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(handle)
+    return parent, prefix
+
+
+def _lock(folder: Path, *, new: bool) -> int | None:
+    """Return a descriptor that locks a folder until it is closed; None if it is in use, gone or another user's.
+
+    A new folder does without a lock where the file system has none; an old one there is taken to be in use.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError as error:  # gone, a link, not readable
+        if new and not isinstance(error, FileNotFoundError):
+            raise
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except OSError as error:
+        free = new and not isinstance(error, BlockingIOError)
+    found = os.fstat(handle)
+    if free and folder.exists() and folder.lstat().st_ino == found.st_ino and (new or found.st_uid == os.getuid()):
+        return handle
+    os.close(handle)
+    return None
 
 
 def sha256_of(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from nnslim.benchmark.passes import Way, job_of, keep_network, way_columns
 from nnslim.benchmark.roofline import measure_roofline
 from nnslim.benchmark.timing_figures import save_timing_figures
 from nnslim.benchmark.timings import COLUMNS, DENSE, Row, add_dice, compare, number_in, read_timings, timed_row
+from nnslim.files import temporary_folder
 from nnslim.optional import needed
 from nnslim.tables import write_table
 
@@ -108,14 +108,14 @@ def measure_points(
     """
     names = list(dict.fromkeys(point.network for point in points))
     kept: dict[str, tuple[Path, tuple[int, ...]]] = {}
-    with tempfile.TemporaryDirectory(prefix="nnslim-") as directory:
+    with temporary_folder() as directory:
         for point in points:
             if point.network in kept:
                 continue
             if progress is not None:
                 progress(f"building: {point.network}", len(kept), len(names))
             network, shape = build(point)
-            kept[point.network] = Path(directory) / f"{len(kept)}.pt", shape
+            kept[point.network] = directory / f"{len(kept)}.pt", shape
             keep_network(network, kept[point.network][0])
             del network
         jobs = [job_of(point.name, *kept[point.network], point.way) for point in points]

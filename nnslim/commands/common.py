@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -13,6 +17,8 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from nnslim.files import remove_dead_folders
 
 Step = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -38,11 +44,43 @@ BackendOption = Annotated[Backend | None, typer.Option(help="how the network run
 PrecisionOption = Annotated[
     Precision | None, typer.Option(help="precision of the arithmetic; all but f32 need openvino")
 ]
-
-
 DeterministicOption = Annotated[
     bool, typer.Option("--deterministic", help="the same bytes, run after run on one machine: nothing is measured")
 ]
+_REPEAT = 2.0  # seconds: `timeout` and others send a signal to a process and then again to its group
+
+
+@contextmanager
+def stoppable(kept: str) -> Iterator[None]:
+    """Let SIGINT, SIGTERM and SIGHUP end the block as an exception does, so that it cleans up after itself.
+
+    Then one line says what is `kept` and how to go on, and the exit code is 128 + the signal's number, as in a shell.
+    Temporary folders of processes that were killed are removed before and after. For programs of ours, not for a
+    context inside somebody else's.
+    """
+    came, before = [(signal.SIGINT, -_REPEAT)], {}
+
+    def stop(number: int, _: object) -> None:
+        if (now := time.monotonic()) - came[-1][1] > _REPEAT:
+            came.append((signal.Signals(number), now))
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                before[number] = signal.signal(number, stop)
+    try:
+        remove_dead_folders()
+        yield
+    except KeyboardInterrupt:
+        number = came[-1][0]
+        how = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+        stderr.print(f"nnslim: {how}; {kept}", markup=False)
+        sys.exit(128 + number)
+    finally:
+        remove_dead_folders()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def start(quiet: bool) -> None:

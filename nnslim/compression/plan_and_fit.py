@@ -6,7 +6,6 @@ import copy
 import json
 import logging
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,6 +19,7 @@ from nnslim.compression.config import MethodEntry, SlimConfig
 from nnslim.compression.recover import Progress, Recovery, recover
 from nnslim.compression.referee import Referee
 from nnslim.errors import ConfigError, RankError
+from nnslim.files import temporary_folder
 from nnslim.methods.base import Plan, filled, method_named
 from nnslim.network.cost import Cost, measure_cost
 from nnslim.network.spec import spec_of
@@ -194,13 +194,13 @@ def find_budget(
         raise ConfigError(f"max_drop={limit:g} is measured on images: name their folder (-i, or calibration.images)")
     unfitted = Referee.of(dense, replace(data, mirrored=bool(data.mirror_axes)), tiles=data.fresh)
     step, drops, best = START, {}, None
-    with tempfile.TemporaryDirectory(prefix="nnslim-") as work:
+    with temporary_folder() as work:
         while (
             0 <= step < len(SHARES)
             and step not in drops
             and sum(drop != math.inf for drop in drops.values()) < _MOST_TRIALS
         ):
-            share, state = SHARES[step], Path(work) / f"{step}"
+            share, state = SHARES[step], work / f"{step}"
             methods = list(config.methods)
             methods[position] = MethodEntry(method=entry.method, settings=entry.settings.with_macs(share))
             trial = config.model_copy(update={"methods": tuple(methods)})

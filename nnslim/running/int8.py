@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from nnslim.errors import BackendError
+from nnslim.files import temporary_folder
 from nnslim.optional import needed
 from nnslim.running.kept_models import (
     keep,
@@ -153,6 +153,6 @@ def _convolutions_above(nodes: list[Any], only: tuple[str, ...] = ()) -> list[An
 
 def _size(model: Any) -> int:
     """Return the bytes of a model's weights in a file."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_openvino_model(model, Path(folder) / "model.xml")
-        return (Path(folder) / "model.bin").stat().st_size
+    with temporary_folder() as folder:
+        write_openvino_model(model, folder / "model.xml")
+        return (folder / "model.bin").stat().st_size

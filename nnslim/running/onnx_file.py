@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nnslim.errors import BackendError, RewriteError, first_line
+from nnslim.files import temporary_folder
 from nnslim.optional import needed
 from nnslim.running.openvino import silent_loggers
 from nnslim.running.rewrites import rewritten
@@ -103,8 +103,8 @@ def in_int8(model: Any, tiles: Iterable[Tensor]) -> Any:
     if not images:
         raise BackendError("int8 needs calibration tiles, found none")
     head = [node.name for node in model.graph.node if node.name and model.graph.output[0].name in node.output]
-    with tempfile.TemporaryDirectory() as folder, silent_loggers("root"):
-        source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
+    with temporary_folder() as folder, silent_loggers("root"):
+        source, target = folder / "float.onnx", folder / "int8.onnx"
         onnx.save(model, str(source))
         quantization.quantize_static(
             str(source),

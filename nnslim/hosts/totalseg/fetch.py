@@ -7,7 +7,6 @@ import logging
 import re
 import shutil
 import stat
-import tempfile
 import time
 import zipfile
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nnslim.errors import DownloadError, HostError, OutputError
-from nnslim.files import output_error, read_json, write_json
+from nnslim.files import output_error, read_json, temporary_folder, write_json
 from nnslim.optional import needed
 
 log = logging.getLogger("nnslim")
@@ -259,11 +258,9 @@ def _refusal(entry: zipfile.ZipInfo, top: str) -> str:
 
 def _extract(opened: zipfile.ZipFile, entries: list[zipfile.ZipInfo], target: Path) -> None:
     """Write the entries into a side folder and move the whole into place."""
-    # The leading dot keeps the side folder out of nnU-Net's search for names that start with "Dataset".
-    prefix = f".unpack-{target.name}-"
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent, ignore_cleanup_errors=True) as side:
+    with temporary_folder(target) as side:
         for entry in entries:
-            path = Path(side).joinpath(*PurePosixPath(entry.filename).parts)
+            path = side.joinpath(*PurePosixPath(entry.filename).parts)
             if entry.is_dir():
                 path.mkdir(parents=True, exist_ok=True)
                 continue
@@ -272,7 +269,7 @@ def _extract(opened: zipfile.ZipFile, entries: list[zipfile.ZipInfo], target: Pa
             with opened.open(entry) as source, path.open("xb") as sink:
                 shutil.copyfileobj(source, sink, 1 << 20)
         try:
-            Path(side, target.name).replace(target)
+            (side / target.name).replace(target)
         except OSError:
             if not target.is_dir():  # else another process was quicker, and its folder stays
                 raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from torch import nn
@@ -11,6 +10,7 @@ from nnslim.benchmark.grid import GridPoint
 from nnslim.compression.compress_network import compress
 from nnslim.compression.config import RunConfig, SlimConfig, load_config
 from nnslim.errors import ConfigError, NNSlimError
+from nnslim.files import temporary_folder
 from nnslim.hosts.nnunet.judge.stages import TimedPipeline, predict_settings, stage_medians, time_pipelines
 from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_trained_model
 from nnslim.methods.base import method_named
@@ -64,8 +64,8 @@ def end_to_end(point: GridPoint, images: Path, cases: int = 1) -> float | None:
     """
     if point.way.backend not in BACKENDS or point.way.autocast != (point.way.device == "cuda"):
         return None
-    with tempfile.TemporaryDirectory(prefix="nnslim-") as folder:
-        model = Path(point.model) if point.model else _stand_in(point, Path(folder))
+    with temporary_folder() as folder:
+        model = Path(point.model) if point.model else _stand_in(point, folder)
         config = tucker_config(point) if point.apply_tucker else SlimConfig()
         config = config.model_copy(update={"run": RunConfig(tile_batch=point.batch_size)})
         pipeline = TimedPipeline(point.name, model, config, predict_settings(point.way))

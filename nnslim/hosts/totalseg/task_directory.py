@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnslim.errors import InputError
-from nnslim.files import read_json
+from nnslim.files import read_json, temporary_folder
 from nnslim.hosts.nnunet.cases.preprocess import silent
 from nnslim.hosts.nnunet.model.model_files import content_digest
 from nnslim.hosts.nnunet.predict.predict_settings import absolute_config, config_identity, digest
@@ -254,8 +253,8 @@ class TotalsegModel:
     def forward(self, case: Case, data: Path) -> Any:
         """Return the label map in the image's geometry, a nibabel image."""
         # With an output it returns early where there is nothing to crop to; it goes wrong there without one.
-        with silent(), tempfile.TemporaryDirectory(prefix="nnslim-") as folder:
-            return self.segment(data, Path(folder) / "labels.nii.gz", ml=True, skip_saving=True)
+        with silent(), temporary_folder() as folder:
+            return self.segment(data, folder / "labels.nii.gz", ml=True, skip_saving=True)
 
     def write(self, case: Case, result: Any, beside: Path) -> None:
         """Write what `totalsegmentator()` would."""

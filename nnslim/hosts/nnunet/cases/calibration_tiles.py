@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 from nnslim.compression.calibration import Calibration
 from nnslim.compression.config import SlimConfig
 from nnslim.errors import InputError
-from nnslim.files import output_error, sha256_of
+from nnslim.files import output_error, sha256_of, temporary_folder
 from nnslim.hosts.nnunet.cases.preprocess import check_stage, list_cases, preprocess_case
 from nnslim.hosts.nnunet.model.trained_model import classes_of
 
@@ -118,14 +117,14 @@ def prepare_images(
     if len(names) > count:
         chosen = np.random.default_rng(seed).permutation(len(names))[:count]
         names = [names[number] for number in sorted(chosen)]
-    with tempfile.TemporaryDirectory(prefix="nnslim-", ignore_cleanup_errors=True) as folder:
-        paths = [Path(folder) / f"{number:04d}.npy" for number in range(1, len(names) + 1)]
+    with temporary_folder() as folder:
+        paths = [folder / f"{number:04d}.npy" for number in range(1, len(names) + 1)]
         for number, (name, path) in enumerate(zip(names, paths, strict=True), start=1):
             data, _ = preprocess_case(source, cases[name], None)
             try:
                 np.save(path, np.ascontiguousarray(data, dtype=np.float32))
             except OSError as error:
-                raise output_error(Path(folder), error) from error
+                raise output_error(folder, error) from error
             if progress is not None:
                 progress(number, len(names))
         yield PreparedImages(source, paths)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from nnslim.compression.config import SlimConfig
 from nnslim.compression.storage import StateDict
 from nnslim.errors import BackendError, ConfigError, InputError, ModelError, OutputError, first_line
 from nnslim.evaluation.parity import Parity, parity
-from nnslim.files import make_folder, output_error, write_bytes, write_json
+from nnslim.files import make_folder, output_error, temporary_folder, write_bytes, write_json
 from nnslim.hosts.nnunet.cases.calibration_tiles import ImageTiles, Source, prepare_images
 from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network, input_shape
 from nnslim.running import kept_models
@@ -264,8 +263,8 @@ def _beside(output: Path) -> Iterator[Path]:
     """Give a folder beside `output` that goes away with what is still in it."""
     make_folder(output.parent)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{output.stem}-", dir=output.parent) as folder:
-            yield Path(folder)
+        with temporary_folder(output) as folder:
+            yield folder
     except OSError as error:
         raise output_error(output, error) from error
 

@@ -6,7 +6,6 @@ import itertools
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +20,7 @@ from nnslim.benchmark.alternated import Candidate, Progress, TimedJob, Timing, m
 from nnslim.benchmark.passes import Way
 from nnslim.compression.config import SlimConfig
 from nnslim.errors import NNSlimError
+from nnslim.files import temporary_folder
 from nnslim.hosts.nnunet.cases.preprocess import list_cases
 from nnslim.hosts.nnunet.predict.load import NNUNetModel, load_predictor
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
@@ -95,8 +95,8 @@ def prepare_pipeline(pipeline: TimedPipeline, images: Path) -> Candidate:
     def next_case() -> dict[str, Any]:
         name = next(names)
         case = Case(name, tuple(cases[name]), f"{name}{predictor.dataset_json['file_ending']}")
-        with tempfile.TemporaryDirectory(prefix="nnslim-") as directory:
-            return {"case": name, **profile_case(predictor, case, Path(directory), pipeline.settings)}
+        with temporary_folder() as directory:
+            return {"case": name, **profile_case(predictor, case, directory, pipeline.settings)}
 
     return Candidate(next_case, facts, pipeline.settings.backend != "stock")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-import tempfile
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from nnslim._version import __version__
 from nnslim.compression.record import RECORD, read_record, write_record
 from nnslim.errors import ConfigError, InputError, ModelError, OutputError
-from nnslim.files import make_folder, read_json
+from nnslim.files import make_folder, read_json, temporary_folder
 from nnslim.hosts.nnunet.cases.prepared_data import PreparedData, model_key, plans_on, prepare_data
 from nnslim.hosts.nnunet.model.slim_plans import named_after
 from nnslim.hosts.nnunet.model.trained_model import (
@@ -200,9 +200,16 @@ def run_ranks(job: FoldJob, count: int, device: str = "cuda") -> None:
 
     nnU-Net's trainer takes the CUDA device of its rank whatever `device` says.
     """
-    with tempfile.TemporaryDirectory() as place:
-        meeting = (Path(place) / "ranks").as_uri()
-        torch.multiprocessing.spawn(_run_rank, args=(job, count, meeting, device), nprocs=count, join=True)
+    with temporary_folder() as place:
+        meeting = (place / "ranks").as_uri()
+        ranks = torch.multiprocessing.spawn(_run_rank, args=(job, count, meeting, device), nprocs=count, join=False)
+        try:
+            while not ranks.join():
+                pass
+        finally:  # if this process is told to end, they are, and end their own processes
+            for process in ranks.processes:
+                if process.is_alive():
+                    os.kill(process.pid, signal.SIGINT)
 
 
 def _run_rank(rank: int, job: FoldJob, count: int, meeting: str, device: str) -> None:
