@@ -395,6 +395,15 @@ def test_tile_batch_not_dividing_the_tiles_drops_none(make_model, kind, batch):
     torch.testing.assert_close(batched, stock, rtol=0, atol=4e-3 * float(stock.abs().max()))
 
 
+def test_context_shows_the_progress_that_nnunet_shows(make_model, capsys):
+    with NNSlimContext({"methods": HALF["methods"], "run": {"tile_batch": 2}}):
+        predictor = load_stock(make_model())
+        for shown in (False, True):
+            predictor.allow_tqdm = shown
+            _logits(predictor)
+            assert ("100%" in capsys.readouterr().err) is shown
+
+
 def test_tile_batch_with_mirroring_equals_one_by_one(make_model):
     source = make_model()
     with NNSlimContext({"apply": False, "run": {"tile_batch": 3}}):

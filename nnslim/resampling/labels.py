@@ -116,7 +116,7 @@ def _by_kernel(
     if scores.device.type != "cpu" or not known or (native := kernels()) is None:
         return None
     axes = [_CAxis(*axis.size, *(part.data_ptr() for part in tap)) for axis, tap in zip(grid.axes, taps, strict=True)]
-    painted = None if regions is None else torch.tensor(regions.labels, dtype=torch.int32)
+    painted = None if regions is None else torch.tensor(regions.labels, dtype=torch.int32, device="cpu")
     return native.labels(
         _LabelJob(
             scores.data_ptr(), scores.dtype == torch.float16, len(scores), scores.stride(), tuple(axes),

@@ -80,7 +80,7 @@ def two_taps(axis: Axis) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     last = axis.size[0] - 1 - used.flip(1).int().argmax(1)
     if not axis.convex or (last - at > 1).any() or (at.diff() < 0).any():
         return None
-    rows = torch.arange(len(at))
+    rows = torch.arange(len(at), device=at.device)
     near, far = axis.weights[rows, at], axis.weights[rows, last]
     return at.int(), last.int(), near.contiguous(), torch.where(last > at, far, 0.0)
 
@@ -118,7 +118,8 @@ def torch_axis(n_in: int, n_out: int, mode: str) -> Axis:
     """Return the axis of `torch.nn.functional.interpolate(mode=...)`, "linear" or "nearest-exact"."""
     if n_in == n_out:
         return _axis(np.eye(n_in))
-    answer = torch.nn.functional.interpolate(torch.eye(n_in)[None], n_out, mode=mode)[0]  # (unit vectors, n_out)
+    units = torch.eye(n_in, dtype=torch.float32, device="cpu")
+    answer = torch.nn.functional.interpolate(units[None], n_out, mode=mode)[0]  # (unit vectors, n_out)
     return _axis(answer.T.double().numpy())
 
 

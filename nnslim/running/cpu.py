@@ -65,8 +65,8 @@ class DirectConv(nn.Module):
         unit = {*conv.stride, *conv.dilation, conv.groups} == {1}
         if isinstance(conv, nn.Conv3d) and same and unit and conv.out_channels == LANES and kernels() is not None:
             # (C_out, C_in, *K) -> (*K, C_in, C_out). One vector of outputs fills oneDNN's AVX-512 kernel only by half.
-            bias = torch.zeros(LANES) if conv.bias is None else conv.bias.detach().clone()
-            self.native = conv.weight.detach().permute(2, 3, 4, 1, 0).contiguous(), bias
+            bias = conv.weight.new_zeros(LANES) if conv.bias is None else conv.bias
+            self.native = conv.weight.detach().permute(2, 3, 4, 1, 0).contiguous(), bias.detach().clone()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, *spatial) -> (B, C_out, *spatial')."""
@@ -79,7 +79,8 @@ class DirectConv(nn.Module):
 
     def _native(self, x: Tensor) -> Tensor:
         weight, bias = self.native
-        out = torch.empty((len(x), len(bias), *x.shape[2:]), dtype=x.dtype, memory_format=self.layout)
+        shape = (len(x), len(bias), *x.shape[2:])
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=self.layout)
         for number in range(len(x)):
             kernels().conv(x[number].movedim(0, -1), weight, bias, out[number].movedim(0, -1))
         return out
@@ -121,7 +122,7 @@ class TiledTransposed(nn.Module):
 
     def _native(self, native: Kernels, x: Tensor, add: Tensor | None) -> Tensor:
         shape = (len(x), self.width, *map(operator.mul, x.shape[2:], self.kernel))
-        out = torch.empty(shape, dtype=x.dtype, memory_format=self.layout)
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=self.layout)
         bias = self.weight.new_zeros(self.weight.shape[1]) if self.bias is None else self.bias
         add = None if add is None else add.contiguous(memory_format=self.layout)
         for n in range(len(x)):

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import os
 import random
 import threading
 import time
@@ -20,6 +21,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from nnslim.errors import BackendError, NNSlimError, OutputError, RewriteError, first_line
 from nnslim.files import make_folder, read_json, write_json
@@ -36,6 +38,7 @@ _CUDA_TYPES = {"f32": torch.half, "f16": torch.half, "bf16": torch.bfloat16}  # 
 _preparing = threading.RLock()  # compilers and tracers of one network at a time
 _settled: dict[str, str] = {}
 _believed: Mapping[str, Any] | None = None
+_HOST_CAP = 8  # threads that nnU-Net itself stops at
 _log = logging.getLogger("nnslim")
 
 
@@ -250,11 +253,17 @@ class Runner(nn.Module):
         """Return the network's own."""
         return self._orig_mod.state_dict(*args, **kwargs)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in [name for name in state_dict if not name.startswith(f"{prefix}_orig_mod.")]:
+            state_dict[f"{prefix}_orig_mod.{name.removeprefix(prefix)}"] = state_dict.pop(name)  # as `state_dict` gives
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *patch) -> (B, heads, *patch), in any memory layout."""
-        threads = self.settings.threads or machine_threads()
         before = torch.get_num_threads()
-        if x.device.type == "cpu" and before != threads:  # nnU-Net caps them at 8
+        capped = before == int(os.environ.get("nnUNet_def_n_proc", _HOST_CAP))  # else the program has chosen them
+        threads = self.settings.threads or (machine_threads() if capped else min(before, machine_threads()))
+        if x.device.type == "cpu" and before != threads:
             torch.set_num_threads(threads)
         started = time.perf_counter()
         try:
@@ -272,12 +281,13 @@ class Runner(nn.Module):
             self._mine.weights = self._mine.state = None
         weights = getattr(self._mine, "weights", None) or self._held
         key = (weights, tuple(x.shape), x.device)
-        engine = self.engines.get(key)
+        engine = self._orig_mod if _wants_the_network(self._orig_mod, x) else self.engines.get(key)
         if weights is not self._held and (engine is None or engine is self._orig_mod):  # another thread loaded its own
             self._orig_mod.load_state_dict(self._mine.state)
             self._held, self._present = weights, _versions(self._places)
         if engine is not None:
-            self.engines.move_to_end(key)
+            if key in self.engines:
+                self.engines.move_to_end(key)
             return engine(x)
         self.engines[key], answer = self._made(x)
         while len(self.engines) > self.most_engines:
@@ -367,6 +377,18 @@ def kept_random_state() -> Iterator[None]:
         finally:
             np.random.set_state(numpys)
             random.setstate(pythons)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _wants_the_network(network: nn.Module, x: Tensor) -> bool:
+    """Return whether more is asked for than an engine gives: gradients, what a layer sees, dropout, a graph to save."""
+    if torch.jit.is_tracing() or isinstance(x, FakeTensor):
+        return True
+    if torch.is_grad_enabled() and (x.requires_grad or any(one.requires_grad for one in network.parameters())):
+        return True
+    return any(module.training or any(getattr(module, name) for name in _HOOKS) for module in network.modules())
 
 
 def _waiting(engine: nn.Module, x: Tensor) -> Tensor:

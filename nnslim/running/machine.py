@@ -27,13 +27,28 @@ _holders = 0
 
 
 def machine_threads() -> int:
-    """Return the CPUs that this process may use; nnU-Net itself stops at 8."""
+    """Return the threads that this process may use: no more than its CPUs, its container's quota, OMP_NUM_THREADS."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    limits = [cpus(), _quota(), int(asked) if asked.isdecimal() else None]
+    return max(1, min(limit for limit in limits if limit is not None))
+
+
+def cpus() -> int:
+    """Return how many CPUs this process may run on; a quota lets it run on all of them, for a part of the time."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def measured_backends() -> Path:
     """Return the file that keeps which backend was the fastest, by network and machine."""
     return user_cache() / "backends.json"
+
+
+def _quota() -> int | None:
+    """Return how many CPUs' time the container has (`docker run --cpus`), rounded up; None without a limit."""
+    version_1 = [_GROUP / "cpu" / f"cpu.cfs_{name}_us" for name in ("quota", "period")]
+    found = "\n".join(_lines(_GROUP / "cpu.max")).split() or [line for file in version_1 for line in _lines(file)]
+    known = len(found) == 2 and all(number.isdecimal() and int(number) for number in found)  # else "max", or -1
+    return -(-int(found[0]) // int(found[1])) if known else None
 
 
 def cpu_flags() -> frozenset[str]:

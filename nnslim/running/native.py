@@ -109,8 +109,8 @@ class Kernels:
         """
         pivot = z[:4096].mean(0).contiguous()
         channels = len(pivot)
-        sums = torch.empty((torch.get_num_threads(), channels), dtype=torch.float64)
-        squares = torch.empty((*sums.shape, channels) if full else sums.shape, dtype=torch.float64)
+        sums = torch.empty((torch.get_num_threads(), channels), dtype=torch.float64, device="cpu")
+        squares = sums.new_empty((*sums.shape, channels) if full else sums.shape)
         used = len(self._call("moments", z, len(z), channels, pivot, ctypes.c_int(full), each=(sums, squares)))
         mean, square = sums[:used].sum(0) / len(z), squares[:used].sum(0) / len(z)
         return mean + pivot, square - (mean.outer(mean) if full else mean * mean)
@@ -159,7 +159,7 @@ class Kernels:
         """
         size, kernel = (ctypes.c_long * 3)(*x.shape[:3]), (ctypes.c_long * 3)(*weight.shape[:3])
         room = weight.shape[0] * weight.shape[1] * (x.shape[2] + weight.shape[2] - 1) * x.shape[3]
-        scratch = torch.empty((torch.get_num_threads(), room))
+        scratch = x.new_empty((torch.get_num_threads(), room))
         given = (size, x.shape[3], weight, kernel, out.shape[3], bias, out)
         self._call("conv", x, x.shape[0] * x.shape[1], *given, each=(scratch,))
 
@@ -167,7 +167,7 @@ class Kernels:
         """Do a `labels.Job`; return whether all scores are finite."""
         at = ctypes.byref(job)
         size, rows = self._library.nnslim_labels_scratch(at), self._library.nnslim_labels_blocks(at)
-        memory = torch.empty((max(1, min(torch.get_num_threads(), rows)), size), dtype=torch.uint8)
+        memory = torch.empty((max(1, min(torch.get_num_threads(), rows)), size), dtype=torch.uint8, device="cpu")
         return min(self._call("labels", at, rows, each=(memory,), least=1)) >= 0
 
     def _call(self, name: str, first: Any, rows: int, *rest: Any, each: Sequence[Tensor] = (), least: int = 64) -> list:
@@ -196,6 +196,8 @@ class Kernels:
 def _argument(value: Any) -> Any:
     """Return a value as C takes it: a tensor by its address, an int as a long."""
     if isinstance(value, Tensor):
+        if value.device.type != "cpu":  # its address would end the process
+            raise TypeError(f"the kernels work on tensors on the CPU, found one on {value.device}")
         return ctypes.c_void_p(value.data_ptr())
     return ctypes.c_long(value) if isinstance(value, int) else value
 

@@ -103,7 +103,7 @@ def convert_at(network: nn.Module, size: Sequence[int], shape: Sequence[int]) ->
         free = openvino.PartialShape([*shape[:2], *([-1] * (len(shape) - 2))])
         known = {} if tuple(size) == tuple(shape) else {"input": [free]}
         # Told a whole shape at this point, OpenVINO 2026.4 divides by zero (SIGFPE) in token-sparse encoders.
-        model = openvino.convert_model(network, example_input=torch.zeros(tuple(size)), **known)
+        model = openvino.convert_model(network, example_input=torch.zeros(tuple(size), device="cpu"), **known)
     for op in model.get_ops():
         if op.get_type_name() == "ScatterElementsUpdate" and op.get_attributes().get("reduction", "none") != "none":
             # With whole shapes it ends the process (2026.4); merged tokens are added up so.
@@ -119,7 +119,7 @@ def _output_shape(network: nn.Module, shape: Sequence[int]) -> tuple[int, ...] |
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with torch.no_grad(), mode, silent_loggers("torch._subclasses.fake_tensor"):
-            return tuple(network(torch.empty(tuple(shape))).shape)
+            return tuple(network(torch.empty(tuple(shape), device="cpu")).shape)
     except Exception:  # a network's own code may raise anything
         return None
 

@@ -77,7 +77,7 @@ def pass_seconds(engines: Sequence[nn.Module], shape: Sequence[int], rounds: int
     import torch
 
     device = next((parameter.device for engine in engines for parameter in engine.parameters()), "cpu")
-    x = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0)).to(device)
+    x = torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(device)
     works = [lambda engine=engine: run_pass(engine, x) for engine in engines]
     seconds = alternated(works, rounds * (_MORE_ON_CUDA if x.is_cuda else 1), patience=_PATIENCE)
     return [statistics.median(values) for values in seconds]

@@ -19,6 +19,7 @@ from nnslim.resampling.resample import (
     mapped_axis,
     resample,
     spline_axis,
+    torch_axis,
     two_taps,
 )
 from nnslim.running.native import kernels
@@ -221,6 +222,18 @@ def test_label_map_reports_scores_that_are_not_finite(engine, dtype, value):
     scores = _scores(3, (20, 21, 35), True).to(dtype)
     scores[1, 19, 20, 34] = value
     assert not label_map(scores, GRIDS["finer"], torch.zeros(40, 50, 70, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("regions", [None, Regions((3, 1, 2))])
+def test_label_map_keeps_to_the_cpu_whatever_torchs_default_device(engine, regions):
+    scores = _scores(3, (8, 9, 10), True)
+    grid, found = grid_like_interpolate((8, 9, 10), (16, 18, 20)), torch.zeros(16, 18, 20, dtype=torch.uint8)
+    expected = torch.zeros_like(found)
+    label_map(scores, grid, expected, regions=regions)
+    torch_axis.cache_clear()
+    with torch.device("meta"):
+        assert label_map(scores, grid_like_interpolate((8, 9, 10), (16, 18, 20)), found, regions=regions)
+    assert torch.equal(found, expected) and expected.unique().numel() > 1
 
 
 def test_label_map_needs_a_small_part_of_the_full_scores():

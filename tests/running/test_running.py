@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
 import platform
 import random
@@ -237,6 +238,64 @@ def test_runner_uses_the_threads_that_were_asked_for_and_puts_them_back(tiny_net
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("chosen", "variable", "expected"), [(1, None, 1), (3, None, 3), (16, None, 10), (8, None, 10), (4, "4", 10)]
+)
+def test_runner_keeps_to_the_programs_threads_and_goes_beyond_nnunets_cap(chosen, variable, expected, monkeypatch):
+    """A program that runs many predictions side by side gives each a thread; nnU-Net stops at 8 by itself."""
+    monkeypatch.setattr(backends, "machine_threads", lambda: 10)
+    if variable is not None:
+        monkeypatch.setenv("nnUNet_def_n_proc", variable)
+    seen, network = [], nn.Conv2d(1, 1, 1).eval()
+    runner = Runner(network, Settings("stock"))
+    runner(torch.zeros(1, 1, 4, 4))
+    monkeypatch.setattr(network, "forward", lambda x: seen.append(torch.get_num_threads()) or x)
+    torch.set_num_threads(chosen)
+    runner(torch.zeros(1, 1, 4, 4))
+    assert seen == [expected] and torch.get_num_threads() == chosen
+
+
+def test_network_itself_answers_where_more_is_asked_than_an_engine_gives(tiny_net):
+    """Hooks, gradients and dropout were ignored without a word once an engine was there, and traces held constants."""
+    plain, x, other = tiny_net("plain3d").eval(), torch.randn(SHAPE), torch.randn(SHAPE)
+    runner = Runner(tiny_net("plain3d").eval(), Settings("eager"))
+    with torch.no_grad():
+        runner(x)  # the engine is there
+        seen = []
+        hook = runner.encoder.stages[0].register_forward_hook(lambda layer, given, found: seen.append(found))
+        torch.testing.assert_close(runner(x), plain(x))
+        torch.testing.assert_close(seen[0], plain.encoder.stages[0](x))
+        hook.remove()
+        runner(x)
+        assert len(seen) == 1
+        traced = torch.jit.trace(runner, x, check_trace=False)
+        torch.testing.assert_close(traced(other), plain(other))
+    for network in (runner, plain):
+        network(x)[0, 1].sum().backward()
+    wanted, found = (dict(network.named_parameters()) for network in (plain, runner._orig_mod))
+    torch.testing.assert_close(
+        found["encoder.stages.0.0.convs.0.conv.weight"].grad, wanted["encoder.stages.0.0.convs.0.conv.weight"].grad
+    )
+    with torch.no_grad():
+        assert torch.equal(runner(x), runner(x))
+        runner._orig_mod.decoder.add_module("noise", nn.Dropout(0.5))
+        runner._orig_mod.decoder.register_forward_hook(lambda layer, given, found: layer.noise(found))
+        runner._orig_mod.decoder.noise.train()
+        assert not torch.equal(runner(x), runner(x))
+
+
+def test_runner_inside_another_module_loads_what_that_module_saved(tiny_net):
+    """As MONAI's bundles hold nnU-Net's network in a module of their own."""
+    held = nn.ModuleDict({"network_weights": Runner(tiny_net("plain3d").eval(), Settings("eager"))})
+    saved = nn.ModuleDict({"network_weights": tiny_net("plain3d", seed=1)}).state_dict()
+    assert held.state_dict().keys() == saved.keys()
+    assert not any(held.load_state_dict(saved))
+    torch.testing.assert_close(held.state_dict(), saved)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        held.load_state_dict({key: value for key, value in saved.items() if "seg_layers" not in key})
+
+
+@torch.no_grad()
 def test_auto_starts_eager_and_measures_between_cases_once_it_is_worth_it(tiny_net, monkeypatch):
     monkeypatch.setattr(Runner, "worth_measuring", 0.0)
     measured = []
@@ -383,3 +442,51 @@ def test_heap_nests_over_threads_and_does_nothing_elsewhere(monkeypatch):
     monkeypatch.setattr(machine, "heap_can_be_kept", lambda: False)
     with machine.keep_heap() as kept:
         assert not kept and len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("files", "asked", "expected"),
+    [
+        ({}, None, 8),
+        ({"cpu.max": "150000 100000\n"}, None, 2),
+        ({"cpu.max": "50000 100000\n"}, None, 1),
+        ({"cpu.max": "max 100000\n"}, None, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, None, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None, 8),
+        ({}, "3", 3),
+        ({}, "5,2", 5),
+        ({}, "64", 8),
+        ({}, "many", 8),
+        ({"cpu.max": "400000 100000\n"}, "2", 2),
+    ],
+)
+def test_machine_threads_keep_to_the_containers_quota_and_to_openmps_variable(
+    files, asked, expected, tmp_path, monkeypatch
+):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(machine, "_GROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert machine.machine_threads() == expected and machine.cpus() == 8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("default", [torch.device("meta"), torch.float16, torch.float64])
+def test_defaults_that_the_program_has_set_for_torch_do_not_reach_the_engine(tiny_net, default):
+    """The kernels got tensors of the default type, and wrote beyond them, or of a device whose memory is elsewhere."""
+    network, x = tiny_net("plain3d", features=(8, 16, 24)).eval(), torch.randn(SHAPE)
+    expected, before = network(x), torch.get_default_dtype()
+    try:
+        if isinstance(default, torch.device):
+            torch.set_default_device(default)
+        else:
+            torch.set_default_dtype(default)
+        found = Runner(network, Settings("eager"))(x)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

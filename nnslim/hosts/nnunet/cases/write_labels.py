@@ -268,7 +268,7 @@ def labels_of(
 @functools.lru_cache(maxsize=1)
 def _half_sure() -> float:
     """Return the largest number whose sigmoid is not above 0.5 in single precision."""
-    low, high = torch.tensor(0.0), torch.tensor(1.0)
+    low, high = torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")
     while torch.nextafter(low, high) != high:
         middle = (low + high) / 2
         low, high = (low, middle) if torch.sigmoid(middle) > 0.5 else (middle, high)

@@ -35,6 +35,7 @@ def window_logits(
         RuntimeError: infinite logits (as nnU-Net does).
     """
     from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+    from tqdm import tqdm
 
     device = predictor.device if on_device else torch.device("cpu")
     dtype = torch.half if device.type == "cuda" else torch.float32
@@ -46,14 +47,15 @@ def window_logits(
     heads = predictor.label_manager.num_segmentation_heads
     logits: Tensor | None = None
     weights = torch.zeros(data.shape[1:], dtype=dtype, device=device)
-    for start in range(0, len(slicers), batch):
+    for start in tqdm(range(0, len(slicers), batch), disable=not predictor.allow_tqdm):
         group = slicers[start : start + batch]
         tiles = torch.stack([data[slicer] for slicer in group]).to(predictor.device)
         predicted = predictor._internal_maybe_mirror_and_predict(tiles).to(device)
         if logits is None:
             last = predicted.stride(1) == 1 and heads > 1
-            logits = torch.zeros((*data.shape[1:], heads) if last else (heads, *data.shape[1:]), dtype=dtype)
-            logits = logits.to(device).movedim(-1, 0) if last else logits.to(device)
+            size = (*data.shape[1:], heads) if last else (heads, *data.shape[1:])
+            logits = torch.zeros(size, dtype=dtype, device=device)
+            logits = logits.movedim(-1, 0) if last else logits
         for slicer, tile in zip(group, predicted, strict=True):
             logits[slicer].addcmul_(tile.to(dtype), weight)
             weights[slicer[1:]] += weight
