@@ -207,6 +207,18 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def check_name(path: Path) -> None:
+    """Refuse a path that is no UTF-8: SimpleITK ends the process that gives it one.
+
+    Raises:
+        InputError: the message shows what is wrong by \\udc and the byte.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{str(path)!a} has a byte that is no UTF-8; rename it") from error
+
+
 def unpacked(path: Path) -> Iterator[bytes]:
     """Yield a file's content in blocks, decompressed where it begins as gzip does, whatever its name says.
 

@@ -15,7 +15,7 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
 from nnslim.errors import InputError, one_line
-from nnslim.files import read_json, unpacked
+from nnslim.files import check_name, read_json, unpacked
 
 NIFTI = (".nii.gz", ".nii")
 VOLUMES = (*NIFTI, ".mha", ".mhd", ".nrrd")
@@ -123,6 +123,7 @@ def _read_nifti(path: Path, grey: bool) -> tuple[np.ndarray, tuple[float, ...], 
 
 
 def _read_itk(path: Path, grey: bool) -> tuple[np.ndarray, tuple[float, ...], np.ndarray]:
+    check_name(path)
     image = sitk.ReadImage(str(path))
     values = sitk.GetArrayFromImage(image)
     if (count := image.GetNumberOfComponentsPerPixel()) != 1:

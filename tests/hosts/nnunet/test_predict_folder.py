@@ -184,6 +184,15 @@ def test_faults_of_images_are_named_and_the_rest_is_done(make_model, tmp_path, c
     assert written == sorted([*done, "manifest.jsonl"])
 
 
+def test_name_that_is_no_utf8_fails_its_case_and_does_not_end_the_process(make_model, case_folder, tmp_path):
+    (case_folder / "b_0000.nii.gz").rename(case_folder / os.fsdecode(b"b\xff_0000.nii.gz"))
+    records = predict_folder(case_folder, tmp_path / "out", make_model(), None, STOCK)
+    assert sorted(record.status for record in records) == ["done", "done", "failed"]
+    assert next(record.error for record in records if record.error).endswith("has a byte that is no UTF-8; rename it")
+    records = predict_folder(case_folder, tmp_path / os.fsdecode(b"\xff"), make_model(parent="other"), None, STOCK)
+    assert {record.status for record in records} == {"failed"}
+
+
 def test_channels_that_are_not_counted_from_zero_are_refused(make_model, case_folder):
     predictor = load_stock(_model_for(make_model, "SimpleITKIO", ".nii.gz", ("T1", "T2")))
     shutil.copy(case_folder / "a_0000.nii.gz", case_folder / "a_0002.nii.gz")

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from nnslim.errors import InputError, ModelError, NNSlimError, one_line
+from nnslim.files import check_name
 from nnslim.prediction.images import check_image
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".gipl", ".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg")
@@ -126,6 +127,13 @@ def _check_channels(predictor: Any, files: list[Path], count: int) -> None:
         raise InputError(f"the model needs channels {', '.join(wanted)} ({names}), found {found}")
 
 
+def check_names(model: Any, *paths: Path) -> None:
+    """Refuse paths that end the process in the model's reader and writer, see `check_name`."""
+    if model.plans_manager.image_reader_writer_class.__name__.startswith("SimpleITK"):
+        for path in paths:
+            check_name(path)
+
+
 def preprocess_case(
     predictor: Any, files: list[Path], previous: Path | None, *, lean: bool = False, finite: bool = True
 ) -> tuple[np.ndarray, dict[str, Any]]:
@@ -147,6 +155,7 @@ def preprocess_case(
 
     from nnslim.hosts.nnunet.cases.resampling_functions import Stand, lean_configuration
 
+    check_names(predictor, *files, *(() if previous is None else (previous,)))
     for file in files:
         check_image(file)
     configuration, plans = predictor.configuration_manager, predictor.plans_manager

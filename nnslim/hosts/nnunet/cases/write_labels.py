@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nnslim.errors import InputError, OutputError
-from nnslim.hosts.nnunet.cases.preprocess import silent
+from nnslim.hosts.nnunet.cases.preprocess import check_names, silent
 from nnslim.hosts.nnunet.cases.resampling_functions import Spacing, Stand, grid_of, known_function, lean_configuration
 from nnslim.prediction.images import check_complete
 from nnslim.resampling.labels import Regions, label_map
@@ -51,9 +51,10 @@ def write_segmentation(
         streamed: False for nnU-Net's own export.
         threads: of torch; default: nnU-Net's.
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be written. InputError: its path is no UTF-8.
     """
     export = export_prediction_from_logits if streamed else _original("export_prediction_from_logits")
+    check_names(predictor, path)
     logits = logits if streamed or isinstance(logits, np.ndarray) else logits.numpy()
     truncated = str(path).removesuffix(predictor.dataset_json["file_ending"])
     plans, configuration = predictor.plans_manager, predictor.configuration_manager
