@@ -27,7 +27,7 @@ from nnslim.errors import BackendError, NNSlimError, OutputError, RewriteError, 
 from nnslim.files import make_folder, read_json, write_json
 from nnslim.running.bfloat16 import bfloat16_is_safe
 from nnslim.running.cpu import channels_last
-from nnslim.running.machine import cpu_name, machine_threads, measured_backends
+from nnslim.running.machine import cpu_name, cpus, machine_threads, measured_backends
 from nnslim.running.rewrites import rewritten
 from nnslim.running.timing import pass_seconds, run_pass
 
@@ -82,7 +82,8 @@ def make_engine(network: nn.Module, shape: Sequence[int], settings: Settings) ->
             raise BackendError(f"the openvino backend runs on the CPU, found a network on {device}")
         from nnslim.running.openvino import OpenVINOEngine
 
-        return OpenVINOEngine(network, shape, precision=settings.precision, threads=settings.threads)
+        limit = machine_threads() if machine_threads() < cpus() else None  # OpenVINO itself goes by the CPUs
+        return OpenVINOEngine(network, shape, precision=settings.precision, threads=settings.threads or limit)
     network = copy.deepcopy(network)
     try:
         graph: nn.Module = rewritten(network, shape)

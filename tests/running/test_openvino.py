@@ -13,6 +13,7 @@ from torch import nn
 from nnslim.compression.compress_network import compress
 from nnslim.compression.config import tucker
 from nnslim.errors import BackendError
+from nnslim.running import engine as engine_module
 from nnslim.running import kept_models
 from nnslim.running import openvino as side
 from nnslim.running.engine import Settings, make_engine
@@ -225,6 +226,15 @@ def test_make_engine_takes_it(tiny_net, tiny_shape):
     x = tile(shape, 4)
     with torch.no_grad():
         assert close(engine(x), network(x))
+
+
+def test_make_engine_keeps_openvino_to_the_threads_that_the_machine_allows(tiny_net, tiny_shape, monkeypatch):
+    """A quota of CPU time is not seen by OpenVINO, which starts a thread for each CPU."""
+    network, shape = tiny_net("plain3d"), tiny_shape("plain3d")
+    monkeypatch.setattr(engine_module, "cpus", lambda: 64)
+    monkeypatch.setattr(engine_module, "machine_threads", lambda: 1)
+    made = make_engine(network, shape, Settings("openvino"))
+    assert made.compiled.model.get_property("INFERENCE_NUM_THREADS") == 1
 
 
 @pytest.mark.parametrize("form", ["dense", "tucker"])
