@@ -110,7 +110,8 @@ def hostile(key, payload, written="own"):
         kwargs[key] = payload
     if key == "extra":
         architecture["_kw_requires_import"].append(key)
-    kwargs["nonlin_kwargs"] = {"entrypoint": "touch", "args": ["PWNED"], "env": {}, "local_rank_id": 0}
+    program = {"entrypoint": "true", "args": [], "env": {}, "stdout": None, "stderr": None, "numa_options": None}
+    kwargs["nonlin_kwargs"] = {**program, "local_rank_id": 0}
     if written == "inherited":
         plans["configurations"]["child"] = {"inherits_from": name}
         name = "child"
