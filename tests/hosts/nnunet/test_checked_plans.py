@@ -359,6 +359,7 @@ def test_prefixes_of_wrappers_are_left_off(prefix, make_model, tmp_path):
 
 @pytest.mark.parametrize("option", ["checkpoint_path", "pretrained_cfg", "cache_dir"])
 def test_options_of_a_window_network_reach_no_file(option):
+    pytest.importorskip("timm")
     with pytest.raises(ConfigError, match=f"'{option}' is no argument"):
         WindowNet(1, 2, size=(16, 16), encoder="vit", options={option: "/x.pth", "patch_size": 16})
     with pytest.raises(ConfigError, match="has no network"):
