@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -208,7 +209,7 @@ def sha256_of(path: Path) -> str:
 
 
 def check_name(path: Path) -> None:
-    """Refuse a path that is no UTF-8: SimpleITK ends the process that gives it one.
+    """Refuse a path that is no text to Python: SimpleITK ends the process that gives it one.
 
     Raises:
         InputError: the message shows what is wrong by \\udc and the byte.
@@ -216,7 +217,9 @@ def check_name(path: Path) -> None:
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{str(path)!a} has a byte that is no UTF-8; rename it") from error
+        encoding = sys.getfilesystemencoding()
+        remedy = "rename it" if encoding == "utf-8" else "set PYTHONUTF8=1"
+        raise InputError(f"{str(path)!a} is no text in {encoding}; {remedy}") from error
 
 
 def unpacked(path: Path) -> Iterator[bytes]:

@@ -101,3 +101,19 @@ def test_dead_folder_that_cannot_be_locked_is_left(place, monkeypatch):
             assert set(place.iterdir()) == {folder, dead}
     remove_dead_folders()
     assert list(place.iterdir()) == []
+
+
+def test_check_name_says_what_to_do_about_the_name_or_the_locale():
+    script = (
+        "import os; from pathlib import Path; from nnslim.files import check_name; check_name(Path(os.fsdecode({})))"
+    )
+    for name, utf8, said in (
+        (b"\xff", "1", r"'\udcff' is no text in utf-8; rename it"),
+        ("é".encode(), "0", r"'\udcc3\udca9' is no text in ascii; set PYTHONUTF8=1"),
+        ("é".encode(), "1", ""),
+    ):
+        surroundings = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": utf8, "PYTHONCOERCECLOCALE": "0"}
+        made = subprocess.run(
+            [sys.executable, "-c", script.format(name)], env=surroundings, capture_output=True, text=True
+        )
+        assert made.stderr.strip().endswith(said) and bool(made.returncode) is bool(said)

@@ -188,7 +188,7 @@ def test_name_that_is_no_utf8_fails_its_case_and_does_not_end_the_process(make_m
     (case_folder / "b_0000.nii.gz").rename(case_folder / os.fsdecode(b"b\xff_0000.nii.gz"))
     records = predict_folder(case_folder, tmp_path / "out", make_model(), None, STOCK)
     assert sorted(record.status for record in records) == ["done", "done", "failed"]
-    assert next(record.error for record in records if record.error).endswith("has a byte that is no UTF-8; rename it")
+    assert next(record.error for record in records if record.error).endswith("is no text in utf-8; rename it")
     records = predict_folder(case_folder, tmp_path / os.fsdecode(b"\xff"), make_model(parent="other"), None, STOCK)
     assert {record.status for record in records} == {"failed"}
 
