@@ -1,44 +1,144 @@
-"""Files that are whole or not there at all, and one wording for disk errors."""
+"""Files that are whole or not there at all, caches that are checked, and one wording for disk errors."""
 
 from __future__ import annotations
 
+import atexit
 import errno
 import fcntl
+import functools
 import hashlib
 import io
 import json
+import logging
 import os
 import platform
+import secrets
 import shutil
+import stat
 import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 
-from nnslim.errors import InputError, ModelError, NNSlimError, OutputError
+from nnslim.errors import InputError, ModelError, NNSlimError, OutputError, one_line
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FULL = {errno.ENOSPC, errno.EDQUOT}  # the first one also where there is no room for more files
+_PLACE = {None, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY}
+_NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
 _BLOCK = 1 << 20
 PACKED = b"\x1f\x8b"  # how gzip begins
+_SUM = 64  # digits of a SHA-256
+_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+_log = logging.getLogger("nnslim")
 
 
 def output_error(path: Path, error: OSError) -> OutputError:
     """Say in one line why `path` could not be written; a full disk gets its own remedy."""
     if error.errno in _FULL:
-        return OutputError(f"cannot write {path}: the disk is full; free some space there or choose another folder")
-    return OutputError(f"cannot write {path}: {error.strerror or error}; check the folder and its permissions")
+        full = "the disk is full" if error.errno == errno.ENOSPC else "your disk quota is used up"
+        return OutputError(f"cannot write {path}: {full}; free some space there or choose another folder")
+    remedy = "; check the folder and its permissions" if error.errno in _PLACE else ""
+    return OutputError(f"cannot write {path}: {error.strerror or error}{remedy}")
+
+
+def unwritable(folder: Path, size: int = _BLOCK) -> OSError | None:
+    """Try to make a file of `size` bytes; return what was in the way: some libraries do not say that a disk is full."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(stream.fileno(), 0, max(size, 1))
+    except OSError as error:
+        return error
+    return None
+
+
+def no_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out; torch says so in a RuntimeError."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY)
+
+
+def unreadable(path: Path, error: BaseException, fault: str = "is truncated or damaged") -> str:
+    """Say in one line why `path` could not be read: for want of memory, what the system says, or else the `fault`."""
+    if no_memory(error):
+        return f"{path} cannot be read: there is not enough memory for it"
+    if isinstance(error, OSError) and error.errno:
+        return f"{path} cannot be read: {error.strerror}"
+    return f"{path} {fault} ({path.stat().st_size:,} bytes): {one_line(error)}"
+
+
+@contextmanager
+def _temporary_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"no temporary folder can be made: {error.strerror}; TMPDIR names another place") from error
 
 
 def user_cache() -> Path:
-    """Return nnslim's cache folder: NNSLIM_CACHE, else nnslim in the user's cache folder; it may not exist yet."""
-    if "NNSLIM_CACHE" in os.environ:
-        return Path(os.environ["NNSLIM_CACHE"]).expanduser()
-    return platformdirs.user_cache_path("nnslim")
+    """Return nnslim's cache folder, made where it is missing: NNSLIM_CACHE, else nnslim in the user's cache folder.
+
+    A cache is optional: where that cannot be used (no home, not allowed, no folder), it is the `private_folder`.
+    """
+    named, folder = os.environ.get("NNSLIM_CACHE"), None
+    with suppress(RuntimeError):  # no home
+        folder = Path(named).expanduser() if named else platformdirs.user_cache_path("nnslim")
+    return _usable(folder if named or (folder and folder.is_absolute()) else None, named)
+
+
+@functools.lru_cache(maxsize=64)  # said once
+def _usable(folder: Path | None, named: str | None) -> Path:
+    if folder is not None:
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.R_OK | os.X_OK):
+                return folder
+    level, where = logging.WARNING if named else logging.INFO, named or folder or "without a home, ~/.cache"
+    _log.log(level, "%s cannot be used as a cache; %s takes its place", where, private_folder())
+    return private_folder()
+
+
+@functools.lru_cache(maxsize=64)
+def own_folder(folder: Path) -> Path:
+    """Return `folder`, made where it is missing, if only this user and root can write it; else the `private_folder`."""
+    if (problem := _not_own(folder)) is None:
+        return folder
+    _log.warning("%s is not used: %s; %s takes its place", folder, problem, private_folder())
+    return private_folder()
+
+
+@functools.lru_cache(maxsize=1)
+def private_folder() -> Path:
+    """Return a temporary folder that only this user can write: one for all processes unless somebody has its name."""
+    with _temporary_errors():
+        folder = Path(tempfile.gettempdir()) / f"nnslim_cache_{os.geteuid()}"
+        if _not_own(folder) is not None:
+            folder = Path(tempfile.mkdtemp(prefix="nnslim-"))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _not_own(folder: Path) -> str | None:
+    """Make a folder where it is missing; say why others than this user and root can write it, None if they cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return _foreign(folder.lstat())
+    except OSError as error:
+        return error.strerror
+
+
+def _foreign(found: os.stat_result) -> str | None:
+    if stat.S_ISLNK(found.st_mode):
+        return "it is a link"
+    if found.st_uid not in (0, os.geteuid()):
+        return f"it belongs to another user ({found.st_uid})"
+    return "others can write it" if found.st_mode & _OTHERS else None
 
 
 def make_folder(folder: Path) -> None:
@@ -92,16 +192,23 @@ def write_json(path: Path, content: dict) -> None:
     write_bytes(path, (json.dumps(content, indent=4) + "\n").encode())
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, *, own: bool = False) -> None:
     """Write `content` beside `path`, then move it into place, so that a reader sees the old or the new file only.
 
+    Args:
+        own: others cannot write the file, whatever the umask and the rights of an older file are.
     Raises:
         OutputError: it cannot be written; `path` is as it was.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        beside.write_bytes(content)
-        if path.exists():
+        with beside.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if own:
+            beside.chmod(stat.S_IMODE(beside.stat().st_mode) & ~_OTHERS)
+        elif path.exists():
             shutil.copymode(path, beside)
         beside.replace(path)
     except OSError as error:
@@ -111,13 +218,59 @@ def write_bytes(path: Path, content: bytes) -> None:
             beside.unlink(missing_ok=True)
 
 
-def save_checkpoint(content: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint with `write_bytes`; torch itself reports a full disk as a RuntimeError without an errno."""
+def write_kept(path: Path, content: bytes) -> None:
+    """Write a file of a cache for `read_kept`: the content and its checksum, which also covers the file's name."""
+    write_bytes(path, content + _checksum(path, content), own=True)
+
+
+def read_kept(path: Path, *, own: bool = False) -> bytes | None:
+    """Return what `write_kept` wrote: None if nothing is there, and with a warning if it is anything else.
+
+    Args:
+        own: also refuse a file that others than this user and root can write, since it holds code.
+    """
+    try:
+        with open(path, "rb", opener=_as_it_is) as stream:
+            problem = _foreign(os.fstat(stream.fileno())) if own else None
+            content = b"" if problem else stream.read() or b""
+        if not problem and content[-_SUM:] == _checksum(path, content[:-_SUM]):
+            return content[:-_SUM]
+        problem = problem or "it is not what was written"
+        remove(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        problem = "it is a link" if error.errno == errno.ELOOP else error.strerror
+        if error.errno in (errno.ELOOP, errno.EISDIR):  # else it may be readable later
+            remove(path)
+    _log.warning("%s cannot be used and is made anew: %s", path, problem)
+    return None
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with what is in it, where that is possible."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+def _as_it_is(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # a link is not followed, a pipe not waited for
+
+
+def _checksum(path: Path, content: bytes) -> bytes:
+    return hashlib.sha256(path.name.encode() + b"\0" + content).hexdigest().encode()
+
+
+def save_checkpoint(content: dict[str, Any], path: Path, *, kept: bool = False) -> None:
+    """Write a checkpoint with `write_bytes`, or `write_kept`; torch itself reports a full disk without an errno."""
     import torch  # here, so that small tools that only write JSON start fast
 
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_bytes(path, buffer.getvalue())
+    (write_kept if kept else write_bytes)(path, buffer.getvalue())
 
 
 @contextmanager
@@ -147,12 +300,20 @@ def temporary_folder(target: Path | None = None) -> Iterator[Path]:
 
     Args:
         target: the folder is made beside it; default: in the folder for temporary files.
+    Raises:
+        OutputError: without a target, where no folder can be made, or it is full.
     """
-    parent, prefix = remove_dead_folders(target)
-    while (handle := _lock(folder := Path(tempfile.mkdtemp(prefix=prefix, dir=parent)), new=True)) is None:
-        pass  # another process took it for a dead one
+    with _temporary_errors() if target is None else nullcontext():
+        parent, prefix = remove_dead_folders(target)
+        while (handle := _lock(folder := Path(tempfile.mkdtemp(prefix=prefix, dir=parent)), new=True)) is None:
+            pass  # another process took it for a dead one
     try:
         yield folder
+    except (OSError, RuntimeError) as error:  # some libraries do not say that the disk is full
+        problem = error if isinstance(error, OSError) and error.errno in _FULL else unwritable(folder)
+        if problem is None or target is not None:
+            raise
+        raise output_error(folder, problem) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(handle)

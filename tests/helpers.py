@@ -5,6 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,14 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+# Begins a script that runs as in a container: by a user without a home and without an entry in the list of users.
+NOBODY = """
+import os, pwd
+def nobody(uid): raise KeyError(uid)
+pwd.getpwuid = nobody
+for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "XDG_CACHE_HOME", "NNSLIM_CACHE"):
+    os.environ.pop(name, None)
+"""
 LEAKY = {"nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {"inplace": True}}
 
 
@@ -258,3 +270,57 @@ class Bomb:
 def plant_bomb(path: Path) -> None:
     """Put code into a checkpoint."""
     torch.save({**torch.load(path, weights_only=False), "logging": Bomb()}, path)
+
+
+def damages(path: Path, *, kinds: bool = True) -> Iterator[str]:
+    """Put one damage after the other in the place of a file and yield its name; the file is whole again at the end.
+
+    Args:
+        kinds: also put a folder, a link and a pipe there.
+    """
+    content = path.read_bytes()
+
+    def put(new: bytes) -> None:
+        remove(path)
+        path.write_bytes(new)
+
+    for bit in np.linspace(0, 8 * len(content) - 1, 40).astype(int):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        put(bytes(changed))
+        yield f"bit {bit}"
+    for size in {0, 1, 63, 64, 65, len(content) // 3, len(content) - 65, len(content) - 64, len(content) - 1}:
+        put(content[: max(size, 0)])
+        yield f"cut to {size}"
+    for more in (b"\0", content):
+        put(content + more)
+        yield f"{len(more)} bytes more"
+    if kinds:
+        remove(path)
+        path.mkdir()
+        (path / "file").write_bytes(content)
+        yield "folder"
+        remove(path)
+        elsewhere = path.with_name("elsewhere")
+        elsewhere.write_bytes(content)
+        path.symlink_to(elsewhere)
+        yield "link"
+        elsewhere.unlink()
+        remove(path)
+        os.mkfifo(path)
+        yield "pipe"
+    put(content)
+
+
+def remove(path: Path) -> None:
+    """Remove whatever is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def in_process(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run code in a process of its own, with more environment variables."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

@@ -17,7 +17,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from helpers import make_predictor
+from helpers import NOBODY, ROOT, in_process, make_predictor
+
+from nnslim.errors import ModelError
+from nnslim.hosts.nnunet.model.trained_model import load_checkpoint
 
 # No guard: networks this narrow have nothing to gain, and are compressed to see that it is done.
 HALF = "version: 1\nrun:\n  guard: false\nmethods:\n  - method: tucker\n    rank_factor: 0.5\n    rank_min: 2\n"
@@ -188,6 +191,50 @@ def test_compress_faults_of_the_model_folder_exit_2(make_model, half, tmp_path, 
         "compress", "-m", source, "-o", target, "-c", half
     )
     assert not target.exists()
+
+
+_LITTLE_MEMORY = """
+import logging, resource, sys
+from pathlib import Path
+import torch
+from nnslim.errors import NNSlimError
+from nnslim.hosts.nnunet.model.trained_model import load_checkpoint
+from nnslim.compression.recover import _read_state
+from nnslim.inflation.published_weights import read_weights
+torch.load(sys.argv[1])  # what torch needs itself
+size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**24, resource.RLIM_INFINITY))
+for call in (load_checkpoint, _read_state, read_weights):
+    try: call(Path(sys.argv[2]))
+    except NNSlimError as error: print(type(error).__name__, error)
+"""
+
+
+def test_checkpoint_that_memory_is_too_small_for_is_not_called_damaged(tmp_path):
+    small, large = tmp_path / "small.pth", tmp_path / "large.pth"
+    torch.save({"a": torch.zeros(9)}, small)
+    torch.save({"network_weights": {"a": torch.zeros(2**26)}, "trainer_name": "", "init_args": {}}, large)
+    command = [sys.executable, "-c", _LITTLE_MEMORY, str(small), str(large)]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    kinds = ("ModelError", "InputError", "InputError")
+    assert lines == [f"{kind} {large} cannot be read: there is not enough memory for it" for kind in kinds]
+    with pytest.raises(ModelError, match=r"/proc/self/mem cannot be read: Input/output error"):
+        load_checkpoint(Path("/proc/self/mem"))  # as a failing disk does
+
+
+def test_commands_work_without_home_and_without_an_entry_in_the_list_of_users(make_model, case_folder, half, tmp_path):
+    (tmp_path / "temporary").mkdir()
+    commands = [
+        ["doctor"],
+        ["compress", "-q", "-m", make_model(), "-o", tmp_path / "slim", "-c", half],
+        ["predict", "-q", "-m", tmp_path / "slim", "-i", case_folder, "-o", tmp_path / "out"],
+    ]
+    for command in commands:
+        words = ["nnslim", *map(str, command)]
+        code = NOBODY + f"import sys; sys.argv = {words}; from nnslim.cli import main; main()"
+        ran = in_process(code, TMPDIR=str(tmp_path / "temporary"))
+        assert ran.returncode == 0 and "Traceback" not in ran.stderr, ran.stdout + ran.stderr
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == len(list(case_folder.glob("*.nii.gz")))
 
 
 def test_config_faults_exit_2_and_name_the_nearest(make_model, tmp_path, fault):

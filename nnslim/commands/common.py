@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -70,7 +70,8 @@ def stoppable(kept: str) -> Iterator[None]:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 before[number] = signal.signal(number, stop)
     try:
-        remove_dead_folders()
+        with suppress(OSError):  # a command that needs no temporary folder works without one
+            remove_dead_folders()
         yield
     except KeyboardInterrupt:
         number = came[-1][0]
@@ -78,7 +79,8 @@ def stoppable(kept: str) -> Iterator[None]:
         stderr.print(f"nnslim: {how}; {kept}", markup=False)
         sys.exit(128 + number)
     finally:
-        remove_dead_folders()
+        with suppress(OSError):  # a command that needs no temporary folder works without one
+            remove_dead_folders()
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -74,7 +74,10 @@ def _hosts(problems: list[str]) -> list[str]:
     if _version("TotalSegmentator"):
         from nnslim.hosts.totalseg.task_weights import weights_folder
 
-        folder = weights_folder()
+        try:
+            folder = weights_folder()
+        except HostError as error:
+            return [*lines, str(error)]
         models = sorted(path.name for path in folder.glob("Dataset*")) if folder.is_dir() else []
         lines.append(f"TotalSegmentator weights in {folder}: {', '.join(models) or 'none; see scripts/00_setup_ts.py'}")
     return lines
@@ -125,7 +128,7 @@ def _backends() -> list[str]:
     return [
         f"auto compares {', '.join(candidates(device))} on {device.type}",
         f"native kernels: {kernels}",
-        f"heap {'is kept between tiles' if heap_can_be_kept() else 'is left alone (not glibc)'}",
+        f"heap {'is kept between tiles' if heap_can_be_kept() else 'is left alone (set by a variable, or not glibc)'}",
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 import pickle
@@ -16,8 +17,8 @@ from torch import nn
 from nnslim.compression.compress_network import Slimmed, StateDict, rebuild
 from nnslim.compression.config import SlimConfig
 from nnslim.compression.guard import Guard
-from nnslim.errors import NNSlimError
-from nnslim.files import make_folder, save_checkpoint, user_cache
+from nnslim.errors import ConfigError, NNSlimError, one_line
+from nnslim.files import make_folder, read_kept, save_checkpoint, user_cache
 from nnslim.methods.base import Decision
 from nnslim.network.cost import Counts
 from nnslim.network.spec import SPEC_VERSION, SlimSpec
@@ -25,13 +26,18 @@ from nnslim.running.speed import Speed
 
 # Raise this when a method computes other weights from the same input, so that old files are not used.
 CACHE_VERSION = 2
-_DAMAGED = (OSError, RuntimeError, LookupError, AttributeError, ValueError, TypeError, EOFError)
+_UNUSABLE = (OSError, RuntimeError, LookupError, AttributeError, ValueError, TypeError, EOFError, MemoryError)
 _log = logging.getLogger("nnslim")
 
 
 def cache_folder(config: SlimConfig) -> Path:
     """Return the cache folder: the config's, else NNSLIM_CACHE, else nnslim in the user's cache folder."""
-    return user_cache() if config.cache.folder is None else config.cache.folder.expanduser()
+    if config.cache.folder is None:
+        return user_cache()
+    try:
+        return config.cache.folder.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"cache.folder {config.cache.folder}: {one_line(error)} Name a full path") from error
 
 
 def cache_key(
@@ -68,7 +74,8 @@ def store_weights(slimmed: Slimmed, key: str, folder: Path) -> Path:
     path = folder / f"{key}.pt"
     speed = slimmed.speed.to_dict() if slimmed.speed else None
     texts = {"spec": slimmed.spec.to_dict(), "summary": slimmed.summary(), "speed": speed}
-    save_checkpoint({name: json.dumps(text) for name, text in texts.items()} | {"weights": list(slimmed.weights)}, path)
+    content = {name: json.dumps(text) for name, text in texts.items()} | {"weights": list(slimmed.weights)}
+    save_checkpoint(content, path, kept=True)
     return path
 
 
@@ -93,10 +100,10 @@ def recall_weights(network: nn.Module, key: str, folder: Path, guard: Guard | No
 
 
 def _read(network: nn.Module, path: Path) -> Slimmed | None:
-    if not path.is_file():
-        return None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if (kept := read_kept(path)) is None:
+            return None
+        content = torch.load(io.BytesIO(kept), map_location="cpu", weights_only=True)
         spec = SlimSpec.from_dict(json.loads(content["spec"]))
         summary, speed = json.loads(content["summary"]), json.loads(content.get("speed", "null"))
         weights = tuple(content["weights"])
@@ -112,7 +119,7 @@ def _read(network: nn.Module, path: Path) -> Slimmed | None:
             speed=Speed.from_dict(speed) if speed else None,
             half_agreement=summary.get("half_agreement"),
         )
-    except (NNSlimError, pickle.PickleError, *_DAMAGED) as error:
+    except (NNSlimError, pickle.PickleError, *_UNUSABLE) as error:
         text = "" if isinstance(error, pickle.PickleError) else str(error)  # that one is a page for programmers
         _log.warning("%s cannot be read (%s); compressing again", path, " ".join(text.split()) or type(error).__name__)
     return None

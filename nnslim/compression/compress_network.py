@@ -19,6 +19,7 @@ from nnslim.compression.plan_and_fit import find_budget, fit_and_recover, plan_m
 from nnslim.compression.recover import Progress, Recovery
 from nnslim.compression.storage import StateDict, agreement_record, in_half, stored, tile_agreement
 from nnslim.errors import SpecError
+from nnslim.files import no_memory
 from nnslim.methods.base import Decision, Plan
 from nnslim.network.cost import Cost, Counts, measure_cost
 from nnslim.network.spec import SlimSpec, apply_spec, spec_of
@@ -181,6 +182,8 @@ def _with_weights(base: nn.Module, weights: Sequence[StateDict], number: int) ->
     try:
         dense.load_state_dict({key: value.float() for key, value in weights[number].items()})
     except RuntimeError as error:
+        if no_memory(error):
+            raise SpecError("there is not enough memory for the network") from error
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
         raise SpecError(f"the weights of fold number {number + 1} of {len(weights)} do not fit: {reason}") from error
     return dense.eval()

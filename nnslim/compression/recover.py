@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import pickle
@@ -20,7 +21,8 @@ from nnslim.compression.calibration import Calibration
 from nnslim.compression.config import RecoveryConfig
 from nnslim.compression.distillation import Teacher, distillation_loss, recalibrate_norms, stage_ends, stage_loss
 from nnslim.compression.referee import Referee
-from nnslim.files import save_checkpoint
+from nnslim.errors import InputError
+from nnslim.files import no_memory, read_kept, save_checkpoint, unreadable
 from nnslim.network.spec import held_by
 from nnslim.running.bfloat16 import bfloat16_is_safe, has_fast_bfloat16
 
@@ -209,14 +211,14 @@ class _Learning:
             state = {name: part.state_dict() for name, part in self._parts().items()}
             recovery = vars(self.recovery) | {"seconds": self._elapsed()}
             head = {"version": _STATE_VERSION, "identity": self.identity, "recovery": recovery, "best": self.best}
-            save_checkpoint(head | state, self.checkpoint)
+            save_checkpoint(head | state, self.checkpoint, kept=True)
 
     def _parts(self) -> dict[str, Any]:
         return {"slim": self.slim, "mean": self.mean, "optimiser": self.optimiser}
 
     def _resume(self) -> bool:
         """Take up the state of an interrupted run; False where there is none that fits."""
-        if self.checkpoint is None or not self.checkpoint.is_file() or not (content := _read_state(self.checkpoint)):
+        if self.checkpoint is None or not (content := _read_state(self.checkpoint)):
             return False
         if content["identity"] != self.identity:
             _log.warning("%s belongs to another run and is not used", self.checkpoint)
@@ -233,11 +235,19 @@ class _Learning:
 
 
 def _read_state(path: Path) -> Mapping[str, Any]:
-    """Return the state of an interrupted recovery; {} and a warning where it cannot be used."""
+    """Return the state of an interrupted recovery; {} where there is none, or with a warning none that can be used.
+
+    Raises:
+        InputError: it cannot be read now, as for want of memory; a new start would overwrite it.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if (kept := read_kept(path)) is None:
+            return {}
+        content = torch.load(io.BytesIO(kept), map_location="cpu", weights_only=True)
         reason = "it is incomplete"
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.PickleError) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, MemoryError, pickle.PickleError) as error:
+        if no_memory(error):
+            raise InputError(unreadable(path, error)) from error
         content, reason = None, type(error).__name__
     if isinstance(content, dict) and content.get("version", 1) != _STATE_VERSION:
         reason = "another version of nnslim wrote it"

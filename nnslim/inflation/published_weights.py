@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nnslim.errors import ConfigError, InputError
+from nnslim.files import unreadable
 from nnslim.inflation.kernels import (
     Mode,
     adapt_channels,
@@ -142,8 +143,8 @@ def read_weights(place: str | Path) -> dict[str, Tensor]:
             content = needed("safetensors.torch", "nnslim[window]", error=InputError).load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} is not a readable weight file: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, MemoryError, pickle.UnpicklingError) as error:
+        raise InputError(unreadable(path, error, "is not a readable weight file")) from error
     while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
         inner = next((content[word] for word in _WRAPPERS if isinstance(content.get(word), Mapping)), None)
         if inner is None:

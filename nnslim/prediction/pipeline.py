@@ -7,17 +7,16 @@ import os
 import queue
 import re
 import secrets
-import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nnslim.errors import InputError, NNSlimError, kind_and_line
-from nnslim.files import output_error
+from nnslim.files import output_error, remove
 from nnslim.prediction.case import Case, Model, Record, Report, now
 from nnslim.prediction.manifest import checksum
 from nnslim.running.machine import PeakMeter
@@ -115,7 +114,7 @@ class Pipeline:
         work.content = None
         if work.error:
             sums = {}
-        _remove(work.beside.parent)
+        remove(work.beside.parent)
         return Record(
             name=work.case.name,
             status="failed" if work.error else "done",
@@ -188,7 +187,7 @@ def remove_leftovers(output: Path, cases: Iterable[Case]) -> int:
         if (match := _LEFTOVER.fullmatch(path.name)) and {match[1], match[1].rpartition(".")[0]} & ours
     ]
     for path in found:
-        _remove(path)
+        remove(path)
     return len(found)
 
 
@@ -207,13 +206,5 @@ def _put(beside: Path, target: Path) -> None:
     if target.exists() and (beside.is_dir() or target.is_dir()):  # folders are not replaced in one step
         old = target.with_name(_hidden(target.name))
         target.replace(old)
-        _remove(old)
+        remove(old)
     beside.replace(target)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)

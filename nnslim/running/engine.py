@@ -24,10 +24,10 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from nnslim.errors import BackendError, NNSlimError, OutputError, RewriteError, first_line
-from nnslim.files import make_folder, read_json, write_json
+from nnslim.files import make_folder, user_cache, write_kept
 from nnslim.running.bfloat16 import bfloat16_is_safe
 from nnslim.running.cpu import channels_last
-from nnslim.running.machine import cpu_name, cpus, machine_threads, measured_backends
+from nnslim.running.machine import MEASURED, cpu_name, cpus, machine_threads, measured_backends
 from nnslim.running.rewrites import rewritten
 from nnslim.running.timing import pass_seconds, run_pass
 
@@ -427,7 +427,7 @@ def believing(measured: Mapping[str, Any]) -> Iterator[None]:
 
 def remembered(network: nn.Module, shape: Sequence[int], settings: Settings) -> Backend | None:
     """Return the backend that `fastest` found for this architecture, patch, device, threads and torch; None if none."""
-    measured = read_json(measured_backends()) if _believed is None else _believed
+    measured = measured_backends() if _believed is None else _believed
     known = measured.get(_key(network, shape, settings))
     return known if known in candidates(next(network.parameters()).device) else None
 
@@ -466,9 +466,11 @@ def _key(network: nn.Module, shape: Sequence[int], settings: Settings) -> str:
 
 def remember(network: nn.Module, shape: Sequence[int], settings: Settings, backend: str) -> None:
     """Keep the backend that was the fastest; a cache that cannot be written is no reason to stop."""
-    file = measured_backends()
+    file = user_cache() / MEASURED
     try:
         make_folder(file.parent)
-        write_json(file, {**read_json(file), _key(network, shape, settings): backend})
+        write_kept(
+            file, json.dumps({**measured_backends(), _key(network, shape, settings): backend}, indent=4).encode()
+        )
     except (OutputError, OSError) as error:
         _log.debug("the choice is not kept: %s", error)

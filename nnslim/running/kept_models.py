@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnslim.errors import BackendError, OutputError
-from nnslim.files import make_folder, output_error, read_json, sha256_of, user_cache, whole_folder, write_json
+from nnslim.errors import BackendError, OutputError, first_line
+from nnslim.files import make_folder, output_error, remove, unwritable, user_cache, whole_folder
 from nnslim.optional import needed
 
 # Raise this when the rewrites or the conversion change what they make, so that old files are not used.
 CONVERSION_VERSION = 1
-_SUMS = "sums.json"
+_SUM = b"\n<!-- nnslim sha256 %s -->\n"  # ends an .xml: of what precedes it and of the .bin
+_MODEL = "model.xml"
 _log = logging.getLogger("nnslim")
 
 
@@ -69,48 +70,63 @@ def keep(model: Any, key: str, cache: Path | None) -> None:
         return
     try:
         with whole_folder(target) as side:
-            write_openvino_model(model, side / "model.xml")
-            write_json(side / _SUMS, {name: sha256_of(side / name) for name in ("model.xml", "model.bin")})
+            write_openvino_model(model, side / _MODEL)
     except OutputError:
-        if not (target / _SUMS).exists():  # else another worker of this run was first
+        if not (target / _MODEL).exists():  # else another worker of this run was first
             raise
 
 
 def recall_model(key: str, cache: Path | None) -> Any | None:
     """Return the model, None where there is none; one that is damaged is removed, with a warning."""
     folder = _place(key, cache)
-    if not folder.is_dir():
+    if not os.path.lexists(folder):
         return None
-    sums, problem = read_json(folder / _SUMS), "its content has changed"
-    if sums and all((folder / name).is_file() and sha256_of(folder / name) == sums[name] for name in sums):
-        try:
-            return read_model(folder / "model.xml")
-        except BackendError as error:
-            problem = str(error)
-    _log.warning("the kept model %s is damaged and is made again: %s", folder, problem)
-    shutil.rmtree(folder, ignore_errors=True)
-    if folder.exists():
-        raise OutputError(f"{folder} is damaged and cannot be removed; remove it by hand")
+    try:
+        return read_model(folder / _MODEL, summed=True)
+    except BackendError as error:
+        _log.warning("the kept model cannot be used: %s", error)
+    remove(folder)
     return None
 
 
 def write_openvino_model(model: Any, path: Path, *, half: bool = False) -> None:
-    """Write an ov.Model as `path` (.xml) and the .bin beside it, or raise an OutputError; half: weights in 16 bits."""
+    """Write an ov.Model as `path` (.xml) and the .bin beside it, or raise an OutputError; half: weights in 16 bits.
+
+    A comment at the end of the .xml holds a checksum of both.
+    """
     make_folder(path.parent)
     try:
         openvino_module().save_model(model, str(path), compress_to_fp16=half)
-    except (RuntimeError, OSError) as error:  # OpenVINO reports a full disk as a RuntimeError
-        cause = error if isinstance(error, OSError) else OSError(str(error).splitlines()[0])
-        raise output_error(path, cause) from error
+        with path.open("ab") as stream:
+            stream.write(_SUM % _checksum(path.read_bytes(), path.with_suffix(".bin").read_bytes()))
+    except OSError as error:
+        raise output_error(path, error) from error
+    except RuntimeError as error:  # OpenVINO says nothing of a full disk
+        size = sum(op.data.nbytes for op in model.get_ops() if op.get_type_name() == "Constant")
+        raise output_error(path, unwritable(path.parent, size) or OSError(first_line(error))) from error
 
 
-def read_model(path: Path) -> Any:
-    """Return the ov.Model of an .xml file with a .bin beside it, or raise a BackendError."""
+def read_model(path: Path, *, summed: bool = False) -> Any:
+    """Return the ov.Model of an .xml file with a .bin beside it; summed: only one with a checksum.
+
+    Raises:
+        BackendError: it cannot be read, or is not what was written.
+    """
     try:
-        # Mapped weights would follow a file that is written again.
-        return openvino_module().Core().read_model(str(path), config={"ENABLE_MMAP": False})
+        # What is read is what was checked; and mapped weights would follow a file that is written again.
+        text, weights = (file.read_bytes() if file.is_file() else b"" for file in (path, path.with_suffix(".bin")))
+        head, mark, _ = text.rpartition(_SUM[: _SUM.index(b"%")])
+        if (mark or summed) and text != head + _SUM % _checksum(head, weights):
+            raise BackendError(f"{path} and its .bin are not what was written; make them again")
+        return openvino_module().Core().read_model(text, weights)
+    except OSError as error:
+        raise BackendError(f"{path} is not a readable OpenVINO model: {error.filename}: {error.strerror}") from error
     except RuntimeError as error:
         raise BackendError(f"{path} is not a readable OpenVINO model: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _checksum(text: bytes, weights: bytes) -> bytes:
+    return hashlib.sha256(b"%d " % len(text) + text + weights).hexdigest().encode()
 
 
 def replace_model(model: Any, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import json
 import logging
 import os
 import platform
@@ -14,8 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nnslim.files import user_cache
+from nnslim.files import read_kept, user_cache
 
+MEASURED = "backends.json"  # in the cache: the fastest backend of each network
 CPU_INFO = Path("/proc/cpuinfo")
 _PROCESS = Path("/proc/self")
 _GROUP = Path("/sys/fs/cgroup")
@@ -38,9 +40,9 @@ def cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def measured_backends() -> Path:
-    """Return the file that keeps which backend was the fastest, by network and machine."""
-    return user_cache() / "backends.json"
+def measured_backends() -> dict[str, str]:
+    """Return which backend was the fastest, by network and machine, as the cache knows it."""
+    return json.loads(read_kept(user_cache() / MEASURED) or "{}")
 
 
 def _quota() -> int | None:
@@ -147,8 +149,22 @@ def _lines(file: Path) -> list[str]:
 
 
 def heap_can_be_kept() -> bool:
-    """Return whether this C library has glibc's settings."""
-    return platform.libc_ver()[0] == "glibc" and hasattr(c_library(), "mallopt")
+    """Return whether memory comes from glibc's malloc, not from another allocator, and nobody has set it up."""
+    chosen = any(name.startswith("MALLOC_") for name in os.environ)
+    return not chosen and "glibc.malloc" not in os.environ.get("GLIBC_TUNABLES", "") and _malloc_is_glibcs()
+
+
+def _malloc_is_glibcs() -> bool:
+    """Return whether `malloc` lies in the same library as a function that only glibc has."""
+    libc, places = c_library(), []
+    for name in ("malloc", "gnu_get_libc_version"):
+        if not hasattr(libc, name):  # musl, macOS
+            return False
+        found = (ctypes.c_void_p * 4)()  # Dl_info: file, its address, symbol, its address
+        if not libc.dladdr(ctypes.cast(getattr(libc, name), ctypes.c_void_p), found):
+            return False
+        places.append(found[1])
+    return places[0] == places[1]
 
 
 @contextmanager

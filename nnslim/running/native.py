@@ -10,7 +10,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnslim.files import user_cache
+from nnslim.errors import NNSlimError, OutputError
+from nnslim.files import own_folder, read_kept, temporary_folder, user_cache, write_kept
 from nnslim.running.machine import cpu_flags, cpu_name
 
 LANES = 8  # floats of one vector; widths are padded to a multiple
@@ -46,17 +46,17 @@ def kernels() -> Kernels | None:
     problem: Exception | None = None
     for threads in (True, False):
         try:
-            return Kernels(ctypes.CDLL(str(built_library(threads))))
-        except (OSError, subprocess.SubprocessError) as error:
+            return built_kernels(threads)
+        except (OSError, subprocess.SubprocessError, NNSlimError) as error:
             problem = problem or error
     _log.info("native kernels are not used: %s", problem)
     return None
 
 
-def built_library(threads: bool) -> Path:
-    """Return the library, built where it is not there yet.
+def built_kernels(threads: bool) -> Kernels:
+    """Return the kernels, built where a usable library is not there yet.
 
-    With threads it calls OpenMP functions without naming a library for them: they are found in the one that torch has
+    With threads they call OpenMP functions without naming a library for them: they are found in the one that torch has
     loaded. So torch's threads do the work, and do not wait actively beside others.
 
     Raises:
@@ -71,17 +71,41 @@ def built_library(threads: bool) -> Path:
     texts = [source.read_text(encoding="utf-8") for source in _SOURCES]
     parts = (*texts, *flags, chosen, platform.machine(), features)
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    target = user_cache() / "native" / f"kernels-{key}.so"
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / "kernels.so"
-            compiled = {str(source): f"{folder}/{source.stem}.o" for source in _SOURCES}
-            for source, file in compiled.items():
-                _run(chosen, *flags, "-c", "-o", file, source)
-            _run(chosen, "-shared", "-o", str(made), *compiled.values())
-            made.replace(target)
-    return target
+    path = own_folder(user_cache() / "native") / f"kernels-{key}.so"
+    if (known := read_kept(path, own=True)) is not None:
+        try:
+            return Kernels(_loaded(known))
+        except AttributeError as error:
+            _log.warning("%s cannot be used and is made anew: %s", path, error)
+    content = _compiled(chosen, flags)
+    made = Kernels(_loaded(content))
+    try:
+        write_kept(path, content)
+    except OutputError as error:  # a full or read-only cache
+        _log.info("the kernels are not kept: %s", error)
+    return made
+
+
+def _compiled(chosen: str, flags: Sequence[str]) -> bytes:
+    with temporary_folder() as folder:
+        compiled = {str(source): f"{folder}/{source.stem}.o" for source in _SOURCES}
+        for source, file in compiled.items():
+            _run(chosen, *flags, "-c", "-o", file, source)
+        _run(chosen, "-shared", "-o", f"{folder}/kernels.so", *compiled.values())
+        return (folder / "kernels.so").read_bytes()
+
+
+def _loaded(content: bytes) -> ctypes.CDLL:
+    """Load from memory: of a file, others could change what was checked, or cut it, which kills a process."""
+    try:
+        handle = os.memfd_create("nnslim-kernels")  # stays open, so that its name stays its own
+        with open(handle, "wb", closefd=False) as stream:
+            stream.write(content)
+        return ctypes.CDLL(f"/proc/self/fd/{handle}")
+    except (AttributeError, OSError):  # no such system, or it does not allow that
+        with temporary_folder() as folder:
+            (folder / "kernels.so").write_bytes(content)
+            return ctypes.CDLL(str(folder / "kernels.so"))
 
 
 def _run(*command: str) -> None:

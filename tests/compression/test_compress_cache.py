@@ -11,6 +11,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import damages
 from torch import nn
 
 from nnslim.compression.cache import cache_key, recall_weights, store_weights
@@ -19,6 +20,7 @@ from nnslim.compression.config import SlimConfig, from_dict, tucker
 from nnslim.compression.model_report import ModelReport, Report
 from nnslim.errors import ConfigError, InputError, OutputError, SpecError
 from nnslim.evaluation.overlap import dice_per_label
+from nnslim.files import read_kept, save_checkpoint, write_kept
 from nnslim.methods.tucker import TuckerConfig
 from nnslim.methods.tucker.edit import TuckerConv
 from nnslim.network.cost import measure_cost
@@ -263,18 +265,23 @@ def test_recall_without_file_gives_none_without_warning(model, tmp_path, caplog)
     assert not caplog.records
 
 
+def test_recall_file_with_any_bit_or_length_changed_warns_once_and_gives_none(model, slimmed, tmp_path, caplog):
+    path = store_weights(slimmed, "key", tmp_path)
+    for name in damages(path):
+        caplog.clear()
+        assert recall_weights(model[0], "key", tmp_path) is None, name
+        assert [record.message.startswith(f"{path} cannot be used") for record in caplog.records] == [True], name
+        store_weights(slimmed, "key", tmp_path)
+        found = recall_weights(model[0], "key", tmp_path)
+        assert all(same(ours, theirs) for ours, theirs in zip(found.weights, slimmed.weights, strict=True)), name
+
+
 def damage(kind, path):
-    content = path.read_bytes()
-    if kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "truncated":
-        path.write_bytes(content[: len(content) // 2])
-    elif kind == "garbage":
-        path.write_bytes(bytes(range(256)) * 8)
-    elif kind == "text":
-        path.write_text("not a checkpoint\n")
+    """Write other content, as a version of nnslim with a fault, or somebody, would."""
+    if kind == "text":
+        write_kept(path, b"not a checkpoint\n")
     else:
-        inside = torch.load(path, weights_only=True)
+        inside = torch.load(io.BytesIO(read_kept(path)), weights_only=True)
         if kind == "no weights":
             inside["weights"] = []
         elif kind == "no spec":
@@ -287,15 +294,12 @@ def damage(kind, path):
             inside["summary"] = inside["summary"][:-1]
         elif kind == "tensor":
             inside = torch.zeros(3)
-        torch.save(inside, path)
+        save_checkpoint(inside, path, kept=True)
 
 
 @pytest.mark.parametrize(
     "kind",
     [
-        "empty",
-        "truncated",
-        "garbage",
         "text",
         "no weights",
         "no spec",
@@ -326,7 +330,7 @@ class Intruder:
 
 def test_recall_file_that_would_run_code_is_refused(model, tmp_path, caplog):
     mark = tmp_path / "ran"
-    torch.save({"spec": Intruder(str(mark))}, tmp_path / "key.pt")
+    save_checkpoint({"spec": Intruder(str(mark))}, tmp_path / "key.pt", kept=True)
     with caplog.at_level(logging.WARNING, "nnslim"):
         assert recall_weights(model[0], "key", tmp_path) is None
     assert "cannot be read" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from helpers import make_predictor
 from nnslim import NNSlimContext
 from nnslim.compression.config import from_dict
 from nnslim.errors import ConfigError
+from nnslim.files import read_kept
 from nnslim.hosts.nnunet.compress.compress_model import compress_model
 from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 from nnslim.network.spec import spec_of
@@ -44,7 +46,8 @@ def test_toy_method_from_compress_to_report(make_model, case_folder, stock_logit
 
     with pytest.raises(KeyboardInterrupt):
         compress_model(model, slim, config, images=case_folder, progress=stop)
-    state = torch.load(slim.with_name(f".{slim.name}.recovery.fold0"), weights_only=True)["slim"]
+    kept = read_kept(slim.with_name(f".{slim.name}.recovery.fold0"))
+    state = torch.load(io.BytesIO(kept), weights_only=True)["slim"]
     steps = []
     made = compress_model(model, slim, config, images=case_folder, progress=lambda what, *d: steps.append((what, *d)))
     assert [done for what, done, _ in steps if what == "recovery"] == [3, 4]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -277,15 +281,17 @@ def test_native_moments_and_pass_equal_numpys(rows, channels, threaded, monkeypa
 
 
 @needs_native
-def test_kernels_are_built_once_and_again_for_a_damaged_file(tmp_path, monkeypatch):
+def test_kernels_are_built_once_and_not_where_there_is_no_compiler(tmp_path, monkeypatch):
     monkeypatch.setenv("NNSLIM_CACHE", str(tmp_path))
+    built, compiled = [], native._compiled
+    monkeypatch.setattr(native, "_compiled", lambda *given: built.append(1) or compiled(*given))
     native.kernels.cache_clear()
     try:
-        assert native.kernels() is not None
-        (built,) = (tmp_path / "native").glob("*.so")
-        assert native.built_library(True) == built
+        for _ in range(2):
+            assert native.kernels() is not None
+            native.kernels.cache_clear()
+        assert len(built) == 1 and len(list((tmp_path / "native").glob("*.so"))) == 1
         monkeypatch.setenv("NNSLIM_NATIVE", "0")
-        native.kernels.cache_clear()
         assert native.kernels() is None
         monkeypatch.delenv("NNSLIM_NATIVE")
         monkeypatch.setattr(native, "compiler", lambda: None)
@@ -294,3 +300,100 @@ def test_kernels_are_built_once_and_again_for_a_damaged_file(tmp_path, monkeypat
         assert native.kernels() is None, "no compiler: no kernels, no error"
     finally:
         native.kernels.cache_clear()
+
+
+_PLANTED = """
+#include <stdio.h>
+__attribute__((constructor)) static void planted(void) { fclose(fopen(MARK, "w")); }
+"""
+_ATTACKS = """
+import ctypes, logging, os, subprocess, sys, torch
+from pathlib import Path
+from helpers import damages
+from nnslim.files import own_folder, write_kept
+from nnslim.running import native
+
+class Lines(logging.Handler):
+    def emit(self, record): lines.append(record.getMessage())
+lines, z = [], torch.randn(500, 8)
+os.umask(0o022)
+logging.getLogger("nnslim").addHandler(Lines(logging.WARNING))
+
+def check(name, warnings=1):
+    lines.clear()
+    native.kernels.cache_clear()
+    own_folder.cache_clear()
+    made = native.kernels()
+    assert made is not None, (name, lines)
+    answer = made.moments(z, full=True)
+    assert all(torch.equal(a, b) for a, b in zip(answer, fresh)), name
+    assert len(lines) == warnings and not Path("ran").exists(), (name, lines)
+
+folder = Path("cache/native")
+fresh = native.kernels().moments(z, full=True)
+(library,) = folder.glob("*.so")
+good = library.read_bytes()
+made = native._compiled  # some of the damages are made good from memory, since building takes a second
+native._compiled = lambda *given: good[:-64]
+for name in damages(library):
+    check(name)
+    check(name + ", the next time", 0)
+native._compiled = made
+check("whole", 0)
+planted = Path("planted.so")
+subprocess.run([native.compiler(), "-shared", "-fPIC", '-DMARK="ran"', "-o", planted, "planted.c"], check=True)
+library.unlink(); library.write_bytes(planted.read_bytes()); library.chmod(0o777)
+check("planted")
+write_kept(library, planted.read_bytes()); library.chmod(0o777)
+check("planted with its checksum, open to all")
+library.unlink(); library.symlink_to(Path("planted.so").resolve())
+check("planted as a link")
+subprocess.run([native.compiler(), "-shared", "-fPIC", "-o", planted, "-xc", "/dev/null"], check=True)
+write_kept(library, planted.read_bytes())
+check("without the functions")
+if os.geteuid() == 0:
+    os.chown(library, 12345, -1)
+    check("another user's")
+    os.chown(folder, 12345, -1)
+    check("in another user's folder")
+    os.chown(folder, 0, -1)
+folder.chmod(0o777)
+check("in a folder that is open to all")
+folder.chmod(0o700)
+library.write_bytes(good)
+held = native.kernels()
+for file in Path("cache").rglob("*.so"):
+    file.write_bytes(b"")  # cut while it is in use
+held.moments(z, full=True)
+print("survived")
+"""
+
+
+@needs_native
+def test_kernels_that_somebody_planted_or_damaged_are_never_used(tmp_path):
+    (tmp_path / "planted.c").write_text(_PLANTED)
+    (tmp_path / "temporary").mkdir()
+    paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    given = {**os.environ, "NNSLIM_CACHE": "cache", "PYTHONPATH": paths, "TMPDIR": str(tmp_path / "temporary")}
+    command = [sys.executable, "-c", _ATTACKS]
+    ran = subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True, check=False)
+    assert ran.stdout == "survived\n", ran.stderr
+
+
+@needs_native
+def test_kernels_are_built_by_several_processes_at_once(tmp_path):
+    code = "from nnslim.running.native import kernels; import torch; print(kernels().moments(torch.ones(9, 8), True))"
+    given = {**os.environ, "NNSLIM_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen(command, env=given, **pipes) for _ in range(3)]
+    answers = {process.communicate() for process in running}
+    assert len(answers) == 1 and "tensor" in answers.pop()[0]
+    assert len(list((tmp_path / "native").iterdir())) == 1, "nothing is left beside"
+
+
+@needs_native
+def test_kernels_are_loaded_where_a_file_in_memory_is_not_allowed(tmp_path, monkeypatch):
+    monkeypatch.setenv("NNSLIM_CACHE", str(tmp_path))
+    monkeypatch.delattr(os, "memfd_create")
+    assert native.built_kernels(True).moments(torch.ones(9, 8), full=False)[0].tolist() == [1.0] * 8

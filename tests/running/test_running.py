@@ -16,11 +16,12 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from helpers import damages
 from torch import nn
 
 from nnslim.network.walk import unwrap
 from nnslim.running import engine as backends
-from nnslim.running import machine
+from nnslim.running import machine, native
 from nnslim.running.engine import Runner, Settings
 from nnslim.running.speed import Speed, compare_speed
 from nnslim.running.timing import alternated, pass_seconds
@@ -336,17 +337,20 @@ def test_auto_starts_eager_and_measures_between_cases_once_it_is_worth_it(tiny_n
     assert other.backend == "eager", "for this shape only"
 
 
-def test_memory_that_is_damaged_is_not_used(tiny_net, tmp_path):
+def test_memory_that_is_damaged_is_not_used(tiny_net, tmp_path, caplog):
     network = tiny_net("plain3d").eval()
     assert backends.remembered(network, SHAPE, Settings()) is None
     backends.remember(network, SHAPE, Settings(), "stock")
     assert backends.remembered(network, SHAPE, Settings()) is None, "stock is no candidate where openvino is installed"
     backends.remember(network, SHAPE, Settings(), "eager")
     assert backends.remembered(network, SHAPE, Settings()) == "eager"
-    file = tmp_path / "cache" / "backends.json"
-    for content in ("[1]", "{", file.read_text().replace("eager", "magic")):
-        file.write_text(content)
-        assert backends.remembered(network, SHAPE, Settings()) is None
+    for name in damages(tmp_path / "cache" / "backends.json"):
+        caplog.clear()
+        assert backends.remembered(network, SHAPE, Settings()) is None, name
+        assert len(caplog.records) == 1, name
+        backends.remember(network, SHAPE, Settings(), "eager")
+        assert backends.remembered(network, SHAPE, Settings()) == "eager", name
+        assert len(caplog.records) == 1, name
 
 
 def test_measure_alternates_after_a_pass_that_is_not_counted():
@@ -416,6 +420,36 @@ def test_heap_is_kept_inside_and_given_back_after():
     assert kept == "True"
     # 5 x 64 MB are 81920 pages of 4 kB, or far fewer of 2 MB; what counts is that kept pages are not touched anew.
     assert int(inside) < int(outside) / 4 and int(after) > int(inside)
+
+
+_ALLOCATOR = """
+#include <stddef.h>
+void *__libc_malloc(size_t); void __libc_free(void *); void *__libc_calloc(size_t, size_t);
+void *__libc_realloc(void *, size_t);
+void *malloc(size_t n) { return __libc_malloc(n); }
+void free(void *p) { __libc_free(p); }
+void *calloc(size_t n, size_t m) { return __libc_calloc(n, m); }
+void *realloc(void *p, size_t n) { return __libc_realloc(p, n); }
+int mallopt(int what, int value) { return 1; }
+"""
+
+
+@glibc
+def test_heap_is_left_alone_where_the_user_or_another_allocator_rules(tmp_path):
+    code = "from nnslim.running.machine import keep_heap\nwith keep_heap() as kept: print(kept)"
+    (tmp_path / "other.c").write_text(_ALLOCATOR)
+    environments = [{name: "1048576"} for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")]
+    environments += [{name: "2"} for name in ("MALLOC_TOP_PAD_", "MALLOC_ARENA_MAX", "MALLOC_MMAP_MAX_")]
+    environments.append({"GLIBC_TUNABLES": "glibc.cpu.x86_rep_movsb_threshold=4096:glibc.malloc.arena_max=1"})
+    if (compiler := native.compiler()) is not None:
+        made = tmp_path / "other.so"
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", made, tmp_path / "other.c"], check=True)
+        environments.append({"LD_PRELOAD": str(made)})
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_PRE"))}
+    for given, wanted in [({"GLIBC_TUNABLES": "glibc.rtld.nns=4"}, "True"), *((one, "False") for one in environments)]:
+        command = [sys.executable, "-c", code]
+        ran = subprocess.run(command, env={**plain, **given}, capture_output=True, text=True, check=True)
+        assert ran.stdout.strip() == wanted, (given, ran.stderr)
 
 
 def test_heap_nests_over_threads_and_does_nothing_elsewhere(monkeypatch):

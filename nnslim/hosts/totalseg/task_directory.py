@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnslim.errors import InputError
-from nnslim.files import read_json, temporary_folder
+from nnslim.files import temporary_folder
 from nnslim.hosts.nnunet.cases.preprocess import silent
 from nnslim.hosts.nnunet.model.model_files import content_digest
 from nnslim.hosts.nnunet.predict.predict_settings import absolute_config, config_identity, digest
@@ -92,7 +92,7 @@ def predict_task_folder(
         _log.info("fetching the weights of TotalSegmentator's model %d", number)
         with locked_home():  # of tasks of a Slurm array one fetches, the others find
             download(number, weights_folder())
-    job = TotalsegJob(settings, absolute_config(config), read_json(measured_backends()))
+    job = TotalsegJob(settings, absolute_config(config), measured_backends())
     return run_folder(job, cases, Path(output), folder or FolderSettings(crew=Crew(threads=settings.threads)), progress)
 
 

@@ -26,11 +26,14 @@ STAND_IN_NOTE = "STAND_IN.txt"
 
 
 def totalseg_home() -> Path:
-    """Return TotalSegmentator's own folder: TOTALSEG_HOME_DIR, else ~/.totalsegmentator."""
+    """Return TotalSegmentator's own folder: TOTALSEG_HOME_DIR, else ~/.totalsegmentator; HostError without a home."""
     if "TOTALSEG_HOME_DIR" in os.environ:
         return Path(os.environ["TOTALSEG_HOME_DIR"])
     # Same exception as in its config.py: in some containers the home folder is the root.
-    home = Path("/tmp") if str(Path.home()) == "/" else Path.home()
+    try:
+        home = Path("/tmp") if str(Path.home()) == "/" else Path.home()
+    except RuntimeError as error:
+        raise HostError("TotalSegmentator keeps files in the home folder, and there is none; set HOME") from error
     return home / ".totalsegmentator"
 
 

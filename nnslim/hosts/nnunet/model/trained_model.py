@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from nnslim.errors import ModelError, NNSlimError, kind_and_line
-from nnslim.files import read_json_object, save_checkpoint, write_json
+from nnslim.files import no_memory, read_json_object, save_checkpoint, unreadable, write_json
 from nnslim.hosts.nnunet.model.checked_plans import LimitedBuild, check_architecture, check_named
 from nnslim.hosts.nnunet.model.compatibility import check_version, nnunet_version
 from nnslim.hosts.nnunet.model.model_files import chosen_folds
@@ -85,7 +85,7 @@ def load_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
     the file is then loaded as nnU-Net does, which runs whatever code it holds.
 
     Raises:
-        ModelError: missing, cut short, or with content that could run code.
+        ModelError: missing, cut short, with content that could run code, or not to be read now.
     """
     if not path.is_file():
         present = sorted(p.name for p in path.parent.glob("*.pth")) if path.parent.is_dir() else []
@@ -107,9 +107,8 @@ def load_checkpoint(path: Path, *, trust: bool = False) -> dict[str, Any]:
                 "from, load it as nnU-Net would: --trust-checkpoint, or trust=True"
             ) from error
         raise ModelError(f"{path} is not a readable checkpoint: {lines[0]}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise ModelError(f"{path} is truncated or damaged ({path.stat().st_size:,} bytes): {reason}") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, MemoryError) as error:
+        raise ModelError(unreadable(path, error)) from error
     missing = {"network_weights", "trainer_name", "init_args"} - set(content if isinstance(content, dict) else ())
     if missing:
         raise ModelError(f"{path} is not an nnU-Net v2 checkpoint: it lacks {', '.join(sorted(missing))}")
@@ -302,6 +301,8 @@ def build_network(model: TrainedModel, fold: str | None = None) -> nn.Module:
 
 
 def _does_not_fit(model: TrainedModel, error: Exception) -> ModelError:
+    if no_memory(error):
+        return ModelError(f"{model.path}: there is not enough memory for its network")
     lines = str(error).splitlines() or [type(error).__name__]
     return ModelError(
         f"{model.path}: the network '{model.configuration_manager.network_arch_class_name}' cannot be built or does "

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nnslim.files import read_json, read_json_object
+from nnslim.files import read_json_object
 from nnslim.hosts.nnunet.cases.preprocess import check_stage, list_cases
 from nnslim.hosts.nnunet.model.model_files import chosen_folds, content_digest
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings, absolute_config, config_identity, digest
@@ -48,7 +48,7 @@ def predict_folder(
     """
     settings = settings or PredictSettings()
     # Absolute, as a worker on another machine does not start in this folder.
-    job = NNUNetJob(Path(model).absolute(), absolute_config(config), settings, read_json(measured_backends()))
+    job = NNUNetJob(Path(model).absolute(), absolute_config(config), settings, measured_backends())
     cases = nnunet_cases(Path(images).absolute(), job.ending)
     return run_folder(job, cases, Path(output), folder or FolderSettings(crew=Crew(threads=settings.threads)), progress)
 

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnslim.errors import ModelError, OutputError
+from nnslim.errors import ModelError, OutputError, first_line
+from nnslim.files import output_error, unwritable
 from nnslim.files import save_checkpoint as write_checkpoint
 from nnslim.hosts.nnunet.model.checked_plans import LimitedBuild
 from nnslim.hosts.nnunet.model.trained_model import load_checkpoint, managers_of
@@ -187,8 +188,9 @@ class SteadyTraining:
                     write_checkpoint({**content, **changed}, beside)
                 beside.replace(filename)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            cause = error if isinstance(error, OSError) else unwritable(beside.parent) or OSError(first_line(error))
             beside.unlink(missing_ok=True)
-            raise OutputError(f"cannot write {filename}: {error}; the previous checkpoint is kept") from error
+            raise OutputError(f"{output_error(Path(filename), cause)}; the previous checkpoint is kept") from error
 
     def changed_content(self) -> dict[str, Any]:
         """Return what a checkpoint holds in place of, or beside, what nnU-Net writes."""
