@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+import getpass
 import importlib
 import importlib.metadata
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from nnslim.errors import BackendError, NNSlimError
+from nnslim.files import private_folder
+
+
+@contextmanager
+def name_and_home() -> Iterator[None]:
+    """Give a user who has no name or no home one while the block runs: monai, OpenVINO and NNCF ask when imported."""
+    added = {}
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        added["LOGNAME"] = str(os.getuid())
+    try:
+        Path.home()
+    except RuntimeError:
+        added["HOME"] = str(private_folder())
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def needed(name: str, install: str, *, purpose: str = "", error: type[NNSlimError] = BackendError) -> Any:
     """Import the module `name`, or raise `error` with what `purpose` needs it for and what pip can `install`."""
     try:
-        return importlib.import_module(name)
+        with name_and_home():
+            return importlib.import_module(name)
     except ImportError as problem:
         missing = problem.name or name
         why = f"{purpose} needs it; " if purpose else ""

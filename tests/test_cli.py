@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -229,11 +230,14 @@ def test_commands_work_without_home_and_without_an_entry_in_the_list_of_users(ma
         ["compress", "-q", "-m", make_model(), "-o", tmp_path / "slim", "-c", half],
         ["predict", "-q", "-m", tmp_path / "slim", "-i", case_folder, "-o", tmp_path / "out"],
     ]
+    if find_spec("openvino") is not None:
+        commands.append([*commands[-1][:-1], tmp_path / "again", "--backend", "openvino"])
     for command in commands:
         words = ["nnslim", *map(str, command)]
         code = NOBODY + f"import sys; sys.argv = {words}; from nnslim.cli import main; main()"
         ran = in_process(code, TMPDIR=str(tmp_path / "temporary"))
         assert ran.returncode == 0 and "Traceback" not in ran.stderr, ran.stdout + ran.stderr
+        assert "cannot be used" not in ran.stderr, ran.stderr
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == len(list(case_folder.glob("*.nii.gz")))
 
 

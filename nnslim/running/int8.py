@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nnslim.errors import BackendError
 from nnslim.files import temporary_folder
-from nnslim.optional import needed
+from nnslim.optional import name_and_home, needed
 from nnslim.running.kept_models import (
     keep,
     network_fingerprint,
@@ -79,7 +79,8 @@ def quantize(network: Any, shape: Sequence[int], tiles: Iterable[Tensor], *, cha
     if not data:
         raise BackendError("int8 needs calibration tiles, found none")
     kept = _last_names(model)
-    with silent_loggers("nncf", "torch.utils.cpp_extension"), redirect_stdout(io.StringIO()):  # progress bars
+    loud = silent_loggers("nncf", "torch.utils.cpp_extension")
+    with name_and_home(), loud, redirect_stdout(io.StringIO()):  # progress bars
         made = nncf.quantize(
             model,
             nncf.Dataset(data),

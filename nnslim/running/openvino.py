@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnslim.errors import BackendError, OutputError, RewriteError, first_line
+from nnslim.optional import name_and_home
 from nnslim.running.kept_models import keep, network_fingerprint, network_key, openvino_module, read_model, recall_model
 from nnslim.running.rewrites import rewritten
 
@@ -98,7 +99,7 @@ class _OneOutput(nn.Module):
 
 def convert_at(network: nn.Module, size: Sequence[int], shape: Sequence[int]) -> Any:
     openvino = openvino_module()
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), name_and_home():
         warnings.simplefilter("ignore")  # torch's tracer is deprecated, and OpenVINO has no other way yet
         free = openvino.PartialShape([*shape[:2], *([-1] * (len(shape) - 2))])
         known = {} if tuple(size) == tuple(shape) else {"input": [free]}

@@ -10,8 +10,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from monai.networks.blocks.dynunet_block import UnetOutBlock
-from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,6 +17,11 @@ from nnslim.errors import ConfigError
 from nnslim.methods.token_sparse.completion import Completion, FusionNet, MaskCompletion
 from nnslim.methods.token_sparse.reduction import TokenReduction
 from nnslim.methods.token_sparse.vit import Block, PatchEmbedding, TokenPruningViT
+from nnslim.optional import name_and_home
+
+with name_and_home():
+    from monai.networks.blocks.dynunet_block import UnetOutBlock
+    from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
 
 Decoder = Literal["x16", "x8", "x8v2"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from monai.losses import DiceLoss
 from torch import Tensor, nn
 
 from nnslim.errors import ConfigError
@@ -23,6 +22,8 @@ class CEAndSquaredDice(nn.Module):
     """
 
     def __init__(self, ignore: int | None = None) -> None:
+        from monai.losses import DiceLoss  # by now monai is imported, see `name_and_home`
+
         super().__init__()
         self.ignore = ignore
         self.dice = DiceLoss(squared_pred=True, smooth_nr=1e-5, smooth_dr=1e-5, batch=True)

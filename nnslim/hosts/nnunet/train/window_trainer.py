@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from monai.losses import DiceFocalLoss
 from torch import Tensor, nn
 
 from nnslim.errors import ConfigError
@@ -25,6 +24,8 @@ class DiceFocal(nn.Module):
     """
 
     def __init__(self, regions: bool) -> None:
+        from monai.losses import DiceFocalLoss  # by now monai is imported, see `name_and_home`
+
         super().__init__()
         self.loss = DiceFocalLoss(sigmoid=regions, softmax=not regions, to_onehot_y=not regions, batch=True)
 
