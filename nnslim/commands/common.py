@@ -50,6 +50,10 @@ DeterministicOption = Annotated[
 _REPEAT = 2.0  # seconds: `timeout` and others send a signal to a process and then again to its group
 
 
+class _Stopped(KeyboardInterrupt):
+    """By a signal. Python ends by SIGINT in the end if some C code has seen a plain KeyboardInterrupt pass."""
+
+
 @contextmanager
 def stoppable(kept: str) -> Iterator[None]:
     """Let SIGINT, SIGTERM and SIGHUP end the block as an exception does, so that it cleans up after itself.
@@ -63,7 +67,7 @@ def stoppable(kept: str) -> Iterator[None]:
     def stop(number: int, _: object) -> None:
         if (now := time.monotonic()) - came[-1][1] > _REPEAT:
             came.append((signal.Signals(number), now))
-            raise KeyboardInterrupt
+            raise _Stopped
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

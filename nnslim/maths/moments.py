@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -73,7 +74,7 @@ def choose_places(conv: nn.Module, inputs: Tensor, outputs: Tensor, count: int, 
     grid = (base.shape[0], *base.shape[2:])
     total = math.prod(grid)
     chosen = torch.arange(total) if count >= total else torch.randperm(total, generator=generator)[:count]
-    return torch.unravel_index(chosen.to(base.device), grid)
+    return tuple(torch.from_numpy(place).to(base.device) for place in np.unravel_index(chosen.numpy(), grid))
 
 
 def sample_inputs(conv: nn.Module, inputs: Tensor, places: Places) -> Tensor:

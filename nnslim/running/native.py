@@ -25,7 +25,7 @@ from nnslim.running.machine import cpu_flags, cpu_name
 LANES = 8  # floats of one vector; widths are padded to a multiple
 WIDEST = 512  # channels that the kernels have room for
 _SOURCES = (Path(__file__).with_name("kernels.c"), Path(__file__).parents[1] / "resampling" / "labels.c")
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC")
+_FLAGS = ("-pipe", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC")
 _log = logging.getLogger("nnslim")
 
 
