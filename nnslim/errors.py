@@ -6,7 +6,7 @@ import difflib
 import logging
 from collections.abc import Iterable
 
-_LONGEST = 500  # letters of a message
+_LONGEST = 1000  # letters of a message
 
 
 def shown(text: str, longest: int = _LONGEST) -> str:

@@ -68,7 +68,7 @@ def unreadable(path: Path, error: BaseException, fault: str = "is truncated or d
     """Say in one line why `path` could not be read: for want of memory, what the system says, or else the `fault`."""
     if no_memory(error):
         return f"{path} cannot be read: there is not enough memory for it"
-    if isinstance(error, OSError) and error.errno:
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # torch seeks before a cut file
         return f"{path} cannot be read: {error.strerror}"
     return f"{path} {fault} ({path.stat().st_size:,} bytes): {one_line(error)}"
 

@@ -18,7 +18,7 @@ from nnslim.errors import ModelError, OutputError, first_line
 from nnslim.files import output_error, unwritable
 from nnslim.files import save_checkpoint as write_checkpoint
 from nnslim.hosts.nnunet.model.checked_plans import LimitedBuild
-from nnslim.hosts.nnunet.model.trained_model import load_checkpoint, managers_of
+from nnslim.hosts.nnunet.model.trained_model import allowed_globals, load_checkpoint, managers_of
 from nnslim.hosts.nnunet.train.settings import TrainingSettings, settings_in_force
 from nnslim.network.walk import unwrap
 from nnslim.running.bfloat16 import bfloat16_is_safe, passes_in_bfloat16, wants_bfloat16
@@ -154,7 +154,8 @@ class SteadyTraining:
         """
         if isinstance(filename_or_checkpoint, str):
             load_checkpoint(Path(filename_or_checkpoint), trust=self.settings.trust)
-        super().load_checkpoint(filename_or_checkpoint)
+        with allowed_globals():  # after the check, which ends what a caller has allowed
+            super().load_checkpoint(filename_or_checkpoint)
 
     def train_on(self) -> None:
         """Train the epochs that are left and, where the settings say so, predict the validation cases."""
