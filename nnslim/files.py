@@ -1,11 +1,9 @@
-"""Files that are whole or not there at all, caches that are checked, and one wording for disk errors."""
+"""Files that are whole or not there at all, and one wording for disk errors."""
 
 from __future__ import annotations
 
-import atexit
 import errno
 import fcntl
-import functools
 import hashlib
 import io
 import json
@@ -23,8 +21,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from nnslim.errors import InputError, ModelError, NNSlimError, OutputError, one_line
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}  # the first one also where there is no room for more files
@@ -32,8 +28,7 @@ _PLACE = {None, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EI
 _NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
 _BLOCK = 1 << 20
 PACKED = b"\x1f\x8b"  # how gzip begins
-_SUM = 64  # digits of a SHA-256
-_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+OTHERS = stat.S_IWGRP | stat.S_IWOTH  # the right to write of others than the owner
 _log = logging.getLogger("nnslim")
 
 
@@ -74,71 +69,12 @@ def unreadable(path: Path, error: BaseException, fault: str = "is truncated or d
 
 
 @contextmanager
-def _temporary_errors() -> Iterator[None]:
+def temporary_errors() -> Iterator[None]:
+    """Say in an OutputError why no temporary file or folder can be made."""
     try:
         yield
     except OSError as error:
         raise OutputError(f"no temporary folder can be made: {error.strerror}; TMPDIR names another place") from error
-
-
-def user_cache() -> Path:
-    """Return nnslim's cache folder, made where it is missing: NNSLIM_CACHE, else nnslim in the user's cache folder.
-
-    A cache is optional: where that cannot be used (no home, not allowed, no folder), it is the `private_folder`.
-    """
-    named, folder = os.environ.get("NNSLIM_CACHE"), None
-    with suppress(RuntimeError):  # no home
-        folder = Path(named).expanduser() if named else platformdirs.user_cache_path("nnslim")
-    return _usable(folder if named or (folder and folder.is_absolute()) else None, named)
-
-
-@functools.lru_cache(maxsize=64)  # said once
-def _usable(folder: Path | None, named: str | None) -> Path:
-    if folder is not None:
-        with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            if os.access(folder, os.R_OK | os.X_OK):
-                return folder
-    level, where = logging.WARNING if named else logging.INFO, named or folder or "without a home, ~/.cache"
-    _log.log(level, "%s cannot be used as a cache; %s takes its place", where, private_folder())
-    return private_folder()
-
-
-@functools.lru_cache(maxsize=64)
-def own_folder(folder: Path) -> Path:
-    """Return `folder`, made where it is missing, if only this user and root can write it; else the `private_folder`."""
-    if (problem := _not_own(folder)) is None:
-        return folder
-    _log.warning("%s is not used: %s; %s takes its place", folder, problem, private_folder())
-    return private_folder()
-
-
-@functools.lru_cache(maxsize=1)
-def private_folder() -> Path:
-    """Return a temporary folder that only this user can write: one for all processes unless somebody has its name."""
-    with _temporary_errors():
-        folder = Path(tempfile.gettempdir()) / f"nnslim_cache_{os.geteuid()}"
-        if _not_own(folder) is not None:
-            folder = Path(tempfile.mkdtemp(prefix="nnslim-"))
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-def _not_own(folder: Path) -> str | None:
-    """Make a folder where it is missing; say why others than this user and root can write it, None if they cannot."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return _foreign(folder.lstat())
-    except OSError as error:
-        return error.strerror
-
-
-def _foreign(found: os.stat_result) -> str | None:
-    if stat.S_ISLNK(found.st_mode):
-        return "it is a link"
-    if found.st_uid not in (0, os.geteuid()):
-        return f"it belongs to another user ({found.st_uid})"
-    return "others can write it" if found.st_mode & _OTHERS else None
 
 
 def make_folder(folder: Path) -> None:
@@ -207,7 +143,7 @@ def write_bytes(path: Path, content: bytes, *, own: bool = False) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         if own:
-            beside.chmod(stat.S_IMODE(beside.stat().st_mode) & ~_OTHERS)
+            beside.chmod(stat.S_IMODE(beside.stat().st_mode) & ~OTHERS)
         elif path.exists():
             shutil.copymode(path, beside)
         beside.replace(path)
@@ -216,35 +152,6 @@ def write_bytes(path: Path, content: bytes, *, own: bool = False) -> None:
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
-
-
-def write_kept(path: Path, content: bytes) -> None:
-    """Write a file of a cache for `read_kept`: the content and its checksum, which also covers the file's name."""
-    write_bytes(path, content + _checksum(path, content), own=True)
-
-
-def read_kept(path: Path, *, own: bool = False) -> bytes | None:
-    """Return what `write_kept` wrote: None if nothing is there, and with a warning if it is anything else.
-
-    Args:
-        own: also refuse a file that others than this user and root can write, since it holds code.
-    """
-    try:
-        with open(path, "rb", opener=_as_it_is) as stream:
-            problem = _foreign(os.fstat(stream.fileno())) if own else None
-            content = b"" if problem else stream.read() or b""
-        if not problem and content[-_SUM:] == _checksum(path, content[:-_SUM]):
-            return content[:-_SUM]
-        problem = problem or "it is not what was written"
-        remove(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        problem = "it is a link" if error.errno == errno.ELOOP else error.strerror
-        if error.errno in (errno.ELOOP, errno.EISDIR):  # else it may be readable later
-            remove(path)
-    _log.warning("%s cannot be used and is made anew: %s", path, problem)
-    return None
 
 
 def remove(path: Path) -> None:
@@ -256,21 +163,18 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
-def _as_it_is(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # a link is not followed, a pipe not waited for
+def save_checkpoint(content: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint with `write_bytes`; torch itself reports a full disk without an errno."""
+    write_bytes(path, checkpoint_bytes(content))
 
 
-def _checksum(path: Path, content: bytes) -> bytes:
-    return hashlib.sha256(path.name.encode() + b"\0" + content).hexdigest().encode()
-
-
-def save_checkpoint(content: dict[str, Any], path: Path, *, kept: bool = False) -> None:
-    """Write a checkpoint with `write_bytes`, or `write_kept`; torch itself reports a full disk without an errno."""
+def checkpoint_bytes(content: dict[str, Any]) -> bytes:
+    """Return what `torch.save` writes."""
     import torch  # here, so that small tools that only write JSON start fast
 
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    (write_kept if kept else write_bytes)(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 @contextmanager
@@ -303,7 +207,7 @@ def temporary_folder(target: Path | None = None) -> Iterator[Path]:
     Raises:
         OutputError: without a target, where no folder can be made, or it is full.
     """
-    with _temporary_errors() if target is None else nullcontext():
+    with temporary_errors() if target is None else nullcontext():
         parent, prefix = remove_dead_folders(target)
         while (handle := _lock(folder := Path(tempfile.mkdtemp(prefix=prefix, dir=parent)), new=True)) is None:
             pass  # another process took it for a dead one

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nnslim.caches import private_folder
 from nnslim.errors import BackendError, NNSlimError
-from nnslim.files import private_folder
 
 
 @contextmanager

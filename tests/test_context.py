@@ -492,7 +492,7 @@ def test_tucker_helper_and_dictionary_give_the_same_configuration():
 @pytest.mark.parametrize("backend", ["eager", "auto", "openvino"])
 @pytest.mark.parametrize("kind", ["plain", "2d", "anisotropic"])
 def test_context_backends_give_the_labels_of_stock_torch_for_every_fold(backend, kind, make_model, monkeypatch):
-    monkeypatch.setattr("nnslim.running.engine.Runner.worth_measuring", float("inf"))
+    monkeypatch.setattr("nnslim.running.runner.Runner.worth_measuring", float("inf"))
     if backend == "openvino":
         pytest.importorskip("openvino")
     source = make_model(kind, folds=(0, 1))

@@ -17,21 +17,17 @@ from pathlib import Path
 import pytest
 from helpers import NOBODY, ROOT, damages, in_process
 
-from nnslim import files
+from nnslim import caches
+from nnslim.caches import own_folder, private_folder, read_kept, user_cache, write_kept
 from nnslim.errors import OutputError
 from nnslim.files import (
     make_folder,
     output_error,
-    own_folder,
-    private_folder,
-    read_kept,
     remove_dead_folders,
     temporary_folder,
     unreadable,
-    user_cache,
     whole_folder,
     write_bytes,
-    write_kept,
 )
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away, or become another user")
@@ -41,7 +37,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give fi
 def own_temporary_folder(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
     for each in range(2):
-        for function in (private_folder, own_folder, files._usable):
+        for function in (private_folder, own_folder, caches._usable):
             function.cache_clear()
         if each == 0:
             yield
@@ -253,7 +249,7 @@ def test_cache_without_a_home_is_a_folder_of_this_user_alone(tmp_path, home):
         NOBODY
         + f"""
 if {home!r} is not None: os.environ["HOME"] = {home!r}
-from nnslim.files import user_cache, write_kept, read_kept
+from nnslim.caches import user_cache, write_kept, read_kept
 folder = user_cache()
 write_kept(folder / "kept", b"1")
 print(folder, oct(folder.stat().st_mode & 0o777), read_kept(folder / "kept"))
@@ -275,7 +271,8 @@ def test_without_any_folder_for_temporary_files_one_line_says_so(tmp_path):
 import os, tempfile
 tempfile._candidate_tempdir_list = lambda: [{str(tmp_path)!r}]
 os.chmod({str(tmp_path)!r}, 0o555)
-from nnslim.files import private_folder, temporary_folder
+from nnslim.caches import private_folder
+from nnslim.files import temporary_folder
 os.setuid(12345)
 for call in (private_folder, lambda: temporary_folder().__enter__()):
     try: call()
@@ -341,7 +338,8 @@ import tempfile, torch
 from pathlib import Path
 tempfile.tempdir = {str(tmp_path)!r}
 from nnslim.errors import NNSlimError
-from nnslim.files import save_checkpoint, temporary_folder, write_bytes, write_kept
+from nnslim.caches import write_kept
+from nnslim.files import save_checkpoint, temporary_folder, write_bytes
 def by_torch():
     with temporary_folder() as folder:
         torch.save(torch.zeros(10**6), folder / "weights.pt")  # a RuntimeError without an errno

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nnslim.caches import read_kept, user_cache, write_kept
 from nnslim.compression.compress_network import Slimmed, StateDict, rebuild
 from nnslim.compression.config import SlimConfig
 from nnslim.compression.guard import Guard
 from nnslim.errors import ConfigError, NNSlimError, one_line
-from nnslim.files import make_folder, read_kept, save_checkpoint, user_cache
+from nnslim.files import checkpoint_bytes, make_folder
 from nnslim.methods.base import Decision
 from nnslim.network.cost import Counts
 from nnslim.network.spec import SPEC_VERSION, SlimSpec
@@ -75,7 +76,7 @@ def store_weights(slimmed: Slimmed, key: str, folder: Path) -> Path:
     speed = slimmed.speed.to_dict() if slimmed.speed else None
     texts = {"spec": slimmed.spec.to_dict(), "summary": slimmed.summary(), "speed": speed}
     content = {name: json.dumps(text) for name, text in texts.items()} | {"weights": list(slimmed.weights)}
-    save_checkpoint(content, path, kept=True)
+    write_kept(path, checkpoint_bytes(content))
     return path
 
 

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 
+from nnslim.caches import read_kept, write_kept
 from nnslim.compression.calibration import Calibration
 from nnslim.compression.config import RecoveryConfig
 from nnslim.compression.distillation import Teacher, distillation_loss, recalibrate_norms, stage_ends, stage_loss
 from nnslim.compression.referee import Referee
 from nnslim.errors import InputError
-from nnslim.files import no_memory, read_kept, save_checkpoint, unreadable
+from nnslim.files import checkpoint_bytes, no_memory, unreadable
 from nnslim.network.spec import held_by
 from nnslim.running.bfloat16 import bfloat16_is_safe, has_fast_bfloat16
 
@@ -211,7 +212,7 @@ class _Learning:
             state = {name: part.state_dict() for name, part in self._parts().items()}
             recovery = vars(self.recovery) | {"seconds": self._elapsed()}
             head = {"version": _STATE_VERSION, "identity": self.identity, "recovery": recovery, "best": self.best}
-            save_checkpoint(head | state, self.checkpoint, kept=True)
+            write_kept(self.checkpoint, checkpoint_bytes(head | state))
 
     def _parts(self) -> dict[str, Any]:
         return {"slim": self.slim, "mean": self.mean, "optimiser": self.optimiser}

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from nnslim.caches import user_cache
 from nnslim.errors import BackendError, OutputError, first_line
-from nnslim.files import make_folder, output_error, remove, unwritable, user_cache, whole_folder
+from nnslim.files import make_folder, output_error, remove, unwritable, whole_folder
 from nnslim.optional import needed
 
 # Raise this when the rewrites or the conversion change what they make, so that old files are not used.

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nnslim.files import read_kept, user_cache
+from nnslim.caches import read_kept, user_cache
 
 MEASURED = "backends.json"  # in the cache: the fastest backend of each network
 CPU_INFO = Path("/proc/cpuinfo")

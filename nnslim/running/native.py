@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnslim.caches import own_folder, read_kept, user_cache, write_kept
 from nnslim.errors import NNSlimError, OutputError
-from nnslim.files import own_folder, read_kept, temporary_folder, user_cache, write_kept
+from nnslim.files import temporary_folder
 from nnslim.running.machine import cpu_flags, cpu_name
 
 LANES = 8  # floats of one vector; widths are padded to a multiple

@@ -14,13 +14,14 @@ import torch
 from helpers import damages
 from torch import nn
 
+from nnslim.caches import read_kept, write_kept
 from nnslim.compression.cache import cache_key, recall_weights, store_weights
 from nnslim.compression.compress_network import compress
 from nnslim.compression.config import SlimConfig, from_dict, tucker
 from nnslim.compression.model_report import ModelReport, Report
 from nnslim.errors import ConfigError, InputError, OutputError, SpecError
 from nnslim.evaluation.overlap import dice_per_label
-from nnslim.files import read_kept, save_checkpoint, write_kept
+from nnslim.files import checkpoint_bytes
 from nnslim.methods.tucker import TuckerConfig
 from nnslim.methods.tucker.edit import TuckerConv
 from nnslim.network.cost import measure_cost
@@ -294,7 +295,7 @@ def damage(kind, path):
             inside["summary"] = inside["summary"][:-1]
         elif kind == "tensor":
             inside = torch.zeros(3)
-        save_checkpoint(inside, path, kept=True)
+        write_kept(path, checkpoint_bytes(inside))
 
 
 @pytest.mark.parametrize(
@@ -330,7 +331,7 @@ class Intruder:
 
 def test_recall_file_that_would_run_code_is_refused(model, tmp_path, caplog):
     mark = tmp_path / "ran"
-    save_checkpoint({"spec": Intruder(str(mark))}, tmp_path / "key.pt", kept=True)
+    write_kept(tmp_path / "key.pt", checkpoint_bytes({"spec": Intruder(str(mark))}))
     with caplog.at_level(logging.WARNING, "nnslim"):
         assert recall_weights(model[0], "key", tmp_path) is None
     assert "cannot be read" in caplog.text

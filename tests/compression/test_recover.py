@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from nnslim.caches import read_kept, write_kept
 from nnslim.compression import plan_and_fit as search
 from nnslim.compression import recover as module
 from nnslim.compression.cache import cache_key, recall_weights, store_weights
@@ -22,7 +23,7 @@ from nnslim.compression.distillation import recalibrate_norms, stage_ends, stage
 from nnslim.compression.recover import Recovery, recover, schedule
 from nnslim.compression.referee import Referee
 from nnslim.errors import ConfigError, RankError
-from nnslim.files import read_kept, save_checkpoint
+from nnslim.files import checkpoint_bytes
 from nnslim.methods.tucker import TuckerConfig, plan_tucker
 from nnslim.network.cost import measure_cost
 from nnslim.network.spec import SlimSpec, apply_spec, spec_of
@@ -194,7 +195,7 @@ def _drop(key):
     def damage(path):
         content = torch.load(io.BytesIO(read_kept(path)), weights_only=True)
         del content[key]
-        save_checkpoint(content, path, kept=True)
+        write_kept(path, checkpoint_bytes(content))
 
     return damage
 
@@ -204,7 +205,7 @@ def _make_old(path):
     content = torch.load(io.BytesIO(read_kept(path)), weights_only=True)
     del content["version"], content["mean"]["n_averaged"]
     content["mean"] = {key.removeprefix("module."): value for key, value in content["mean"].items()}
-    save_checkpoint(content, path, kept=True)
+    write_kept(path, checkpoint_bytes(content))
 
 
 def _flip(path):
@@ -220,8 +221,8 @@ def _flip(path):
         lambda path: path.write_bytes(path.read_bytes()[:2000]),
         lambda path: path.write_bytes(b""),
         _flip,
-        lambda path: save_checkpoint({"identity": "a", "slim": {"a": torch.ones(1)}}, path, kept=True),
-        lambda path: save_checkpoint([1, 2], path, kept=True),
+        lambda path: write_kept(path, checkpoint_bytes({"identity": "a", "slim": {"a": torch.ones(1)}})),
+        lambda path: write_kept(path, checkpoint_bytes([1, 2])),
         _make_old,
         _drop("mean"),
         _drop("optimiser"),

@@ -16,9 +16,9 @@ import toy_method
 from helpers import make_predictor
 
 from nnslim import NNSlimContext
+from nnslim.caches import read_kept
 from nnslim.compression.config import from_dict
 from nnslim.errors import ConfigError
-from nnslim.files import read_kept
 from nnslim.hosts.nnunet.compress.compress_model import compress_model
 from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 from nnslim.network.spec import spec_of

@@ -19,9 +19,10 @@ from nnslim.compression.config import tucker
 from nnslim.errors import BackendError
 from nnslim.running import engine as backends
 from nnslim.running.cuda import Graphed, fastest_variant, variants
-from nnslim.running.engine import Runner, Settings, check_precision, fastest, make_engine, with_fallback
+from nnslim.running.engine import Settings, check_precision, fastest, make_engine, with_fallback
 from nnslim.running.norm_pass import NormPass
 from nnslim.running.rewrites import rewritten
+from nnslim.running.runner import Runner
 from nnslim.running.timing import run_pass
 
 SHAPES = {"plain3d": (1, 1, 16, 16, 16), "anisotropic": (1, 1, 4, 16, 16), "plain2d": (2, 1, 16, 16)}

@@ -310,7 +310,7 @@ _ATTACKS = """
 import ctypes, logging, os, subprocess, sys, torch
 from pathlib import Path
 from helpers import damages
-from nnslim.files import own_folder, write_kept
+from nnslim.caches import own_folder, write_kept
 from nnslim.running import native
 
 class Lines(logging.Handler):

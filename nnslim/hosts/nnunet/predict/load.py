@@ -18,8 +18,9 @@ from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.hosts.nnunet.predict.predictor_patches import own_session, slim_predictor
 from nnslim.hosts.nnunet.predict.sliding_window import window_logits
 from nnslim.prediction.case import Case
-from nnslim.running.engine import Runner, Settings
+from nnslim.running.engine import Settings
 from nnslim.running.machine import machine_threads
+from nnslim.running.runner import Runner
 
 
 def load_predictor(model: Path, config: Any, settings: PredictSettings, began: Mapping[str, Any] | None = None) -> Any:

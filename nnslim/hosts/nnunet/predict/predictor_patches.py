@@ -29,7 +29,8 @@ from nnslim.hosts.nnunet.predict.sliding_window import window_logits
 from nnslim.network.spec import spec_of
 from nnslim.network.walk import unwrap
 from nnslim.patching import AttributePatch
-from nnslim.running.engine import Runner, check_precision, kept_random_state
+from nnslim.running.engine import check_precision
+from nnslim.running.runner import Runner, kept_random_state
 
 _log = logging.getLogger("nnslim")
 _MOST = 8  # models that are kept, the latest used; TotalSegmentator has five parts and a rough one

@@ -13,7 +13,6 @@ from torch import nn
 
 from nnslim.files import write_json
 from nnslim.hosts.nnunet.model.planned import PLAIN_TRAINER
-from nnslim.hosts.nnunet.model.trained_model import allowed_globals
 from nnslim.hosts.nnunet.train.steady import SteadyTraining
 from nnslim.methods.token_sparse.config import RecipeConfig
 
@@ -42,13 +41,6 @@ class DescribedTraining(SteadyTraining):
         """Name nnU-Net's default trainer, and the plans from which it builds the network."""
         arguments = {**self.my_init_kwargs, "plans": self.described_plans()}
         return {"trainer_name": PLAIN_TRAINER, "init_args": arguments}
-
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """Resume; nnU-Net's Primus trainers cannot on torch >= 2.6, which refuses the numbers in their checkpoints."""
-        if not self.was_initialized:
-            self.initialize()  # this may load a checkpoint, too, and leaving that would end what is allowed here
-        with allowed_globals():
-            super().load_checkpoint(filename_or_checkpoint)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """There is none."""

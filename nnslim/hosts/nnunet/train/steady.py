@@ -152,9 +152,11 @@ class SteadyTraining:
         Raises:
             ModelError: such a file, unless the settings trust it.
         """
+        if not self.was_initialized:
+            self.initialize()  # this may load a checkpoint, too, and leaving that would end what is allowed here
         if isinstance(filename_or_checkpoint, str):
             load_checkpoint(Path(filename_or_checkpoint), trust=self.settings.trust)
-        with allowed_globals():  # after the check, which ends what a caller has allowed
+        with allowed_globals():  # nnU-Net's Primus trainers load without them, and torch >= 2.6 refuses its numbers
             super().load_checkpoint(filename_or_checkpoint)
 
     def train_on(self) -> None:
