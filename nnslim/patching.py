@@ -1,14 +1,28 @@
-"""Replace an attribute of a class at run time and put the very same object back."""
+"""Replace an attribute of a class at run time and put the very same object back; undo what a library replaces."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _ABSENT = object()
 _log = logging.getLogger("nnslim")
+
+
+@contextmanager
+def kept_sigterm() -> Iterator[None]:
+    """Put the handler of SIGTERM back: Ray leaves its own, which forked children then have, too."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and handler is not None:
+            signal.signal(signal.SIGTERM, handler)
 
 
 class AttributePatch:

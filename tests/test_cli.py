@@ -389,3 +389,26 @@ def test_predict_ended_by_a_signal_keeps_finished_cases(
     assert 0 < done < 23
     again = nnslim(*command, expect=0).stdout
     assert f"{23 - done} predicted, {done} there already, 0 failed" in again
+
+
+_FORKS = """
+import os, signal, time
+from nnslim.commands.common import stoppable
+with stoppable("nothing"):
+    for _ in range(20):
+        child = os.fork()
+        if not child:
+            try:
+                time.sleep(20)
+            finally:
+                os._exit(0)
+        os.kill(child, signal.SIGTERM)
+        print(os.waitpid(child, 0)[1], end=" ")
+print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+"""
+
+
+def test_forked_children_of_a_command_end_by_the_first_signal():
+    """A pool that nnU-Net forks and ends at once would otherwise wait for ever for a child that has lost its signal."""
+    ran = subprocess.run([sys.executable, "-c", _FORKS], cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout.split() == [str(int(signal.SIGTERM))] * 20 + ["True"], ran.stderr

@@ -16,6 +16,7 @@ from nnslim.benchmark.timing_figures import save_timing_figures
 from nnslim.benchmark.timings import COLUMNS, DENSE, Row, add_dice, compare, number_in, read_timings, timed_row
 from nnslim.files import temporary_folder
 from nnslim.optional import needed
+from nnslim.patching import kept_sigterm
 from nnslim.tables import write_table
 
 
@@ -249,7 +250,8 @@ def ray_pool(work: Callable[[GridPoint], Row], cpus: int, address: str | None = 
     ray = needed("ray", "nnslim[ray]", purpose="--ray")
     if not ray.is_initialized():
         own = {} if address else {"include_dashboard": False, "_system_config": {"worker_niceness": 0}}
-        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
+        with kept_sigterm():
+            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
 
     @ray.remote(num_cpus=cpus, max_retries=0)
     def task(point: GridPoint) -> Row:  # Ray takes plain functions only

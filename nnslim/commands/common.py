@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -47,11 +48,27 @@ PrecisionOption = Annotated[
 DeterministicOption = Annotated[
     bool, typer.Option("--deterministic", help="the same bytes, run after run on one machine: nothing is measured")
 ]
+_caught: set[int] = set()  # signals that `stoppable` handles now
 _REPEAT = 2.0  # seconds: `timeout` and others send a signal to a process and then again to its group
 
 
 class _Stopped(KeyboardInterrupt):
     """By a signal. Python ends by SIGINT in the end if some C code has seen a plain KeyboardInterrupt pass."""
+
+
+def _in_child() -> None:
+    for number in _caught:
+        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _caught)
+
+
+# A forked child, as of nnU-Net's pools, ends by a signal as it would without us. A handler would lose one that comes
+# before Python is ready in the child, and the pool would wait for that child for ever: it is held back until then.
+os.register_at_fork(
+    before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, _caught),
+    after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _caught),
+    after_in_child=_in_child,
+)
 
 
 @contextmanager
@@ -73,6 +90,7 @@ def stoppable(kept: str) -> Iterator[None]:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 before[number] = signal.signal(number, stop)
+        _caught.update(before)
     try:
         with suppress(OSError):  # a command that needs no temporary folder works without one
             remove_dead_folders()
@@ -85,6 +103,7 @@ def stoppable(kept: str) -> Iterator[None]:
     finally:
         with suppress(OSError):  # a command that needs no temporary folder works without one
             remove_dead_folders()
+        _caught.difference_update(before)
         for number, handler in before.items():
             signal.signal(number, handler)
 

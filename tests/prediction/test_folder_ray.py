@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import pytest
@@ -34,6 +35,7 @@ def cluster(monkeypatch):
 
 
 def test_node_killed_midway_every_case_is_finished_once_and_bad_models_end_the_run(cluster, tmp_path):
+    handler = signal.getsignal(signal.SIGTERM)
     notes, out = tmp_path / "notes", tmp_path / "out"
     notes.mkdir()
     cases = write_cases(tmp_path / "in", {f"c{n:02d}": "x" * n for n in range(1, 17)})
@@ -64,6 +66,7 @@ def test_node_killed_midway_every_case_is_finished_once_and_bad_models_end_the_r
     greedy = FolderSettings("ray", Crew(1, threads=999, address=cluster.address))
     with pytest.raises(HostError, match="999 threads were asked for, but the machines of the Ray cluster have at most"):
         run_folder(CopyJob(notes), cases, tmp_path / "other", greedy)
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_missing_ray_is_named_with_its_remedy(tmp_path, monkeypatch):

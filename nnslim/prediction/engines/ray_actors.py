@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nnslim.errors import HostError, NNSlimError, kind_and_line
+from nnslim.patching import kept_sigterm
 from nnslim.prediction.case import Case, Crew, Place, PredictionJob, Record, Report
 from nnslim.prediction.engines.team import Member, Team, loaded
 from nnslim.prediction.schedule import Schedule
@@ -35,7 +36,8 @@ def run(job: PredictionJob, schedule: Schedule, output: Path, crew: Crew, report
         raise HostError("the ray engine needs Ray: pip install 'nnslim[ray]'") from None
     own = not ray.is_initialized()
     if own:
-        ray.init(address=crew.address, log_to_driver=False, logging_level=logging.WARNING)
+        with kept_sigterm():
+            ray.init(address=crew.address, log_to_driver=False, logging_level=logging.WARNING)
     try:
         _RayTeam(ray, job, schedule, output.absolute(), _sized(ray, crew), report).work()
     finally:
