@@ -327,6 +327,7 @@ def stopped(tmp_path, arguments, started, number, group=False):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # ignored where nohup runs the tests
     )
     while run.poll() is None and not started(temporary):
         time.sleep(0.01)

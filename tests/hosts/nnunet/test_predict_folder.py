@@ -387,7 +387,10 @@ def _stock(model: Path, images: Path, output: Path) -> None:
     predictor.initialize_from_trained_model_folder(str(model), (0,))
     output.mkdir()
     with silent():
-        predictor.predict_from_files_sequential(str(images), str(output))
+        if hasattr(predictor, "predict_from_files_sequential"):
+            predictor.predict_from_files_sequential(str(images), str(output))
+        else:  # nnU-Net 2.3
+            predictor.predict_from_files(str(images), str(output), False, True, 1, 1)
 
 
 def test_channels_are_those_that_the_reader_finds_as_in_stock_nnunet(make_model, tmp_path):

@@ -26,6 +26,7 @@ from nnslim.files import no_memory, read_json_object, save_checkpoint, unreadabl
 from nnslim.hosts.nnunet.model.checked_plans import LimitedBuild, check_architecture, check_named
 from nnslim.hosts.nnunet.model.compatibility import check_version, nnunet_version
 from nnslim.hosts.nnunet.model.model_files import chosen_folds
+from nnslim.optional import name_and_home
 
 # Names that DataParallel, DistributedDataParallel and torch.compile put before a network's own.
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
@@ -220,15 +221,16 @@ def managers_of(path: Path, plans: dict[str, Any], dataset: dict[str, Any], conf
 
 def trainer_class(name: str) -> type:
     """Return nnU-Net's trainer class of that name (its own, or from nnUNet_extTrainer); ModelError without one."""
-    try:
-        from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
-    except ImportError:  # before nnU-Net 2.8
-        import nnunetv2
-        from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+    with name_and_home():  # matplotlib before 3.11 asks for them
+        try:
+            from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
+        except ImportError:  # before nnU-Net 2.8
+            import nnunetv2
+            from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
-        folder = os.path.join(nnunetv2.__path__[0], "training", "nnUNetTrainer")  # noqa: PTH118
-        find = partial(recursive_find_python_class, folder, current_module="nnunetv2.training.nnUNetTrainer")
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+            folder = os.path.join(nnunetv2.__path__[0], "training", "nnUNetTrainer")  # noqa: PTH118
+            find = partial(recursive_find_python_class, folder, current_module="nnunetv2.training.nnUNetTrainer")
+        from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     try:
         found = find(name)
