@@ -13,11 +13,11 @@ from nnslim.compression.compress_network import compress
 from nnslim.compression.config import from_dict
 from nnslim.errors import ConfigError
 from nnslim.methods.filters import FiltersConfig, fill_filters, plan_filters
-from nnslim.methods.filters.plan import importance
 from nnslim.network.cost import measure_cost
 from nnslim.network.spec import spec_of
 from nnslim.network.walk import LayerIndex
 from nnslim.surgery.channels import channel_map
+from nnslim.surgery.importance import weight_importance
 from nnslim.surgery.narrow import CostTable, narrow_layers, widths_of
 
 WIDE = (16, 24, 32)
@@ -39,7 +39,7 @@ def test_plan_meets_the_budget_closely_and_folds_keep_their_own_filters(kind, me
         for name, group in channels.groups.items():
             width = widths_of(slimmed.network)[name][0]
             assert width >= 4
-            best = importance(layers, group, config).topk(width).indices.sort().values
+            best = weight_importance(layers, group, config.importance, config.seed).topk(width).indices.sort().values
             one = next(n for n in group.producers if layers[n].module.bias is not None)
             assert torch.equal(weights[f"{one}.bias"], layers[one].module.bias[best])
     slim = slimmed.network
@@ -60,7 +60,9 @@ def test_fill_equals_narrowing_by_hand(tiny_net, tiny_shape):
     keep = {}
     for name, group in channels.groups.items():
         width = widths_of(slim)[name][0]
-        keep[name] = importance(layers, group, config).topk(width).indices.sort().values.tolist()
+        keep[name] = (
+            weight_importance(layers, group, config.importance, config.seed).topk(width).indices.sort().values.tolist()
+        )
         shares.append(width / group.channels)
     assert np.ptp(shares) < 0.1  # the same share of each layer, up to whole filters
     narrow_layers(layers, channels.narrowing(keep))
@@ -74,11 +76,11 @@ def test_importance_of_a_doubled_or_small_filter_is_the_lowest(tiny_net, tiny_sh
     up = "decoder.transpconvs.0"  # stored as (inputs, outputs)
     weight = layers[up].module.weight.data
     weight[:, 3] *= 0.01
-    assert int(importance(layers, channels.groups[up], FiltersConfig(macs=0.5)).argmin()) == 3
+    assert int(weight_importance(layers, channels.groups[up], "l1", 0).argmin()) == 3
     weight[:, 3] *= 100
     weight[:, 5] = weight.mean(1)  # near the geometric median of all
     config = FiltersConfig(macs=0.5, importance="fpgm")
-    assert int(importance(layers, channels.groups[up], config).argmin()) == 5
+    assert int(weight_importance(layers, channels.groups[up], config.importance, config.seed).argmin()) == 5
 
 
 def test_budget_out_of_reach_and_both_budgets_are_refused(tiny_net, tiny_shape):

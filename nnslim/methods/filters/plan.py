@@ -3,42 +3,21 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nnslim.errors import ConfigError
 from nnslim.methods.base import OnLayer, Plan, narrowed
 from nnslim.methods.filters.config import FiltersConfig
 from nnslim.network.cost import Cost
 from nnslim.network.walk import LayerIndex
-from nnslim.surgery.channels import ChannelGroup, ChannelMap, channel_map, fewest, without
+from nnslim.surgery.channels import ChannelMap, channel_map, fewest, without
 from nnslim.surgery.folding import MapMoments, fold_channels, map_moments
-from nnslim.surgery.narrow import CostTable, axes_of, narrow_edits, narrow_layers, widths_of
+from nnslim.surgery.importance import weight_importance
+from nnslim.surgery.narrow import CostTable, narrow_edits, narrow_layers, widths_of
 from nnslim.surgery.streaming import Tiles
-
-
-@torch.no_grad()
-def importance(layers: LayerIndex, group: ChannelGroup, config: FiltersConfig) -> Tensor:
-    """Return (channels,): how much each filter of a group counts, 1 on average.
-
-    l1 (Li et al., arXiv 1608.08710): mean absolute weight. fpgm (He et al., arXiv 1811.00250): mean distance from the
-    layer's other filters, small near their geometric median. Where several layers make the channels (a residual
-    stage), the mean over them.
-    """
-    if config.importance == "random":
-        drawn = random.Random(f"{config.seed} {group.name}")
-        return torch.tensor([drawn.random() for _ in range(group.channels)])
-    found = []
-    for name in group.producers:
-        layer = layers[name].module
-        filters = layer.weight.transpose(0, axes_of(layer, "weight")[0]).flatten(1).float()
-        score = filters.abs().mean(1) if config.importance == "l1" else torch.cdist(filters, filters).mean(1)
-        found.append(score / score.mean().clamp_min(torch.finfo(torch.float32).tiny))
-    return torch.stack(found).mean(0)
 
 
 def plan_filters(network: nn.Module, config: FiltersConfig, cost: Cost, tiles: Any = None) -> Plan:
@@ -71,7 +50,7 @@ def _order(layers: LayerIndex, channels: ChannelMap, config: FiltersConfig) -> l
     """Return (group, channel), what should go first."""
     ranked = []
     for name, group in channels.groups.items():
-        scores = importance(layers, group, config).tolist()
+        scores = weight_importance(layers, group, config.importance, config.seed).tolist()
         places = sorted(range(len(scores)), key=scores.__getitem__)
         for place, index in enumerate(places):
             key = scores[index] if config.ranking == "global" else (place + 1) / len(places)
@@ -124,7 +103,7 @@ def _kept(dense: nn.Module, slim: nn.Module, config: FiltersConfig, channels: Ch
     for name, group in channels.groups.items():
         room = widths[name][0]
         if room < group.channels:
-            best = importance(layers, group, config).topk(room).indices
+            best = weight_importance(layers, group, config.importance, config.seed).topk(room).indices
             keep[name] = sorted(best.tolist())
     return keep
 

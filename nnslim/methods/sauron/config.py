@@ -24,6 +24,11 @@ class SauronConfig(MethodConfig):
     strength: float = Field(0.5, ge=0, description="weight of the distance loss (lambda); 0: pruning alone")
     delta_opt: Distance = Field("euc_norm", description="distance that the loss makes smaller")
     delta_prune: Distance = Field("euc_rand", description="distance below which a filter is removed")
+    importance: Literal["maps", "l1", "fpgm", "random", "taylor"] = Field(
+        "maps",
+        description="what says which filters go. maps: Sauron's distances; l1, fpgm, random: as in the method filters; "
+        "taylor: the effect on the loss, by gradients; the last four as shares of the layer's largest",
+    )
     reference: Reference = Field(
         "first",
         description="map that others are compared with: first, random (anew each epoch) or medoid, one for loss and "

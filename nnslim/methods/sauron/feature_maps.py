@@ -189,9 +189,10 @@ class MapWatch:
         if not self.maps:
             return
         for name, seen in self._seen():
-            reference = self.references[name][1]
-            score = torch.stack([delta_prune(maps, reference, self.config.delta_prune) for maps in seen]).mean(0)
-            self._sums[name] = self._sums.get(name, 0) + score
+            if self.config.importance == "maps":
+                reference = self.references[name][1]
+                score = torch.stack([delta_prune(maps, reference, self.config.delta_prune) for maps in seen]).mean(0)
+                self._sums[name] = self._sums.get(name, 0) + score
             if self.config.folds:
                 found = [MapMoments.of(maps) for maps in seen]
                 before = [self._moments[name]] if name in self._moments else []

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from nnslim.methods.sauron.config import SauronConfig
 from nnslim.methods.sauron.feature_maps import MapWatch
 from nnslim.network.walk import LayerIndex
 from nnslim.surgery.channels import channel_map, fewest, removable, without
 from nnslim.surgery.folding import MapMoments, fold_channels
+from nnslim.surgery.importance import gradient_importance, weight_importance
 from nnslim.surgery.narrow import CostTable, Cut, narrow_layers
 
 
@@ -132,6 +133,7 @@ class Pruner:
         self.before = self.cost
         self.full = {name: group.channels for name, group in self.channels.groups.items()}
         self.medoids: dict[str, int] = {}
+        self._effects: dict[str, Tensor] = {}
 
     def _look(self) -> None:
         """Trace and count anew; hooks would run along, so the watch comes last."""
@@ -149,7 +151,24 @@ class Pruner:
                 loss, criterion = (drawn if kind == "euc_rand" else 0 for kind in kinds)
             else:
                 loss = criterion = {"first": 0, "random": drawn, "medoid": self.medoids.get(name, 0)}[policy]
-            self.watch.references[name] = (loss, criterion)
+            self.watch.references[name] = (loss, criterion if self.config.importance == "maps" else -1)
+
+    def observe_gradients(self) -> None:
+        """Add the last step's gradients to the criterion that is made of them."""
+        if self.config.importance == "taylor":
+            for name, effect in gradient_importance(LayerIndex(self.network), self.channels).items():
+                self._effects[name] = self._effects.get(name, 0) + effect
+
+    def take(self) -> tuple[dict[str, list[float]], dict[str, int], dict[str, MapMoments]]:
+        """Return by group the criterion over the passes observed, medoid and moments, and start again."""
+        scores, medoids = self.watch.take()
+        found, self._effects = self._effects, {}
+        if self.config.importance in ("l1", "fpgm", "random"):
+            layers, kind, seed = LayerIndex(self.network), self.config.importance, self.config.seed
+            found = {name: weight_importance(layers, group, kind, seed) for name, group in self.channels.groups.items()}
+        for name in self.watch.groups if found else ():
+            scores[name] = (found[name] / found[name].max().clamp_min(1e-30)).tolist()
+        return scores, medoids, self.watch.take_moments()
 
     def decide(
         self,

@@ -110,16 +110,19 @@ class SauronTraining(SteadyTraining):
         if self._iteration == 1 and self.section.save_maps and self.current_epoch % self.section.save_maps == 0:
             self._probe = batch["data"][:1].clone()
         self.loss.observes = self._iteration > self.num_iterations_per_epoch - self.section.batches
-        return super().train_step(batch)
+        result = super().train_step(batch)
+        if self.loss.observes:
+            self.pruner.observe_gradients()
+        return result
 
     def on_epoch_end(self) -> None:
         """Remove filters once nnU-Net has logged the epoch and kept what it calls best."""
         epoch = self.current_epoch
         super().on_epoch_end()
-        log, watch = self.logger.get_checkpoint(), self.pruner.watch
+        log = self.logger.get_checkpoint()
         losses = [[float(loss) for loss in log[key]] for key in ("train_losses", "val_losses")]
         # The criterion is the mean over the processes of a training; medoids and decision are the first one's.
-        everyone = self._gathered((*watch.take(), watch.take_moments()))
+        everyone = self._gathered(self.pruner.take())
         names, medoids, moments = everyone[0]
         scores = {name: np.mean([found[0][name] for found in everyone], axis=0).tolist() for name in names}
         moments = {name: sum((found[2][name] for found in everyone[1:]), start=moments[name]) for name in moments}
