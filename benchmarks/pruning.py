@@ -1,7 +1,8 @@
 """Train, prune and score networks side by side, with nnslim's own commands: pruning.csv, pruning.md.
 
-scratch   from random weights, with the same trainer, epochs and seed: nnU-Net (Sauron's trainer, nothing removed),
-          Sauron, Sauron with folding, and Sauron without its loss (lambda 0).
+scratch   from random weights, with the same trainer, epochs and seeds: nnU-Net (Sauron's trainer, nothing removed),
+          Sauron, Sauron with folding, without its loss (lambda 0), with its loss alone deciding (importance maps), and
+          with other importances on the same way to the target: L1, FPGM, random, Taylor.
 start     from a trained model: Sauron with and without folding; and L1, FPGM, random and Torch-Pruning, which prune
           before training. The same trainer then runs the same number of iterations for all.
 composed  Tucker, int8, and both, on the model that Sauron with folding pruned from the trained one.
@@ -16,6 +17,7 @@ Example: ./run.sh benchmarks/pruning.py -d 4 -m MODEL --test-images imagesTs --t
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
@@ -27,8 +29,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
+from nnslim.errors import InputError
 from nnslim.tables import markdown, read_table, write_table
 from studies.command import new_parser, run_command
 
@@ -71,6 +75,12 @@ def all_rows(args: argparse.Namespace) -> list[Row]:
         Row("sauron", "scratch", sauron),
         Row("sauron-fold", "scratch", {**sauron, "fold": True}),
         Row("sauron-lambda0", "scratch", {**sauron, "strength": 0}),
+        *(
+            Row(kind, "scratch", {**sauron, "strength": 0, "importance": kind})
+            for kind in ("l1", "fpgm", "random", "taylor")
+        ),
+        Row("taylor-fold", "scratch", {**sauron, "strength": 0, "importance": "taylor", "fold": True}),
+        Row("taylor-global", "scratch", {**sauron, "strength": 0, "importance": "taylor", "ranking": "global"}),
         Row("start-nnunet", "start", _PLAIN),
         Row("start-sauron-fold", "start", after),
         Row("start-sauron", "start", {**after, "fold": False}),
@@ -97,29 +107,47 @@ def run(command: Sequence[str | Path], results: Path, log: Path) -> None:
 
 
 def use_small_network(settings: dict[str, Any]) -> None:
-    """Halve the widths of a configuration and cut its patch to at most 40 voxels: what two cores can train."""
+    """Halve the widths of a configuration and cut its patch, to 40 voxels in 3D: what two cores can train."""
     arguments = settings["architecture"]["arch_kwargs"]
     arguments["features_per_stage"] = [width // 2 for width in arguments["features_per_stage"]]
-    settings["patch_size"] = [min(40, 8 * round(0.8 * size / 8)) for size in settings["patch_size"]]
+    step, most = (8, 40) if len(settings["patch_size"]) == 3 else (32, 128)
+    settings["patch_size"] = [min(most, step * round(0.8 * size / step)) for size in settings["patch_size"]]
 
 
-def make(row: Row, args: argparse.Namespace) -> Path:
+def make(row: Row, seed: int, args: argparse.Namespace) -> Path:
     """Train or compress what the row stands for, unless that is done, and return its model folder."""
-    folder = args.output / row.name
+    folder = folder_of(row.name, seed, args)
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
     if row.source:
-        return compressed(row, args, folder, log)
+        return compressed(row, seed, args, folder, log)
     start = None
     if row.part == "start":
-        start = args.model if row.pruned is None else pruned_start(row, args, folder, log)
+        dense = args.model or trained(folder_of("nnunet", seed, args))
+        if dense is None:
+            raise InputError(f"{row.name} starts from a trained model: name it with -m, or make row nnunet before")
+        start = dense if row.pruned is None else pruned_start(row, dense, args, folder, log)
     found = trained(folder)
     if found is not None and (found / "fold_0" / "checkpoint_final.pth").is_file():
         return found
     config = folder / "config.yml"
     config.write_text(yaml.safe_dump({"version": 1, "methods": [{"method": "sauron", **row.settings}]}))
     epochs, rate = (args.epochs, args.rate) if start is None else (args.start_epochs, args.start_rate)
-    command = [*_NNSLIM, "train", "-d", args.dataset, "-c", config, "-f", "0", "--seed", args.seed, "--quiet"]
+    command = [
+        *_NNSLIM,
+        "train",
+        "-d",
+        args.dataset,
+        "--configuration",
+        args.configuration,
+        "-c",
+        config,
+        "-f",
+        "0",
+        "--seed",
+        seed,
+        "--quiet",
+    ]
     command += ["--epochs", epochs, "--iterations", args.iterations, "--validation-iterations", 4]
     command += ["--batch-size", args.batch_size, "--learning-rate", rate, "--precision", args.precision]
     command += ["-p", _PLANS] if start is None else ["--start", start]
@@ -129,25 +157,30 @@ def make(row: Row, args: argparse.Namespace) -> Path:
     return trained(folder)
 
 
+def folder_of(name: str, seed: int, args: argparse.Namespace) -> Path:
+    """Return the folder of a row."""
+    return args.output / f"seed{seed}" / name
+
+
 def trained(folder: Path) -> Path | None:
     """Return the results folder that a row has written, if there is one."""
     return next(iter(sorted(folder.glob("Dataset*/nnUNetTrainerSauron__*"))), None)
 
 
-def pruned_start(row: Row, args: argparse.Namespace, folder: Path, log: Path) -> Path:
+def pruned_start(row: Row, dense: Path, args: argparse.Namespace, folder: Path, log: Path) -> Path:
     """Prune the trained model without training, and return the folder."""
     target = folder / "pruned"
     if target.is_dir():
         return target
     if row.pruned == "torch-pruning":
-        return torch_pruned(args, target)
+        return torch_pruned(dense, args.start_macs, target)
     config = folder / "pruned.yml"
     config.write_text(yaml.safe_dump({"version": 1, "methods": [row.pruned], "run": {"guard": False}}))
-    run([*_NNSLIM, "compress", "-m", args.model, "-o", target, "-c", config, "-f", "0", "--quiet"], folder, log)
+    run([*_NNSLIM, "compress", "-m", dense, "-o", target, "-c", config, "-f", "0", "--quiet"], folder, log)
     return target
 
 
-def torch_pruned(args: argparse.Namespace, target: Path) -> Path:
+def torch_pruned(dense: Path, macs: float, target: Path) -> Path:
     """Let Torch-Pruning prune the trained model; its widths become a SlimSpec, so that all else is the same."""
     from benchmarks.peers import prune
     from nnslim.benchmark.passes import network_facts
@@ -157,20 +190,20 @@ def torch_pruned(args: argparse.Namespace, target: Path) -> Path:
     from nnslim.network.walk import deep_supervision
     from nnslim.surgery.narrow import narrow_edits, widths_of
 
-    model = read_trained_model(args.model, [0])
+    model = read_trained_model(dense, [0])
     network, slim, shape = build_network(model), build_network(model), input_shape(model)
     facts = network_facts(network, shape)
     with deep_supervision(network, True):  # else the heads that only run in training would keep their inputs
-        pruned = prune(network, shape, int(args.start_macs * facts["macs"]))
+        pruned = prune(network, shape, int(macs * facts["macs"]))
     apply_spec(SlimSpec(narrow_edits(widths_of(network), pruned)), slim)
     slim.load_state_dict(pruned.state_dict())
     write_network(model, slim, target)
     return target
 
 
-def compressed(row: Row, args: argparse.Namespace, folder: Path, log: Path) -> Path:
+def compressed(row: Row, seed: int, args: argparse.Namespace, folder: Path, log: Path) -> Path:
     """Compress the model of another row further, by the user's command."""
-    source, target = trained(args.output / row.source), folder / "slim"
+    source, target = trained(folder_of(row.source, seed, args)), folder / "slim"
     if source is None:
         raise SystemExit(f"{row.name} compresses row {row.source}, which does not exist yet")
     if not target.is_dir():
@@ -183,12 +216,11 @@ def compressed(row: Row, args: argparse.Namespace, folder: Path, log: Path) -> P
     return target
 
 
-def score(row: Row, model: Path, args: argparse.Namespace) -> dict[str, float]:
+def score(row: Row, model: Path, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Predict the test images and return the mean Dice, and that of each class."""
     from nnslim.evaluation.classes import read_dataset_json
     from nnslim.evaluation.directories import evaluate_directories
 
-    folder = args.output / row.name
     predictions = folder / "predictions"
     if not (predictions / "done").is_file():
         arguments = ["-i", args.test_images, "-o", predictions, "-m", model]
@@ -254,18 +286,40 @@ def time_rows(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
         row[column] = round(1e3 * statistics.median(timing.seconds), 1) if timing.seconds else timing.error[:60]
 
 
-_COLUMNS = ("row", "parameters", "gmacs", "macs_share", "dice", "stock_ms", "openvino_ms", "precision")
+_COLUMNS = ("row", "seed", "parameters", "gmacs", "macs_share", "dice", "stock_ms", "openvino_ms", "precision")
 _COLUMNS += ("training_seconds", "epoch_seconds_first", "epoch_seconds_last")
 
 
 def write_tables(rows: Sequence[dict[str, Any]], output: Path) -> str:
     """Write pruning.csv and pruning.md, and return the latter."""
     classes = [key for key in rows[0] if key.startswith("dice_")]
-    columns = [*_COLUMNS[:5], *classes, *_COLUMNS[5:]]
+    columns = [*_COLUMNS[:6], *classes, *_COLUMNS[6:]]
     write_table(rows, output / "pruning.csv", columns)
     text = markdown([{key: _shown(value) for key, value in row.items()} for row in rows], columns)
+    if len({row["seed"] for row in rows}) > 1:
+        text += "\n" + markdown(
+            over_seeds(rows, classes), ["row", "seeds", "gmacs", "dice", "spread", *classes, "behind"]
+        )
     (output / "pruning.md").write_text(text)
     return text
+
+
+def over_seeds(rows: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Return for each row mean and standard deviation over the seeds, and how far it is behind the part's first row.
+
+    The last is the mean over the seeds that both have, with its standard error.
+    """
+    table, found = pd.DataFrame(rows), []
+    for (part, name), one in table.groupby(["part", "row"], sort=False):
+        first = table[table["part"] == part]["row"].iloc[0]
+        dense = table[table["row"] == first].set_index("seed")["dice"]
+        behind = (dense - one.set_index("seed")["dice"]).dropna()
+        means = {key: f"{one[key].mean():.4f}" for key in ("dice", *classes)}
+        made = {"row": name, "seeds": len(one), "gmacs": f"{one['gmacs'].mean():.3f}", **means}
+        made["spread"] = f"{one['dice'].std():.4f}" if len(one) > 1 else ""
+        made["behind"] = f"{behind.mean():+.4f} +- {behind.sem():.4f}" if len(behind) > 1 else f"{behind.mean():+.4f}"
+        found.append(made)
+    return found
 
 
 def _shown(value: Any) -> str:
@@ -277,7 +331,10 @@ def _shown(value: Any) -> str:
 def make_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     parser.add_argument("-d", "--dataset", required=True, help="number or name")
-    parser.add_argument("-m", "--model", type=Path, required=True, help="trained model folder, fold 0")
+    parser.add_argument("--configuration", default="3d_fullres")
+    parser.add_argument(
+        "-m", "--model", type=Path, help="trained model folder, fold 0, for the rows that start from it"
+    )
     parser.add_argument("-i", "--images", type=Path, help="unlabelled images for the composed rows")
     parser.add_argument("--test-images", type=Path, required=True)
     parser.add_argument("--test-labels", type=Path, required=True)
@@ -298,7 +355,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--precision", choices=["f32", "bf16", "auto"], default="auto", help="precision of the trainings (auto)"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one table, and mean and spread over them")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of the timed passes (2)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of the timing; 0: none")
     return parser
@@ -312,19 +369,20 @@ def main() -> None:
         from studies.short_training import derive_plans
 
         data = next(Path(os.environ["nnUNet_preprocessed"]).glob(f"Dataset{int(args.dataset):03d}_*"))
-        derive_plans(data, _PLANS, "3d_fullres", use_small_network)
+        derive_plans(data, _PLANS, args.configuration, use_small_network)
     rows = []
-    for row in all_rows(args):
+    for seed, row in itertools.product(args.seeds, all_rows(args)):
         started = time.perf_counter()
-        model = make(row, args)
-        kept = args.output / row.name / "network.pt"
+        model, folder = make(row, seed, args), folder_of(row.name, seed, args)
+        kept = folder / "network.pt"
         facts = facts_of(model, kept)
-        result = {"row": row.name, "part": row.part, "precision": row.precision, "kept": kept, **facts}
-        result |= {"gmacs": facts["macs"] / 1e9, **score(row, model, args), **history(model)}
+        result = {"row": row.name, "seed": seed, "part": row.part, "precision": row.precision, "kept": kept, **facts}
+        result |= {"gmacs": facts["macs"] / 1e9, **score(row, model, folder, args), **history(model)}
         rows.append(result)
         first = next(one for one in rows if (one["part"] == "scratch") == (row.part == "scratch"))
         result["macs_share"] = facts["macs"] / first["macs"]
-        print(f"{row.name}: Dice {result['dice']:.4f}, {time.perf_counter() - started:.0f} s", flush=True)
+        spent = time.perf_counter() - started
+        print(f"{row.name}, seed {seed}: Dice {result['dice']:.4f}, {spent:.0f} s", flush=True)
         write_tables(rows, args.output)
     if args.rounds:
         time_rows(rows, args)

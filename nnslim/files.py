@@ -34,6 +34,8 @@ _log = logging.getLogger("nnslim")
 
 def output_error(path: Path, error: OSError) -> OutputError:
     """Say in one line why `path` could not be written; a full disk gets its own remedy."""
+    if error.errno is None:  # numpy says how many items it wrote
+        error = unwritable(path if path.is_dir() else path.parent) or error
     if error.errno in _FULL:
         full = "the disk is full" if error.errno == errno.ENOSPC else "your disk quota is used up"
         return OutputError(f"cannot write {path}: {full}; free some space there or choose another folder")

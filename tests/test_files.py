@@ -347,20 +347,27 @@ def by_numpy():
     import numpy
     with temporary_folder() as folder:
         numpy.save(folder / "image.npy", numpy.zeros(10**6))
+def by_hand():
+    import numpy
+    from nnslim.files import output_error
+    try: numpy.save(target.with_name("image.npy"), numpy.zeros(10**6))
+    except OSError as error: raise output_error(target.with_name("image.npy"), error)
+    finally: target.with_name("image.npy").unlink()
 def by_openvino():
     import openvino
     from nnslim.running.kept_models import write_openvino_model
     model = openvino.convert_model(torch.nn.Linear(1000, 1000), example_input=torch.zeros(1, 1000))
     write_openvino_model(model, Path(tempfile.tempdir) / "models" / "model.xml")
 target = Path(tempfile.tempdir) / "file"
-for call in (by_torch, by_numpy, lambda: write_kept(target, bytes(10**7)), lambda: write_bytes(target, bytes(10**7)),
+for call in (by_torch, by_numpy, by_hand, lambda: write_kept(target, bytes(10**7)),
+             lambda: write_bytes(target, bytes(10**7)),
              lambda: save_checkpoint({{"a": torch.zeros(10**7)}}, target), by_openvino):
     try: call()
     except NNSlimError as error: print(type(error).__name__, error)
 """
     ran = on_full_disk(tmp_path, code, "2m")
     lines = ran.stdout.splitlines()
-    assert len(lines) == 6, ran.stderr
+    assert len(lines) == 7, ran.stderr
     wanted = "the disk is full; free some space there or choose another folder"
     assert all(line.startswith("OutputError cannot write ") and line.endswith(wanted) for line in lines), lines
 
