@@ -25,9 +25,7 @@ from nnslim.hosts.nnunet.train.settings import TrainingSettings
 from nnslim.hosts.nnunet.train.train_dataset import train_dataset
 from nnslim.methods.sauron import SauronConfig
 from nnslim.network.spec import spec_of
-from nnslim.network.walk import LayerIndex
-from nnslim.surgery.channels import channel_map
-from nnslim.surgery.narrow import as_base, narrow_layers, widths_of
+from nnslim.surgery.narrow import widths_of
 from studies.short_training import preprocess_once
 
 # Thresholds that move and bite within four epochs
@@ -318,30 +316,6 @@ def test_pruned_model_is_compressed_and_fine_tuned_like_any_other(world, results
         assert value.shape == final_of(world.whole)["network_weights"][key].shape
     assert len(final_of(tuned)["optimizer_state"]["state"]) > 10
     assert torch.isfinite(stock_prediction(tuned)[1]).all()
-
-
-def test_folds_of_other_widths_are_compressed_one_by_one(world, tmp_path):
-    from nnslim.compression.config import tucker
-    from nnslim.errors import ModelError
-    from nnslim.hosts.nnunet.compress.compress_model import compress_model
-
-    two = tmp_path / "two"
-    shutil.copytree(world.whole, two)
-    network = as_base(build_network(read_trained_model(two)))
-    channels = channel_map(network, (1, 1, 16, 16, 16))
-    keep = {name: list(range(3)) for name in list(channels.groups)[:2]}
-    narrow_layers(LayerIndex(network), channels.narrowing(keep))
-    other = final_of(two) | {"network_weights": network.state_dict()}
-    (two / "fold_1").mkdir()
-    torch.save(other, two / "fold_1" / "checkpoint_final.pth")
-    shapes = [{k: v.shape for k, v in final_of(two, fold)["network_weights"].items()} for fold in (0, 1)]
-    assert shapes[0] != shapes[1]
-    with pytest.raises(ModelError, match=r"folds \(0, 1\) have widths of their own"):
-        compress_model(read_trained_model(two), tmp_path / "out", tucker(rank_factor=0.5, rank_min=2))
-    compress_model(
-        read_trained_model(two, [1]), tmp_path / "out", tucker(rank_factor=0.5, rank_min=2), allow_slower=True
-    )
-    assert torch.isfinite(stock_prediction(tmp_path / "out", (1,))[1]).all()
 
 
 def test_two_processes_remove_the_same_filters(world, results, tmp_path, monkeypatch):

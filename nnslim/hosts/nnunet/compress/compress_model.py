@@ -20,7 +20,7 @@ from nnslim.errors import ConfigError, ModelError, SlowerError
 from nnslim.files import whole_folder
 from nnslim.hosts.nnunet.cases.calibration_tiles import calibration_of
 from nnslim.hosts.nnunet.model.planned import built_from_plans
-from nnslim.hosts.nnunet.model.slim_plans import named_after, slim_plans, trained_base, with_changed_plans
+from nnslim.hosts.nnunet.model.slim_plans import base_of, named_after, slim_plans, with_changed_plans
 from nnslim.hosts.nnunet.model.trained_model import (
     TrainedModel,
     build_network,
@@ -76,9 +76,7 @@ def compress_model(
             f"{model.path}: trainer {model.trainer_name} builds its network itself, not from plans.json, so stock "
             "nnU-Net could not load a slim folder; use NNSlimContext (or nnslim run) for this model"
         )
-    network, before = build_network(model), ()
-    if model.is_slim and config.active:
-        network, before = trained_base(model, network)
+    network, before = base_of(model) if config.active else (build_network(model), ())
     config, target = config.with_images(images), Path(target)
     state = target.with_name(f".{target.name}.recovery")
     guard = None

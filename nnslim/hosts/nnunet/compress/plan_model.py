@@ -14,10 +14,11 @@ import torch
 from nnslim.compression.config import SlimConfig
 from nnslim.compression.plan_and_fit import plan_methods, searched
 from nnslim.compression.recover import Progress
-from nnslim.errors import ConfigError, ModelError, OutputError
+from nnslim.errors import ConfigError, OutputError
 from nnslim.files import make_folder, whole_folder
 from nnslim.hosts.nnunet.cases.calibration_tiles import ImageTiles, Source, calibration_of, prepare_images
-from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network, input_shape
+from nnslim.hosts.nnunet.model.slim_plans import base_of
+from nnslim.hosts.nnunet.model.trained_model import TrainedModel, input_shape
 from nnslim.methods.base import Decision, method_named, write_decisions
 from nnslim.network.cost import measure_cost
 
@@ -43,11 +44,10 @@ def error_grid_folder(
         images: folder of unlabelled images, for the error of the outputs. count: images at most.
         method: one with a survey. step: between two settings; see the method.
     Raises:
-        ModelError: the model is slim, or cannot be built. InputError: no images, or one that cannot be read.
+        ModelError: see `base_of`, or it cannot be built. InputError: no images, or one that cannot be read.
         ConfigError: step or count below 1, or a method without a survey.
         OutputError: the target exists or cannot be written.
     """
-    _check_dense(model)
     survey = method_named(method).survey
     if survey is None:
         raise ConfigError(f"{method} has no survey of errors")
@@ -56,7 +56,7 @@ def error_grid_folder(
     fold = next(iter(model.checkpoints))
     title = f"{model.plans.get('dataset_name', model.path.name)}, {model.configuration}, fold {fold}"
     with whole_folder(Path(target)) as side, ExitStack() as stack:
-        network, tiles = build_network(model), None
+        network, tiles = base_of(model)[0], None
         cost = measure_cost(network, input_shape(model))
         if images is not None:
             shown = progress and partial(progress, "images")
@@ -101,9 +101,8 @@ def plan_model(model: TrainedModel, target: Path, config: SlimConfig, *, progres
 
     Raises:
         ConfigError: nothing to plan, or a budget `max_drop`. RankError: a budget that cannot be met.
-        ModelError: the model is slim. InputError: no images. OutputError: the target exists or cannot be written.
+        ModelError: see `base_of`. InputError: no images. OutputError: the target exists or cannot be written.
     """
-    _check_dense(model)
     if not config.active:
         raise ConfigError("the config has no method that is applied, so there is nothing to plan")
     if searched(config) is not None:
@@ -115,7 +114,7 @@ def plan_model(model: TrainedModel, target: Path, config: SlimConfig, *, progres
     if target.exists():
         raise OutputError(f"{target} exists and is not overwritten; remove it first, or choose another file")
     make_folder(target.parent)
-    network, shape = build_network(model), input_shape(model)
+    network, shape = base_of(model)[0], input_shape(model)
     cost = measure_cost(network, shape)
     with calibration_of(model, config, progress) as data:
         if progress is not None:
@@ -128,8 +127,3 @@ def plan_model(model: TrainedModel, target: Path, config: SlimConfig, *, progres
     parameters = cost.parameters - sum(one.parameters_before - one.parameters_after for one in decisions)
     macs = cost.macs() - sum(one.macs_before - one.macs_after for one in decisions)
     return Planned(decisions, (cost.parameters, parameters), (cost.macs(), macs), shape[2:])
-
-
-def _check_dense(model: TrainedModel) -> None:
-    if model.is_slim:
-        raise ModelError(f"{model.path} is a slim model already; name the model that it was made from")

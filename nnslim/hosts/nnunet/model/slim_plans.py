@@ -5,10 +5,10 @@ Each fold of a model that was pruned in training has its own widths, which the p
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from nnslim.compression.config import SlimConfig
 from nnslim.errors import ConfigError, ModelError, SpecError
@@ -16,8 +16,8 @@ from nnslim.hosts.nnunet.model.checked_plans import BASE_KEY, SPEC_KEY
 from nnslim.hosts.nnunet.model.slim_network import NETWORK_CLASS_NAME
 from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network
 from nnslim.methods.base import method_named
-from nnslim.network.spec import Edit, SlimSpec
-from nnslim.surgery.narrow import ElasticEdit, NarrowEdit, as_base, widths_of
+from nnslim.network.spec import Edit, SlimSpec, spec_of
+from nnslim.surgery.narrow import ElasticEdit, NarrowEdit, as_base, fit_widths, widths_of
 
 
 def resolved(configurations: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -155,24 +155,35 @@ def plans_for_fold(model: TrainedModel, fold: str) -> dict[str, Any]:
     return with_architecture(model.plans, model.configuration, spec)
 
 
-def trained_base(model: TrainedModel, network: nn.Module) -> tuple[nn.Module, tuple[Edit, ...]]:
-    """Return the network of a model that a training made slim as a base to compress, and the edits that made it so.
+def trained_base(network: nn.Module, weights: Sequence[Mapping[str, Tensor]]) -> tuple[nn.Module, tuple[Edit, ...]]:
+    """Return a base to compress, and the edits by which a training made it slim: none for a dense network, as it is.
 
-    The model is pruned, or has `trained` edits alone; `network` is that of its first fold, see `build_network`.
+    Args:
+        network: dense, pruned, or with `trained` edits alone; not modified. weights: of each fold.
+    Raises:
+        SpecError: other edits made it slim, or its folds differ in width.
+    """
+    if (spec := spec_of(network)) is None:
+        return network, ()
+    if all(edit.trained for edit in spec.edits):
+        return as_base(network), spec.edits
+    if not {edit.kind for edit in spec.edits} <= {"narrow", "elastic"}:
+        raise SpecError("it is a slim model already; name the model that it was made from")
+    first, *others = [{key: value.shape for key, value in fold.items()} for fold in weights]
+    if any(other != first for other in others):
+        raise SpecError("it is pruned, and its folds have widths of their own: take them one by one (-f FOLD)")
+    base = as_base(network)
+    fit_widths(base, weights[0])  # nnU-Net before 2.6 has loaded no weights yet
+    return base, _widths(base)
+
+
+def base_of(model: TrainedModel) -> tuple[nn.Module, tuple[Edit, ...]]:
+    """Return the `trained_base` of a model, with the weights of its first fold.
 
     Raises:
-        ModelError: other edits made it slim, or its folds differ in width.
+        ModelError: it has none.
     """
-    edits = spec_in_plans(model).edits
-    if all(edit.trained for edit in edits):
-        return as_base(network), edits
-    if not {edit.kind for edit in edits} <= {"narrow", "elastic"}:
-        raise ModelError(f"{model.path} is already a slim model; compress the model that it was made from")
-    first, *others = [{key: value.shape for key, value in weights.items()} for weights in model.weights]
-    if any(other != first for other in others):
-        folds = ", ".join(model.checkpoints)
-        raise ModelError(
-            f"{model.path} is pruned, and its folds ({folds}) have widths of their own: compress one by one (-f FOLD)"
-        )
-    base = as_base(network)
-    return base, _widths(base)
+    try:
+        return trained_base(build_network(model), model.weights)
+    except SpecError as error:
+        raise ModelError(f"{model.path}: {error}") from None

@@ -20,13 +20,12 @@ from nnslim.compression.compress_network import Slimmed, StateDict, compress
 from nnslim.compression.config import RunConfig, SlimConfig, changed_settings, load_config
 from nnslim.compression.guard import Guard
 from nnslim.compression.model_report import ModelReport, Report
-from nnslim.errors import OutputError
+from nnslim.errors import OutputError, SpecError
 from nnslim.hosts.nnunet.cases.calibration_tiles import calibration_of, images_fingerprint
 from nnslim.hosts.nnunet.model.checked_plans import LimitedBuild, check_directory
 from nnslim.hosts.nnunet.model.compatibility import predictor_class
-from nnslim.hosts.nnunet.model.slim_plans import refuse_changed_plans
+from nnslim.hosts.nnunet.model.slim_plans import refuse_changed_plans, trained_base
 from nnslim.hosts.nnunet.predict.sliding_window import window_logits
-from nnslim.network.spec import spec_of
 from nnslim.network.walk import unwrap
 from nnslim.patching import AttributePatch
 from nnslim.running.engine import check_precision
@@ -34,6 +33,7 @@ from nnslim.running.runner import Runner, kept_random_state
 
 _log = logging.getLogger("nnslim")
 _MOST = 8  # models that are kept, the latest used; TotalSegmentator has five parts and a rough one
+_TRAINS_ONLY = "its method works while a network trains, and does nothing to a trained model"
 # What initialize_from_trained_model_folder sets, in every version that we know.
 _LOADED = (
     "plans_manager",
@@ -191,16 +191,15 @@ def slim_predictor(predictor: Any, session: Session, source: str, folder: Path |
     config = session.config.for_trained()
     refuse_changed_plans(config, predictor.configuration_manager)
     started = time.perf_counter()
-    slimmed, cached, note, speed = None, False, "", None
+    slimmed, cached, speed = None, False, None
     plans, configuration = predictor.plans_manager, predictor.configuration_manager
     channels = determine_num_input_channels(plans, configuration, predictor.dataset_json)
     shape = (1, channels, *configuration.patch_size)
-    if not config.active:
-        note = "no method is named" if config.apply else "compression is switched off"
-    elif spec_of(dense) is not None:
-        note = "it is a slim model already"
-    else:
-        slimmed, cached = _compress_or_recall(predictor, dense, folds, config, shape)
+    base, note = _base(session.config, dense, folds)
+    if given and note == _TRAINS_ONLY and all(model.note != note for model in session.report.models):
+        _log.warning("NNSlimContext: %s; models are predicted with as they are", note)
+    if base is not None:
+        slimmed, cached = _compress_or_recall(predictor, base, folds, config, shape)
         speed = slimmed.speed
         if slimmed.refused:
             slimmed, note = None, f"the slim model would be slower here: {speed}"
@@ -226,6 +225,18 @@ def slim_predictor(predictor: Any, session: Session, source: str, folder: Path |
     session.report.models.append(ModelReport(source, len(folds), slimmed, seconds, cached, note, speed))
     for line in session.report.models[-1].lines():
         _log.info(line)
+
+
+def _base(config: SlimConfig, network: nn.Module, folds: Sequence[StateDict]) -> tuple[nn.Module | None, str]:
+    """Return what there is to compress, or None and why the model is left as it is."""
+    if not config.apply:
+        return None, "compression is switched off"
+    if not config.for_trained().active:
+        return None, _TRAINS_ONLY if config.training else "no method is named"
+    try:
+        return trained_base(network, folds)[0], ""
+    except SpecError as error:
+        return None, str(error)
 
 
 def loading_key(predictor: Any, folder: str, folds: Any, checkpoint_name: str) -> tuple[Any, ...]:
