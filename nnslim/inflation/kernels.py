@@ -149,9 +149,12 @@ def resize_beit_table(table: Tensor, grid: Sequence[int], depth: int = 1) -> Ten
         )
     body, last = table[:-CLASS_ROWS], table[-CLASS_ROWS:]
     edge = _edge(body.shape[0], "relative position table")
+    _check(edge % 2 == 1, f"a relative position table of {body.shape[0]} rows has no offset 0 in its middle")
     rows, columns = (2 * int(size) - 1 for size in grid)
     if (rows, columns) == (edge, edge):
         return table
+    if edge == 1:  # of one token: nothing to interpolate between
+        return torch.cat((body.expand(rows * columns, -1), last))
     source = [geometric_offsets(edge // 2, size // 2) for size in (rows, columns)]
     target = [np.arange(size) - size // 2 for size in (rows, columns)]
     heads = body.double().reshape(edge, edge, -1).cpu().numpy()
@@ -164,8 +167,11 @@ def resize_beit_table(table: Tensor, grid: Sequence[int], depth: int = 1) -> Ten
 
 
 def geometric_offsets(steps: int, reach: int) -> np.ndarray:
-    """Return 2 * steps + 1 coordinates whose distances grow by one factor and that end at +-reach."""
-    low, high = 1e-3, max(2.0, float(reach))
+    """Return 2 * steps + 1 coordinates whose distances grow by one factor and that end at +-reach.
+
+    For a reach that so many steps cannot keep to, since their distances would vanish, they end behind it.
+    """
+    low, high = 1e-6 ** (1 / max(1, steps - 1)), max(2.0, float(reach))
     for _ in range(200):
         factor = (low + high) / 2
         low, high = (low, factor) if sum(factor**i for i in range(steps)) > reach else (factor, high)

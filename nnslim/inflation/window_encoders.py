@@ -23,6 +23,9 @@ ENCODERS = {
     "swin": "swin_base_patch4_window7_224",
     "videoswin": "swin3d_b",
 }
+# Name in the published programs -> ours.
+PUBLISHED_NAMES = {"swint": "swin", "swint3d": "videoswin", "videoswint": "videoswin", "upernet-swint": "upernet"}
+PUBLISHED_NAMES |= {"centering": "center", "inflation": "average"}
 _SIZES: dict[str, dict[str, Any]] = {
     "swin3d_t": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]},
     "swin3d_s": {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24]},
@@ -160,6 +163,7 @@ def make_encoder(
     options: dict[str, Any] | None = None,
 ) -> nn.Module:
     """Build a `VideoSwin` or `WindowEncoder` by its name in `ENCODERS`, or raise a ConfigError."""
+    name = PUBLISHED_NAMES.get(name, name)
     if name not in ENCODERS:
         raise ConfigError(f"inflation: no encoder '{name}'; {nearest(name, ENCODERS)}")
     model = model or ENCODERS[name]

@@ -1,6 +1,6 @@
 """The network of a window of slices, which segments the slice in its centre, and its decoders.
 
-The decoders are UPerNet (Xiao et al., 2018) and SETR-PUP (Zheng et al., 2021).
+The decoders are UPerNet (Xiao et al., 2018), SETR-PUP (Zheng et al., 2021) and transposed convolutions.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
 from nnslim.errors import ConfigError, nearest
-from nnslim.inflation.window_encoders import VideoSwin, make_encoder, reach_of, repeat_ends
+from nnslim.inflation.window_encoders import PUBLISHED_NAMES, VideoSwin, make_encoder, reach_of, repeat_ends
 from nnslim.methods.base import MethodConfig
 
 _POOLS = (1, 2, 3, 6)
@@ -91,6 +91,8 @@ def _pyramid(channels: Sequence[int]) -> list[nn.Module]:
 class SETRPUP(nn.Module):
     """Progressive upsampling of the deepest map: convolution, norm, ReLU, twice the size, up to the image's."""
 
+    reads_last = True  # and no other map
+
     def __init__(
         self, channels: Sequence[int], strides: Sequence[int], classes: int, *, width: int | None = None
     ) -> None:
@@ -98,7 +100,7 @@ class SETRPUP(nn.Module):
         super().__init__()
         width = width or 256
         steps = max(1, math.ceil(math.log2(strides[-1])))
-        self.stages = nn.ModuleList(_block(channels[-1] if step == 0 else width, width) for step in range(steps))
+        self.stages = nn.ModuleList(self._stage(channels[-1] if step == 0 else width, width) for step in range(steps))
         self.logits = nn.Conv2d(width, classes, 1)
 
     def forward(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
@@ -110,14 +112,34 @@ class SETRPUP(nn.Module):
             x = _resized(x, [edge if last else min(2 * now, edge) for now, edge in zip(x.shape[2:], size, strict=True)])
         return self.logits(x)
 
+    @staticmethod
+    def _stage(inputs: int, outputs: int) -> nn.Sequential:
+        return _block(inputs, outputs)
 
-DECODERS = {"upernet": UPerNet, "setrpup": SETRPUP}
+
+class ConvTrans(SETRPUP):
+    """The same with transposed convolutions, each of which doubles the size."""
+
+    @staticmethod
+    def _stage(inputs: int, outputs: int) -> nn.Sequential:
+        return nn.Sequential(nn.ConvTranspose2d(inputs, outputs, 2, 2), nn.BatchNorm2d(outputs), nn.ReLU(True))
+
+    def forward(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+        """Return logits (N, classes, *size)."""
+        x = maps[-1]
+        for stage in self.stages:
+            x = stage(x)
+        return self.logits(_resized(x, size))
+
+
+DECODERS = {"upernet": UPerNet, "setrpup": SETRPUP, "convtrans": ConvTrans}
 
 
 def make_decoder(
     name: str, channels: Sequence[int], strides: Sequence[int], classes: int, *, width: int | None = None
 ) -> nn.Module:
     """Build a decoder by its name in `DECODERS`; other names are a ConfigError."""
+    name = PUBLISHED_NAMES.get(name, name)
     if name not in DECODERS:
         raise ConfigError(f"inflation: no decoder '{name}'; {nearest(name, DECODERS)}")
     return DECODERS[name](channels, strides, classes, width=width)
@@ -129,7 +151,7 @@ class WindowConfig(MethodConfig):
     encoder: Literal["vit", "dino", "dinov2", "beit", "swin", "videoswin"] = Field("dinov2", description="kind")
     model: str | None = Field(None, description="timm's (or torchvision's) name of the network; default: the kind's")
     options: dict[str, Any] = Field(default_factory=dict, description="changed arguments of that network")
-    decoder: Literal["upernet", "setrpup"] = Field("upernet", description="from its maps to logits")
+    decoder: Literal["upernet", "setrpup", "convtrans"] = Field("upernet", description="from its maps to logits")
     width: int | None = Field(None, ge=1, description="inner channels of the decoder")
     depth: int = Field(5, ge=1, description="slices of a window, odd; 1 is the 2D network")
     upsample: float = Field(1.0, gt=0, description="slices are enlarged by this factor before the encoder")
@@ -150,6 +172,12 @@ class WindowConfig(MethodConfig):
     decoder_rate: float = Field(1.0, gt=0, description="the decoder learns this many times as fast as the encoder")
     weight_decay: float = Field(0.05, ge=0, description="of matrices; vectors and positions have none")
     warmup_epochs: int = Field(0, ge=0, description="rising linearly; then falling to 0")
+    loss: Literal["dicefocal", "dicece", "ce"] = Field("dicefocal", description="dice: over the whole batch")
+
+    @field_validator("encoder", "decoder", "mode", mode="before")
+    @classmethod
+    def _published_name(cls, value: Any) -> Any:
+        return PUBLISHED_NAMES.get(value, value) if isinstance(value, str) else value
 
     def network(self) -> dict[str, Any]:
         """Return the keyword arguments of `WindowNet`: what is written to plans."""
@@ -199,7 +227,7 @@ class WindowNet(nn.Module):
         larger = tuple(round(edge * upsample) for edge in size)
         self.encoder = make_encoder(encoder, channels, depth, larger, model=model, options=options)
         self.decoder = make_decoder(decoder, self.encoder.channels, self.encoder.strides, classes, width=width)
-        if decoder == "setrpup" and isinstance(self.encoder, VideoSwin):
+        if getattr(self.decoder, "reads_last", False) and isinstance(self.encoder, VideoSwin):
             self.encoder.only_last()
 
     def forward(self, volume: Tensor) -> Tensor:

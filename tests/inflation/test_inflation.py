@@ -106,6 +106,7 @@ def test_the_published_difference_of_flops_is_that_of_the_patch_embedding():
         (lambda: inflate_patch_embedding(torch.zeros(1, 3, 4, 4), 5, 1, "repeat"), "not by repeat"),
         (lambda: resize_positions(torch.zeros(1, 8, 2), (3, 3)), "7 rows is not of a square grid"),
         (lambda: resize_beit_table(torch.zeros(28, 2), (3, 3), depth=2), "says nothing about offsets along depth"),
+        (lambda: resize_beit_table(torch.zeros(19, 2), (3, 3)), "of 16 rows has no offset 0 in its middle"),
     ],
 )
 def test_what_cannot_be_inflated_is_said(call, message):
@@ -146,6 +147,21 @@ def test_beit_table_keeps_offset_one_and_follows_a_smooth_function_of_the_grown_
     made = resize_beit_table(table, (32, 32))[:-3].reshape(63, 63)
     target = torch.exp(-((torch.arange(-31, 32, dtype=torch.float64) / 20) ** 2))
     assert_close(made, target[:, None] * target, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("source", [1, 2, 3, 14, 64])
+def test_beit_table_of_a_few_tokens_along_an_axis_has_the_source_s_nearest_offsets(source):
+    """Offsets 0 and 1 are among the source's coordinates, whatever the factor by which these grow."""
+    edge = 2 * source - 1
+    table = torch.randn(edge * edge + 3, 2)
+    for grid in ((1, 1), (1, 5), (2, 2), (2, 7), (3, 3)):
+        made = resize_beit_table(table, grid)
+        assert made.shape == ((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, 2)
+        assert bool(made.isfinite().all()) and torch.equal(made[-3:], table[-3:])
+    near = table[:-3].reshape(edge, edge, 2)
+    if source > 1:
+        near = near[source - 2 : source + 1, source - 2 : source + 1]
+    assert_close(resize_beit_table(table, (2, 2))[:-3].reshape(3, 3, 2), near.expand(3, 3, 2), **CLOSE)
 
 
 def test_swin_table_resize_and_tiling():

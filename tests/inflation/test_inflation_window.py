@@ -14,6 +14,7 @@ from nnslim.inflation import (
     DECODERS,
     ENCODERS,
     VideoSwin,
+    WindowConfig,
     WindowNet,
     load_encoder,
     make_decoder,
@@ -147,6 +148,28 @@ def test_other_grids_resize_positions_tables_and_a_shared_table():
     tables = [block.attn.relative_position_bias_table for block in network.encoder.trunk.blocks]
     assert all(torch.equal(each, tables[0]) for each in tables)
     assert tables[0].shape == (3 * 3 + 3, 2) and torch.equal(tables[0][-3:], table[-3:])
+
+
+@pytest.mark.parametrize("encoder", FLAT)
+@pytest.mark.parametrize("size", [(16, 16), (16, 40), (32, 24)])
+def test_weights_of_a_usual_size_load_for_slices_of_a_token_or_two(encoder, size):
+    network = window_net(encoder, size=size)
+    load_encoder(network.encoder, flat_network(encoder, 224).state_dict())
+    with torch.no_grad():
+        logits = network(torch.randn(1, 1, 2, *size))
+    assert logits.shape == (1, 3, 2, *size) and bool(logits.isfinite().all())
+
+
+def test_names_of_the_published_programs_are_known_and_plans_hold_ours():
+    ours = {"beit": "beit", "dino": "dino", "vit": "vit", "swint": "swin", "swint3d": "videoswin"}
+    ours["videoswint"] = "videoswin"
+    for name, wanted in ours.items():
+        config = WindowConfig(encoder=name, decoder="upernet-swint", mode="centering")
+        assert (config.encoder, config.decoder, config.mode) == (wanted, "upernet", "center")
+        made = window_net(wanted)  # its options are kept under our name
+        again = WindowNet(1, 3, size=(32, 32), encoder=name, decoder="setrpup", options=OPTIONS[wanted], width=8)
+        assert made.state_dict().keys() == again.state_dict().keys()
+    assert WindowConfig(mode="inflation").mode == "average"
 
 
 def test_swin_weights_under_the_names_of_its_repository_are_the_same():
@@ -290,7 +313,7 @@ def test_weight_files_that_cannot_be_used_are_said(tmp_path):
             "timm cannot make",
         ),
         (lambda: make_encoder("videoswin", 1, 5, (32, 32), model="swin3d_x"), "known: swin3d_t, swin3d_s, swin3d_b"),
-        (lambda: make_decoder("unetr", [8], [4], 2), "no decoder 'unetr'; nearest: upernet, setrpup"),
+        (lambda: make_decoder("unetr", [8], [4], 2), "no decoder 'unetr'; nearest: upernet"),
         (lambda: window_net("vit", depth=4), "depth is odd; found 4"),
         (lambda: window_net("vit")(torch.zeros(1, 1, 32, 32)), r"expected volumes \(B, C, D, H, W\)"),
     ],

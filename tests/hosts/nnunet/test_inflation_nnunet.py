@@ -23,7 +23,7 @@ from nnslim.errors import ConfigError, ModelError
 from nnslim.hosts.nnunet.model.inflated import inflate_model, preprocessed_files, target_of, write_inflated
 from nnslim.hosts.nnunet.model.shipped import shipped_model
 from nnslim.hosts.nnunet.model.trained_model import build_network, build_untrained, read_trained_model, trainer_class
-from nnslim.hosts.nnunet.train.window_trainer import DiceFocal, PlannedWindowNet, window_trainer_class
+from nnslim.hosts.nnunet.train.window_trainer import PlannedWindowNet, WindowLoss, window_trainer_class
 from nnslim.inflation import WindowConfig
 from nnslim.tables import read_table
 from studies.inflation_table import InflationRun, Study, draw_curves, measure_inflation, rows_of
@@ -274,15 +274,50 @@ def test_window_trainers_are_found_by_stock_nnunet_with_settings_of_the_environm
         ext_trainers.nnUNetTrainerOther  # noqa: B018
 
 
-def test_dice_focal_is_monai_s_for_labels_and_regions():
+@pytest.mark.parametrize("kind", ["dicefocal", "dicece", "ce"])
+def test_losses_are_monai_s_and_torch_s_for_labels_and_regions(kind):
     from monai.losses import DiceLoss, FocalLoss
 
     logits, labels = torch.randn(2, 3, 2, 4, 4), torch.randint(0, 3, (2, 1, 2, 4, 4))
     hot = nn.functional.one_hot(labels[:, 0], 3).movedim(-1, 1).float()
-    expected = DiceLoss(softmax=True, batch=True)(logits, hot) + FocalLoss()(logits, hot)
-    assert_close(DiceFocal(False)(logits, labels), expected)
-    expected = DiceLoss(sigmoid=True, batch=True)(logits, hot) + FocalLoss()(logits, hot)
-    assert_close(DiceFocal(True)(logits, hot.bool()), expected)
+    softmax, sigmoid = (DiceLoss(**{name: True}, batch=True)(logits, hot) for name in ("softmax", "sigmoid"))
+    exclusive, overlapping = {
+        "dicefocal": (softmax + FocalLoss()(logits, hot), sigmoid + FocalLoss()(logits, hot)),
+        "dicece": (
+            softmax + nn.CrossEntropyLoss()(logits, labels[:, 0]),
+            sigmoid + nn.BCEWithLogitsLoss()(logits, hot),
+        ),
+        "ce": (nn.CrossEntropyLoss()(logits, labels[:, 0]), nn.BCEWithLogitsLoss()(logits, hot)),
+    }[kind]
+    assert_close(WindowLoss(kind, False)(logits, labels), exclusive)
+    assert_close(WindowLoss(kind, True)(logits, hot.bool()), overlapping)
+
+
+def test_training_accumulates_warms_up_and_clips_with_another_loss(balls):
+    """Three batches of an epoch make two steps, the second of one batch; the rate rises over four steps."""
+    trainer = window_trainer_class(WINDOW.model_copy(update={"loss": "dicece"}))
+    trainer.given = trainer.given.model_copy(update={"accumulate": 2, "warmup_steps": 4, "gradient_clip": 1e-3})
+    seen, made = [], []
+
+    def look(trainer):
+        made.append(trainer)
+        inner = trainer.optimizer.step
+
+        def step(*args, **kwargs):
+            gradients = [p.grad for p in trainer.network.parameters() if p.grad is not None]
+            seen.append(
+                (trainer.optimizer.param_groups[0]["lr"], float(torch.stack([g.norm() for g in gradients]).norm()))
+            )
+            return inner(*args, **kwargs)
+
+        trainer.optimizer.step = step
+
+    train_short(998, "3d_fullres", 0, ShortTraining(3, 3, 1, 2, 1e-3), trainer_base=trainer, on_start=look)
+    assert made[0].loss.dice is not None and made[0].loss.focal is None
+    fall = [1e-3 * (1 - epoch / 3) ** 0.9 for epoch in (0, 0, 1, 1, 2, 2)]
+    wanted = [rate * share for rate, share in zip(fall, (0.25, 0.5, 0.75, 1, 1, 1), strict=True)]
+    assert [rate for rate, _ in seen] == pytest.approx(wanted)
+    assert max(norm for _, norm in seen) <= 1e-3 * (1 + 1e-4)
 
 
 # The table

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
 
 from nnslim.errors import ConfigError
+from nnslim.hosts.nnunet.train.optimizer_steps import OptimizerSteps
 from nnslim.hosts.nnunet.train.settings import KINDS, TrainingSettings, read_section, read_settings, settings_in_force
 from nnslim.inflation import WindowConfig
 from nnslim.methods.sauron import SauronConfig
@@ -94,3 +98,29 @@ def test_what_cannot_be_read_is_refused(text, message):
 def test_section_that_names_a_configuration_of_another_method_is_refused(kind):
     with pytest.raises(ConfigError, match=f"that configuration has no method {kind}"):
         read_section(kind, "tucker-balanced", "NNSLIM_X = 'tucker-balanced'")
+
+
+def test_batches_of_a_group_step_as_one_and_an_overflow_is_left_out():
+    layer = nn.Linear(3, 1)
+    batches = [torch.randn(4, 3) for _ in range(3)]
+    optimizer = torch.optim.SGD(layer.parameters(), 0.5)
+    steps = OptimizerSteps(optimizer, accumulate=2)
+    before = layer.weight.detach().clone()
+
+    def show(batch, factor=1.0):
+        optimizer.zero_grad()
+        (factor * layer(batch).square().mean()).backward()
+        optimizer.step()
+
+    layer(torch.cat(batches[:2])).square().mean().backward()
+    wanted = before - 0.5 * layer.weight.grad
+    show(batches[0])
+    show(batches[1], float("inf"))
+    assert torch.equal(layer.weight, before) and steps.taken == 0
+    show(batches[1])
+    assert_close(layer.weight.detach(), wanted)
+    show(batches[2])
+    steps.finish()
+    steps.finish()  # nothing waits
+    assert steps.taken == 2 and not torch.equal(layer.weight, wanted)
+    assert read_settings("{accumulate: 2, warmup_steps: 20, gradient_clip: 1}").for_kind("window").accumulate == 2

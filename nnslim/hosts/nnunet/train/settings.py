@@ -44,7 +44,7 @@ KINDS: dict[str, type[MethodConfig]] = {"sauron": SauronConfig, "token_sparse": 
 KINDS |= {"window": WindowConfig, "daeformer": DAEFormerConfig}
 # What every trainer of nnslim takes, whatever its kind.
 SHARED = ("epochs", "iterations", "validation_iterations", "batch_size", "learning_rate", "weight_decay")
-SHARED += ("precision", "seed")
+SHARED += ("accumulate", "warmup_steps", "gradient_clip", "precision", "seed")
 
 
 class TrainingSettings(MethodConfig):
@@ -56,6 +56,9 @@ class TrainingSettings(MethodConfig):
     batch_size: int | None = Field(None, ge=1, description="patches per iteration, on all GPUs together")
     learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False, description="of the first epoch")
     weight_decay: float | None = Field(None, ge=0, allow_inf_nan=False, description="factor per step")
+    accumulate: int = Field(1, ge=1, description="iterations whose gradients make one step of the optimiser")
+    warmup_steps: int = Field(0, ge=0, description="steps of the optimiser over which the rate rises from 0")
+    gradient_clip: float | None = Field(None, gt=0, le=12, description="norm of a step's gradient; default: nnU-Net's")
     precision: Literal["auto", "f32", "bf16"] | None = Field(
         None, description="on a CPU; auto: bf16 where the processor is fast in it. On CUDA nnU-Net decides"
     )

@@ -19,6 +19,7 @@ from nnslim.files import output_error, unwritable
 from nnslim.files import save_checkpoint as write_checkpoint
 from nnslim.hosts.nnunet.model.checked_plans import LimitedBuild
 from nnslim.hosts.nnunet.model.trained_model import allowed_globals, load_checkpoint, managers_of
+from nnslim.hosts.nnunet.train.optimizer_steps import OptimizerSteps
 from nnslim.hosts.nnunet.train.settings import TrainingSettings, settings_in_force
 from nnslim.network.walk import unwrap
 from nnslim.running.bfloat16 import bfloat16_is_safe, passes_in_bfloat16, wants_bfloat16
@@ -56,6 +57,7 @@ class SteadyTraining:
     Attributes:
         kind: section of the settings. given: settings; None reads those in force when a trainer is made.
         settings: those of this trainer.
+        steps: how the optimiser steps, where the settings change that.
         after_epoch: called with (epochs done, epochs in all), in the first process only.
         in_bfloat16: whether the network computes in bfloat16 on the CPU; nnU-Net has mixed precision on GPUs only.
     """
@@ -63,6 +65,7 @@ class SteadyTraining:
     kind: str = ""
     given: TrainingSettings | None = None
     in_bfloat16: bool = False
+    steps: OptimizerSteps | None = None
     after_epoch: Callable[[int, int], None] | None = None
 
     @classmethod
@@ -132,6 +135,21 @@ class SteadyTraining:
         super().on_train_epoch_start()
         if self.settings.seed is not None:
             reseed(self.settings.seed, self.current_epoch, self.local_rank)
+        self._control_steps()
+
+    def _control_steps(self) -> None:
+        accumulate, warmup, clip = self.settings.accumulate, self.settings.warmup_steps, self.settings.gradient_clip
+        if accumulate == 1 and not warmup and clip is None:
+            return
+        if self.steps is None or self.steps.optimizer is not self.optimizer:
+            self.steps = OptimizerSteps(self.optimizer, accumulate=accumulate, warmup=warmup, clip=clip)
+        self.steps.taken = self.current_epoch * -(-self.num_iterations_per_epoch // accumulate)
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """Let no gradients wait beyond the end of an epoch, where a training may be resumed."""
+        if self.steps is not None:
+            self.steps.finish()
+        super().on_train_epoch_end(train_outputs)
 
     def load_all(self, weights: dict[str, Tensor], where: object) -> None:
         """Load all weights, segmentation heads included, which nnU-Net's -pretrained_weights leaves out.

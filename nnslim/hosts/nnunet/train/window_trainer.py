@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +17,31 @@ from nnslim.inflation.window_net import WindowConfig
 from nnslim.network.walk import unwrap
 
 
-class DiceFocal(nn.Module):
-    """MONAI's Dice plus focal loss on what nnU-Net's data loader gives.
+class WindowLoss(nn.Module):
+    """MONAI's Dice loss, its focal loss and torch's cross-entropy, on what nnU-Net's data loader gives.
 
     With regions, heads overlap (sigmoid, a target channel each) instead of excluding each other.
     """
 
-    def __init__(self, regions: bool) -> None:
-        from monai.losses import DiceFocalLoss  # by now monai is imported, see `name_and_home`
+    def __init__(self, kind: Literal["dicefocal", "dicece", "ce"], regions: bool) -> None:
+        from monai.losses import DiceLoss, FocalLoss  # by now monai is imported, see `name_and_home`
 
         super().__init__()
-        self.loss = DiceFocalLoss(sigmoid=regions, softmax=not regions, to_onehot_y=not regions, batch=True)
+        self.regions = regions
+        dice = DiceLoss(sigmoid=regions, softmax=not regions, to_onehot_y=not regions, batch=True)
+        self.dice = dice if kind != "ce" else None
+        self.focal = FocalLoss(to_onehot_y=not regions) if kind == "dicefocal" else None
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """logits (B, K, D, H, W), target (B, 1, D, H, W) labels or (B, K, D, H, W) regions."""
-        return self.loss(logits.float(), target.float())
+        logits, target = logits.float(), target.float()
+        if self.focal is not None:
+            loss = self.focal(logits, target)
+        elif self.regions:
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, target)
+        else:
+            loss = nn.functional.cross_entropy(logits, target[:, 0].long())
+        return loss if self.dice is None else self.dice(logits, target) + loss
 
 
 class WindowTraining(DescribedTraining):
@@ -80,7 +90,7 @@ class WindowTraining(DescribedTraining):
             self.print_to_log_file(f"encoder from {place}, patch embedding inflated by {self.section.mode}")
 
     def _build_loss(self) -> nn.Module:
-        return DiceFocal(self.label_manager.has_regions)
+        return WindowLoss(self.section.loss, self.label_manager.has_regions)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, RateSchedule]:
         """Return AdamW, decay for matrices only, and a rate that rises and then falls to 0."""
