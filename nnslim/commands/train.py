@@ -42,9 +42,11 @@ def train(
 ) -> None:
     """Train with a method that makes the network smaller as it learns; writes a results directory of nnU-Net.
 
-    The trained model is an ordinary one: nnUNetv2_predict finds it by -tr nnUNetTrainerSauron.
+    The trained model is an ordinary one: nnUNetv2_predict finds it by -tr nnUNetTrainerSauron. Where it misses --macs
+    or --params, it is written, and the exit code is 1.
     """
     from nnslim.compression.config import changed_settings, load_config, training_settings
+    from nnslim.compression.record import read_record
     from nnslim.hosts.nnunet.train.settings import TrainingSettings
     from nnslim.hosts.nnunet.train.train_dataset import train_dataset
 
@@ -58,3 +60,6 @@ def train(
     with counting(quiet, "epochs") as count:
         folder = train_dataset(dataset, settings, count, configuration=configuration, plans_name=plans)
     typer.echo(f"written: {folder}")
+    if missed := read_record(folder / f"fold_{fold}").get("missed"):
+        typer.echo(f"nnslim: {missed}", err=True)
+        raise typer.Exit(1)

@@ -344,16 +344,33 @@ def test_target_stops_the_removal_at_once_when_it_is_met(tiny_net, tiny_shape):
 
 
 def test_reach_brings_the_network_to_the_target_in_time_without_thresholds(tiny_net, tiny_shape):
-    settings = {"threshold_first": 1e-6, "params": 0.3, "reach": 0.5}
-    _, pruner, _ = watched(tiny_net, tiny_shape, epochs=10, **settings)
+    shares = reached(tiny_net, tiny_shape, params=0.3, reach=0.5)[1]
+    assert all(share <= 0.3 ** ((epoch + 1) / 5) + 1e-9 for epoch, share in enumerate(shares[:5]))
+    assert 0.2 < shares[4] <= 0.3 and len(set(shares[4:])) == 1
+
+
+def test_reach_ends_before_the_network_settles_and_a_missed_target_is_told(tiny_net, tiny_shape):
+    pruner, shares = reached(tiny_net, tiny_shape, macs=0.3, reach=1.0, settle=0.3)
+    assert 0.2 < shares[-1] <= 0.3 and shares[5] == shares[-1] and pruner.missed() == ""
+    pruner, shares = reached(tiny_net, tiny_shape, macs=0.3, min_filters=5, reach=0.5)
+    assert shares[-1] > 0.3
+    assert pruner.missed().endswith("are left after 10 epoch(s); lower min_filters or multiple, or train more epochs")
+    pruner, _ = reached(tiny_net, tiny_shape, params=0.3)
+    told = "the target params 0.3 was not reached: 100.0% of the parameters are left after 10 epoch(s); set reach (0.5)"
+    assert pruner.missed().startswith(told)
+    assert reached(tiny_net, tiny_shape)[0].missed() == ""
+
+
+def reached(tiny_net, tiny_shape, **settings):
+    """Train ten epochs in which no threshold bites; return the pruner and the share left after each."""
+    _, pruner, _ = watched(tiny_net, tiny_shape, epochs=10, threshold_first=1e-6, **settings)
     shares = []
     for epoch in range(10):
         pruner.begin_epoch(epoch)
         scores = {n: [0.5 + 0.01 * i for i in range(g.channels)] for n, g in pruner.watch.groups.items()}
         pruner.act(pruner.decide(epoch, scores, {}, FLAT[: epoch + 1], FLAT[: epoch + 1]))
-        shares.append(pruner.cost.parameters / pruner.before.parameters)
-    assert all(share <= 0.3 ** ((epoch + 1) / 5) + 1e-9 for epoch, share in enumerate(shares[:5]))
-    assert 0.2 < shares[4] <= 0.3 and len(set(shares[4:])) == 1
+        shares.append(pruner.share({}))
+    return pruner, shares
 
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])

@@ -199,8 +199,25 @@ class Pruner:
             states[name].removed = len(indices)
         return Removal(without(self.channels, gone), states, dict(medoids))
 
+    @property
+    def _last(self) -> int:
+        """How many epochs have ended when filters are removed for the last time."""
+        return min(math.ceil(self.epochs * (1 - self.config.settle)), self.epochs) - 1
+
     def _removes(self, epoch: int) -> bool:
-        return epoch + 1 < self.epochs * (1 - self.config.settle) and epoch + 1 < self.epochs
+        return epoch < self._last
+
+    def missed(self) -> str:
+        """Return how far a finished training is from its target, and what to change; empty where it is not."""
+        config = self.config
+        if config.target is None or (left := self.share({})) <= config.target:
+            return ""
+        key, what = ("macs", "MACs") if config.macs is not None else ("params", "parameters")
+        remedy = "lower min_filters or multiple" if config.reach else "set reach (0.5), lower patience and steps"
+        return (
+            f"the target {key} {config.target:g} was not reached: {left:.1%} of the {what} are left after "
+            f"{self.epochs} epoch(s); {remedy}, or train more epochs"
+        )
 
     def share(self, gone: Mapping[str, Sequence[int]]) -> float:
         """Return the MACs or the parameters, whichever has a target, as a share of those at the start."""
@@ -214,7 +231,9 @@ class Pruner:
         target = self.config.target
         if self.share({}) <= target:
             return {}
-        wanted = 1.0 if self.config.reach is None else due(target, epoch, self.config.reach * self.epochs)
+        wanted = (
+            1.0 if self.config.reach is None else due(target, epoch, min(self.config.reach * self.epochs, self._last))
+        )
         candidates = self._ranked(gone, scores)
         if wanted < self.share(gone):
             target, candidates = max(wanted, target), self._ranked(dict.fromkeys(scores), scores)

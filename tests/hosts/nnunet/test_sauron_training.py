@@ -276,6 +276,9 @@ def test_train_command_runs_and_its_options_reach_the_training(world, results, c
     assert final["logging"]["lrs"] == [0.002] and final["nnslim_sauron"]["settings"]["strength"] == 0
     assert final["nnslim_sauron"]["settings"]["iterations"] == 2
     assert final["nnslim_sauron"]["settings"]["fold"] is None  # what -f means is the fold of the data
+    again = command("train", "-d", 998, "-f", "all", "--macs", 0.6, *options.split())
+    assert again[0] == 1 and again[1].strip() == f"written: {folder}" and final_of(folder, "all")
+    assert "nnslim: the target macs 0.6 was not reached: 100.0% of the MACs are left after 1 epoch(s); set" in again[2]
     refused = command("train", "-d", 998, "--method", "tucker")
     assert refused[0] == 2 and "tucker needs no training" in refused[2]
     refused = command("train", "-d", 998, "--method", "sauron", "--configuration", "2d_x")

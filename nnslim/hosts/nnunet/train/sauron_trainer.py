@@ -166,8 +166,10 @@ class SauronTraining(SteadyTraining):
             settings = self.section.model_dump(mode="json")
             record = {"nnslim": __version__, "trainer": type(self).__name__, "sauron": settings}
             record |= {"fold": self.fold, "spec": SlimSpec(edits).to_dict(), **self.history.summary(self.pruner)}
+            if missed := self.pruner.missed():
+                self.print_to_log_file(missed)
             for folder in (self.output_folder, self.output_folder_base):  # a fold's own, and the model's last
-                write_record(Path(folder), record)
+                write_record(Path(folder), record, missed=missed or None)
 
     def _gathered(self, value: Any) -> list[Any]:
         """Return what every process of a training has, in order."""
