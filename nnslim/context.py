@@ -18,6 +18,7 @@ from nnslim.hosts.nnunet.predict.predictor_patches import Session, predictor_pat
 from nnslim.hosts.nnunet.train.sauron_trainer import training_patches
 from nnslim.methods.base import MethodConfig
 
+DEFAULT_CONFIG = "tucker-balanced"
 _log = logging.getLogger("nnslim")
 _lock = threading.RLock()
 _active: list[tuple[int, NNSlimContext]] = []  # the thread that entered it, and the context
@@ -25,12 +26,24 @@ _own: ContextVar[tuple[NNSlimContext, ...]] = ContextVar("nnslim_contexts", defa
 _installed: ExitStack | None = None
 
 
-class NNSlimContext(Session):
+class _EntersItself(type):
+    """Lets `with NNSlimContext:` mean `with NNSlimContext():`, as users of tucker-cnn write it."""
+
+    def __enter__(cls) -> Any:
+        return cls().__enter__()
+
+    def __exit__(cls, *raised: Any) -> None:
+        _own.get()[-1].__exit__(*raised)  # blocks of one thread or task end in turn, so it is the last one entered
+
+
+class NNSlimContext(Session, metaclass=_EntersItself):
     """Compress every nnU-Net model that is loaded while the context is active.
 
         with NNSlimContext("tucker-balanced") as slim:
             totalsegmentator(input="ct.nii.gz", output="seg")
         print(slim.report)
+
+    `with NNSlimContext:` and `NNSlimContext()` use the preset of `DEFAULT_CONFIG`.
 
     Works for TotalSegmentator and for any code that uses nnUNetPredictor in this process. With a method that works in
     training (sauron), nnU-Net's `run_training` trains with it. Contexts nest: the inner one is in force. The patches
@@ -45,7 +58,10 @@ class NNSlimContext(Session):
     """
 
     def __init__(
-        self, config: SlimConfig | MethodConfig | Mapping[str, Any] | str | Path, *, images: str | Path | None = None
+        self,
+        config: SlimConfig | MethodConfig | Mapping[str, Any] | str | Path = DEFAULT_CONFIG,
+        *,
+        images: str | Path | None = None,
     ) -> None:
         """Read the configuration; nothing is imported or patched before `with`.
 

@@ -18,7 +18,8 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 import nnslim.maths.lowrank
 from nnslim import NNSlimContext
-from nnslim.compression.config import from_dict, tucker
+from nnslim.compression.config import from_dict, load_config, tucker
+from nnslim.context import DEFAULT_CONFIG
 from nnslim.errors import ConfigError, HostError
 from nnslim.hosts.nnunet.compress.compress_model import compress_model
 from nnslim.hosts.nnunet.model.compatibility import check_version
@@ -437,10 +438,18 @@ def test_context_bad_config_fails_before_anything_is_patched():
     assert dict(vars(nnUNetPredictor)) == before
 
 
-def test_context_class_in_place_of_instance_is_a_clear_type_error():
-    """tucker-cnn's README handed the class itself to `with`."""
-    with pytest.raises((TypeError, AttributeError), match=r"context manager|__enter__"), NNSlimContext:
-        pass
+def test_context_class_itself_and_no_argument_use_the_default_configuration(make_model):
+    """tucker-cnn's README hands the class itself to `with`, which raised there."""
+    before = dict(vars(nnUNetPredictor))
+    with NNSlimContext as outer:
+        assert outer.config == NNSlimContext().config == load_config(DEFAULT_CONFIG)
+        with NNSlimContext(HALF) as inner:
+            load_stock(make_model())
+        with pytest.raises(KeyError), NNSlimContext:
+            raise KeyError
+        load_stock(make_model(parent="others"))
+    assert "others" not in inner.report.models[0].source and "others" in outer.report.models[0].source
+    assert dict(vars(nnUNetPredictor)) == before
 
 
 @pytest.mark.parametrize("first", ["nnslim.context", "totalsegmentator.nnunet"])

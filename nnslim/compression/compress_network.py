@@ -43,7 +43,8 @@ class Slimmed:
         speed: forward pass dense and slim, where a guard measured it; not part of the summary.
         half_agreement: Dice per class between the first fold in half precision and in float32, on held-out tiles; None
             where it is not stored in half precision, or there were no images.
-        file_bytes: size of all checkpoints, dense and slim, where they were written; not part of the summary.
+        weight_bytes, file_bytes: of all folds' weights, and of the checkpoints that hold them, dense and slim, where
+            they were written; not part of the summary.
     """
 
     network: nn.Module
@@ -57,6 +58,7 @@ class Slimmed:
     seconds: float = 0.0
     speed: Speed | None = None
     half_agreement: dict[str, Any] | None = None
+    weight_bytes: tuple[int, int] | None = None
     file_bytes: tuple[int, int] | None = None
 
     @property

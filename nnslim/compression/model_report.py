@@ -11,8 +11,9 @@ from nnslim.running.speed import Speed
 
 
 def times_fewer(before: float, after: float, fewer: str = "fewer") -> str:
-    """Return "3.10x fewer", "1.20x more", or "1.00x fewer" for equal numbers."""
-    return f"{before / after:.2f}x {fewer}" if after <= before else f"{after / before:.2f}x more"
+    """Return "3.10x fewer", "1.20x more", or "unchanged" where the two digits would say 1.00."""
+    many = max(before, after) / min(before, after)
+    return "unchanged" if many < 1.005 else f"{many:.2f}x {fewer if after < before else 'more'}"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class ModelReport:
             return [f"{self.source}: left as it is ({self.note})"]
         before, after, speed = self.slimmed.dense, self.slimmed.slim, self.speed or self.slimmed.speed
         changed = sum(decision.action != "dense" for decision in self.slimmed.decisions)
-        kept = Counter(one.reason.split(" (")[0] for one in self.slimmed.decisions if one.action == "dense")
+        kept = Counter(one.why for one in self.slimmed.decisions if one.action == "dense")
         reasons = ", ".join(f"{reason}: {count}" for reason, count in kept.items())
         patch = "x".join(str(size) for size in self.slimmed.input_shape[2:])
         how = "read from the cache" if self.from_cache else "compressed"
@@ -65,13 +66,14 @@ class ModelReport:
             )
         if speed:
             lines.append(f"  forward pass {speed}")
-        if sizes := self.slimmed.file_bytes:
-            lines.append(f"  checkpoints {sizes[0] / 1e6:.1f} MB -> {sizes[1] / 1e6:.1f} MB")
+        if sizes := self.slimmed.weight_bytes:  # not of the files: a trained one holds the optimiser's state, too
+            change = times_fewer(*sizes, fewer="less")
+            lines.append(f"  weights {sizes[0] / 1e6:.1f} MB -> {sizes[1] / 1e6:.1f} MB ({change})")
         if half := self.slimmed.half_agreement:
             dices = {name: one["dice"] for name, one in half["classes"].items()}
             shown = ", ".join(f"{name} {'-' if dice is None else f'{dice:.4f}'}" for name, dice in dices.items())
             lines.append(f"  Dice of half with single precision on {half['tiles']} tile(s): {shown}")
-        if self.slimmed.decisions and not changed:
+        if self.slimmed.decisions and not changed and before == after:
             lines.append("  nothing changed: no layer would get cheaper with these settings")
         return lines
 

@@ -117,6 +117,11 @@ class Decision:
     reason: str = ""
     error: float | None = None
 
+    @property
+    def why(self) -> str:
+        """The reason without its details, under which layers are counted; never empty."""
+        return self.reason.split(" (")[0] or "no reason recorded"
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Decision:
         """Read the `vars` of a decision, also from JSON.

@@ -27,11 +27,19 @@ _FEW = 6  # classes whose Dice is listed under a case
 
 @dataclass(frozen=True)
 class FileFact:
-    """A file of the model: name, bytes, SHA-256."""
+    """A file of the model.
+
+    Attributes:
+        name, bytes, sha256: of the file. weights: bytes of the weights alone. precision: of these, half or single.
+        optimiser: the file holds an optimiser's state as well.
+    """
 
     name: str
     bytes: int
     sha256: str
+    weights: int = 0
+    precision: str = "single"
+    optimiser: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,7 @@ def kept_dense(record: SlimRecord) -> list[View]:
     reasons: dict[str, list[int]] = {}
     for one in record.decisions:
         if one.action == "dense":
-            reasons.setdefault(one.reason.split(" (")[0] or "no reason recorded", []).append(one.macs_before)
+            reasons.setdefault(one.why, []).append(one.macs_before)
     rows = [
         {"reason": reason, "layers": len(macs), "share": sum(macs) / max(record.dense.macs, 1)}
         for reason, macs in reasons.items()

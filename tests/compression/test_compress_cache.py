@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from nnslim.caches import read_kept, write_kept
 from nnslim.compression.cache import cache_key, recall_weights, store_weights
 from nnslim.compression.compress_network import compress
 from nnslim.compression.config import SlimConfig, from_dict, tucker
-from nnslim.compression.model_report import ModelReport, Report
+from nnslim.compression.model_report import ModelReport, Report, times_fewer
 from nnslim.errors import ConfigError, InputError, OutputError, SpecError
 from nnslim.evaluation.overlap import dice_per_label
 from nnslim.files import checkpoint_bytes
@@ -362,6 +363,22 @@ def test_report_text_of_special_cases(model, slimmed):
     assert "read from the cache in 0.1 s" in str(Report([ModelReport("a", 1, slimmed, 0.1, from_cache=True)]))
     nothing = compress(model[0], model[1][:1], tucker(rank_factor=1.0), model[2])
     assert "nothing changed: no layer would get cheaper" in str(Report([ModelReport("a", 1, nothing, 0.1)]))
+
+
+def test_report_counts_no_layer_under_an_empty_reason_and_compares_weights_not_files(model):
+    nothing = compress(model[0], model[1][:1], tucker(rank_factor=1.0), model[2])
+    silent = replace(nothing, decisions=tuple(replace(one, reason="") for one in nothing.decisions))
+    silent = replace(silent, weight_bytes=(4_000_000, 2_000_000), file_bytes=(4_000_000, 6_000_000))
+    text = str(Report([ModelReport("a", 1, silent, 0.1)]))
+    assert f"(no reason recorded: {len(silent.decisions)})" in text
+    assert "weights 4.0 MB -> 2.0 MB (2.00x less)" in text and "6.0 MB" not in text
+    coarser = replace(nothing, slim=replace(nothing.slim, macs=nothing.dense.macs // 8))
+    assert "nothing changed" not in str(Report([ModelReport("a", 1, coarser, 0.1)]))
+
+
+def test_change_is_said_in_one_word_and_in_the_right_direction():
+    assert [times_fewer(*pair, fewer="less") for pair in ((10, 9), (9, 10))] == ["1.11x less", "1.11x more"]
+    assert [times_fewer(*pair) for pair in ((10, 10), (1000, 1001), (1001, 1000))] == ["unchanged"] * 3
 
 
 def test_report_dictionary_is_json_and_complete(slimmed):

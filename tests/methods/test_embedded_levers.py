@@ -34,6 +34,8 @@ def test_dropped_stage_leaves_every_other_weight_as_it_was(kind, tiny_net, tiny_
     network, shape = tiny_net(kind), tiny_shape(kind)
     made = slimmed(network, shape, drop_stages=1)
     assert made.spec.edits == (DropStageEdit(1),)
+    kept = [one.reason for one in made.decisions if one.action == "dense"]
+    assert kept and set(kept) == {"as it was"}  # a report counted 14 layers for no reason: "kept dense 14 (: 14)"
     weights, before = made.network.state_dict(), network.state_dict()
     for name, value in weights.items():
         parts = name.split(".")

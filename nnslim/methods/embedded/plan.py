@@ -127,7 +127,7 @@ def _decisions(
         changed = isinstance(now, SeparableConv) or getattr(now, "groups", 1) != getattr(conv, "groups", 1)
         zeros = any(_within(one, name) for one in sparse)
         action = "depthwise" if changed else "sparse" if zeros else "dense"
-        reason = "dense kernels: zeros save no time" if zeros else "" if changed else kept.get(name, "")
+        reason = "dense kernels: zeros save no time" if zeros else "" if changed else kept.get(name) or "as it was"
         counts = macs, macs_after, parameters, sum(p.numel() for p in now.parameters())
         made.append(Decision(name, action, shape, None, *counts, reason))
     return tuple(made)

@@ -12,6 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 import SimpleITK
 from helpers import slim_model
 from html_tree import numbers, parse, rows
@@ -227,19 +228,29 @@ def test_names_of_models_and_tables(make_model, tmp_path):
 def test_sizes_of_checkpoints(make_model, tmp_path):
     source = make_model(folds=(0, 1))
     slim = slim_model(source, tmp_path / "slim", guard=False)
-    page, data = write_page(slim)
+    data = write_page(slim)[1]
     files = [[folder / f"fold_{fold}" / "checkpoint_final.pth" for fold in "01"] for folder in (source, slim)]
     dense, small = ([path.stat().st_size for path in paths] for paths in files)
     assert [(file.name, file.bytes) for file in data.files] == [
         ("fold_0/checkpoint_final.pth", small[0]),
         ("fold_1/checkpoint_final.pth", small[1]),
     ]
-    tile = parse(page.read_text()).one("li", id="tile-size")
-    assert tile.one("p", class_="big").text == f"{sum(small) / 1e6:.2f} MB"
-    assert tile.one("span", class_="before").text == f"dense {sum(dense) / 1e6:.2f} MB"
-    weights = sum(p.numel() for p in build_network(read_trained_model(source)).parameters()) * 4 * 2
-    note = tile.one("p", class_="note").text  # these files have no optimiser's state
-    assert numbers(note)[1] == float(f"{weights / 1e6:.2f}") and "single" in note and "optimiser" not in note
+    models = [build_network(read_trained_model(folder)) for folder in (source, slim)]
+    weights = [sum(p.numel() for p in network.parameters()) * 4 * 2 / 1e6 for network in models]
+
+    def shown():
+        tile = parse(write_page(slim)[0].read_text()).one("li", id="tile-size")
+        assert tile.one("p", class_="big").text == f"{weights[1]:.2f} MB"
+        assert tile.one("span", class_="before").text == f"dense {weights[0]:.2f} MB"
+        return tile.one("p", class_="note").text
+
+    note = shown()  # these files have no optimiser's state
+    assert numbers(note) == [float(f"{sum(small) / 1e6:.2f}")] and "single" in note and "optimiser" not in note
+    for path in files[1]:  # as a fine-tuning writes them: larger than the dense ones, with weights of the same size
+        content = torch.load(path, weights_only=False)
+        torch.save(content | {"optimizer_state": {"state": {0: torch.zeros(500_000)}}}, path)
+    note = shown()
+    assert numbers(note)[0] > sum(dense) / 1e6 and "with the optimiser's state" in note
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,9 @@ def compress_model(
             patch = [[int(size) for size in one.patch_size] for one in pair]  # voxels
             changed = {"resolution": {"spacing": spacing, "patch": patch}}
         write_slim(side, model, slimmed.weights, named_after(target.name, slim_plans(model, slimmed.spec)))
-        slimmed = replace(slimmed, file_bytes=(_checkpoint_bytes(model, model.path), _checkpoint_bytes(model, side)))
+        sizes = [sum(map(bytes_of, one.weights)) for one in (model, slimmed)]
+        files = [_checkpoint_bytes(model, folder) for folder in (model.path, side)]
+        slimmed = replace(slimmed, weight_bytes=tuple(sizes), file_bytes=tuple(files))
         write_record(side, _record(model, slimmed, config), **changed)
         if config.active:
             write_decisions(slimmed.decisions, side / "plan.csv")
@@ -153,13 +155,14 @@ def _record(model: TrainedModel, slimmed: Slimmed, config: SlimConfig) -> dict[s
 
     A copy of a slim model in another precision keeps that model's record.
     """
-    dense, slim = slimmed.file_bytes
+    (dense, slim), (dense_file, slim_file) = slimmed.weight_bytes, slimmed.file_bytes
     stored = {
         "precision": "half" if in_half(slimmed.weights[0]) else "single",
-        "weight_bytes": sum(map(bytes_of, slimmed.weights)),
-        "checkpoint_bytes": slim,
-        "source_weight_bytes": sum(map(bytes_of, model.weights)),
-        "source_checkpoint_bytes": dense,  # nnU-Net's hold the optimiser's state, too
+        "weight_bytes": slim,
+        "checkpoint_bytes": slim_file,
+        "source_weight_bytes": dense,
+        "source_checkpoint_bytes": dense_file,  # nnU-Net's hold the optimiser's state, too
+        "folds": len(model.checkpoints),
         "agreement": slimmed.half_agreement,
     }
     if model.is_slim and not config.active:

@@ -11,10 +11,12 @@ from typing import Any
 from nnslim.benchmark.timings import read_benchmark
 from nnslim.compression.record import RECORD, SlimRecord, read_record
 from nnslim.compression.recover import Progress
+from nnslim.compression.storage import bytes_of, in_half
 from nnslim.errors import InputError, ModelError
 from nnslim.evaluation.scores import read_scores
 from nnslim.files import read_json_object, sha256_of, write_bytes
 from nnslim.hosts.nnunet.model.model_files import find_folds
+from nnslim.hosts.nnunet.model.trained_model import load_checkpoint
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.report.page import render_report
 from nnslim.report.page_data import FileFact, ReportData, Viewer
@@ -81,7 +83,7 @@ def gather(model: Path, settings: ReportSettings, progress: Progress | None = No
         made=_date(datetime.datetime.now().timestamp()),
         folder=model.resolve().name,
         written=_date(max(path.stat().st_mtime for path in files)),
-        files=[FileFact(f"{one.parent.name}/{one.name}", one.stat().st_size, sha256_of(one)) for one in files],
+        files=[_file_fact(one, trust=settings.predict.trust) for one in files],
         benchmarks=tuple(read_benchmark(Path(path)) for path in settings.benchmarks),
         scores=tuple(read_scores(path, name or path.stem, labels) for name, path in map(_split, settings.scores)),
         others=_others(settings.others),
@@ -110,6 +112,13 @@ def _checkpoints(model: Path, record: SlimRecord) -> list[Path]:
     if not files:
         raise ModelError(f"{model} has no fold_X folder with {name}, which its nnslim.json names")
     return files
+
+
+def _file_fact(path: Path, *, trust: bool) -> FileFact:
+    content, name = load_checkpoint(path, trust=trust), f"{path.parent.name}/{path.name}"
+    weights, optimiser = content["network_weights"], content.get("optimizer_state") is not None
+    precision = "half" if in_half(weights) else "single"
+    return FileFact(name, path.stat().st_size, sha256_of(path), bytes_of(weights), precision, optimiser)
 
 
 def _date(seconds: float) -> str:
