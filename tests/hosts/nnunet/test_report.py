@@ -12,8 +12,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 import SimpleITK
+import torch
 from helpers import slim_model
 from html_tree import numbers, parse, rows
 
