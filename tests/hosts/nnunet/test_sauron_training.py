@@ -287,6 +287,25 @@ def test_train_command_runs_and_its_options_reach_the_training(world, results, c
     assert refused[0] == 2 and "nnslim train --method sauron" in refused[2]
 
 
+def test_feature_maps_are_saved_without_pruning(world, results, command, tmp_path):
+    """As the settings in docs/sauron.md say; these thresholds would remove filters after the first epoch."""
+    whole = json.loads((world.whole / "fold_0" / "nnslim.json").read_text())
+    method = {"method": "sauron", "strength": 0, "macs": 1, "save_maps": 2, "threshold_first": 0.75}
+    (tmp_path / "maps.yml").write_text(json.dumps({"methods": [{**method, "threshold_max": 0.85}]}))
+    options = "--epochs 3 --iterations 2 --validation-iterations 1 --batch-size 2 -q"
+    command("train", "-d", 998, "-c", tmp_path / "maps.yml", *options.split(), expect=0)
+    record = json.loads((results / NAME / "fold_0" / "nnslim.json").read_text())
+    assert record["slim"] == record["dense"] == whole["dense"]
+    folders = sorted((results / NAME / "fold_0" / "fms").iterdir())
+    assert [folder.name for folder in folders] == ["0", "2"]
+    for folder in folders:
+        maps = {path.stem: np.load(path) for path in folder.iterdir()}
+        assert {name: len(values) for name, values in maps.items()} == {
+            row["layer"]: int(row["filters"]) for row in rows_of(results / NAME)
+        }
+    assert not np.array_equal(*[np.load(folder / "encoder.stages.0.0.convs.0.conv.npy") for folder in folders])
+
+
 def test_unusable_settings_are_named(world, results, monkeypatch, tmp_path):
     with pytest.raises(InputError, match="dataset '7': expected one dataset"):
         train_dataset(7, settings())
