@@ -1,7 +1,9 @@
-"""Write BTCV, MSD BraTS or Synapse (TransUNet's layout) as a raw nnU-Net dataset, with the splits of the papers.
+"""Write BTCV, MSD BraTS, KiTS19, ACDC or Synapse (TransUNet's layout) as a raw nnU-Net dataset, perhaps with splits.
 
 ./run.sh scripts/15_convert_dataset.py btcv -i RawData/Training -o nnUNet_raw/Dataset120_BTCV
 ./run.sh scripts/15_convert_dataset.py brats -i Task01_BrainTumour -o nnUNet_raw/Dataset121_BraTS
+./run.sh scripts/15_convert_dataset.py kits19 -i kits19/data -o nnUNet_raw/Dataset064_KiTS19
+./run.sh scripts/15_convert_dataset.py acdc -i ACDC -o nnUNet_raw/Dataset027_ACDC
 ./run.sh scripts/15_convert_dataset.py synapse -i Synapse -o nnUNet_raw/Dataset122_Synapse --spacing 3 0.8 0.8
 nnU-Net takes splits_final.json from the preprocessed folder: copy it there after nnUNetv2_plan_and_preprocess.
 """
@@ -13,13 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # studies/ is no installed package
 from studies.command import new_parser, run_command
-from studies.public_datasets import convert_brats, convert_btcv
+from studies.public_datasets import convert_acdc, convert_brats, convert_btcv, convert_kits19
 from studies.synapse_dataset import convert_synapse
+
+_CONVERTERS = {"btcv": convert_btcv, "brats": convert_brats, "kits19": convert_kits19, "acdc": convert_acdc}
 
 
 def main() -> None:
     parser = new_parser(__doc__)
-    parser.add_argument("dataset", choices=["btcv", "brats", "synapse"])
+    parser.add_argument("dataset", choices=[*_CONVERTERS, "synapse"])
     parser.add_argument("-i", "--input", type=Path, required=True, help="downloaded folder")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument(
@@ -29,7 +33,7 @@ def main() -> None:
     if chosen.dataset == "synapse":
         convert_synapse(chosen.input, chosen.output, chosen.spacing)
     else:
-        {"btcv": convert_btcv, "brats": convert_brats}[chosen.dataset](chosen.input, chosen.output)
+        _CONVERTERS[chosen.dataset](chosen.input, chosen.output)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""BTCV and MSD BraTS as raw nnU-Net datasets, with the splits of the token-sparse paper."""
+"""Public datasets as raw nnU-Net datasets: BTCV and MSD BraTS with the token-sparse paper's splits, KiTS19, ACDC."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 
 from nnslim.errors import InputError
-from nnslim.files import whole_folder, write_json
+from nnslim.files import make_folder, whole_folder, write_json
 
 BTCV_VALIDATION = (1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38)  # TransUNet's 12 of 30
 BTCV_ORGANS = (
@@ -54,9 +54,7 @@ def convert_btcv(source: Path, target: Path) -> None:
         for image in images:
             number = int(image.name[3:7])
             label, name = source / "label" / f"label{number:04d}.nii.gz", f"btcv_{number:04d}"
-            _check_pair(image, label, len(BTCV_ORGANS))
-            shutil.copyfile(image, side / "imagesTr" / f"{name}_0000.nii.gz")
-            shutil.copyfile(label, side / "labelsTr" / f"{name}.nii.gz")
+            _copy_pair(side, "Tr", name, image, label, len(BTCV_ORGANS))
             split["val" if number in BTCV_VALIDATION else "train"].append(name)
         return split
 
@@ -100,6 +98,69 @@ def convert_brats(source: Path, target: Path) -> None:
     _write(target, write, {"channel_names": channels, "labels": labels, "regions_class_order": [1, 2, 3]})
 
 
+def convert_kits19(source: Path, target: Path) -> None:
+    """Write KiTS19 as a raw nnU-Net dataset; cases without labels (the challenge's 90 for testing) go to imagesTs.
+
+    Args:
+        source: holds `case_NNNNN/imaging.nii.gz` and `segmentation.nii.gz` (1 kidney, 2 tumour): the challenge's data/.
+        target: e.g. nnUNet_raw/Dataset064_KiTS19; must not exist, or be empty.
+    Raises:
+        InputError: no images there, none with labels, a label that is neither kidney nor tumour, or two grids.
+    """
+    images = sorted(source.glob("case_[0-9][0-9][0-9][0-9][0-9]/imaging.nii.gz"))
+    pairs = [(image, image.with_name("segmentation.nii.gz")) for image in images]
+    if not any(label.is_file() for _, label in pairs):
+        raise InputError(f"no case_NNNNN/imaging.nii.gz with segmentation.nii.gz in {source}; expected KiTS19's data")
+
+    def write(side: Path) -> None:
+        for image, label in pairs:
+            _copy_pair(side, "Tr" if label.is_file() else "Ts", image.parent.name, image, label, 2)
+
+    _write(target, write, {"channel_names": {"0": "CT"}, "labels": {"background": 0, "kidney": 1, "tumor": 2}})
+
+
+def convert_acdc(source: Path, target: Path) -> None:
+    """Write ACDC's end-diastolic and end-systolic volumes as a raw nnU-Net dataset, folds by patient as nnU-Net's own.
+
+    nnU-Net's converter fails in nnU-Net 2.8.
+
+    Args:
+        source: holds `training/patientNNN/patientNNN_frameNN.nii.gz` and `..._gt.nii.gz`, perhaps the same in testing/.
+        target: e.g. nnUNet_raw/Dataset027_ACDC; must not exist, or be empty.
+    Raises:
+        InputError: no images there, one for training without labels, an unknown label, or two grids.
+    """
+    named = "patient[0-9][0-9][0-9]/patient[0-9][0-9][0-9]_frame[0-9][0-9].nii.gz"
+    parts = {"Tr": sorted((source / "training").glob(named)), "Ts": sorted((source / "testing").glob(named))}
+    if not parts["Tr"]:
+        raise InputError(f"no training/patientNNN/patientNNN_frameNN.nii.gz in {source}; expected ACDC's folder")
+
+    def write(side: Path) -> list[dict[str, list[str]]]:
+        for part, images in parts.items():
+            for image in images:
+                name = image.name.removesuffix(".nii.gz")
+                _copy_pair(side, part, name, image, image.with_name(f"{name}_gt.nii.gz"), 3)
+        names = [image.name.removesuffix(".nii.gz") for image in parts["Tr"]]
+        patients = np.unique([name.split("_")[0] for name in names])
+        np.random.RandomState(1234).shuffle(patients)
+        held_out = [set(patients[fold::_FOLDS]) for fold in range(min(_FOLDS, len(patients)))]
+        sides = [{name: "val" if name.split("_")[0] in held else "train" for name in names} for held in held_out]
+        return [{side: [n for n, s in one.items() if s == side] for side in ("train", "val")} for one in sides]
+
+    labels = {"background": 0, "RV": 1, "MYO": 2, "LV": 3}
+    _write(target, write, {"channel_names": {"0": "cineMRI"}, "labels": labels})
+
+
+def _copy_pair(side: Path, part: str, name: str, image: Path, label: Path, largest: int) -> None:
+    """Copy an image and its labels, which only images for testing (Ts) may lack."""
+    if part == "Tr" or label.is_file():
+        _check_pair(image, label, largest)
+        make_folder(side / f"labels{part}")
+        shutil.copyfile(label, side / f"labels{part}" / f"{name}.nii.gz")
+    make_folder(side / f"images{part}")
+    shutil.copyfile(image, side / f"images{part}" / f"{name}_0000.nii.gz")
+
+
 def _check_pair(image: Path, label: Path, largest: int) -> None:
     if not label.is_file():
         raise InputError(f"{image.name} has no labels: {label} is missing")
@@ -118,5 +179,6 @@ def _write(target: Path, write: Callable[[Path], Any], description: dict[str, An
         split = write(side)
         count = len(list((side / "labelsTr").glob("*.nii.gz")))
         write_json(side / "dataset.json", {**description, "numTraining": count, "file_ending": ".nii.gz"})
-        folds = split if isinstance(split, list) else [split]
-        (side / "splits_final.json").write_text(json.dumps(folds, indent=1), encoding="utf-8")
+        if split is not None:  # else nnU-Net makes its own five folds
+            folds = split if isinstance(split, list) else [split]
+            (side / "splits_final.json").write_text(json.dumps(folds, indent=1), encoding="utf-8")
