@@ -47,7 +47,7 @@ def write_table(
     write_bytes(Path(path), frame.to_csv(index=False, sep=separator, lineterminator="\n").encode("utf-8"))
 
 
-def read_table(path: Path, columns: Sequence[str] = ()) -> DataFrame:
+def read_table(path: Path, columns: Sequence[str] = (), *, separator: str = ",") -> DataFrame:
     """Read a CSV file in UTF-8; every cell is text as it was given to `write_table`, and an empty cell is "".
 
     Raises:
@@ -57,7 +57,7 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> DataFrame:
 
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        frame = pandas.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, index_col=False)
+        frame = pandas.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, index_col=False)
     except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
         raise InputError(f"table {path} cannot be read: {error}") from error
     frame = frame.rename(columns=_as_given).apply(lambda column: column.map(_as_given))

@@ -18,6 +18,7 @@ from nnslim.errors import ConfigError, shown
 Engine = Enum("Engine", {name: name for name in ("local", "ray", "slurm")}, type=str)
 _STEP = 0.5
 _MODEL_ONLY = ("--fold", "-chk", "--previous-stage", "--mirroring", "--step-size", "--trust-checkpoint")
+_MODEL_ONLY += ("--out-filters", "--in-filters")
 
 
 def predict(
@@ -46,6 +47,10 @@ def predict(
     step_size: Annotated[float, typer.Option(help="tile step as a share of the patch, 0..1")] = _STEP,
     mirroring: Annotated[bool, typer.Option(help="test-time mirroring, up to 8x the time")] = False,
     previous_stage: common.PreviousStageOption = None,
+    out_filters: Annotated[
+        Path | None, typer.Option(help="Sauron's table whose last row says the filters of each layer, for any plans")
+    ] = None,
+    in_filters: Annotated[Path | None, typer.Option(help="likewise, its input channels")] = None,
     backend: common.BackendOption = None,
     precision: common.PrecisionOption = None,
     deterministic: common.DeterministicOption = False,
@@ -68,7 +73,7 @@ def predict(
     """Predict a folder: a bad case is reported and the others continue; finished cases are whole and not repeated."""
     if (model is None) == (task is None):
         raise ConfigError("give one of -m MODEL and --task TASK")
-    goes_with_models = (fold, checkpoint, previous_stage, mirroring, step_size != _STEP, trust)
+    goes_with_models = (fold, checkpoint, previous_stage, mirroring, step_size != _STEP, trust, out_filters, in_filters)
     _refuse(task is not None, _MODEL_ONLY, goes_with_models, "-m; TotalSegmentator decides it for its tasks")
     _refuse(model is not None, ("--ml", "--roi"), (ml, roi), "--task")
     _refuse(engine.value != "ray", ("--ray-address",), (ray_address,), "--engine ray")
@@ -107,7 +112,9 @@ def predict(
         else:
             from nnslim.hosts.nnunet.predict.directory import PredictSettings, predict_folder
 
-            settings = PredictSettings(device, step_size, mirroring, fold, checkpoint, trust, previous_stage, **chosen)
+            widths = (table and table.absolute() for table in (out_filters, in_filters))
+            given = (device, step_size, mirroring, fold, checkpoint, trust, previous_stage, *widths)
+            settings = PredictSettings(*given, **chosen)
             results = predict_folder(images, output, model, settled, settings, count, folder)
     failed = [case for case in results if case.status == "failed"]
     for case in failed:

@@ -6,6 +6,8 @@ import json
 import logging
 import shutil
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from helpers import final_of, stock_prediction
@@ -20,7 +22,8 @@ from nnslim.hosts.nnunet.model.trained_model import build_network, read_trained_
 from nnslim.network.spec import SlimSpec
 from nnslim.network.walk import LayerIndex
 from nnslim.surgery.channels import channel_map
-from nnslim.surgery.narrow import ElasticEdit, narrow_layers
+from nnslim.surgery.narrow import ElasticEdit, narrow_layers, widths_of
+from nnslim.tables import write_table
 
 HALF = tucker(rank_factor=0.5, rank_min=2)
 
@@ -70,6 +73,39 @@ def test_pruned_model_is_planned_and_surveyed(one, tmp_path):
     assert planned.macs[1] < planned.macs[0] and {decision.shape[0] for decision in planned.decisions} & {6, 12, 24}
     grids = error_grid_folder(read_trained_model(one), tmp_path / "grid", step=8)
     assert len(grids) > 5
+
+
+def test_predict_takes_in_filters_and_out_filters_where_the_plans_are_dense(
+    pruned, case_folder, tmp_path, command, monkeypatch
+):
+    """The original's predict.py built its network from the last rows of these tables."""
+    widths = {fold: widths_of(build_network(read_trained_model(pruned, [fold]))) for fold in (0, 1)}
+    convolutions = sorted(name for name, (_, inputs) in widths[1].items() if inputs is not None)
+    for side, name in enumerate(("out_filters", "in_filters")):
+        rows = [{layer: table[layer][side] for layer in convolutions} for table in widths.values()]
+        write_table(rows, tmp_path / name, separator="\t")
+    common = ("predict", "-i", case_folder, "-m", pruned, "-q", "--backend", "stock")
+    command(*common, "-o", tmp_path / "elastic", "-f", 1, expect=0)
+    plans = json.loads((pruned / "plans.json").read_text())
+    dense = read_trained_model(pruned).configuration_manager.network_arch_init_kwargs
+    architecture = plans["configurations"]["3d_fullres"]["architecture"]
+    architecture["network_class_name"] = dense["nnslim_base"]
+    architecture["arch_kwargs"] = {k: v for k, v in dense.items() if not k.startswith("nnslim")}
+    (pruned / "plans.json").write_text(json.dumps(plans))
+    assert "does not fit its checkpoint" in command(*common, "-o", tmp_path / "no", "-f", 1, expect=2)[2]
+    monkeypatch.chdir(tmp_path)
+    tables = ("--in-filters", "in_filters", "--out-filters", "out_filters")
+    command(*common, *tables, "-o", tmp_path / "tables", "-f", 1, expect=0)
+    for path in sorted((tmp_path / "elastic").glob("*.nii.gz")):
+        assert np.array_equal(*[nib.load(tmp_path / one / path.name).get_fdata() for one in ("elastic", "tables")])
+    told = command(*common, *tables, "-o", tmp_path / "no", expect=2)[2]  # both folds
+    assert "out_filters: layer 'decoder.stages.0.convs.0.conv' has 10 filters, the weights of fold 0 have 12" in told
+    (tmp_path / "out_filters").write_text("enc_ConvBlock_1\n")
+    assert "out_filters has no row; expected" in command(*common, *tables, "-o", tmp_path / "no", expect=2)[2]
+    (tmp_path / "out_filters").write_text("enc_ConvBlock_1\n48\n")
+    assert "'enc_ConvBlock_1' is no layer of" in command(*common, *tables, "-o", tmp_path / "no", expect=2)[2]
+    task = command("predict", "-i", case_folder, "-o", tmp_path / "no", "--task", "total", *tables, expect=2)
+    assert "--out-filters goes with -m" in task[2]
 
 
 def test_folds_of_other_widths_are_compressed_one_by_one(pruned, tmp_path):

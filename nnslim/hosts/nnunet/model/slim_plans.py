@@ -6,18 +6,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from nnslim.compression.config import SlimConfig
-from nnslim.errors import ConfigError, ModelError, SpecError
+from nnslim.errors import ConfigError, InputError, ModelError, SpecError, nearest
 from nnslim.hosts.nnunet.model.checked_plans import BASE_KEY, SPEC_KEY
 from nnslim.hosts.nnunet.model.slim_network import NETWORK_CLASS_NAME
-from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network
+from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network, build_untrained
 from nnslim.methods.base import method_named
 from nnslim.network.spec import Edit, SlimSpec, spec_of
 from nnslim.surgery.narrow import ElasticEdit, NarrowEdit, as_base, fit_widths, widths_of
+from nnslim.tables import read_table
 
 
 def resolved(configurations: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -153,6 +155,38 @@ def plans_for_fold(model: TrainedModel, fold: str) -> dict[str, Any]:
     others = [edit for edit in edits if not isinstance(edit, (NarrowEdit, ElasticEdit))]
     spec = SlimSpec((*others, *_widths(build_network(model, fold)), ElasticEdit()))
     return with_architecture(model.plans, model.configuration, spec)
+
+
+def with_filters(model: TrainedModel, out_filters: Path | None, in_filters: Path | None) -> TrainedModel:
+    """Return the model as one whose weights decide its widths, as Sauron's tables say, whatever its plans say.
+
+    Args:
+        out_filters, in_filters: tab-separated, a column per layer and a row per epoch, the last one in force; None: not
+            asked for.
+    Raises:
+        InputError: no such table, a layer that the network does not have, or a width that a fold's weights do not have.
+    """
+    tables = [(path, side) for side, path in enumerate((out_filters, in_filters)) if path is not None]
+    if not tables:
+        return model
+    network = build_untrained(model)
+    for fold, checkpoint in model.checkpoints.items():
+        fit_widths(network, checkpoint["network_weights"])
+        widths = widths_of(network)
+        for path, side in tables:
+            rows = read_table(path, separator="\t").to_dict("records")
+            if not rows:
+                raise InputError(f"{path} has no row; expected a column per layer and a row per epoch")
+            for name, width in rows[-1].items():
+                if name not in widths:
+                    raise InputError(f"{path}: '{name}' is no layer of {model.path}; {nearest(name, widths)}")
+                if width != str(found := widths[name][side]):
+                    wanted = f"{width} {('filters', 'input channels')[side]}"
+                    raise InputError(f"{path}: layer '{name}' has {wanted}, the weights of fold {fold} have {found}")
+    edits = spec_in_plans(model).edits
+    if any(isinstance(edit, ElasticEdit) for edit in edits):
+        return model
+    return model.with_plans(with_architecture(model.plans, model.configuration, SlimSpec((*edits, ElasticEdit()))))
 
 
 def trained_base(network: nn.Module, weights: Sequence[Mapping[str, Tensor]]) -> tuple[nn.Module, tuple[Edit, ...]]:

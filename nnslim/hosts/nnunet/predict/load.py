@@ -13,6 +13,7 @@ from nnslim.errors import InputError, ModelError
 from nnslim.hosts.nnunet.cases.preprocess import preprocess_case, silent
 from nnslim.hosts.nnunet.cases.write_labels import write_segmentation
 from nnslim.hosts.nnunet.model.compatibility import predictor_class
+from nnslim.hosts.nnunet.model.slim_plans import with_filters
 from nnslim.hosts.nnunet.model.trained_model import build_network, read_trained_model
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.hosts.nnunet.predict.predictor_patches import own_session, slim_predictor
@@ -29,13 +30,14 @@ def load_predictor(model: Path, config: Any, settings: PredictSettings, began: M
     Args:
         began: see `own_session`.
     Raises:
-        ModelError, ConfigError, HostError: what cannot be used.
+        ModelError, ConfigError, HostError, InputError: what cannot be used.
     """
     named = ("backend", "precision", "threads", "export")
     chosen = {key: getattr(settings, key) for key in named} | {"deterministic": settings.deterministic or None}
     session = own_session(config, chosen, began or {})
     # Read, checked and built here, once: nnU-Net would run code in checkpoints, and reports faults as bare KeyErrors.
     source = read_trained_model(model, settings.folds, settings.checkpoint, trust=settings.trust)
+    source = with_filters(source, settings.out_filters, settings.in_filters)
     device = torch.device(settings.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError("device cuda was asked for, but torch finds no CUDA device; use --device cpu")

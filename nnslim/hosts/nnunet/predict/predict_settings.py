@@ -21,6 +21,7 @@ class PredictSettings:
         folds: all that have the checkpoint if None.
         checkpoint: checkpoint_final.pth, else checkpoint_best.pth, if None. trust: see `load_checkpoint`.
         previous_stage: for a cascade, folder of the segmentations of the stage before.
+        out_filters, in_filters: see `with_filters`.
         backend, precision, threads: see `nnslim.running.engine.Settings`; None: the config's.
         export: "streamed" or nnU-Net's own, "stock"; None: the config's.
         deterministic: see `nnslim.running.engine.Settings`.
@@ -33,6 +34,8 @@ class PredictSettings:
     checkpoint: str | None = None
     trust: bool = False
     previous_stage: Path | None = None
+    out_filters: Path | None = None
+    in_filters: Path | None = None
     backend: Backend | None = None
     precision: Precision | None = None
     threads: int | None = None
