@@ -39,6 +39,7 @@ def evaluate(
     worst: Annotated[int, typer.Option(min=0, help="number of worst cases to draw")] = 3,
     figures: Annotated[bool, typer.Option("--figures/--no-figures", help="draw pictures")] = True,
     dice_only: Annotated[bool, typer.Option("--dice-only", help="without NSD and HD95")] = False,
+    shapes: Annotated[bool, typer.Option("--shapes", help="also HD (largest distance, mm) and compactness")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="processes; default: all CPUs where it pays")] = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -50,8 +51,10 @@ def evaluate(
     start(quiet)
     if output.suffix.lower() != ".csv":
         raise InputError(f"{output}: the table is a CSV; give a name that ends with .csv")
+    if shapes and dice_only:
+        raise InputError("--shapes needs the surfaces that --dice-only leaves out; give one of them")
     classes, grouped = _classes(dataset, predictions)
-    common: dict[str, Any] = {"tolerance": tolerance, "surfaces": not dice_only, "workers": workers}
+    common: dict[str, Any] = {"tolerance": tolerance, "surfaces": not dice_only, "shapes": shapes, "workers": workers}
     common["wanted"] = tuple(label) if label else None
     with counting(quiet, "cases") as count:
         found = evaluate_directories(predictions, references, classes, **common, progress=count)

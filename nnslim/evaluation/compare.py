@@ -119,6 +119,7 @@ class Scores:
     Attributes:
         predicted, reference, both: voxels of the class. voxels: that count at all, so without the ignored ones.
         nsd: share of both surfaces within the tolerance. hd95: mm.
+        hd: mm; compactness, compactness_ref: see `SurfaceDistances.compactness`; where they were asked for.
     """
 
     predicted: int
@@ -127,6 +128,9 @@ class Scores:
     voxels: int
     nsd: float = _NAN
     hd95: float = _NAN
+    hd: float = _NAN
+    compactness: float = _NAN
+    compactness_ref: float = _NAN
 
     @property
     def dice(self) -> float:
@@ -174,7 +178,7 @@ class CompareSettings:
     Attributes:
         classes: None: every label, or every class that has a file.
         tolerance: mm within which surfaces agree (NSD).
-        surfaces: NSD and HD95, too.
+        surfaces: NSD and HD95, too. shapes: and HD and compactness.
         threads: classes at a time.
         wanted: names or keys of the classes to compare; None: all. What a case does not have is no error here.
     """
@@ -184,6 +188,7 @@ class CompareSettings:
     surfaces: bool = True
     threads: int = 1
     wanted: tuple[str, ...] | None = None
+    shapes: bool = False
 
 
 def compare_case(name: str, prediction: Path, reference: Path, settings: CompareSettings) -> CaseScores:
@@ -249,10 +254,13 @@ def _scores(
     counted = joint_counts(*masks).overlap([1]) if counts is None else counts.overlap(one.members)
     if not any(counted):
         return None
-    nsd = hd95 = _NAN
-    if settings.surfaces:
-        nsd = 0.0  # a miss or a false positive: no part of the surface is right
-        if counted[0] and counted[1]:
-            distances = surface_distances(*masks, predicted.map.spacing[::-1])
+    if not settings.surfaces:
+        return Scores(*counted, voxels)
+    nsd, hd95, more = 0.0, _NAN, ()  # a miss or a false positive: no part of the surface is right
+    if (whole := all(counted[:2])) or settings.shapes:
+        distances = surface_distances(*masks, predicted.map.spacing[::-1])
+        if whole:
             nsd, hd95 = distances.surface_dice(settings.tolerance), distances.hausdorff(95)
-    return Scores(*counted, voxels, nsd, hd95)
+        if settings.shapes:
+            more = (distances.largest(), *distances.compactness(*counted[:2]))
+    return Scores(*counted, voxels, nsd, hd95, *more)

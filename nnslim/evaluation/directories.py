@@ -32,6 +32,7 @@ def evaluate_directories(
     *,
     tolerance: float = 1.0,
     surfaces: bool = True,
+    shapes: bool = False,
     wanted: tuple[str, ...] | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -42,7 +43,7 @@ def evaluate_directories(
         predictions, references: folders of label maps or of folders of masks, or one file each; see `pair_cases`.
         classes: what the labels mean; None: every label is a class.
         tolerance: mm within which surfaces agree (NSD).
-        surfaces: NSD and HD95 besides Dice.
+        surfaces: NSD and HD95 besides Dice. shapes: and the largest distance (HD) and compactness.
         wanted: names or keys of classes; None: all.
         workers: processes over cases; what is left over are threads over classes. None: all CPUs of this process, or
             this process alone where the first case shows that the rest is done sooner without others.
@@ -57,7 +58,7 @@ def evaluate_directories(
     pairing = pair_cases(predictions, references, classes and classes.ending, names)
     if classes is not None and wanted is not None:
         classes = classes.only(wanted)
-    settings = CompareSettings(classes, tolerance, surfaces, 1, wanted if classes is None else None)
+    settings = CompareSettings(classes, tolerance, surfaces, 1, wanted if classes is None else None, shapes)
     done: dict[str, CaseScores] = {}
     failed: dict[str, str] = {}
     for number, (name, outcome) in enumerate(_run(pairing.pairs, settings, workers), start=1):
@@ -76,7 +77,7 @@ def evaluate_directories(
     found = classes.classes if classes else _found(cases)
     if wanted is not None:
         Classes(found).only(wanted)
-    return Evaluation(found, cases, failed, pairing.missing, pairing.extra, tolerance)
+    return Evaluation(found, cases, failed, pairing.missing, pairing.extra, tolerance, shapes)
 
 
 def _run(pairs: dict[str, tuple[Path, Path]], settings: CompareSettings, workers: int | None) -> Iterator[Outcome]:

@@ -21,6 +21,7 @@ from nnslim.files import read_json, write_bytes
 from nnslim.tables import read_table, write_table
 
 METRICS = ("dice", "nsd", "hd95")
+SHAPES = ("hd", "compactness", "compactness_ref")
 COLUMNS = ("case", "label", "name", *METRICS, "n_ref", "n_pred", "tp", "fp", "fn", "empty")
 _EMPTY = {
     "both": "NaN, and left out of all means",
@@ -42,6 +43,7 @@ class Evaluation:
         failed: case -> why it could not be compared.
         missing: references without a prediction. extra: predictions without a reference.
         tolerance: mm within which surfaces agree (NSD).
+        shapes: whether HD and compactness (`SHAPES`) were asked for.
     """
 
     classes: tuple[LabelClass, ...]
@@ -50,10 +52,11 @@ class Evaluation:
     missing: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     tolerance: float = 1.0
+    shapes: bool = False
 
     @cached_property
     def table(self) -> pandas.DataFrame:
-        """A row per case and class, with the columns of COLUMNS; a class whose file was lacking in a case has none.
+        """A row per case and class, with COLUMNS (and SHAPES); a class whose file was lacking in a case has none.
 
         `label` is nnU-Net's key, `hd95` in mm, and `empty` that of `Scores`; the rest of the numbers are voxels.
         """
@@ -63,8 +66,15 @@ class Evaluation:
                 counts = (score.reference, score.predicted, score.both)
                 wrong = (score.predicted - score.both, score.reference - score.both)
                 metrics = (score.dice, score.nsd, score.hd95)
-                rows.append((case.name, one.key, one.name, *metrics, *counts, *wrong, score.empty))
-        return pandas.DataFrame(rows, columns=list(COLUMNS)).astype(dict.fromkeys(METRICS, float))
+                more = [getattr(score, name) for name in self.shape_columns]
+                rows.append((case.name, one.key, one.name, *metrics, *counts, *wrong, score.empty, *more))
+        columns = [*COLUMNS, *self.shape_columns]
+        return pandas.DataFrame(rows, columns=columns).astype(dict.fromkeys(METRICS, float))
+
+    @property
+    def shape_columns(self) -> tuple[str, ...]:
+        """SHAPES where they were asked for, else nothing."""
+        return SHAPES if self.shapes else ()
 
     @cached_property
     def class_table(self) -> pandas.DataFrame:
@@ -171,8 +181,8 @@ class ScoreTable:
 
 
 def write_csv(path: Path, evaluation: Evaluation) -> None:
-    """Write `Evaluation.table`, or raise an OutputError; dice, nsd and hd95 are nan where they have no value."""
-    _write_rounded(evaluation.table, path, METRICS)
+    """Write `Evaluation.table`, or raise an OutputError; a score is nan where it has no value."""
+    _write_rounded(evaluation.table, path, (*METRICS, *evaluation.shape_columns))
 
 
 def write_differences(path: Path, differences: Mapping[str, pandas.DataFrame]) -> None:
@@ -224,7 +234,9 @@ def write_summary(path: Path, evaluation: Evaluation) -> None:
     numbers = {one.key: str(place) if named else one.key for place, one in enumerate(evaluation.classes, start=1)}
     cases = [
         {
-            "metrics": {numbers[one.key]: _metrics(case.score(one.key)) for one in evaluation.classes},
+            "metrics": {
+                numbers[one.key]: _metrics(case.score(one.key), evaluation.shape_columns) for one in evaluation.classes
+            },
             "prediction_file": str(case.prediction),
             "reference_file": str(case.reference),
         }
@@ -242,6 +254,7 @@ def write_summary(path: Path, evaluation: Evaluation) -> None:
             "empty_classes": _EMPTY,
             "nsd": "surface elements as DeepMind's surface-distance",
             "hd95": "compute_robust_hausdorff of DeepMind's surface-distance, 95 percent, mm",
+            **({"hd": "the same at 100 percent", "compactness": "surface^1.5 / volume"} if evaluation.shapes else {}),
             "classes": classes.to_dict("index"),
             "failed": evaluation.failed,
             "missing": list(evaluation.missing),
@@ -253,9 +266,10 @@ def write_summary(path: Path, evaluation: Evaluation) -> None:
     write_bytes(path, (json.dumps(content, indent=4, sort_keys=True) + "\n").encode())
 
 
-def _metrics(score: Scores | None) -> dict[str, float | int]:
+def _metrics(score: Scores | None, shapes: tuple[str, ...]) -> dict[str, float | int]:
     if score is None:  # no file: nothing is known, so nothing counts
-        return dict.fromkeys(("Dice", "FN", "FP", "HD95", "IoU", "NSD", "TN", "TP", "n_pred", "n_ref"), math.nan)
+        made = _metrics(Scores(0, 0, 0, 0), shapes)
+        return dict.fromkeys(made, math.nan)
     wrong = score.predicted + score.reference - 2 * score.both
     return {
         "Dice": score.dice,
@@ -268,6 +282,7 @@ def _metrics(score: Scores | None) -> dict[str, float | int]:
         "TP": score.both,
         "n_pred": score.predicted,
         "n_ref": score.reference,
+        **{{"hd": "HD"}.get(name, name): getattr(score, name) for name in shapes},
     }
 
 

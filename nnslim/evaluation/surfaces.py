@@ -87,6 +87,24 @@ class SurfaceDistances(NamedTuple):
         directions = ((self.to_reference, self.prediction_areas), (self.to_prediction, self.reference_areas))
         return max(_percentile(distances, areas, percent) for distances, areas in directions)
 
+    def largest(self) -> float:
+        """Return the Hausdorff distance in mm: the largest of all. NaN where a mask is empty."""
+        if not len(self.to_reference) or not len(self.to_prediction):
+            return float("nan")
+        return float(max(self.to_reference.max(), self.to_prediction.max()))
+
+    def compactness(self, predicted: int, reference: int) -> tuple[float, float]:
+        """Return surface^1.5 / volume of prediction and reference: 10.6 for a ball, 12.6 for a disk (length^2 / area).
+
+        Args:
+            predicted, reference: their voxels; NaN where there is none.
+        """
+        axes = len(self.spacing)
+        sides = ((self.prediction_areas, predicted), (self.reference_areas, reference))
+        volumes = [voxels * float(np.prod(self.spacing)) for _, voxels in sides]
+        made = [float(areas.sum()) ** (axes / (axes - 1)) for areas, _ in sides]
+        return tuple(one / volume if volume else float("nan") for one, volume in zip(made, volumes, strict=True))
+
     def _within(self, distances: np.ndarray, points: np.ndarray, others: np.ndarray, tolerance: float) -> np.ndarray:
         """Return which elements are within the tolerance, as a distance transform would decide.
 

@@ -153,6 +153,26 @@ def test_command_writes_table_summary_and_pictures(tmp_path, nnslim):
     assert f"{summary['foreground_mean']['Dice']:.4f}" in out.splitlines()[4]
 
 
+def test_command_adds_hd_and_compactness_where_asked_for(tmp_path, nnslim):
+    predictions, references = write_cases(tmp_path)
+    plain, more = tmp_path / "plain" / "m.csv", tmp_path / "more" / "m.csv"
+    nnslim("-p", predictions, "-g", references, "-o", plain, "--no-figures")
+    nnslim("-p", predictions, "-g", references, "-o", more, "--no-figures", "--shapes", "--baseline", references)
+    without, rows = (list(csv.DictReader(path.open())) for path in (plain, more))
+    added = ("hd", "compactness", "compactness_ref")
+    assert [{key: value for key, value in row.items() if key not in added} for row in rows] == without
+    for row in rows:
+        values = [float(row[name]) for name in added]
+        lacks = {"": (), "both": (0, 1, 2), "prediction": (0, 1), "reference": (0, 2)}[row["empty"]]
+        assert [np.isnan(value) for value in values] == [place in lacks for place in range(3)]
+        assert row["empty"] or values[0] >= float(row["hd95"])
+    summary = json.loads(more.with_name("summary.json").read_text())
+    found = [float(row["hd"]) for row in rows if row["label"] == "1"]
+    assert summary["mean"]["1"]["HD"] == pytest.approx(np.mean(found), rel=1e-5)
+    assert {"HD", *added[1:]} <= set(summary["foreground_mean"])
+    assert "HD" not in json.loads(plain.with_name("summary.json").read_text())["mean"]["1"]
+
+
 def test_command_missing_and_broken_cases_give_1_and_are_named(tmp_path, nnslim):
     predictions, references = write_cases(tmp_path)
     (predictions / "case_0.nii.gz").unlink()
@@ -177,6 +197,7 @@ def test_command_missing_and_broken_cases_give_1_and_are_named(tmp_path, nnslim)
         (("-p", "p", "-g", "g", "-o", "m.csv", "-d", "totl"), "'totl' is neither a dataset.json nor a task"),
         (("-p", "p", "-g", "g", "-o", "m.csv", "--tolerance", "-1"), "tolerance is a distance in mm"),
         (("-p", "p", "-g", "g", "-o", "m.csv", "-l", "9"), "no class '9'"),
+        (("-p", "p", "-g", "g", "-o", "m.csv", "--shapes", "--dice-only"), "--shapes needs the surfaces"),
         (("-p", "p", "-g", "g", "-o", "m.csv", "--groups", "gone.yml"), "gone.yml cannot be read"),
     ],
 )

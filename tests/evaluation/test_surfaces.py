@@ -23,19 +23,20 @@ TOLERANCES = (0.0, 0.5, 1.0, 2.0, 3.0, 7.3)
 
 
 def deepmind(reference, prediction, spacing, tolerances):
-    """Return surface Dice at each tolerance, and HD95."""
+    """Return surface Dice at each tolerance, HD95 and HD."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         found = surface_distance.compute_surface_distances(reference, prediction, spacing)
     dices = [surface_distance.compute_surface_dice_at_tolerance(found, tolerance) for tolerance in tolerances]
-    return dices, surface_distance.compute_robust_hausdorff(found, 95)
+    return dices, *(surface_distance.compute_robust_hausdorff(found, percent) for percent in (95, 100))
 
 
 def assert_like_deepmind(reference, prediction, spacing, tolerances=TOLERANCES):
-    dices, hausdorff = deepmind(reference, prediction, spacing, tolerances)
+    dices, hausdorff, largest = deepmind(reference, prediction, spacing, tolerances)
     found = surface_distances(prediction, reference, spacing)
     assert [found.surface_dice(tolerance) for tolerance in tolerances] == pytest.approx(dices, abs=1e-9)
     assert found.hausdorff(95) == pytest.approx(hausdorff, abs=1e-9)
+    assert found.largest() == pytest.approx(largest, abs=1e-9)
 
 
 def random_pair(generator, axes):
@@ -192,3 +193,16 @@ def test_surface_distances_wrong_input_is_refused():
     for spacing in ((1, 0, 1), (1, -1, 1), (1, float("nan"), 1)):
         with pytest.raises(InputError, match=r"positive spacings"):
             surface_distances(mask, mask, spacing)
+
+
+@pytest.mark.parametrize(("spacing", "expected"), [((1.0, 1.0, 1.0), 10.63), ((2.0, 1.0), 4 * np.pi)])
+def test_compactness_of_a_ball_is_the_smallest_and_an_empty_mask_has_none(spacing, expected):
+    grid = np.stack(np.meshgrid(*[np.arange(-20, 21) * size for size in spacing], indexing="ij"))
+    ball, empty = (grid**2).sum(0) < 18**2, np.zeros(grid.shape[1:], bool)
+    ragged = ball & (np.random.default_rng(0).random(ball.shape) < 0.9)
+    counts = int(ragged.sum()), int(ball.sum())
+    found, smallest = surface_distances(ragged, ball, spacing).compactness(*counts)
+    assert smallest == pytest.approx(expected, rel=0.2) and found > 1.5 * smallest
+    alone = surface_distances(empty, ball, spacing)
+    assert np.isnan(alone.compactness(0, counts[1])[0]) and alone.compactness(0, counts[1])[1] == smallest
+    assert np.isnan(alone.largest())
