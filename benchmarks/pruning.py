@@ -131,7 +131,8 @@ def make(row: Row, seed: int, args: argparse.Namespace) -> Path:
     if found is not None and (found / "fold_0" / "checkpoint_final.pth").is_file():
         return found
     config = folder / "config.yml"
-    config.write_text(yaml.safe_dump({"version": 1, "methods": [{"method": "sauron", **row.settings}]}))
+    method = {"method": "sauron", "optimizer": args.optimizer, **row.settings}
+    config.write_text(yaml.safe_dump({"version": 1, "methods": [method]}))
     epochs, rate = (args.epochs, args.rate) if start is None else (args.start_epochs, args.start_rate)
     command = [
         *_NNSLIM,
@@ -345,6 +346,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--start-epochs", type=int, default=12, help="from the trained model (12)")
     parser.add_argument("--iterations", type=int, default=50, help="per epoch (50)")
     parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument(
+        "--optimizer", choices=["trainer", "adam"], default="trainer", help="nnU-Net's, or the original's presets' Adam"
+    )
     parser.add_argument("--rate", type=float, default=1e-2, help="learning rate from scratch (0.01)")
     parser.add_argument("--start-rate", type=float, default=5e-3, help="from the trained model (0.005)")
     parser.add_argument("--macs", type=float, default=0.19, help="share of the MACs that is left, from scratch (0.19)")
