@@ -5,8 +5,8 @@ for as long as `nnslim.architectures.<name>` exists. What stands behind a name m
 
 Names:
     slim_network: the base architecture `nnslim_base` with the SlimSpec `nnslim_spec` applied.
-    PlannedPrimus, PlannedPrimusV2, PlannedUNETR, PlannedDAEFormer, PlannedWindowNet: architectures as nnU-Net calls
-        them from plans.
+    PlannedPrimus, PlannedPrimusV2, PlannedPrimusV3, PlannedUNETR, PlannedDAEFormer, PlannedWindowNet: architectures as
+        nnU-Net calls them from plans.
 
 Models written before these names existed carry others, see `nnslim.hosts.nnunet`.
 """
@@ -20,6 +20,7 @@ _HOMES = {
     "slim_network": "nnslim.hosts.nnunet.model.slim_network",
     "PlannedPrimus": "nnslim.hosts.nnunet.model.planned",
     "PlannedPrimusV2": "nnslim.hosts.nnunet.model.planned",
+    "PlannedPrimusV3": "nnslim.hosts.nnunet.model.planned",
     "PlannedUNETR": "nnslim.hosts.nnunet.model.planned",
     "PlannedDAEFormer": "nnslim.hosts.nnunet.model.planned",
     "PlannedWindowNet": "nnslim.hosts.nnunet.model.planned",

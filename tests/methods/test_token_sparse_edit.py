@@ -1,4 +1,4 @@
-"""Token sparsity as an edit of trained networks: nnU-Net's Primus, MONAI's UNETR."""
+"""Token sparsity as an edit of trained networks: nnU-Net's Primus, MONAI's UNETR, ours."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from nnslim.compression.config import SlimConfig, load_config
 from nnslim.errors import BackendError, ConfigError, SpecError
 from nnslim.methods.token_sparse import TokenSparseConfig, plan_token_sparse, set_ratio, token_sparse_edits
 from nnslim.methods.token_sparse.scorers import image_content
-from nnslim.methods.token_sparse.sparse_encoders import eva_attention
+from nnslim.methods.token_sparse.sparse_encoders import eva_attention, vit_attention
+from nnslim.methods.token_sparse.unetr import TokenSparseUNETR
 from nnslim.network.cost import measure_cost
 from nnslim.network.operations import count_operations
 from nnslim.network.spec import SlimSpec, apply_spec, extend_spec, spec_of
@@ -34,12 +35,20 @@ def unetr():
     return UNETR(1, 3, (32, 32, 32), feature_size=4, hidden_size=24, mlp_dim=48, num_heads=2).eval()
 
 
+def own_unetr(**options):
+    """Ours, trained dense: without stages, or with stages that take nothing away."""
+    torch.manual_seed(1)
+    sizes = {"decoder": "x8", "features": 4, "dim": 24, "depth": 10, "heads": 2}
+    return TokenSparseUNETR(1, 3, (32, 32, 24), **sizes, **options).eval()
+
+
 NETWORKS = {
     "primus": (lambda: tiny_primus(SIZE), SIZE),
     "primus-v2": (lambda: tiny_primus(SIZE, PrimusV2), SIZE),
     "primus-registers": (lambda: tiny_primus(SIZE, registers=2, scale_attn_inner=True), SIZE),
     "primus-no-rope": (lambda: tiny_primus(SIZE, use_rot_pos_emb=False), SIZE),
     "unetr": (unetr, (32, 32, 32)),
+    "own-unetr": (lambda: own_unetr(locations=()), SIZE),
 }
 CONFIGS = {
     "default": {},
@@ -130,6 +139,39 @@ def test_attention_scorer_is_the_attention_of_the_block(monkeypatch):
         block(x, rope=rope)
         found = eva_attention(block, x, rope, 0)
     assert torch.allclose(found, seen[0].mean(dim=(1, 2)), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["unetr", "own-unetr"])
+def test_attention_scorer_of_plain_blocks_is_their_attention(name):
+    network = NETWORKS[name][0]()
+    block = (network.vit if name == "unetr" else network.encoder).blocks[1]
+    x, heads, seen = torch.randn(2, 49, 24), 2, []
+    block.attn.qkv.register_forward_hook(lambda _, inputs, output: seen.append(output))
+    with torch.no_grad():
+        block(x)
+        query, key, _ = seen[0].chunk(3, dim=-1)
+        split = [part.reshape(2, 49, heads, 12).transpose(1, 2) for part in (query, key)]
+        expected = torch.softmax(split[0] @ split[1].transpose(2, 3) * 12**-0.5, dim=-1).mean(dim=(1, 2))
+        assert torch.allclose(vit_attention(block, x, None, 1), expected[:, 1:], atol=1e-6)
+
+
+@pytest.mark.parametrize("skips", ["completed", "blocks"])
+def test_own_unetr_with_idle_stages_is_sparse_by_the_edit_at_any_size(skips):
+    """What the untrained stages had is gone; a size other than that of the plans runs, as in the dense one."""
+    dense = own_unetr(ratios=0.0)
+    sparse = sparse_of(dense, skips=skips, scorer="air", ratio=0.6)
+    assert not [key for key in sparse.state_dict() if "stage_norms" in key or "policy" in key or "scorers" in key]
+    image = torch.randn(1, 1, 16, 32, 40)
+    seen = []
+    sparse.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    with torch.no_grad():
+        assert not torch.allclose(sparse(image), dense(image))
+        _, last, hidden = seen[0]
+        assert all(torch.equal(each, last) == (skips == "completed") for each in hidden)
+        set_ratio(sparse, 0)
+        assert torch.equal(sparse(image), dense(image))
+    with pytest.raises(ConfigError, match=r"drops tokens already, by ratios of \(0.5, 0.5, 0.5\)"):
+        sparse_of(own_unetr(ratios=0.5))
 
 
 def test_air_scorer_sees_the_image_and_keeps_the_body():

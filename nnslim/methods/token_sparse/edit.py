@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from torch import nn
 
 from nnslim.errors import ConfigError, SpecError
 from nnslim.methods.token_sparse.reduction import TokenReduction
-from nnslim.methods.token_sparse.sparse_encoders import SparseEva, SparseViT, is_encoder, is_vit
+from nnslim.methods.token_sparse.sparse_encoders import SparseEva, SparseTrainedViT, SparseViT, is_encoder, is_vit
+from nnslim.methods.token_sparse.vit import TokenPruningViT
 from nnslim.network.spec import Edit, register_edit, replace_layer
 from nnslim.network.walk import LayerIndex
 
@@ -47,13 +49,18 @@ class TokenSparseEdit(Edit):
         layer = layers[self.layer]
         dense = layer.module
         if not is_encoder(dense):
-            raise SpecError(f"layer '{self.layer}' is {type(dense).__name__}, not Primus' Eva or MONAI's ViT")
+            raise SpecError(
+                f"layer '{self.layer}' is {type(dense).__name__}, not Primus' Eva, MONAI's ViT or a dense ViT"
+            )
         if getattr(dense, "patch_drop", None) is not None:
             raise SpecError(
                 f"layer '{self.layer}' drops random patches in training (patch_drop_rate); build it without, and use "
                 "the scorer 'random' at location 0 instead"
             )
-        if not is_vit(dense) and "attention" in self.scorers and not hasattr(dense.blocks[0].attn, "q_norm"):
+        attention = dense.blocks[0].attn
+        plain = is_vit(dense) or isinstance(dense, TokenPruningViT)
+        known = isinstance(attention.qkv, nn.Linear) if plain else hasattr(attention, "q_norm")
+        if "attention" in self.scorers and not known:
             raise SpecError(f"layer '{self.layer}': scorer 'attention' does not know this kind of attention")
         width = next(dense.norm.parameters()).shape[0]
         with torch.random.fork_rng(devices=[]):
@@ -68,7 +75,10 @@ class TokenSparseEdit(Edit):
                     f"layer '{self.layer}': location {max(self.locations)} is beyond its {len(dense.blocks)} blocks"
                 )
             parts = (dense, reduction, self.completion, self.completion_depth)
-            made = SparseViT(*parts, skips=self.skips) if is_vit(dense) else SparseEva(*parts)
+            if isinstance(dense, TokenPruningViT):
+                made = SparseTrainedViT(*parts, skips=self.skips)
+            else:
+                made = SparseViT(*parts, skips=self.skips) if is_vit(dense) else SparseEva(*parts)
         place = next(dense.parameters())
         made = made.to(place.device, place.dtype).train(dense.training)
         watched = layer.slots if isinstance(made, SparseEva) and "air" in self.scorers else ()

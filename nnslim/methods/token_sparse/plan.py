@@ -12,6 +12,7 @@ from nnslim.errors import ConfigError
 from nnslim.methods.base import Decision, Plan
 from nnslim.methods.token_sparse.config import TokenSparseConfig
 from nnslim.methods.token_sparse.edit import TokenSparseEdit
+from nnslim.methods.token_sparse.reduction import TokenReduction
 from nnslim.methods.token_sparse.sequence import take
 from nnslim.methods.token_sparse.sparse_encoders import SparseEncoder, is_encoder, token_count
 from nnslim.network.cost import Cost
@@ -29,8 +30,10 @@ def token_sparse_edits(network: nn.Module, config: TokenSparseConfig) -> tuple[T
     """
     found = [layer for layer in LayerIndex(unwrap(network)).values() if is_encoder(layer.module)]
     if not found:
+        if active := [module for module in network.modules() if isinstance(module, TokenReduction) and module.active]:
+            raise ConfigError(f"token_sparse: the network drops tokens already, by ratios of {active[0].ratios}")
         raise ConfigError(
-            "token_sparse: the network has no transformer encoder that nnslim knows (nnU-Net's Primus, MONAI's UNETR); "
+            "token_sparse: the network has no transformer encoder that nnslim knows (nnU-Net's Primus, UNETR); "
             "convolutional networks have no tokens to drop, use method tucker for them"
         )
     edits = []

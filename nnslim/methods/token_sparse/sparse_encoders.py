@@ -1,4 +1,4 @@
-"""Token-sparse stand-ins for trained encoders: nnU-Net's Primus (Eva) and MONAI's ViT.
+"""Token-sparse stand-ins for trained encoders: nnU-Net's Primus (Eva), MONAI's ViT, and the one of our dense UNETR.
 
 They hold the children of the dense encoder under the same names, so that a dense checkpoint fits except for what is new
 (`reduction`, `completion`), and return what it returned, so that the network around needs no change.
@@ -7,7 +7,9 @@ They hold the children of the dense encoder under the same names, so that a dens
 from __future__ import annotations
 
 import copy
+import math
 import sys
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +21,7 @@ from nnslim.methods.token_sparse.completion import Completion, GentleCompletion
 from nnslim.methods.token_sparse.reduction import TokenReduction
 from nnslim.methods.token_sparse.scorers import image_content
 from nnslim.methods.token_sparse.sequence import Sequence3d
+from nnslim.methods.token_sparse.vit import TokenPruningViT
 
 _QUERIES = 256  # tokens whose attention is looked at by the attention scorer, at most
 
@@ -114,8 +117,8 @@ class SparseEva(SparseEncoder):
         return self.norm(full), None
 
 
-class SparseViT(SparseEncoder):
-    """In place of MONAI's `UNETR.vit`; returns (tokens, outputs of the blocks)."""
+class _SparseViT(SparseEncoder):
+    """What both ViTs share: the decoder reads the outputs of blocks, too."""
 
     def __init__(self, dense: nn.Module, *settings: Any, skips: Literal["completed", "blocks"]) -> None:
         """Take over the dense encoder's children; see `SparseEncoder`.
@@ -132,6 +135,10 @@ class SparseViT(SparseEncoder):
         """Whether the decoder is to see the outputs of blocks."""
         return self.skips == "blocks" or not self.reduction.active
 
+
+class SparseViT(_SparseViT):
+    """In place of MONAI's `UNETR.vit`; returns (tokens, outputs of the blocks)."""
+
     def forward(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(B, C, *size) -> (B, N, D) and one such tensor per block."""
         x = self.patch_embedding(image)
@@ -139,16 +146,41 @@ class SparseViT(SparseEncoder):
         prefix = 0
         if "cls_token" in self._parameters:
             x, prefix = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1), 1
-        full, hidden = self._encode(x, prefix, None, None)
+        full, hidden = self._encode(x, prefix, None, vit_attention)
         full = self.norm(full)
         return full, hidden if self.keeps_hidden else [full] * len(self.blocks)
+
+
+class SparseTrainedViT(_SparseViT):
+    """In place of `TokenSparseUNETR.encoder` that was trained dense; returns complete tokens, so nothing completes them
+    behind it."""
+
+    grid_of, embedded, _positions = TokenPruningViT.grid_of, TokenPruningViT.embedded, TokenPruningViT._positions
+    no_weight_decay = TokenPruningViT.no_weight_decay
+
+    def __init__(self, dense: nn.Module, *settings: Any, **options: Any) -> None:
+        """See `_SparseViT`; what an untrained reduction of the dense encoder had goes."""
+        super().__init__(dense, *settings, **options)
+        self.patch, self.grid = dense.patch, dense.grid
+        self._token_count = None  # sizes differ from image to image
+        for untrained in ("stage_norms", "policy"):
+            if hasattr(self, untrained):
+                delattr(self, untrained)
+
+    def forward(self, image: Tensor, keep_hidden: Sequence[int] = ()) -> tuple[Sequence3d, list[Tensor]]:
+        """See `TokenPruningViT.forward`."""
+        length = math.prod(self.grid_of(image))
+        self._content = image_content(image, length)
+        full, hidden = self._encode(self.embedded(image), 1, None, vit_attention)
+        now = Sequence3d(self.norm(full), length, prefix=1)
+        return now, [(hidden[number] if self.keeps_hidden else now.x)[:, 1:] for number in keep_hidden]
 
 
 def silent_copy(block: nn.Module) -> nn.Module:
     """Return a copy of a pre-norm transformer block whose two branches return 0, so that it returns its input."""
     made = copy.deepcopy(block)
     outputs = [getattr(made.attn, name) for name in ("proj", "out_proj") if hasattr(made.attn, name)]
-    outputs += [getattr(made.mlp, name) for name in ("fc2", "linear2") if hasattr(made.mlp, name)]
+    outputs += [getattr(made.mlp, name) for name in ("fc2", "linear2", "2") if hasattr(made.mlp, name)]
     for parameter in (each for linear in outputs for each in linear.parameters()):
         nn.init.zeros_(parameter)
     return made
@@ -174,9 +206,21 @@ def eva_attention(block: nn.Module, x: Tensor, rope: Tensor | None, prefix: int)
     if rope is not None:
         query = torch.cat((query[:, :, :prefix], _rotated(query[:, :, prefix:], rope)), dim=2)
         key = torch.cat((key[:, :, :prefix], _rotated(key[:, :, prefix:], rope)), dim=2)
-    query = query[:, :, :: max(1, int(rows) // _QUERIES)] * attention.scale
-    shares = torch.softmax(query @ key.transpose(-2, -1), dim=-1).mean(dim=(1, 2))
-    return shares[:, prefix:]
+    return _received(query * attention.scale, key)[:, prefix:]
+
+
+def vit_attention(block: nn.Module, x: Tensor, rope: Tensor | None, prefix: int) -> Tensor:
+    """The same for a block of MONAI's ViT or ours."""
+    linear = block.attn.qkv
+    heads = getattr(block.attn, "num_heads", None) or block.attn.heads
+    query, key, _ = linear(block.norm1(x)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return _received(query * query.shape[-1] ** -0.5, key)[:, prefix:]
+
+
+def _received(query: Tensor, key: Tensor) -> Tensor:
+    """(B, H, N, E) each -> (B, N), of some of the queries."""
+    query = query[:, :, :: max(1, int(query.shape[2]) // _QUERIES)]
+    return torch.softmax(query @ key.transpose(-2, -1), dim=-1).mean(dim=(1, 2))
 
 
 def _rotated(x: Tensor, rope: Tensor) -> Tensor:
@@ -187,17 +231,21 @@ def _rotated(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def is_encoder(module: nn.Module) -> bool:
-    """Whether a module can be made token-sparse: Primus' Eva, or a MONAI ViT for dense prediction."""
+    """Whether a module can be made token-sparse: Primus' Eva, a MONAI ViT for dense prediction, ours trained dense."""
     if is_vit(module):
         return not module.classification
+    if isinstance(module, TokenPruningViT):
+        return module.reduction is None or not module.reduction.active
     names = ("blocks", "norm", "pos_embed", "rope", "num_prefix_tokens", "forward_features")
     return all(hasattr(module, name) for name in names) and not isinstance(module, SparseEva)
 
 
 def token_count(encoder: nn.Module) -> int | None:
     """Return how many patch tokens an encoder works on, where its position embedding tells."""
+    if isinstance(encoder, TokenPruningViT):
+        return math.prod(encoder.grid)
     if is_vit(encoder):
-        return encoder.patch_embedding.n_patches
+        return int(encoder.patch_embedding.n_patches)  # MONAI computes it with numpy
     return None if encoder.pos_embed is None else encoder.pos_embed.shape[1] - encoder.num_prefix_tokens
 
 

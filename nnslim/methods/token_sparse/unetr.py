@@ -182,7 +182,7 @@ class TokenSparseUNETR(nn.Module):
         """Return logits (B, classes, *size) of images (B, channels, *size)."""
         reduction = self.encoder.reduction
         sparse = reduction is not None and reduction.active
-        from_blocks = not sparse or self.skips == "blocks"
+        from_blocks = not sparse or getattr(self.encoder, "skips", self.skips) == "blocks"  # what an edit says counts
         now, hidden = self.encoder(image, self.decoder.hidden if from_blocks else ())
         grid = self.encoder.grid_of(image)
         if now.complete or self.completion is None:

@@ -121,10 +121,7 @@ class TokenPruningViT(nn.Module):
         Returns:
             The tokens, normalised, and the wanted outputs as full sequences without the class token, (B, L, D) each.
         """
-        grid = self.grid_of(image)
-        x = self.patch_embed(image).flatten(2).transpose(1, 2)
-        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self._positions(grid)
-        now, hidden = Sequence3d(x, math.prod(grid), prefix=1), []
+        now, hidden = Sequence3d(self.embedded(image), math.prod(self.grid_of(image)), prefix=1), []
         for number, block in enumerate(self.blocks):
             if self.reduction is not None:
                 now = self.reduction(now, number)
@@ -136,6 +133,11 @@ class TokenPruningViT(nn.Module):
         now.groups = [self.stage_norms[stage](group) for stage, group in zip(now.stages, now.groups, strict=True)]
         now.x = self.norm(now.x)
         return now, hidden
+
+    def embedded(self, image: Tensor) -> Tensor:
+        """Return (B, 1 + L, D): the class token and a token per patch, with their positions."""
+        x = self.patch_embed(image).flatten(2).transpose(1, 2)
+        return torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self._positions(self.grid_of(image))
 
     def _positions(self, grid: tuple[int, ...]) -> Tensor:
         if grid == self.grid:

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from dynamic_network_architectures.architectures import primus
-from helpers import make_predictor, random_data, write_ball_dataset
+from helpers import make_plans, make_predictor, random_data, write_ball_dataset
 from torch import nn
 
 import nnslim.hosts.nnunet.train.ext as trainers
@@ -15,8 +15,8 @@ from nnslim import NNSlimContext
 from nnslim.compression.config import from_dict, load_config
 from nnslim.errors import ConfigError, ModelError
 from nnslim.hosts.nnunet.compress.compress_model import compress_model
-from nnslim.hosts.nnunet.model.planned import PlannedUNETR, built_from_plans, planned_architecture
-from nnslim.hosts.nnunet.model.trained_model import build_network, read_trained_model
+from nnslim.hosts.nnunet.model.planned import PlannedUNETR, architecture_entry, built_from_plans, planned_architecture
+from nnslim.hosts.nnunet.model.trained_model import build_network, build_untrained, read_trained_model
 from nnslim.hosts.nnunet.train.described import RateSchedule, parameter_groups
 from nnslim.hosts.nnunet.train.ext.nnslim_trainers import trainer_named, trainer_names
 from nnslim.hosts.nnunet.train.settings import settings_in_force
@@ -136,11 +136,62 @@ def test_unetr_is_trained_and_predicted_by_stock_nnunet(dataset):
     assert torch.isfinite(found).all()
 
 
-@pytest.mark.parametrize("kind", ["Primus", "PrimusV2"])
+MONAI_TRAINER = """
+from monai.networks.nets import UNETR
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+class nnUNetTrainerTinyUNETR(nnUNetTrainer):
+    @staticmethod
+    def build_network_architecture(
+        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
+    ):
+        sizes = {"feature_size": 4, "hidden_size": 24, "mlp_dim": 48, "num_heads": 2}
+        return UNETR(num_input_channels, num_output_channels, configuration_manager.patch_size, **sizes)
+"""
+
+
+@pytest.mark.parametrize("kind", ["MONAI's", "ours"])
+def test_context_makes_a_dense_unetr_sparse_in_memory(kind, tmp_path, monkeypatch):
+    plans, configuration = make_plans("plain")
+    settings = plans["configurations"][configuration]
+    settings["patch_size"] = [32, 32, 32]
+    trainer = "nnUNetTrainer"
+    if kind == "ours":
+        arguments = {"image_size": [32, 32, 32], "decoder": "x8", "dim": 24, "depth": 9, "heads": 2, "features": 4}
+        settings["architecture"] = architecture_entry(PlannedUNETR, {**arguments, "ratios": 0.0})
+    else:
+        (tmp_path / "ext").mkdir()
+        (tmp_path / "ext" / "tiny_unetr.py").write_text(MONAI_TRAINER)
+        monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path / "ext"))
+        trainer = "nnUNetTrainerTinyUNETR"
+    dataset = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"}
+    arguments = {"plans": plans, "configuration": configuration, "fold": 0, "dataset_json": dataset}
+    folder = tmp_path / f"{trainer}__nnUNetPlans__3d_fullres"
+    (folder / "fold_0").mkdir(parents=True)
+    for name, content in (("plans", plans), ("dataset", dataset)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    content = {"network_weights": {}, "init_args": arguments, "trainer_name": trainer}
+    model = folder / "fold_0" / "checkpoint_final.pth"
+    torch.save({**content, "inference_allowed_mirroring_axes": None}, model)
+    torch.manual_seed(0)
+    network = build_untrained(read_trained_model(folder))
+    torch.save({**content, "network_weights": network.state_dict(), "inference_allowed_mirroring_axes": None}, model)
+
+    _, data, expected = logits(folder, torch.randn(1, 32, 40, 32))
+    found = {}
+    for ratio in (0.0, 0.5):
+        methods = {"methods": [{"method": "token_sparse", "ratio": ratio}], "run": {"guard": False, "backend": "stock"}}
+        with NNSlimContext(methods) as slim:
+            predictor, _, found[ratio] = logits(folder, data)
+        assert len(slim.report.models) == 1 and not slim.report.models[0].note
+        assert [edit.kind for edit in spec_of(predictor.network).edits] == ["token_sparse"]
+    assert torch.equal(found[0.0], expected) and not torch.equal(found[0.5], expected)
+
+
+@pytest.mark.parametrize("kind", ["Primus", "PrimusV2", "PrimusV3"])
 def test_architecture_read_off_a_network_builds_it_again(kind):
-    network = getattr(primus, kind)(
-        1, 48, (8, 8, 8), 3, 4, 4, (16, 24, 32), num_register_tokens=2, init_values=0.1, drop_path_rate=0.2
-    )
+    more = {"depth_per_level": (1, 2, 1), "ch_per_level": (4, 8, 8, 16)} if kind == "PrimusV3" else {}
+    options = {"num_register_tokens": 2, "init_values": 0.1, "drop_path_rate": 0.2, "scale_attn_inner": False}
+    network = getattr(primus, kind)(1, 48, (8, 8, 8), 3, 4, 4, (16, 24, 32), **options, **more)
     entry = planned_architecture(network, (16, 24, 32))
     from nnslim.hosts.nnunet.model.checked_plans import base_class
 
@@ -163,8 +214,9 @@ def test_trainers_are_found_by_name_also_by_nnunet(monkeypatch):
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     monkeypatch.setenv("nnUNet_extTrainer", trainers.__path__[0])
-    assert len(trainer_names()) == 13
-    for name in ("nnUNet_Primus_M_TokenSparse_Trainer", "nnUNet_UNETR_TokenSparse_Trainer"):
+    assert len(trainer_names()) == 17
+    kinds = ("Primus_M", "PrimusV3S", "UNETR")
+    for name in (f"nnUNet_{kind}_TokenSparse_Trainer" for kind in kinds):
         assert recursive_find_trainer_class_by_name(name).__name__ == name
     with pytest.raises(ConfigError, match="nnUNet_Primus_M_TokenSparse_Trainer"):
         trainer_named("nnUNet_Primus_M_TokenSparse")

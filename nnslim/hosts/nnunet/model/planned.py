@@ -40,6 +40,10 @@ class PlannedPrimusV2(_WithoutDeepSupervision, getattr(primus, "PrimusV2", _Prim
     """PrimusV2, likewise."""
 
 
+class PlannedPrimusV3(_WithoutDeepSupervision, getattr(primus, "PrimusV3", _Primus)):
+    """PrimusV3, likewise."""
+
+
 class PlannedWindowNet(_WithoutDeepSupervision, WindowNet):
     """The window network, likewise."""
 
@@ -91,16 +95,17 @@ def planned_architecture(network: nn.Module, patch: Sequence[int]) -> dict[str, 
     """Return the `architecture` entry for a network as its trainer builds it, or None for one that we cannot read."""
     if isinstance(network, PlannedUNETR):
         return architecture_entry(PlannedUNETR, network.planned)
-    kinds = {"Primus": PlannedPrimus, "PrimusV2": PlannedPrimusV2}
+    kinds = {"Primus": PlannedPrimus, "PrimusV2": PlannedPrimusV2, "PrimusV3": PlannedPrimusV3}
     known = [cls.__name__ for cls in type(network).__mro__ if cls.__module__ == _Primus.__module__]
     cls = next((kinds[name] for name in known if name in kinds), None)
-    if cls is None or "PrimusV3" in known:
+    if cls is None:
         return None
     eva = network.eva
     block = eva.blocks[0]
     proj = getattr(network.down_projection, "proj", None)
     edge = proj.kernel_size if isinstance(proj, nn.Conv3d) and cls is PlannedPrimus else (8, 8, 8)
     drop = getattr(eva.blocks[-1].drop_path1, "drop_prob", 0.0)
+    stem = _stem_of(network.down_projection) if cls is PlannedPrimusV3 else {}
     return architecture_entry(
         cls,
         {
@@ -115,8 +120,18 @@ def planned_architecture(network: nn.Module, patch: Sequence[int]) -> dict[str, 
             "drop_path_rate": round(float(drop or 0.0), 6),
             "init_values": None if block.gamma_1 is None else 0.1,
             "scale_attn_inner": not isinstance(block.attn.norm, nn.Identity),
+            **stem,
         },
     )
+
+
+def _stem_of(stem: nn.Module) -> dict[str, Any]:
+    stages = [stem.stem, *stem.stages]
+    return {
+        "depth_per_level": [len(stage.blocks) for stage in stem.stages],
+        "ch_per_level": [int(stage.blocks[-1].output_channels) for stage in stages],
+        "add_skips": stem.add_skips,
+    }
 
 
 def architecture_entry(cls: type, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,10 @@ def __getattr__(name: str) -> type:
 def trainer_names() -> dict[str, str]:
     """Return the trainers by name, and the nnU-Net trainer that a token-sparse Primus is made from; else nothing."""
     primus = {f"nnUNet_Primus_{size}": f"nnUNet_Primus_{size}_Trainer" for size in "SBML"}
-    second = {f"nnUNet_PrimusV2{size}": f"nnUNet_PrimusV2{size}_Trainer" for size in "SBML"}
-    made = {f"{name}_TokenSparse_Trainer": base for name, base in (primus | second).items()}
+    primus |= {
+        f"nnUNet_Primus{kind}{size}": f"nnUNet_Primus{kind}{size}_Trainer" for kind in ("V2", "V3") for size in "SBML"
+    }
+    made = {f"{name}_TokenSparse_Trainer": base for name, base in primus.items()}
     others = ("nnUNet_UNETR_TokenSparse_Trainer", "nnUNetTrainerSauron", "nnUNetTrainerDAEFormer")
     return {**made, **dict.fromkeys((*others, "nnUNetTrainerWindow", "nnUNetTrainerWindow2D"), "")}
 
