@@ -20,6 +20,7 @@ def train(
     config: Annotated[str | None, typer.Option("-c", "--config", help="preset or YAML file; default: --method")] = None,
     configuration: Annotated[str, typer.Option(help="configuration of the plans")] = "3d_fullres",
     plans: Annotated[str, typer.Option("-p", "--plans", help="plans of the preprocessed dataset")] = "nnUNetPlans",
+    run_name: Annotated[str | None, typer.Option(help="added to the plans' name in that of the results folder")] = None,
     fold: Annotated[str, typer.Option("-f", "--fold", help="number or all")] = "0",
     start_model: Annotated[Path | None, typer.Option("--start", help="trained model to start from")] = None,
     trainer: Annotated[str | None, typer.Option(help="nnU-Net's trainer to build on; default: nnUNetTrainer")] = None,
@@ -56,6 +57,7 @@ def train(
     given = {key: value for key, value in options.items() if value is not None}
     section = changed_settings(chosen, given, "nnslim train")
     run = {"folds": [fold], "device": device, "resume": resume, "validation": validate, "processes": processes}
+    run |= {"run_name": run_name}
     settings = changed_settings(TrainingSettings(), {**run, "sauron": section}, "nnslim train")
     with counting(quiet, "epochs") as count:
         folder = train_dataset(dataset, settings, count, configuration=configuration, plans_name=plans)

@@ -5,7 +5,8 @@ Each fold of a model that was pruned in training has its own widths, which the p
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,44 @@ def named_after(folder_name: str, plans: dict[str, Any]) -> dict[str, Any]:
     """Return the plans with the name in a folder called trainer__plans__configuration, by which nnU-Net finds it."""
     parts = folder_name.split("__")
     return {**plans, "plans_name": parts[1]} if len(parts) == 3 and parts[1] else plans
+
+
+def in_run(plans: dict[str, Any], run_name: str | None) -> dict[str, Any]:
+    """Return the plans under a name that ends with that of a run, where it has one."""
+    return {**plans, "plans_name": f"{plans['plans_name']}_{run_name}"} if run_name else plans
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], configuration: str) -> str:
+    """Return in words what two plans say differently of how a configuration predicts, nothing where they agree.
+
+    Batches count for training alone, and the weights decide the widths of a pruned network.
+    """
+    found, made = (dict(_leaves(_predicting(plans, configuration))) for plans in (before, now))
+    keys = [key for key in {**found, **made} if found.get(key) != made.get(key)]
+    said = [f"{key} {found.get(key)}, now {made.get(key)}" for key in keys[:3]]
+    return "; ".join([*said, f"{len(keys) - 3} more"] if len(keys) > 3 else said)
+
+
+def _predicting(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    """Return what a prediction reads, as JSON keeps it."""
+    known = plans.get("configurations", {})
+    settings = json.loads(json.dumps(resolved(known, configuration) if configuration in known else {}))
+    settings.pop("batch_size", None)
+    if spec := settings.get("architecture", {}).get("arch_kwargs", {}).get(SPEC_KEY):
+        widths = NarrowEdit.kind, ElasticEdit.kind
+        spec["edits"] = [edit for edit in spec.get("edits", ()) if edit.get("kind") not in widths]
+    return {**json.loads(json.dumps({**plans, "configurations": None})), **settings}
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values inside objects, and inside lists of objects, with their places."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        yield path, value
+        return
+    for key, each in value.items():
+        yield from _leaves(each, f"{path}.{key}".lstrip("."))
 
 
 def changed_by(config: SlimConfig, settings: Mapping[str, Any]) -> Mapping[str, Any]:

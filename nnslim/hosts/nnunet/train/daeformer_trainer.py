@@ -76,10 +76,6 @@ class DAEFormerTraining(DescribedTraining):
             return super()._build_loss()
         return CEAndSquaredDice(self.label_manager.ignore_label)
 
-    def described_plans(self) -> dict[str, Any]:
-        """Return the trainer's own: they name the network."""
-        return self.plans_manager.plans
-
 
 def daeformer_trainer_class(form: str | None = None, name: str = "nnUNetTrainerDAEFormer") -> type:
     """Return a trainer of DAEFormer; `name` is that of its class, and so of the results directory.

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from nnslim.files import write_json
 from nnslim.hosts.nnunet.model.planned import PLAIN_TRAINER
 from nnslim.hosts.nnunet.train.steady import SteadyTraining
 from nnslim.methods.token_sparse.config import RecipeConfig
@@ -21,21 +19,11 @@ _EMBEDDINGS = ("pos_embed", "cls_token", "register_tokens", "relative_position_b
 
 
 class DescribedTraining(SteadyTraining):
-    """Mixed into an nnU-Net trainer that builds its network itself.
+    """Mixed into an nnU-Net trainer that builds its network itself; `described_plans` name what it builds.
 
     plans.json describes the network and the checkpoints name nnU-Net's default trainer, which builds from plans: so
     stock nnU-Net predicts with the model wherever nnslim is installed. There is no deep supervision.
     """
-
-    def described_plans(self) -> dict[str, Any]:
-        """Return the plans with the architecture that is trained."""
-        raise NotImplementedError
-
-    def on_train_start(self) -> None:
-        """Replace the plans that nnU-Net has just written by those that describe the network."""
-        super().on_train_start()
-        if self.local_rank == 0:
-            write_json(Path(self.output_folder_base) / "plans.json", self.described_plans())
 
     def changed_content(self) -> dict[str, Any]:
         """Name nnU-Net's default trainer, and the plans from which it builds the network."""

@@ -56,6 +56,7 @@ class FineTuning(SteadyTraining):
 
     job: FoldJob
     teacher: nn.Module | None
+    own_folder = "choose another output"
     held: Sequence[Held] = ()
     step_of_epoch: int = 0
 

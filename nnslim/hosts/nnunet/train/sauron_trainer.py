@@ -84,18 +84,11 @@ class SauronTraining(SteadyTraining):
     def _build_loss(self) -> nn.Module:
         return SauronLoss(super()._build_loss(), self.section)
 
-    def on_train_start(self) -> None:
-        """Put the slim architecture into plans.json: from now on stock nnU-Net loads every checkpoint of the model."""
-        super().on_train_start()
-        if self.local_rank == 0:
-            self._write_plans((ElasticEdit(),))
-
-    def _write_plans(self, edits: Sequence[Edit]) -> None:
-        """Write plans.json with these edits after those that the plans have already."""
+    def described_plans(self, edits: Sequence[Edit] = (ElasticEdit(),)) -> dict[str, Any]:
+        """Return the plans with these edits after those that they have already; stock nnU-Net loads each checkpoint."""
         before = spec_of(unwrap(self.network))
         kept = [edit for edit in (before.edits if before else ()) if not isinstance(edit, ElasticEdit)]
-        plans = with_architecture(self.plans_manager.plans, self.configuration_name, SlimSpec((*kept, *edits)))
-        write_json(Path(self.output_folder_base) / "plans.json", plans)
+        return with_architecture(self.plans_manager.plans, self.configuration_name, SlimSpec((*kept, *edits)))
 
     def on_train_epoch_start(self) -> None:
         """Choose the references of this epoch."""
@@ -161,7 +154,8 @@ class SauronTraining(SteadyTraining):
         super().on_train_end()
         if self.local_rank == 0:
             edits = narrow_edits(self.start_widths, unwrap(self.network))
-            self._write_plans((*edits, ElasticEdit()))
+            plans = self.described_plans((*edits, ElasticEdit()))
+            write_json(Path(self.output_folder_base) / "plans.json", plans)
             self.history.draw(Path(self.output_folder))
             settings = self.section.model_dump(mode="json")
             record = {"nnslim": __version__, "trainer": type(self).__name__, "sauron": settings}
@@ -266,7 +260,7 @@ def sauron_trainer_class(settings: SauronConfig | TrainingSettings | None = None
         ModelError: there is no such trainer. ConfigError: NNSLIM_TRAINING cannot be read.
     """
     if isinstance(settings, SauronConfig):
-        settings = TrainingSettings(sauron=settings)
+        settings = TrainingSettings(sauron=settings, run_name=settings_in_force().run_name)
     settings = settings or settings_in_force("sauron")
     base = base or trainer_class(settings.sauron.base or "nnUNetTrainer")
     if issubclass(base, SauronTraining):

@@ -44,7 +44,7 @@ KINDS: dict[str, type[MethodConfig]] = {"sauron": SauronConfig, "token_sparse": 
 KINDS |= {"window": WindowConfig, "daeformer": DAEFormerConfig}
 # What every trainer of nnslim takes, whatever its kind.
 SHARED = ("epochs", "iterations", "validation_iterations", "batch_size", "learning_rate", "weight_decay")
-SHARED += ("accumulate", "warmup_steps", "gradient_clip", "precision", "seed")
+SHARED += ("accumulate", "warmup_steps", "gradient_clip", "precision", "seed", "run_name")
 
 
 class TrainingSettings(MethodConfig):
@@ -64,6 +64,11 @@ class TrainingSettings(MethodConfig):
     )
     seed: int | None = Field(
         None, ge=0, description="of augmentation; a run repeats bit by bit where the variable nnUNet_n_proc_DA is 0"
+    )
+    run_name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9.-]+(_[A-Za-z0-9.-]+)*$",
+        description="added to the plans' name, and so to that of the results: TRAINER__PLANS_NAME__CONFIGURATION",
     )
     optimizer: Literal["adamw", "sgd"] | None = Field(None, description="sgd: nnU-Net's, momentum 0.99, Nesterov")
     schedule: Literal["constant", "poly"] | None = Field(None, description="of the rate; poly: nnU-Net's decay to 0")

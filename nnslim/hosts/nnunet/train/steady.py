@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnslim.errors import ModelError, OutputError, first_line
-from nnslim.files import output_error, unwritable
+from nnslim.errors import ConfigError, ModelError, OutputError, first_line
+from nnslim.files import output_error, read_json, unwritable, write_json
 from nnslim.files import save_checkpoint as write_checkpoint
 from nnslim.hosts.nnunet.model.checked_plans import LimitedBuild
+from nnslim.hosts.nnunet.model.slim_plans import differences, in_run
 from nnslim.hosts.nnunet.model.trained_model import allowed_globals, load_checkpoint, managers_of
 from nnslim.hosts.nnunet.train.optimizer_steps import OptimizerSteps
 from nnslim.hosts.nnunet.train.settings import TrainingSettings, settings_in_force
@@ -59,11 +60,13 @@ class SteadyTraining:
         settings: those of this trainer.
         steps: how the optimiser steps, where the settings change that.
         after_epoch: called with (epochs done, epochs in all), in the first process only.
+        own_folder: what to do where another training has the folder.
         in_bfloat16: whether the network computes in bfloat16 on the CPU; nnU-Net has mixed precision on GPUs only.
     """
 
     kind: str = ""
     given: TrainingSettings | None = None
+    own_folder: str = "give this one a run_name (nnslim train --run-name, or in NNSLIM_TRAINING), or remove that folder"
     in_bfloat16: bool = False
     steps: OptimizerSteps | None = None
     after_epoch: Callable[[int, int], None] | None = None
@@ -79,7 +82,7 @@ class SteadyTraining:
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = _CPU
     ) -> None:
         self.settings = self.settings_now()
-        plans = self.planned(plans, configuration)
+        plans = in_run(self.planned(plans, configuration), self.settings.run_name)
         managers_of(Path(str(plans.get("dataset_name"))), plans, dataset_json, configuration)  # refuses what is unsafe
         if self.settings.batch_size is not None:
             plans["configurations"][configuration]["batch_size"] = self.settings.batch_size
@@ -110,11 +113,39 @@ class SteadyTraining:
         """Build the network, and decide in which precision it computes."""
         with LimitedBuild(self.plans_manager.dataset_name):
             super().initialize()
+        self.claim_folder()
         shape = (self.batch_size, self.num_input_channels, *self.configuration_manager.patch_size)
         if wants_bfloat16(self.settings.precision or "f32", self.device):
             self.in_bfloat16 = all(bfloat16_is_safe(network, shape) for network in self.computing())
             if not self.in_bfloat16:
                 self.print_to_log_file("float32: torch computes a layer of this network wrongly in bfloat16")
+
+    def described_plans(self) -> dict[str, Any]:
+        """Return what plans.json is to hold: from it stock nnU-Net builds the network of every fold."""
+        return self.plans_manager.plans
+
+    def claim_folder(self) -> None:
+        """Write plans.json where there is none yet.
+
+        Raises:
+            ConfigError: it is there, and the folds that were trained with it would be predicted by another network.
+        """
+        path, plans = Path(self.output_folder_base) / "plans.json", self.described_plans()
+        if path.is_file():
+            if found := differences(read_json(path), plans, self.configuration_name):
+                raise ConfigError(f"{path} is of a training with other settings ({found}); {self.own_folder}")
+        elif self.local_rank == 0:
+            write_json(path, plans)
+
+    def on_train_start(self) -> None:
+        """Let nnU-Net write the plans that describe the network."""
+        if not self.was_initialized:
+            self.initialize()
+        own, self.plans_manager.plans = self.plans_manager.plans, self.described_plans()
+        try:
+            super().on_train_start()
+        finally:
+            self.plans_manager.plans = own
 
     def computing(self) -> list[nn.Module]:
         """Return the networks that compute in a training step."""

@@ -12,6 +12,7 @@ import torch
 from nnslim.errors import ConfigError, InputError, OutputError
 from nnslim.files import read_json
 from nnslim.hosts.nnunet.cases.prepared_data import find_dataset, plans_on, prepare_data
+from nnslim.hosts.nnunet.model.slim_plans import in_run
 from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 from nnslim.hosts.nnunet.train.sauron_trainer import sauron_trainer_class
 from nnslim.hosts.nnunet.train.settings import TrainingSettings
@@ -58,7 +59,8 @@ def train_dataset(
     torch.backends.cudnn.benchmark = settings.device == "cuda"  # as nnUNetv2_train
     with quiet_nnunet():
         cls = sauron_trainer_class(settings)
-        folder = Path(os.environ["nnUNet_results"]) / name / f"{cls.__name__}__{plans['plans_name']}__{configuration}"
+        identifier = in_run(plans, settings.run_name)["plans_name"]
+        folder = Path(os.environ["nnUNet_results"]) / name / f"{cls.__name__}__{identifier}__{configuration}"
         found = [name for name in (FINAL, LATEST, BEST) if (folder / f"fold_{fold}" / name).is_file()]
         if found and not settings.resume:
             raise OutputError(
