@@ -170,7 +170,11 @@ def test_fine_tuning_of_another_model_of_the_same_name_is_refused(prepared, resu
     settings = TrainingSettings(**SHORT, processes=1)
     for factor in (0.5, 0.25):
         methods = [{"method": "tucker", "rank_factor": factor, "rank_min": 2}]
-        compress_model(read_trained_model(dense), tmp_path / str(factor) / "slim", from_dict({"methods": methods}))
+        compress_model(
+            read_trained_model(dense),
+            tmp_path / str(factor) / "slim",
+            from_dict({"methods": methods, "run": {"guard": False}}),
+        )
     output = finetune_model(tmp_path / "0.5" / "slim", tmp_path / "tuned", 998, settings)
     logits = stock_prediction(output)[1]
     changes = {"resume": True, "folds": ("1",)}
