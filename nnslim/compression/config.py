@@ -17,6 +17,9 @@ from nnslim.running.engine import Backend, Precision, Settings
 
 CONFIG_VERSION = 1
 _LEGACY = {"tucker_args", "apply_tucker", "inference_bs", "ckpt_path", "save_model", "load_model"}
+# Keys of tucker-cnn's files for its scripts, around that dictionary.
+_LEGACY_FILE = {"tucker_config", "out_root", "out_id", "label_root", "metric_csv_path", "eval_workers", "fast_model"}
+_LEGACY_FILE |= {"dataset_id", "pretrained_weights", "epochs", "learning_rate", "optimizer"}
 
 
 class _Section(BaseModel):
@@ -251,13 +254,17 @@ def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
 
 
 def from_dict(raw: Mapping[str, Any], where: str = "config") -> SlimConfig:
-    """Read a configuration dictionary, ours or tucker-cnn's.
+    """Read a configuration dictionary, ours or tucker-cnn's, or the content of one of its files.
 
     Raises:
         ConfigError: an unknown method or key (the nearest are named), or a value out of bounds.
     """
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{where}: expected keys and values, found {raw!r}")
+    if "tucker_config" in raw:
+        if unknown := sorted(set(raw) - _LEGACY_FILE):
+            raise ConfigError(f"{where}: unknown key '{unknown[0]}'; {nearest(unknown[0], _LEGACY_FILE)}")
+        return from_dict(raw["tucker_config"], f"{where}: tucker_config")
     if _LEGACY & set(raw):
         return _from_legacy(raw, where)
     if raw.get("version", CONFIG_VERSION) != CONFIG_VERSION:

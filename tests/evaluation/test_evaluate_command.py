@@ -290,7 +290,7 @@ def test_script_takes_tucker_cnns_configuration(tmp_path):
     assert not any(math.isclose(float(row[key]), -1) for row in rows.values() for key in ("dice", "nsd"))
     del config["label_root"]
     (tmp_path / "predict.yml").write_text(json.dumps(config))
-    assert "the evaluation needs label_root" in run_script(tmp_path / "predict.yml", expect=2)
+    assert "this script needs label_root" in run_script(tmp_path / "predict.yml", expect=2)
 
 
 def test_command_maps_without_any_label_have_nothing_to_compare(tmp_path, nnslim):
