@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nnslim.evaluation.scores import Evaluation
 
 _log = logging.getLogger("nnslim")
+_LEVEL = 0.05  # of significance
 _TOTALSEG = "totalseg"  # a word for --groups
 
 
@@ -153,6 +154,12 @@ def _compare(found: Evaluation, other: Evaluation, output: Path) -> list[Path]:
                 f"{metric} minus baseline, {one.name}: {one.mean:+.4f} (SD {one.sd:.4f}, {one.cases} case(s)), "
                 f"lowest {one.lowest:+.4f} in {one.lowest_case}"
             )
+        tested = listed["p_holm"].dropna()
+        fell = listed["name"][(listed["p_holm"] < _LEVEL) & (listed["mean"] < 0)]
+        if len(listed):
+            lower = f"; lower: {', '.join(fell)}" if len(fell) else ""
+            counted = f"{(tested < _LEVEL).sum()} of {len(tested)} class(es)"
+            typer.echo(f"{metric}: {counted} differ from the baseline (Wilcoxon, Holm, {_LEVEL}){lower}")
     return files
 
 

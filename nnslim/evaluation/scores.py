@@ -140,7 +140,8 @@ def paired_differences(first: Evaluation, second: Evaluation, metric: str) -> pa
     Returns:
         A row per class of the first evaluation that has a value in both for some case; then "mean over classes", from
         the mean of each case over its classes. Columns: name, cases, mean and sd of the differences (NaN for a single
-        case), the lowest one, and lowest_case.
+        case), the lowest one, and lowest_case; p of Wilcoxon's signed-rank test, two-sided, and p_holm, corrected by
+        Holm for the number of classes (NaN for the mean).
     """
     scores = first.scores(metric)
     table = scores - second.scores(metric).reindex_like(scores)
@@ -148,7 +149,23 @@ def paired_differences(first: Evaluation, second: Evaluation, metric: str) -> pa
     table["mean over classes"] = table.mean(axis=1)
     table = table.dropna(axis=1, how="all")
     found = {"cases": table.count(), "mean": table.mean(), "sd": table.std(), "lowest": table.min()}
-    return pandas.DataFrame({**found, "lowest_case": table.idxmin()}).rename_axis("name").reset_index()
+    p = pandas.Series({name: _signed_rank(table[name]) for name in table}, dtype=float)
+    found |= {"lowest_case": table.idxmin(), "p": p, "p_holm": _holm(p.iloc[:-1]).reindex(p.index)}
+    return pandas.DataFrame(found).rename_axis("name").reset_index()
+
+
+def _signed_rank(differences: pandas.Series) -> float:
+    """Return p of Wilcoxon's test; 1 where nothing differs, which scipy's versions answer differently."""
+    from scipy.stats import wilcoxon
+
+    values = differences.dropna()
+    return float(wilcoxon(values).pvalue) if values.any() else 1.0
+
+
+def _holm(p: pandas.Series) -> pandas.Series:
+    """Return p corrected for so many tests: the smallest times all, the next times one less, and never falling."""
+    rising = p.sort_values()
+    return (rising * np.arange(len(p), 0, -1)).cummax().clip(upper=1.0)
 
 
 @dataclass(frozen=True)
@@ -189,7 +206,7 @@ def write_differences(path: Path, differences: Mapping[str, pandas.DataFrame]) -
     """Write what `paired_differences` returned for each metric, or raise an OutputError."""
     table = pandas.concat([one.assign(metric=metric) for metric, one in differences.items()])
     table.insert(0, "metric", table.pop("metric"))
-    _write_rounded(table, path, ("mean", "sd", "lowest"))
+    _write_rounded(table, path, ("mean", "sd", "lowest", "p", "p_holm"))
 
 
 def _write_rounded(table: pandas.DataFrame, path: Path, columns: tuple[str, ...]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from evaluation_jobs import square_or_die
+from scipy import stats
 
 from nnslim.errors import InputError
 from nnslim.evaluation.classes import group_classes, named_classes, read_dataset_json, read_groups
@@ -366,6 +368,31 @@ def test_paired_differences_mean_and_spread(tmp_path):
     write_differences(tmp_path / "d.csv", {"dice": differences})
     rows = list(csv.DictReader((tmp_path / "d.csv").open()))
     assert float(rows[2]["mean"]) == pytest.approx(overall.mean, rel=1e-5)
+
+
+def test_paired_differences_are_tested_per_class_and_corrected_by_holm(tmp_path):
+    """12 cases, three classes: the first loses in each case, the second in none, the third in half of them."""
+    truth = np.zeros((12, 12, 12), np.uint8)
+    for label in (1, 2, 3):
+        truth[4 * label - 4 : 4 * label - 1] = label
+    generator = np.random.default_rng(0)
+    for number in range(12):
+        worse = truth.copy()
+        worse[0, : 1 + number] = 0
+        worse[8, : generator.integers(0, 8) * (number % 2)] = 0
+        for side, labels in (("slim", worse), ("reference", truth)):
+            save(tmp_path / side / f"{number}.nii.gz", labels)
+    reference = evaluate_directories(tmp_path / "reference", tmp_path / "reference")
+    slim = evaluate_directories(tmp_path / "slim", tmp_path / "reference")
+    table = paired_differences(slim, reference, "dice")
+    loss = slim.values("dice") - 1
+    raw = [stats.wilcoxon(loss[:, 0]).pvalue, 1.0, stats.wilcoxon(loss[:, 2]).pvalue]
+    assert table["p"].tolist()[:3] == pytest.approx(raw)
+    assert raw[0] < raw[2] < 1
+    assert table["p_holm"].tolist()[:3] == pytest.approx([3 * raw[0], 1.0, min(1, 2 * raw[2])])
+    assert math.isnan(table["p_holm"].iloc[3]) and table["p"].iloc[3] < 0.01
+    write_differences(tmp_path / "d.csv", {"dice": table})
+    assert float(next(csv.DictReader((tmp_path / "d.csv").open()))["p_holm"]) == pytest.approx(3 * raw[0], rel=1e-5)
 
 
 def test_class_lines_hide_what_is_in_no_case(tmp_path):
