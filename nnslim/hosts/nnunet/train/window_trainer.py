@@ -87,7 +87,8 @@ class WindowTraining(DescribedTraining):
         self.print_to_log_file(f"a window of {depth} slices, {apart:g} mm apart, sees {depth * apart:g} mm of depth")
         if place is not None:
             load_encoder(unwrap(self.network).encoder, read_weights(place), self.section.mode)
-            self.print_to_log_file(f"encoder from {place}, patch embedding inflated by {self.section.mode}")
+            mode = "average" if self.section.encoder == "videoswin" else self.section.mode
+            self.print_to_log_file(f"encoder from {place}, patch embedding inflated by {mode}")
 
     def _build_loss(self) -> nn.Module:
         return WindowLoss(self.section.loss, self.label_manager.has_regions)
