@@ -9,7 +9,7 @@ twice; here every layer runs, once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,25 +27,27 @@ class DAEFormerForm:
         dims: channels of each encoder stage, fine to coarse; stages work at 1/4, 1/8, 1/16 of the image.
         blocks: transformer blocks of each encoder stage.
         grouped: depth-wise 3x3 convolutions in the feed-forward part, or dense ones (published as "no grouping").
+        edge: of the slices that it is published for; the network takes others.
     """
 
     dims: tuple[int, ...]
     blocks: tuple[int, ...]
     grouped: bool = True
+    edge: int = 224
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values: keyword arguments of `DAEFormer`."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {"dims": list(self.dims), "blocks": list(self.blocks), "grouped": self.grouped}
 
 
-# Named after the edge of the slices that they are published for; "full" is DAEFormer itself, at 224.
+# "full" is DAEFormer itself.
 FORMS = {
     "full": DAEFormerForm((128, 320, 512), (2, 2, 2)),
     "224": DAEFormerForm((128, 320), (2, 2)),
-    "128": DAEFormerForm((64, 160), (1, 1)),
-    "64": DAEFormerForm((32, 80), (1, 1)),
+    "128": DAEFormerForm((64, 160), (1, 1), edge=128),
+    "64": DAEFormerForm((32, 80), (1, 1), edge=64),
 }
-FORMS |= {f"{name}-dense": DAEFormerForm(form.dims, form.blocks, False) for name, form in FORMS.items()}
+FORMS |= {f"{name}-dense": replace(form, grouped=False) for name, form in FORMS.items()}
 
 
 def form_named(name: str) -> DAEFormerForm:

@@ -28,6 +28,7 @@ from nnslim.running.openvino import convert, silent_loggers
 INT8_NAME = "nnslim_int8.xml"  # beside a checkpoint
 _NETWORK = ["nnslim", "network"]  # where a model says of which network it was made
 _CONVOLUTIONS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData")
+_MOVING = ("Reshape", "Transpose", "Tile", "Squeeze", "Unsqueeze")
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def quantize(network: Any, shape: Sequence[int], tiles: Iterable[Tensor], *, cha
     if name:
         made.set_rt_info(name, _NETWORK)
     layers = [op for op in made.get_ops() if op.get_type_name() in _CONVOLUTIONS]
-    in_int8 = [op for op in layers if op.input_value(0).get_node().get_type_name() == "FakeQuantize"]
+    in_int8 = [op for op in layers if _source(op).get_type_name() == "FakeQuantize"]
     if len(layers) > len(kept) and not in_int8:
         raise BackendError(f"nothing changed: none of {len(layers)} convolutions was quantised to eight bits")
     return Quantised(made, len(layers), len(in_int8), _size(model), _size(made), len(data))
@@ -139,11 +140,20 @@ def _last_names(model: Any) -> list[str]:
     return sorted({node.get_friendly_name() for node in found})
 
 
+def _source(node: Any) -> Any:
+    """Return the node that makes a layer's input; NNCF quantises before what only moves values."""
+    source = node.input_value(0).get_node()
+    return _source(source) if source.get_type_name() in _MOVING else source
+
+
 def _convolutions_above(nodes: list[Any], only: tuple[str, ...] = ()) -> list[Any]:
     """Return the convolutions nearest to the nodes' inputs on all ways up, through any kind of node or `only` some."""
-    found, waiting = [], [node.input_value(0).get_node() for node in nodes]
+    found, seen, waiting = [], set(), [node.input_value(0).get_node() for node in nodes]
     while waiting:
         node = waiting.pop()
+        if node.get_name() in seen:  # each residual sum doubles the ways up
+            continue
+        seen.add(node.get_name())
         kind = node.get_type_name()
         if kind in _CONVOLUTIONS:
             found.append(node)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -231,7 +232,7 @@ def test_profile_of_a_folder_that_is_not_there_says_so(tmp_path):
 
 def test_daeformer_is_trained_predicted_by_stock_nnunet_fine_tuned_and_exported(dataset, tmp_path, monkeypatch):
     form = DAEFormer(1, 2, (16, 32), (1, 1))
-    monkeypatch.setitem(FORMS, "tiny", DAEFormerForm((16, 32), (1, 1)))
+    monkeypatch.setitem(FORMS, "tiny", DAEFormerForm((16, 32), (1, 1), edge=16))
     monkeypatch.setenv("NNSLIM_TRAINING", "daeformer: {form: tiny}")
     folder = train_short(998, "2d", 0, TINY, trainer_base=daeformer_trainer_class()).parent
     assert folder.name == "nnUNetTrainerDAEFormer__nnUNetPlans__2d"
@@ -244,6 +245,10 @@ def test_daeformer_is_trained_predicted_by_stock_nnunet_fine_tuned_and_exported(
     for name, kind in (("net.onnx", "onnx"), ("net.xml", "openvino")):
         exported = export_model(model, tmp_path / name, ExportSettings(kind))
         assert exported.parity.passed and exported.files[0].is_file(), exported.parity
+    began = time.perf_counter()  # each of the 30 residual sums doubled the ways that were gone: it never ended
+    exported = export_model(model, tmp_path / "int8.xml", ExportSettings("openvino", "int8", dataset / "imagesTr"))
+    assert exported.files and time.perf_counter() - began < 180, exported.lines()
+    assert exported.notes[0].startswith("int8: 28 of 29 convolutions")  # all but the head
     compress_model(model, tmp_path / "pruned", levers(sparsity=0.3))
     settings = TrainingSettings(epochs=1, iterations=2, validation_iterations=1, batch_size=2, processes=1)
     tuned = read_trained_model(finetune_model(tmp_path / "pruned", tmp_path / "tuned", 998, settings))
@@ -264,6 +269,30 @@ def test_daeformer_trainer_is_found_by_name_and_refuses_volumes(dataset, monkeyp
     monkeypatch.setenv("NNSLIM_TRAINING", "daeformer: {form: 65}")
     with pytest.raises(ConfigError, match="no DAEFormer form '65'; nearest: 64"):
         trainer({**model.plans, "continue_training": False}, "3d_fullres", 0, model.dataset)
+
+
+def test_form_sets_the_slices_unless_the_plans_or_the_user_do(dataset, monkeypatch):
+    """Form 224 was trained on the plans' patch, whatever that was, without a word."""
+    prepared = Path(os.environ["nnUNet_preprocessed"]) / "Dataset998_Ball"
+    plans, described = (json.loads((prepared / name).read_text()) for name in ("nnUNetPlans.json", "dataset.json"))
+    own = plans["configurations"]["2d"]["patch_size"]
+
+    def patch_of(settings):
+        monkeypatch.setenv("NNSLIM_TRAINING", f"daeformer: {settings}")
+        given = {**json.loads(json.dumps(plans)), "continue_training": False}
+        trainer = daeformer_trainer_class()(given, "2d", 0, described)
+        said = Path(trainer.log_file).read_text()
+        patch = trainer.configuration_manager.patch_size
+        assert f"sees patches of {list(patch)}, the plans say {own}; slices have [16.0, 16.0] pixels" in said
+        return list(patch)
+
+    published = {"full": 224, "224": 224, "224-dense": 224, "128": 128, "64": 64, "64-dense": 64}
+    for form, edge in published.items():
+        assert patch_of(f"{{form: {form}}}") == [edge, edge]
+    assert patch_of("{form: 64, patch_size: plans}") == own
+    assert patch_of("{form: 64, patch_size: [48, 32]}") == [48, 32]
+    with pytest.raises(ConfigError, match=r"multiples of 8; configuration 2d has patches of \[48, 30\]"):
+        patch_of("{form: 64, patch_size: [48, 30]}")
 
 
 def test_loss_of_the_recipe():

@@ -70,7 +70,7 @@ def results(prepared, tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     monkeypatch.setenv("nnUNet_extTrainer", trainers.__path__[0])
     for name, dims in (("tiny", (16, 32)), ("wide", (16, 64))):
-        monkeypatch.setitem(FORMS, name, DAEFormerForm(dims, (1, 1)))
+        monkeypatch.setitem(FORMS, name, DAEFormerForm(dims, (1, 1), edge=16))
     return tmp_path / "results" / "Dataset998_Ball"
 
 

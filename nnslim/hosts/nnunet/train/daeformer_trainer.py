@@ -45,13 +45,17 @@ class DAEFormerTraining(DescribedTraining):
     """
 
     kind = "daeformer"
+    planned_patch: list[int]  # before that of the form took its place
 
     def planned(self, plans: dict, configuration: str) -> dict:
         """Name the network in the plans; ConfigError for an unknown form, or patches that are not 2D or do not fit."""
-        form = self.section.form
+        form, size = self.section.form, self.section.patch_size
         plans = plans_with_architecture(plans, configuration, daeformer_architecture(form))
-        patch = plans["configurations"][configuration]["patch_size"]
-        step = 4 * 2 ** (len(form_named(form).dims) - 1)
+        settings, shape = plans["configurations"][configuration], form_named(form)
+        self.planned_patch = patch = list(settings["patch_size"])
+        if len(patch) == 2 and size != "plans":
+            settings["patch_size"] = patch = [shape.edge] * 2 if size == "form" else list(size)
+        step = 4 * 2 ** (len(shape.dims) - 1)
         if len(patch) != 2 or any(edge % step for edge in patch):
             raise ConfigError(
                 f"DAEFormer '{form}' works on slices whose edges are multiples of {step}; configuration "
@@ -60,8 +64,13 @@ class DAEFormerTraining(DescribedTraining):
         return plans
 
     def settle(self) -> None:
-        """Switch deep supervision off."""
+        """Switch deep supervision off, and say which part of a slice the network sees."""
         self.enable_deep_supervision = False
+        settings, form = self.configuration_manager.configuration, self.section.form
+        self.print_to_log_file(
+            f"DAEFormer '{form}' sees patches of {settings['patch_size']}, the plans say {self.planned_patch}; slices "
+            f"have {settings.get('median_image_size_in_voxels')} pixels: smaller ones are padded, none is resized"
+        )
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         """Return the optimiser and schedule of the recipe."""

@@ -30,6 +30,9 @@ class DAEFormerConfig(MethodConfig):
     """What the trainer of DAEFormer builds and how it learns; by default as Embedded-ViT was published."""
 
     form: str = Field("224", description="full, 224, 128, 64, and each with -dense")
+    patch_size: Literal["form", "plans"] | tuple[int, int] = Field(
+        "form", description="the slices that the form is published for, the plans' patch, or [height, width]"
+    )
     epochs: int = Field(400, ge=1)
     learning_rate: float = Field(0.05, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
