@@ -54,7 +54,9 @@ def quality_lines(fidelity: Sequence[str], pruning: Sequence[str]) -> Any:
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for name, path in named(fidelity, "fidelity"):
         for row in numeric(path, "parameters", "dice", text=("setting", "stage")).itertuples():
-            lines.setdefault(f"{name}, Tucker {row.stage}", []).append((row.parameters, row.dice, math.nan))
+            lines.setdefault(
+                f"{name}, {row.stage}" if row.stage == DENSE else f"{name}, Tucker {row.stage}", []
+            ).append((row.parameters, row.dice, math.nan))
     for name, path in named(pruning, "pruning"):
         grouped = numeric(path, "parameters", "dice", text=("row", "seed")).groupby("row")
         for method, rows in grouped:
@@ -63,14 +65,24 @@ def quality_lines(fidelity: Sequence[str], pruning: Sequence[str]) -> Any:
     if not lines:
         return None
     figure = new_figure((9, 5))
-    axes = figure.add_subplot(xscale="log", xlabel="parameters", ylabel="Dice")
+    axes = figure.add_subplot(xscale="log", xlabel="million parameters", ylabel="Dice")
     for number, (label, points) in enumerate(lines.items()):
-        x, y, spread = np.array(sorted(points)).T
+        x, y, spread = np.array(sorted(points)).T * [[1e-6], [1], [1]]
         style = {"marker": "os^vD"[number // len(SERIES) % 5], "color": SERIES[number % len(SERIES)], "label": label}
         axes.errorbar(x, y, np.nan_to_num(spread), capsize=2, linewidth=1, **style)
+    _plain_numbers(axes.xaxis)
     axes.grid(color="0.92")
     axes.legend(fontsize=7)
     return figure
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Label a logarithmic axis by numbers; powers of ten would need the letters of formulas, which are switched off."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def timing_table(paths: Sequence[Path]) -> pandas.DataFrame:
@@ -102,6 +114,7 @@ def timing_lines(table: pandas.DataFrame) -> Any:
             times = table.loc[network, where].dropna()
             axes.plot(times.index, times, "o-", color=SERIES[number % len(SERIES)], label=where, linewidth=1)
         axes.set(xlabel="rank factor (1: dense)", ylabel="ms per pass")
+        _plain_numbers(axes.yaxis)
         axes.grid(which="both", color="0.92")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize=7)
     return figure

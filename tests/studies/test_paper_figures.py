@@ -74,7 +74,9 @@ def test_all_figures_and_the_table_of_times_as_latex(tables, monkeypatch, capsys
 def test_figures_show_what_the_tables_say(tables):
     lines = paper_figures.quality_lines([f"net={tables / 'fidelity.csv'}"], [f"net={tables / 'pruning.csv'}"])
     drawn = {bars.get_label(): bars[0].get_xydata().tolist() for bars in lines.axes[0].containers}
-    assert drawn["net, Tucker weights"] == [[2000, 0.7]] and drawn["net, L1"] == [[1000, pytest.approx(0.65)]]
+    assert drawn["net, Tucker weights"] == [[pytest.approx(0.002), 0.7]] and drawn["net, L1"] == [
+        [0.001, pytest.approx(0.65)]
+    ]
     runs = paper_figures.read_runs([f"net:{f}={tables / f'metrics_{f}.csv'}" for f in ("0.3", "dense", "0.5")])["net"]
     assert list(runs) == ["dense", "0.5", "0.3"]
     less = paper_figures.group_boxes({"0.3": runs["0.3"]}, {"organs": ["liver"]}, runs["dense"])
