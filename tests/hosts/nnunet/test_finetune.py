@@ -15,7 +15,7 @@ import torch
 from helpers import final_of, offer_gloo_trainer, plant_bomb, stock_prediction, write_ball_dataset
 
 from nnslim.cli import main
-from nnslim.compression.config import changed_settings, tucker
+from nnslim.compression.config import RunConfig, changed_settings, tucker
 from nnslim.compression.distillation import distillation_loss
 from nnslim.errors import ConfigError, InputError, ModelError, OutputError
 from nnslim.hosts.nnunet.cases.prepared_data import find_dataset, prepare_data
@@ -49,7 +49,8 @@ def ball(tmp_path_factory):
         write_ball_dataset(root / "raw" / "Dataset998_Ball")
         dense = train_short(998, "3d_fullres", 0, ShortTraining(1, 2, 1, 2)).parent
         dense = Path(shutil.move(dense, root / "dense"))
-        compress_model(read_trained_model(dense), root / "slim", tucker(rank_factor=0.5, rank_min=4))
+        half = tucker(rank_factor=0.5, rank_min=4).model_copy(update={"run": RunConfig(guard=False)})
+        compress_model(read_trained_model(dense), root / "slim", half)
         patch.setenv("nnUNet_n_proc_DA", "0")  # augmentation in this process: random numbers can be repeated
         yield Ball(dense, root / "slim", root / "preprocessed" / "Dataset998_Ball")
 
