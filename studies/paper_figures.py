@@ -4,7 +4,8 @@
     --timings grid_gpu.csv grid_cpu.csv --metrics hippocampus:dense=dense.csv hippocampus:0.3=third.csv \\
     --errors hippocampus=errors/errors.csv
 fidelity: of studies.fidelity; pruning: of benchmarks/pruning.py; timings: of scripts/02_full_benchmark.py; metrics: of
-nnslim evaluate; errors: of scripts/06_tucker_rec_error.py. What is given is drawn; options but -o may be left out.
+nnslim evaluate; errors: of scripts/06_tucker_rec_error.py. What is given is drawn; options but -o may be left out;
+see docs/benchmark.md.
 """
 
 from __future__ import annotations
@@ -175,14 +176,14 @@ def energy_maps(path: Path) -> Any:
     return figure
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = new_parser(__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     for option in ("fidelity", "pruning", "metrics", "errors"):
         parser.add_argument(f"--{option}", nargs="+", default=[], metavar="NAME=CSV")
     parser.add_argument("--timings", type=Path, nargs="+", default=[], metavar="CSV")
     parser.add_argument("--groups", default="totalseg", help="YAML, group: [class, ...]; default: TotalSegmentator's")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     figures = {"dice_parameters": quality_lines(args.fidelity, args.pruning)}
     make_folder(args.output)
     if args.timings:

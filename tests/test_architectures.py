@@ -19,6 +19,7 @@ FROZEN = (
     "nnslim.architectures.slim_network",
     "nnslim.architectures.PlannedPrimus",
     "nnslim.architectures.PlannedPrimusV2",
+    "nnslim.architectures.PlannedPrimusV3",
     "nnslim.architectures.PlannedUNETR",
     "nnslim.architectures.PlannedDAEFormer",
     "nnslim.architectures.PlannedWindowNet",
