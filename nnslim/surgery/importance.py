@@ -37,8 +37,8 @@ def weight_importance(layers: LayerIndex, group: ChannelGroup, kind: str, seed: 
 def gradient_importance(layers: LayerIndex, channels: ChannelMap) -> dict[str, Tensor]:
     """Return (channels,) by group: how much the loss would change if a map were zero, to first order, squared.
 
-    That is the sum of weight times gradient over the kernels that read the map (Molchanov et al., arXiv 1906.10771,
-    taken there over the filter's own weights, where it vanishes before a norm without influence on the loss).
+    That is the sum of weight times gradient over the kernels that read the map. Molchanov et al. (arXiv 1906.10771) sum
+    over the filter's own weights, which says nothing before a norm: there that sum is always zero.
     """
     found = {name: torch.zeros(group.channels, dtype=torch.float64) for name, group in channels.groups.items()}
     for layer, numbers in channels.reads.items():
