@@ -29,12 +29,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
 
 from nnslim.errors import InputError
 from nnslim.tables import markdown, read_table, write_table
 from studies.command import new_parser, run_command
+from studies.table import over_seeds
 
 _PLANS = "nnUNetSmallPlans"
 _NNSLIM = (sys.executable, "-m", "nnslim.cli")
@@ -298,29 +298,9 @@ def write_tables(rows: Sequence[dict[str, Any]], output: Path) -> str:
     write_table(rows, output / "pruning.csv", columns)
     text = markdown([{key: _shown(value) for key, value in row.items()} for row in rows], columns)
     if len({row["seed"] for row in rows}) > 1:
-        text += "\n" + markdown(
-            over_seeds(rows, classes), ["row", "seeds", "gmacs", "dice", "spread", *classes, "behind"]
-        )
+        text += "\n" + markdown(over_seeds(rows, "row", ["gmacs", "dice", *classes], part="part"))
     (output / "pruning.md").write_text(text)
     return text
-
-
-def over_seeds(rows: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Return for each row mean and standard deviation over the seeds, and how far it is behind the part's first row.
-
-    The last is the mean over the seeds that both have, with its standard error.
-    """
-    table, found = pd.DataFrame(rows), []
-    for (part, name), one in table.groupby(["part", "row"], sort=False):
-        first = table[table["part"] == part]["row"].iloc[0]
-        dense = table[table["row"] == first].set_index("seed")["dice"]
-        behind = (dense - one.set_index("seed")["dice"]).dropna()
-        means = {key: f"{one[key].mean():.4f}" for key in ("dice", *classes)}
-        made = {"row": name, "seeds": len(one), "gmacs": f"{one['gmacs'].mean():.3f}", **means}
-        made["spread"] = f"{one['dice'].std():.4f}" if len(one) > 1 else ""
-        made["behind"] = f"{behind.mean():+.4f} +- {behind.sem():.4f}" if len(behind) > 1 else f"{behind.mean():+.4f}"
-        found.append(made)
-    return found
 
 
 def _shown(value: Any) -> str:

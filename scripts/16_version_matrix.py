@@ -27,8 +27,8 @@ VERSIONS = {
     "2.7.0": ("3.12", "torch==2.8.0"),
     "2.8.1": ("3.11", "torch"),
 }
-TESTS = ("test_context.py", "test_cli.py", "hosts/nnunet/test_in_process.py", "hosts/nnunet/test_predict_folder.py")
-TESTS += ("hosts/nnunet/test_compress_model.py", "hosts/nnunet/test_streamed.py")
+TESTS = ("test_context.py", "test_cli.py", "test_signals.py", "hosts/nnunet/test_in_process.py")
+TESTS += ("hosts/nnunet/test_predict_folder.py", "hosts/nnunet/test_compress_model.py", "hosts/nnunet/test_streamed.py")
 TOOLS = ("pytest>=8", "pytest-xdist>=3.5", "nilearn>=0.14")
 
 

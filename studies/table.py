@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from nnslim.errors import ConfigError
 from nnslim.files import make_folder
@@ -66,3 +68,30 @@ class GrowingTable:
 def shown(row: Mapping[str, Any]) -> str:
     """Return a row as one line of text."""
     return "  ".join(f"{key} {value}" for key, value in row.items())
+
+
+def over_seeds(
+    rows: Sequence[Mapping[str, Any]], name: str, columns: Sequence[str] = ("dice",), *, part: str | None = None
+) -> list[dict[str, Any]]:
+    """Return one row for all seeds of a setting: means, the spread of Dice, and how far it is behind the first setting.
+
+    Args:
+        rows: have `name`, "seed", "dice" and `columns`, as numbers or text.
+        name: column that names a setting. columns: whose means are wanted.
+        part: column that divides the table; each part has a first setting of its own.
+    Returns:
+        `spread` is the standard deviation over the seeds. `behind` is the mean over the seeds that both settings have,
+        with its standard error.
+    """
+    table, found = pd.DataFrame(rows), []
+    table["dice"] = table["dice"].astype(float)
+    for _, one in table.groupby([part or name, name], sort=False):
+        first = table[table[part] == one[part].iloc[0]] if part else table
+        dense = first[first[name] == first[name].iloc[0]].set_index("seed")["dice"]
+        behind = (dense - one.set_index("seed")["dice"]).dropna()
+        made = {name: one[name].iloc[0], "seeds": len(one)}
+        made |= {column: f"{one[column].astype(float).mean():.4f}" for column in columns}
+        made["spread"] = f"{one['dice'].std():.4f}" if len(one) > 1 else ""
+        made["behind"] = f"{behind.mean():+.4f} +- {behind.sem():.4f}" if len(behind) > 1 else f"{behind.mean():+.4f}"
+        found.append(made)
+    return found

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from nnslim.network.operations import count_operations
 from nnslim.tables import markdown
 from studies.command import new_parser, run_command
 from studies.quick_dice import dice_columns, raw_dataset, validation_dice
-from studies.short_training import ShortTraining, train_short
-from studies.table import GrowingTable
+from studies.short_training import ShortTraining, seed_training, train_short
+from studies.table import GrowingTable, over_seeds
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class SparseRun:
         start: row whose weights are the start; None: from scratch.
         compress: method settings to apply to row `start` without training; None: train.
         images: whether `compress` may use the training images.
+        seed: fixes first weights, patches and augmentation; runs with seeds other than 0 carry theirs in the name.
     """
 
     name: str
@@ -51,6 +52,16 @@ class SparseRun:
     start: str | None = None
     compress: dict[str, Any] | None = None
     images: bool = False
+    seed: int = 0
+
+    @property
+    def run(self) -> str:
+        """Return the name of the row and of its results folder."""
+        return _run_name(self.name, self.seed)
+
+
+def _run_name(name: str, seed: int) -> str:
+    return f"{name}_seed{seed}" if seed else name
 
 
 _LEARNED = {"scorer": "mlp", "completion": "fusion"}
@@ -71,6 +82,7 @@ def default_runs() -> list[SparseRun]:
     runs.append(SparseRun("primus_0.5_free_tome", "primus", {}, "primus_dense", {"mode": "merge", "ratio": 0.5}))
     fitted = {"scorer": "attention", "completion": "fusion", "ratio": 0.5}
     runs.append(SparseRun("primus_0.5_free_fitted", "primus", {}, "primus_dense", fitted, images=True))
+    runs.append(SparseRun("primus_0.5_merge", "primus", {"mode": "merge", "ratio": 0.5, "completion": "fusion"}))
     runs += [SparseRun("unetr_dense", "unetr", _DENSE)]
     runs += [
         SparseRun(f"unetr_{r}_scratch", "unetr", {**_LEARNED, "ratio": r, "skips": "completed"}) for r in (0.5, 0.75)
@@ -113,8 +125,8 @@ def trainer_of(run: SparseRun, length: ShortTraining, start: Path | None) -> typ
     unetr = UNETRConfig(decoder="x8", dim=192, depth=9, heads=4)
     settings = TokenSparseConfig(**run.settings, recipe=recipe, unetr=unetr, warm_start=start)
     if run.network == "unetr":
-        return unetr_trainer_class(settings, run.name)
-    return token_sparse_trainer_class(small_primus_trainer(), settings, run.name)
+        return unetr_trainer_class(settings, run.run)
+    return token_sparse_trainer_class(small_primus_trainer(), settings, run.run)
 
 
 def measure_table(
@@ -127,7 +139,7 @@ def measure_table(
         output: CSV file; models are written beside it. cases: validation cases, at most.
     """
     table = GrowingTable(output, "run")
-    table.fill({run.name: partial(_row, run, dataset, fold, length, output.parent, cases) for run in runs})
+    table.fill({run.run: partial(_row, run, dataset, fold, length, output.parent, cases) for run in runs})
     return table.rows
 
 
@@ -140,7 +152,9 @@ def _row(run: SparseRun, dataset: int, fold: int, length: ShortTraining, work: P
     times = sorted(end - start for start, end in zip(starts, ends, strict=False))
     trained = run.compress is None
     return {
-        "run": run.name,
+        "run": run.run,
+        "row": run.name,
+        "seed": run.seed,
         **dice_columns(scores, seconds),
         "mmacs": round(cost.macs() / 1e6, 2),
         "encoder_mmacs": round(sum(cost.macs("torch", name) for name in ("eva", "encoder", "completion")) / 1e6, 2),
@@ -152,15 +166,17 @@ def _row(run: SparseRun, dataset: int, fold: int, length: ShortTraining, work: P
 
 def _made(run: SparseRun, dataset: int, fold: int, length: ShortTraining, work: Path) -> Path:
     def trained(name: str) -> Path:
-        found = sorted(Path(os.environ["nnUNet_results"]).glob(f"Dataset{dataset:03d}_*/{name}__*"))
+        results = Path(os.environ["nnUNet_results"])
+        found = sorted(results.glob(f"Dataset{dataset:03d}_*/{_run_name(name, run.seed)}__*"))
         if not found:
             raise ConfigError(f"row {run.name} starts from row {name}, which does not exist yet")
         return found[0]
 
     if run.compress is None:
+        seed_training(run.seed)
         start = None if run.start is None else trained(run.start) / f"fold_{fold}" / "checkpoint_final.pth"
         return train_short(dataset, "3d_fullres", fold, length, trainer_base=trainer_of(run, length, start)).parent
-    target = work / f"{run.name}__nnUNetPlans__3d_fullres"
+    target = work / f"{run.run}__nnUNetPlans__3d_fullres"
     if not target.is_dir():
         images = None
         if run.images:
@@ -197,10 +213,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate (1e-3)")
     parser.add_argument("--cases", type=int, default=20, help="validation cases to predict (20)")
     parser.add_argument("--only", nargs="+", help="names of rows; default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="one training of each row (0)")
+    parser.add_argument("--bfloat16", action="store_true", help="train in half precision where that goes well")
     chosen = parser.parse_args(arguments)
-    length = ShortTraining(chosen.epochs, chosen.iterations, 4, chosen.batch_size, chosen.rate)
-    runs = [run for run in default_runs() if chosen.only is None or run.name in chosen.only]
-    print(markdown(measure_table(chosen.dataset, chosen.fold, length, runs, chosen.output, cases=chosen.cases)))
+    length = ShortTraining(chosen.epochs, chosen.iterations, 4, chosen.batch_size, chosen.rate, chosen.bfloat16)
+    wanted = [run for run in default_runs() if chosen.only is None or run.name in chosen.only]
+    runs = [replace(run, seed=seed) for seed in chosen.seeds for run in wanted]
+    rows = measure_table(chosen.dataset, chosen.fold, length, runs, chosen.output, cases=chosen.cases)
+    print(markdown(rows))
+    if len(chosen.seeds) > 1:
+        print(markdown(over_seeds(rows, "row", ("dice", "mmacs"))))
 
 
 if __name__ == "__main__":

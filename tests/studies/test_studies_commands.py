@@ -13,7 +13,7 @@ from helpers import ROOT
 from nnslim.errors import ConfigError, InputError
 from nnslim.tables import markdown
 from studies.command import run_command
-from studies.table import GrowingTable
+from studies.table import GrowingTable, over_seeds
 
 STUDIES = sorted(path.stem for path in (ROOT / "studies").glob("*.py") if "run_command(main)" in path.read_text())
 
@@ -76,3 +76,16 @@ def test_table_goes_on_where_it_was_cut_off(tmp_path):
 def test_markdown_has_a_line_for_every_row():
     assert markdown([{"a": 1, "b": None}, {"a": "x|y"}]) == "| a | b |\n| --- | --- |\n| 1 |  |\n| x&#124;y |  |\n"
     assert markdown([{"a": 1}], ["c", "a"]) == "| c | a |\n| --- | --- |\n|  | 1 |\n"
+
+
+def test_seeds_become_means_with_spread_and_distance_to_the_first_row():
+    dice = {("dense", 0): 0.8, ("dense", 1): 0.9, ("slim", 0): 0.7, ("slim", 1): 0.6, ("slim", 2): 0.1}
+    rows = [{"row": row, "seed": seed, "dice": str(value), "gmacs": 2.0} for (row, seed), value in dice.items()]
+    dense, slim = over_seeds(rows, "row", ("dice", "gmacs"))
+    assert dense == {"row": "dense", "seeds": 2, "dice": "0.8500", "gmacs": "2.0000", "spread": "0.0707"} | {
+        "behind": "+0.0000 +- 0.0000"
+    }
+    assert slim["dice"] == "0.4667" and slim["seeds"] == 3
+    assert slim["behind"] == "+0.2000 +- 0.1000"  # of the two seeds that both have
+    both = over_seeds([{**row, "part": part} for part in "ab" for row in rows[2:]], "row", part="part")
+    assert [(one["seeds"], one["behind"]) for one in both] == [(3, "+0.0000 +- 0.0000")] * 2
