@@ -12,6 +12,7 @@ from nnslim.commands import common
 from nnslim.commands.common import start, stepping, tell
 
 Store = Enum("Store", {name: name for name in ("half", "as-is")}, type=str)
+Target = Enum("Target", {name: name for name in ("same", "mirrored")}, type=str)
 
 
 def compress(
@@ -24,12 +25,15 @@ def compress(
     allow_slower: Annotated[
         bool, typer.Option("--allow-slower", help="write also a model that is slower than the dense one here")
     ] = False,
+    disable_tta: Annotated[
+        bool, typer.Option("--disable_tta", help="judge plain answers, which nnUNetv2_predict --disable_tta gives")
+    ] = False,
     store: Annotated[Store | None, typer.Option(help="weights on disk; default: the config's, else as-is")] = None,
     trust: common.TrustOption = False,
     quiet: common.QuietOption = False,
 ) -> None:
     """Compress a trained model into a folder that stock nnU-Net loads."""
-    from nnslim.compression.config import load_config
+    from nnslim.compression.config import changed_settings, load_config
     from nnslim.compression.model_report import ModelReport
     from nnslim.hosts.nnunet.compress.compress_model import compress_model
     from nnslim.hosts.nnunet.model.trained_model import read_trained_model
@@ -38,6 +42,8 @@ def compress(
     settings = load_config(config)
     if store is not None:
         settings = settings.model_copy(update={"store": store.value})
+    if disable_tta:
+        settings = changed_settings(settings, {"calibration": {"mirrored": False}}, "--disable_tta")
     source = read_trained_model(model, fold, checkpoint, trust=trust)
     with stepping(quiet) as step:
         slimmed = compress_model(source, output, settings, images=images, progress=step, allow_slower=allow_slower)
@@ -78,20 +84,24 @@ def distill(
     seconds: Annotated[float | None, typer.Option(help="time budget per fold")] = None,
     batch_size: Annotated[int | None, typer.Option(help="patches per step; default: 2")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="learning rate of AdamW; default: 0.0005")] = None,
+    target: Annotated[Target, typer.Option(help="mirrored: give the mirrored answer in one pass")] = Target.same,
     mirrored_teacher: Annotated[
         bool, typer.Option(help="learn the mean of the dense answers to mirror images, where the model may be mirrored")
     ] = True,
+    disable_tta: Annotated[bool, typer.Option("--disable_tta", help="judge plain answers")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     trust: common.TrustOption = False,
     quiet: common.QuietOption = False,
 ) -> None:
     """Let a slim model learn the dense model's answers on images without labels; an interrupted run goes on."""
     from nnslim.hosts.nnunet.compress.distill_model import distill_config, distill_model, read_pair
+    from nnslim.hosts.nnunet.judge.agree_models import takes_mirrored
 
     start(quiet)
-    given = {"steps": steps, "block_steps": block_steps, "mirrored_teacher": mirrored_teacher}
+    given = {"steps": steps, "block_steps": block_steps, "mirrored_teacher": mirrored_teacher, "target": target.value}
     given |= {"seconds": seconds, "batch_size": batch_size, "learning_rate": learning_rate}
-    settings = distill_config(images, device, **given)
+    plain = disable_tta or (target is Target.same and not takes_mirrored(model))
+    settings = distill_config(images, device, mirrored=False if plain else None, **given)
     slim, dense = read_pair(model, teacher, trust=trust)
     with stepping(quiet) as step:
         recoveries = distill_model(slim, dense, output, settings, progress=step)

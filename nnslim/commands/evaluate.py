@@ -92,18 +92,22 @@ def agree(
     labels: Annotated[Path | None, typer.Option("-l", "--labels", help="folder of label maps <case><ending>")] = None,
     fold: Annotated[list[str] | None, typer.Option("-f", "--fold", help="default: those of the slim model")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps")] = "cpu",
+    disable_tta: Annotated[
+        bool, typer.Option("--disable_tta", help="compare plain answers of a model that may be mirrored")
+    ] = False,
     previous_stage: PreviousStageOption = None,
     trust: TrustOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Compare a slim model with the dense one on your images, per class; kept in nnslim.json and agreement.png."""
     from nnslim.compression.record import RECORD, read_record
-    from nnslim.hosts.nnunet.judge.agree_models import agreement_of_models, write_agreement
+    from nnslim.hosts.nnunet.judge.agree_models import agreement_of_models, takes_mirrored, write_agreement
     from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 
     start(quiet)
     read_record(model)  # a wrong folder is named before the images are predicted
-    settings = PredictSettings(device=device, folds=fold, trust=trust, previous_stage=previous_stage)
+    mirroring = takes_mirrored(model) and not disable_tta
+    settings = PredictSettings(device, mirroring=mirroring, folds=fold, trust=trust, previous_stage=previous_stage)
     with counting(quiet, "cases") as count:
         agreement = agreement_of_models(dense, model, images, labels, settings, count)
     write_agreement(model, agreement)

@@ -38,6 +38,7 @@ def report(
     quiet: QuietOption = False,
 ) -> None:
     """Write one HTML page about a slim model: layers, time, classes, pictures; it loads nothing from elsewhere."""
+    from nnslim.hosts.nnunet.judge.agree_models import takes_mirrored
     from nnslim.hosts.nnunet.judge.report_data import ReportSettings, write_page
     from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
     from nnslim.report.page_data import gaps
@@ -47,7 +48,7 @@ def report(
         dense,
         images,
         labels,
-        PredictSettings(device=device, trust=trust, previous_stage=previous_stage),
+        PredictSettings(device, mirroring=takes_mirrored(model), trust=trust, previous_stage=previous_stage),
         benchmark or (),
         metrics or (),
         compare or (),

@@ -26,7 +26,7 @@ from nnslim.network.spec import SPEC_VERSION, SlimSpec
 from nnslim.running.speed import Speed
 
 # Raise this when a method computes other weights from the same input, so that old files are not used.
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 _UNUSABLE = (OSError, RuntimeError, LookupError, AttributeError, ValueError, TypeError, EOFError, MemoryError)
 _log = logging.getLogger("nnslim")
 

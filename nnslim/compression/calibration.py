@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch.utils.data import Dataset
 
 from nnslim.surgery.streaming import Tiles
+
+Judged = Literal["plain", "mirrored", "one pass"]  # see `Referee`
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Calibration:
         regions: the network's channels are regions that may overlap.
         fingerprint: hash of the images' content.
         images: how many there are.
-        mirror_axes: spatial axes along which the model may be mirrored. mirrored: it will predict so.
+        mirror_axes: spatial axes along which the model may be mirrored.
+        judged: the answer that the user will take, see `Referee`.
         seed: the configuration's.
         class_names: in the order of the network's channels, without background.
     """
@@ -35,7 +39,7 @@ class Calibration:
     fingerprint: str = ""
     images: int = 0
     mirror_axes: tuple[int, ...] = ()
-    mirrored: bool = False
+    judged: Judged = "plain"
     seed: int = 0
     class_names: tuple[str, ...] = ()
     fresh: Tiles | None = None

@@ -72,8 +72,10 @@ class CalibrationConfig(_Section):
     images: Path | None = Field(None, description="folder, as for prediction; default: none, fit by the weights alone")
     count: int = Field(8, ge=1, le=32, description="images for the statistics, at most")
     tiles_per_image: int = Field(2, ge=1, description="sliding-window tiles of each image, at most")
-    mirrored: bool = Field(
-        False, description="the model will predict mirrored: tiles are mirrored too, and the drop is judged both ways"
+    mirrored: bool | None = Field(
+        None,
+        description="whether mirrored answers are judged, and tiles mirrored too; default: as nnU-Net predicts, where "
+        "the model may be mirrored; false: for --disable_tta",
     )
     seed: int = Field(0, ge=0, description="for the choice of images, tiles and positions, and for augmentation")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
@@ -102,6 +104,11 @@ class RecoveryConfig(_Section):
     mirrored_teacher: bool = Field(
         True, description="learn the mean of the dense answers to mirror images, where the model may be mirrored"
     )
+    target: Literal["same", "mirrored"] = Field(
+        "same",
+        description="same: the slim model predicts as the dense one; mirrored: it learns the mirrored answer, and "
+        "gives it in one pass",
+    )
     precision: Literal["auto", "f32", "bf16"] = Field(
         "auto", description="while learning; auto: bf16 where the device is fast in it"
     )
@@ -114,6 +121,11 @@ class RecoveryConfig(_Section):
     def learns(self) -> bool:
         """Whether there are gradient steps to take."""
         return self.steps + self.block_steps > 0
+
+    @property
+    def sees_mirrored(self) -> bool:
+        """Whether the answers to learn are those to mirror images."""
+        return self.mirrored_teacher or self.target == "mirrored"
 
 
 class MethodEntry(_Section):
@@ -143,6 +155,16 @@ class SlimConfig(_Section):
         if not isinstance(raw, (list, tuple)):
             raise ConfigError(f"'methods' is a list of objects with a 'method' each, found {raw!r}")
         return tuple(_method_entry(item) for item in raw)
+
+    @model_validator(mode="after")
+    def _learns_its_target(self) -> SlimConfig:
+        """Refuse a target that nothing learns, or that is judged otherwise."""
+        if self.recovery.target == "mirrored":
+            if not self.recovery.learns:
+                raise ConfigError("recovery.target: mirrored is learned: give recovery.steps, such as 400")
+            if self.calibration.mirrored is False:
+                raise ConfigError("recovery.target: mirrored does not go with calibration.mirrored: false")
+        return self
 
     @model_validator(mode="after")
     def _measures_no_time(self) -> SlimConfig:
@@ -189,6 +211,12 @@ class SlimConfig(_Section):
         """Return how data are used, as JSON values."""
         calibration = self.calibration.model_dump(mode="json", exclude={"images"})
         return {"calibration": calibration, "recovery": self.recovery.model_dump(mode="json", exclude={"workers"})}
+
+    def judged_as(self, mirrored: bool) -> SlimConfig:
+        """Return the configuration for a model that will predict mirrored or not, unless it says so itself."""
+        if self.calibration.images is None or self.calibration.mirrored is not None:
+            return self
+        return self.model_copy(update={"calibration": self.calibration.model_copy(update={"mirrored": mirrored})})
 
     def with_images(self, images: Path | None) -> SlimConfig:
         """Return the configuration with another folder of calibration images; unchanged for None."""

@@ -9,6 +9,9 @@ from typing import Any
 from nnslim.compression.compress_network import Slimmed
 from nnslim.running.speed import Speed
 
+# of `Recovery.judged`
+ANSWERS = {"plain": "plain answers", "mirrored": "mirrored answers", "one pass": "one pass against mirrored answers"}
+
 
 def times_fewer(before: float, after: float, fewer: str = "fewer") -> str:
     """Return "3.10x fewer", "1.20x more", or "unchanged" where the two digits would say 1.00."""
@@ -61,8 +64,8 @@ class ModelReport:
             before_drop, after_drop = ("unknown" if drop is None else f"{drop:.4f}" for drop in drops)
             where = f" (fold number {number + 1})" if len(self.slimmed.recovery) > 1 else ""
             lines.append(
-                f"  estimated drop in Dice {after_drop}, was {before_drop} before {recovery['steps']} steps of "
-                f"recovery{where}"
+                f"  estimated drop in Dice ({ANSWERS[recovery.get('judged', 'plain')]}) {after_drop}, was "
+                f"{before_drop} before {recovery['steps']} steps of recovery{where}"
             )
         if speed:
             lines.append(f"  forward pass {speed}")

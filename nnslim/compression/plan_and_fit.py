@@ -7,7 +7,6 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -125,9 +124,8 @@ def settle(
     """
     if not plans or not plans[-1].rivals:
         return plans, None
-    # The plain and the mirrored answers together tell plans apart best.
-    both = replace(data, mirrored=bool(data.mirror_axes))
-    referee = Referee.of(dense, both, tiles=data.fresh)
+    referee = Referee.of(dense, data, tiles=data.fresh)
+    referee.judged = ("plain", "mirrored")  # together they tell plans apart best
     trials: list[tuple[tuple[Plan, ...], Fitted]] = []
     drops: list[np.ndarray] = []  # (tiles,) each
     for plan in (plans[-1].rivals[0], plans[-1], *plans[-1].rivals[1:]):
@@ -174,9 +172,8 @@ def find_budget(
 
     The search starts at a strong share and goes to weaker ones while the drop is too large, or to stronger ones while
     it is not. Each trial is a full compression with recovery, which ends as soon as the limit is met; the recovery of
-    the share that was found then runs to its end. The images that a network has learned from do not judge it fairly,
-    least of all its mirrored answers. So a share is also rejected where the fit alone, plain or mirrored, loses more
-    than recovery can win back.
+    the share that was found then runs to its end. The images that a network has learned from do not judge it fairly.
+    So a share is also rejected where the fit alone loses more than recovery can win back.
 
     Args:
         dense: with the weights of the first fold.
@@ -192,7 +189,7 @@ def find_budget(
     limit = entry.settings.drop_limit
     if data is None:
         raise ConfigError(f"max_drop={limit:g} is measured on images: name their folder (-i, or calibration.images)")
-    unfitted = Referee.of(dense, replace(data, mirrored=bool(data.mirror_axes)), tiles=data.fresh)
+    unfitted = Referee.of(dense, data, tiles=data.fresh)
     step, drops, best = START, {}, None
     with temporary_folder() as work:
         while (

@@ -43,6 +43,7 @@ class Recovery:
         before, after: estimated drop in Dice on the held-out tiles, see `Agreement`.
         history: (step, estimated drop).
         stopped: why it ended: "steps", "time", "no gain" or "target".
+        judged: which answers the drops are of, see `Referee`.
         seconds: spent; not part of `to_dict`, which is reproducible.
     """
 
@@ -51,6 +52,7 @@ class Recovery:
     after: float = math.nan
     history: list[tuple[int, float]] = field(default_factory=list)
     stopped: str = "steps"
+    judged: str = "plain"
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,6 +67,7 @@ class Recovery:
             "estimated_drop_after": rounded(self.after),
             "history": [[step, rounded(drop)] for step, drop in self.history],
             "stopped": self.stopped,
+            "judged": self.judged,
         }
 
 
@@ -122,7 +125,7 @@ class _Learning:
         self.mean = mean.eval().requires_grad_(False)
         self.mean.update_parameters(self.slim)  # the start counts as one of the states
         self.held = held_by(self.slim)
-        self.recovery = Recovery()
+        self.recovery = Recovery(judged=self.data.judged)
         self.best: dict[str, Tensor] = {}
         self.started = time.perf_counter()
 
@@ -160,7 +163,7 @@ class _Learning:
             batch = batch.to(self.device)
             if teacher is None:
                 half = learns_in_bfloat16((self.dense, self.slim), batch, settings.precision)
-                axes = self.data.mirror_axes if settings.mirrored_teacher else ()
+                axes = self.data.mirror_axes if settings.sees_mirrored else ()
                 teacher = Teacher(self.dense, axes=axes, half=half, seed=self.data.seed)
                 ends = stage_ends(self.dense, batch[:1]) if settings.block_steps else []
             rate, blocks = schedule(step, settings, self._elapsed() / settings.seconds if settings.seconds else 0.0)
@@ -280,7 +283,7 @@ def recover(
         identity: a checkpoint of another identity is not used.
         target: stop as soon as the estimated drop is at most this.
     """
-    referee = Referee.of(dense.eval(), data, images=settings.mirrored_teacher)
+    referee = Referee.of(dense.eval(), data, images=settings.sees_mirrored)
     if settings.norms:
         before, saved = referee.drop(slim), {k: v.clone() for k, v in slim.state_dict().items()}
         recalibrate_norms(dense, slim, data.tiles)
@@ -288,7 +291,7 @@ def recover(
             slim.load_state_dict(saved)
     if not settings.learns:
         drop = referee.drop(slim)
-        return Recovery(before=drop, after=drop)
+        return Recovery(before=drop, after=drop, judged=data.judged)
     run = _Learning(dense, slim, data, settings, referee, checkpoint, identity, target, progress)
     try:
         return run.go()

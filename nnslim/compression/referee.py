@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nnslim.compression.calibration import Calibration
+from nnslim.compression.calibration import Calibration, Judged
 from nnslim.compression.distillation import Axes, flip, mirrors
-from nnslim.evaluation.expected import TEMPERATURE, expected_dices, harden
+from nnslim.evaluation.expected import TEMPERATURE, expected_dices
 from nnslim.surgery.streaming import Tiles
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -22,15 +22,16 @@ class Referee:
     """Estimates, on held-out tiles and without labels, how much Dice against labels a slim network loses.
 
     The dense network's own probabilities stand for the labels (`expected_dice`); where the model may be mirrored, their
-    mean over up to four mirror images, which are nearer to real labels. The drop is that of the plain answer against
-    the dense network's plain one; where the model will predict mirrored, the larger of this and of that of the means.
+    mean over up to four mirror images, which are nearer to real labels. Compared are the answers that a user takes:
+    "plain" ones of both networks; "mirrored" ones, which nnU-Net decides by the mean of the logits over mirror images;
+    or, for "one pass", the plain answer of the slim network with the mirrored one of the dense network.
     What is known of the dense network is computed once for each tile and kept in half precision, for as many tiles as
     fit, so that measuring again only costs the slim network's passes.
 
     Attributes:
         dense: in eval mode. tiles: held-out ones. regions: channels are independent.
         axes: spatial axes along which the model may be mirrored.
-        mirrored: the model will predict with test-time mirroring.
+        judged: what is compared; of several the largest drop counts.
         budget: bytes of memory for what is kept of the dense network.
     """
 
@@ -38,13 +39,13 @@ class Referee:
     tiles: Tiles
     regions: bool = False
     axes: Sequence[int] = ()
-    mirrored: bool = False
+    judged: Sequence[Judged] = ("plain",)
     budget: int = 256 * 2**20
 
     def __post_init__(self) -> None:
         self._ways = mirrors(self.axes, 4)
         self._device = next(self.dense.parameters()).device
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     @classmethod
     def of(cls, dense: nn.Module, data: Calibration, *, tiles: Tiles | None = None, images: bool = True) -> Referee:
@@ -52,30 +53,33 @@ class Referee:
 
         With `images`, mirror images count towards the truth; without, the plain answer alone, where that is learned.
         """
-        axes = data.mirror_axes if images or data.mirrored else ()
-        return cls(dense, data.held_out if tiles is None else tiles, data.regions, axes, data.mirrored)
+        axes = data.mirror_axes if images or data.judged != "plain" else ()
+        return cls(dense, data.held_out if tiles is None else tiles, data.regions, axes, (data.judged,))
 
     @torch.inference_mode()
-    def reference(self, number: int, tile: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what stands for a tile's labels, (C, *patch) probabilities, and the dense network's own answer."""
-        if number in self._kept:
-            logits, answer = self._kept[number]
-        else:
-            logits, mean = self._answers(self.dense, tile, self._ways)
-            answer = self._decided(logits)
-            answer = answer if self.regions else answer.to(torch.int16)
-            if len(self._ways) > 1:
-                logits = mean.logit(1e-7) if self.regions else mean.clamp_min(_TINY).log()
-            logits = logits.half()
-            if (size := logits.nbytes + answer.nbytes) <= self.budget:
-                self.budget -= size
-                self._kept[number] = (logits, answer)
-        return self._likely(logits.float()), answer  # the same numbers each time
+    def reference(self, number: int, tile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what stands for a tile's labels, (C, *patch) probabilities, and the dense network's two answers.
 
-    def _answers(self, network: nn.Module, tile: Tensor, ways: Sequence[Axes]) -> tuple[Tensor, Tensor]:
-        """Return plain logits and the mean of the probabilities over mirror images, (C, *patch) each."""
+        The answers are the plain one and the mirrored one.
+        """
+        if number in self._kept:
+            logits, *answers = self._kept[number]
+        else:
+            logits, mean, likely = self._answers(self.dense, tile, self._ways)
+            answers = [self._decided(one) for one in (logits, mean)]
+            answers = answers if self.regions else [one.to(torch.int16) for one in answers]
+            if len(self._ways) > 1:
+                logits = likely.logit(1e-7) if self.regions else likely.clamp_min(_TINY).log()
+            logits = logits.half()
+            if (size := logits.nbytes + sum(one.nbytes for one in answers)) <= self.budget:
+                self.budget -= size
+                self._kept[number] = (logits, *answers)
+        return self._likely(logits.float()), *answers  # the same numbers each time
+
+    def _answers(self, network: nn.Module, tile: Tensor, ways: Sequence[Axes]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return plain logits, and over mirror images the mean of logits and of probabilities, (C, *patch) each."""
         answers = [flip(network(flip(tile, way)), way)[0].float().cpu() for way in ways]
-        return answers[0], torch.stack([self._likely(one) for one in answers]).mean(0)
+        return answers[0], torch.stack(answers).mean(0), torch.stack([self._likely(one) for one in answers]).mean(0)
 
     def _decided(self, logits: Tensor) -> Tensor:
         return logits > 0 if self.regions else logits.argmax(0)
@@ -90,23 +94,18 @@ class Referee:
 
     @torch.inference_mode()
     def drops(self, slim: nn.Module) -> list[list[float]]:
-        """Return the estimated drop of each tile, mean over classes; NaN where it shows none.
-
-        A tile has the drop of the plain answer and, if the model predicts mirrored, of the mean over mirrored ones.
-        """
+        """Return the estimated drop of each tile, mean over classes, for each answer that is judged; NaN: no class."""
         drops: list[list[float]] = []
         training = slim.training
         slim.eval()
-        mirrored = self.mirrored and len(self._ways) > 1
+        ways = self._ways if "mirrored" in self.judged else [()]
         for number, tile in enumerate(self.tiles):
             tile = tile.to(self._device)
-            truth, dense = self.reference(number, tile)
-            logits, mean = self._answers(slim, tile, self._ways if mirrored else [()])
-            pairs = [(dense, self._decided(logits))]
-            if mirrored:
-                pairs.append((harden(truth, not self.regions), harden(mean, not self.regions)))
+            truth, *dense = self.reference(number, tile)
+            found = [self._decided(one) for one in self._answers(slim, tile, ways)[:2]]
+            pairs = [(dense[judged != "plain"], found[judged == "mirrored"]) for judged in self.judged]
             made = [expected_dices(truth, pair, not self.regions, TEMPERATURE) for pair in pairs]
-            lost = [torch.as_tensor(wanted) - torch.as_tensor(found) for wanted, found in made]
+            lost = [torch.as_tensor(wanted) - torch.as_tensor(got) for wanted, got in made]
             drops.append([float(one[one.isfinite()].mean()) for one in lost])  # NaN where there is none
         slim.train(training)
         return drops

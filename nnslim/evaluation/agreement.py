@@ -91,12 +91,14 @@ class Agreement:
         cases: compared cases.
         failed: case -> why it could not be compared.
         temperature: that the expected drop was estimated with.
+        mirrored: whether the dense answers are those of test-time mirroring.
     """
 
     class_names: tuple[str, ...]
     cases: list[CaseAgreement] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     temperature: float = TEMPERATURE
+    mirrored: bool = False
 
     def values(self, name: str) -> np.ndarray:
         """Return (cases, classes) of an attribute of `ClassAgreement`."""
@@ -150,6 +152,7 @@ class Agreement:
         cases = {case.name: {"labelled": case.labelled, "classes": _scores(case)} for case in self.cases}
         worst = self.worst()
         content = {"mean_dice": self.mean_dice, "expected_drop": self.expected_drop, "temperature": self.temperature}
+        content["mirrored"] = self.mirrored
         content |= {name: self.mean(name) for name in ("dice_dense", "dice_slim", "drop")}
         content |= {"worst": worst and worst._asdict(), "classes": classes, "cases": cases, "failed": dict(self.failed)}
         return _without_nan(content)
@@ -166,7 +169,9 @@ class Agreement:
                     for key, one in case["classes"].items()
                 }
                 cases.append(CaseAgreement(name, classes, bool(case["labelled"])))
-            return cls(tuple(content["classes"]), cases, dict(content["failed"]), float(content["temperature"]))
+            classes, failed, temperature = content["classes"], content["failed"], content["temperature"]
+            mirrored = bool(content.get("mirrored"))
+            return cls(tuple(classes), cases, dict(failed), float(temperature), mirrored)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"not an agreement as nnslim writes it: {type(error).__name__}: {error}") from error
 
@@ -174,7 +179,8 @@ class Agreement:
         """Return the agreement as lines of text: a summary, then a table with a line per class."""
         labelled = sum(case.labelled for case in self.cases)
         lines = [
-            f"slim against dense: {len(self.cases)} case(s), {len(self.class_names)} class(es)",
+            f"slim against dense{', mirrored' if self.mirrored else ''}: {len(self.cases)} case(s), "
+            f"{len(self.class_names)} class(es)",
             f"  mean Dice {_shown(self.mean_dice)}, estimated drop in Dice against labels {_shown(self.expected_drop)}",
         ]
         if labelled:

@@ -14,7 +14,7 @@ from typing import Any
 from nnslim._version import __version__
 from nnslim.benchmark.timing_figures import QualityPoint, pareto, quality_figure, stage_figure
 from nnslim.benchmark.timings import number_in, stage_names, way_of
-from nnslim.compression.model_report import times_fewer
+from nnslim.compression.model_report import ANSWERS, times_fewer
 from nnslim.errors import InputError
 from nnslim.figures import overlay_planes
 from nnslim.report import number_format, page_data
@@ -85,6 +85,7 @@ def _context(data: ReportData) -> View:
         "kept": page_data.kept_dense(record),
         "recovery": recovery_figure(record.recovery, record.facts.get("folds") or ()),
         "config": config,
+        "answers": ANSWERS,
         "layers": layer_figure(record.decisions),
         "classes": page_data.classes_view(record, data.scores),
         "strips": agreement

@@ -93,9 +93,11 @@ def test_referee_truth_is_the_mean_over_mirror_images_and_the_answer_the_plain_o
         logits = [flip(dense(flip(x, way)), way)[0] for way in mirrors((0, 1), 4)]
     likely = [one.sigmoid() if regions else one.softmax(0) for one in logits]
     for _ in range(2):  # computed, then kept
-        truth, answer = referee.reference(0, x)
+        truth, answer, mirrored = referee.reference(0, x)
         torch.testing.assert_close(truth, torch.stack(likely).mean(0), rtol=0, atol=2e-3)
-        assert torch.equal(answer, logits[0] > 0 if regions else logits[0].argmax(0))
+        mean = torch.stack(logits).mean(0)  # nnU-Net means logits
+        for one, found in ((logits[0], answer), (mean, mirrored)):
+            assert torch.equal(found, one > 0 if regions else one.argmax(0))
 
 
 def test_referee_slim_network_that_answers_as_the_mean_is_better_than_the_dense_one(dense):
@@ -139,7 +141,7 @@ def test_learning_from_mirror_images_moves_the_answer_towards_their_mean(dense, 
     assert distance(True) < 0.9 * distance(False)
 
 
-def test_referee_mirrored_judges_the_plain_answer_and_the_mean_of_all(dense):
+def test_referee_judges_the_answer_that_will_be_taken(dense):
     """A network that is right as it is and wrong on one mirror image only loses where predictions are mirrored."""
 
     class OneSided(nn.Module):
@@ -148,8 +150,22 @@ def test_referee_mirrored_judges_the_plain_answer_and_the_mean_of_all(dense):
             return dense(x) * (-4.0 if turned else 1.0)
 
     tiles = [torch.cat([one[..., :8] - 3, one[..., 8:] + 3], -1) for one in (images(4)[:1], images(5)[:1])]
-    plain = Referee(dense, tiles, axes=(1,)).drop(OneSided().eval())
-    both = Referee(dense, tiles, axes=(1,), mirrored=True).drop(OneSided().eval())
-    assert plain == pytest.approx(0, abs=1e-9)
-    assert both > 0.05
-    assert Referee(dense, tiles, axes=(1,), mirrored=True).drop(dense) == pytest.approx(0, abs=1e-6)
+
+    def drop(network, *judged):
+        return Referee(dense, tiles, axes=(1,), judged=judged).drop(network)
+
+    one_sided = OneSided().eval()
+    assert drop(one_sided, "plain") == pytest.approx(0, abs=1e-9)
+    assert drop(one_sided, "mirrored") > 0.05
+    assert drop(one_sided, "plain", "mirrored") == drop(one_sided, "mirrored")  # the larger one
+    assert drop(dense, "mirrored") == pytest.approx(0, abs=1e-6)
+
+    class Once(nn.Module):
+        """Gives the mirrored answer in one pass."""
+
+        def forward(self, x):
+            return torch.stack([flip(dense(flip(x, way)), way) for way in mirrors((1,))]).mean(0)
+
+    once, plain = drop(Once().eval(), "one pass"), drop(dense, "one pass")
+    assert once == pytest.approx(0, abs=1e-9)
+    assert plain > once  # what mirroring gains

@@ -319,7 +319,7 @@ def test_calibration_holds_images_out_where_there_are_enough(make_model, tmp_pat
     for number in range(images):
         write_image(tmp_path / "many", f"case{number:02d}_0000.nii.gz", (16, 16, 16), number)
     config = {"methods": [HALF], "recovery": {"steps": 3}, "calibration": {"count": 20, "tiles_per_image": 1}}
-    config = from_dict(config).with_images(tmp_path / "many")
+    config = from_dict(config).with_images(tmp_path / "many").judged_as(False)
     progress = []
     with calibration_of(read_trained_model(make_model()), config, lambda *step: progress.append(step)) as data:
         learned, judged = ({tile.numpy().tobytes() for tile in tiles} for tiles in (data.tiles, data.held_out))

@@ -12,7 +12,7 @@ import torch
 from helpers import plant_bomb
 
 from nnslim.compression.compress_network import compress
-from nnslim.compression.config import tucker
+from nnslim.compression.config import RunConfig, tucker
 from nnslim.errors import ModelError, OutputError, SpecError
 from nnslim.hosts.nnunet.compress.compress_model import compress_model
 from nnslim.hosts.nnunet.model.slim_network import NETWORK_CLASS_NAME, slim_network
@@ -21,7 +21,8 @@ from nnslim.hosts.nnunet.predict.load import load_predictor
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.network.spec import spec_of
 
-HALF = tucker(rank_factor=0.5, rank_min=2)
+UNTIMED = {"run": RunConfig(guard=False)}  # a guard decides by measured times, which depend on what else runs
+HALF = tucker(rank_factor=0.5, rank_min=2).model_copy(update=UNTIMED)
 reads_weights_alone = pytest.mark.skipif(
     not hasattr(torch.serialization, "safe_globals"), reason="torch before 2.4 reads everything or nothing"
 )
@@ -52,7 +53,7 @@ def test_compress_folder_any_kind_stock_predictor_gives_logits_of_slim_network(
 @pytest.mark.parametrize("kind", KINDS)
 def test_compress_folder_forced_full_rank_same_labels_as_dense(kind, make_model, stock_logits, tmp_path):
     everything = {"first_layer": True, "pointwise": True, "heads": True, "transposed": True}
-    config = tucker(rank_factor=1.0, only_if_cheaper=False, one_sided=False, **everything)
+    config = tucker(rank_factor=1.0, only_if_cheaper=False, one_sided=False, **everything).model_copy(update=UNTIMED)
     source = make_model(kind)
     slimmed = compress_model(read_trained_model(source), tmp_path / "slim", config)
     assert all(decision.action == "tucker" for decision in slimmed.decisions if decision.macs_before)

@@ -61,13 +61,14 @@ def test_page_shows_what_both_models_predict(make_model, case_folder, labels, ni
     main_exits_with(0)
     assert f"written: {page}" in capsys.readouterr().out
     tree = parse(page.read_text())
-    agreement = agreement_of_models(source, slim, case_folder, labels)
+    mirrored = PredictSettings(mirroring=True)
+    agreement = agreement_of_models(source, slim, case_folder, labels, mirrored)
     ordered = [case.name for case in agreement.ordered()]
     heads = [head.text for head in tree.one("section", id="cases").all("h3")]
     assert heads == [f"Worst case: {ordered[0]}", f"Median case: {ordered[1]}"]
     volumes = json.loads(tree.one("script", id="viewer-data").content[0])["cases"]
     for model, name in ((source, "dense"), (slim, "slim")):
-        predict_folder(case_folder, tmp_path / name, model)
+        predict_folder(case_folder, tmp_path / name, model, settings=mirrored)
     for shown, case in zip(volumes, ordered[:2], strict=True):
         made = {one["name"]: unpack(one["data"]) for one in shown["maps"]}
         assert ("label" in made) == (case in "ab")

@@ -318,17 +318,19 @@ def test_unusable_settings_are_named(world, results, monkeypatch, tmp_path):
 
 
 def test_pruned_model_is_compressed_and_fine_tuned_like_any_other(world, results, tmp_path, monkeypatch):
-    from nnslim.compression.config import tucker
+    from nnslim.compression.config import RunConfig, tucker
     from nnslim.hosts.nnunet.compress.compress_model import compress_model
     from nnslim.hosts.nnunet.train.finetune_model import finetune_model
 
     pruned = read_trained_model(world.whole)
-    slimmed = compress_model(pruned, tmp_path / "both", tucker(rank_factor=0.5, rank_min=2), allow_slower=True)
+    untimed = {"run": RunConfig(guard=False)}
+    half = tucker(rank_factor=0.5, rank_min=2).model_copy(update=untimed)
+    slimmed = compress_model(pruned, tmp_path / "both", half, allow_slower=True)
     kinds = {edit.kind for edit in slimmed.spec.edits}
     assert kinds == {"narrow", "tucker"}
     predictor, logits = stock_prediction(tmp_path / "both")
     assert torch.isfinite(logits).all() and spec_of(predictor.network) == slimmed.spec
-    full = tucker(rank_factor=1.0, only_if_cheaper=False, one_sided=False)
+    full = tucker(rank_factor=1.0, only_if_cheaper=False, one_sided=False).model_copy(update=untimed)
     compress_model(pruned, tmp_path / "exact", full, allow_slower=True)
     exact, alone = stock_prediction(tmp_path / "exact")[1], stock_prediction(world.whole)[1]
     torch.testing.assert_close(exact, alone, rtol=1e-2, atol=2e-2)

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnslim.compression.calibration import Calibration
+from nnslim.compression.calibration import Calibration, Judged
 from nnslim.compression.config import SlimConfig
-from nnslim.errors import InputError
+from nnslim.errors import ConfigError, InputError
 from nnslim.files import output_error, sha256_of, temporary_folder
 from nnslim.hosts.nnunet.cases.preprocess import check_stage, list_cases, preprocess_case
 from nnslim.hosts.nnunet.model.trained_model import classes_of
@@ -286,32 +286,42 @@ def calibration_of(
         needed: False yields None; by default images are read where the configuration changes or rounds the weights.
     Raises:
         InputError: no images, or one that cannot be read. ModelError: a cascade.
+        ConfigError: the mirrored answer is to be learned, without images or for a model that is never mirrored.
     """
     needed = config.active or config.store == "half" if needed is None else needed
     settings = config.calibration
     learns = config.recovery.learns or any(entry.settings.drop_limit is not None for entry in config.methods)
+    once = config.recovery.target == "mirrored"
+    if once and needed and settings.images is None:
+        raise ConfigError(
+            "recovery.target: mirrored is learned from images: name a folder of them (-i, calibration.images)"
+        )
     if settings.images is None or not needed:
         yield None
         return
     # Learning and judging want images of their own; a sixth of them is for judging.
     count = settings.count + config.recovery.images if learns else settings.count
     source = Source.of(model)
+    if once and not source.mirror_axes:
+        raise ConfigError("recovery.target: mirrored has nothing to learn: this model is never mirrored")
+    mirrored = bool(source.mirror_axes) and settings.mirrored is not False
+    judged: Judged = "one pass" if once else "mirrored" if mirrored else "plain"
     step = None if progress is None else partial(progress, "images")
     with prepare_images(source, settings.images, count, seed=settings.seed, progress=step) as images:
         held = (len(images) // 6 if len(images) >= 6 else int(len(images) >= 4)) if learns else 0
         learned = images.part(0, len(images) - held)
-        judged = images.part(len(images) - held) if held else images
-        tiles = partial(ImageTiles, per_image=settings.tiles_per_image, mirrored=settings.mirrored)
+        unseen = images.part(len(images) - held) if held else images
+        tiles = partial(ImageTiles, per_image=settings.tiles_per_image)
         unfitted = min(len(images) - settings.count, _FRESH)
         yield Calibration(
-            tiles(learned.part(0, settings.count), seed=settings.seed),
-            tiles(judged, seed=settings.seed + 1),
+            tiles(learned.part(0, settings.count), seed=settings.seed, mirrored=judged == "mirrored"),
+            tiles(unseen, seed=settings.seed + 1),
             lambda length: AugmentedPatches(learned, length, seed=settings.seed),
             source.regions,
             images.fingerprint,
             len(images),
             source.mirror_axes or (),
-            settings.mirrored,
+            judged,
             settings.seed,
             tuple(classes_of(source.label_manager)),
             ImageTiles(images.part(len(images) - unfitted), 1, seed=settings.seed + 1) if unfitted > held else None,

@@ -18,7 +18,7 @@ from nnslim.compression.recover import Progress
 from nnslim.compression.storage import bytes_of, in_half
 from nnslim.errors import ConfigError, ModelError, SlowerError
 from nnslim.files import whole_folder
-from nnslim.hosts.nnunet.cases.calibration_tiles import calibration_of
+from nnslim.hosts.nnunet.cases.calibration_tiles import Source, calibration_of
 from nnslim.hosts.nnunet.model.planned import built_from_plans
 from nnslim.hosts.nnunet.model.slim_plans import base_of, named_after, slim_plans, with_changed_plans
 from nnslim.hosts.nnunet.model.trained_model import (
@@ -77,7 +77,8 @@ def compress_model(
             "nnU-Net could not load a slim folder; use NNSlimContext (or nnslim run) for this model"
         )
     network, before = base_of(model) if config.active else (build_network(model), ())
-    config, target = config.with_images(images), Path(target)
+    config = config.with_images(images).judged_as(bool(Source.of(model).mirror_axes))
+    target, once = Path(target), config.active and config.recovery.target == "mirrored"
     state = target.with_name(f".{target.name}.recovery")
     guard = None
     if config.run.measures:
@@ -107,7 +108,7 @@ def compress_model(
             spacing = [[float(size) for size in one.spacing] for one in pair]  # mm, before and after
             patch = [[int(size) for size in one.patch_size] for one in pair]  # voxels
             changed = {"resolution": {"spacing": spacing, "patch": patch}}
-        write_slim(side, model, slimmed.weights, named_after(target.name, slim_plans(model, slimmed.spec)))
+        write_slim(side, model, slimmed.weights, named_after(target.name, slim_plans(model, slimmed.spec)), once)
         sizes = [sum(map(bytes_of, one.weights)) for one in (model, slimmed)]
         files = [_checkpoint_bytes(model, folder) for folder in (model.path, side)]
         slimmed = replace(slimmed, weight_bytes=tuple(sizes), file_bytes=tuple(files))
@@ -122,14 +123,22 @@ def compress_model(
 
 
 def write_slim(
-    folder: Path, model: TrainedModel, weights: Iterable[Mapping[str, Tensor]], plans: dict[str, Any]
+    folder: Path,
+    model: TrainedModel,
+    weights: Iterable[Mapping[str, Tensor]],
+    plans: dict[str, Any],
+    once: bool = False,
 ) -> None:
-    """Write a model with slim weights, one state dict for each fold, and without the optimiser's state."""
+    """Write a model with slim weights, one state dict for each fold, and without the optimiser's state.
+
+    With `once` nnU-Net is told never to mirror: the network gives the mirrored answer in one pass.
+    """
     checkpoints = []
     for (fold, checkpoint), state in zip(model.checkpoints.items(), weights, strict=True):
         init = checkpoint["init_args"]
         made = {"network_weights": state, "optimizer_state": None, "grad_scaler_state": None}
         made["init_args"] = {**init, "plans": plans} if isinstance(init, dict) and "plans" in init else init
+        made |= {"inference_allowed_mirroring_axes": None} if once else {}
         checkpoints.append((fold, {**checkpoint, **made}))
     write_model(folder, plans, model.dataset, checkpoints, model.checkpoint_name)
 

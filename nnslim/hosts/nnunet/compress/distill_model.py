@@ -22,14 +22,17 @@ from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network,
 from nnslim.network.spec import apply_spec, spec_of
 
 
-def distill_config(images: Path, device: str = "auto", **recovery: Any) -> SlimConfig:
+def distill_config(images: Path, device: str = "auto", *, mirrored: bool | None = None, **recovery: Any) -> SlimConfig:
     """Return the configuration of a distillation, from keys of `RecoveryConfig`; None leaves a key at its default.
 
+    Args:
+        mirrored: see `CalibrationConfig`.
     Raises:
         ConfigError: a value out of bounds, or nothing to learn.
     """
     given = {key: value for key, value in recovery.items() if value is not None}
-    config = from_dict({"calibration": {"images": images, "device": device}, "recovery": given}, "distill")
+    calibration = {"images": images, "device": device, "mirrored": mirrored}
+    config = from_dict({"calibration": calibration, "recovery": given}, "distill")
     if not config.recovery.learns:
         raise ConfigError("distill: there is nothing to do with no steps and no block steps")
     config.calibration.torch_device()  # a missing GPU is named before anything is read
@@ -106,7 +109,8 @@ def distill_model(
                 recoveries.append(recover(teacher, student, data, config.recovery, **kept))
                 half = in_half(slim.checkpoints[fold]["network_weights"])
                 weights.append(stored(student.to("cpu"), half)[1])
-        write_slim(side, slim, weights, named_after(target.name, slim.plans))
+        once = config.recovery.target == "mirrored"
+        write_slim(side, slim, weights, named_after(target.name, slim.plans), once)
         if (slim.path / "plan.csv").is_file():
             shutil.copyfile(slim.path / "plan.csv", side / "plan.csv")
         before = read_record(slim.path)

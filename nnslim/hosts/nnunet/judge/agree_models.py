@@ -66,6 +66,16 @@ def agreement_of_models(
     return agreement_of_cases(large, small, cases, progress, temperature)
 
 
+def takes_mirrored(slim: Path) -> bool:
+    """Return whether a slim model's user takes mirrored answers where there are any: unless it was made for plain ones.
+
+    Raises:
+        ModelError: it has no nnslim.json, or one that cannot be read.
+    """
+    calibration = (read_record(slim).get("config") or {}).get("calibration") or {}
+    return calibration.get("mirrored") is not False
+
+
 def load_pair(dense: Path, slim: Path, settings: PredictSettings) -> tuple[Any, Any]:
     """Return initialised predictors of both, with the same folds; a ModelError tells why they cannot be compared."""
     source = read_trained_model(slim, settings.folds, settings.checkpoint, trust=settings.trust)
@@ -104,7 +114,8 @@ def agreement_of_cases(
     temperature: float = TEMPERATURE,
 ) -> Agreement:
     """Do what `agreement_of_models` does with two predictors of `load_pair`."""
-    agreement = Agreement(tuple(classes_of(dense.label_manager)), temperature=temperature)
+    mirrored = bool(dense.use_mirroring and dense.allowed_mirroring_axes)
+    agreement = Agreement(tuple(classes_of(dense.label_manager)), temperature=temperature, mirrored=mirrored)
     for number, case in enumerate(cases, start=1):
         try:
             agreement.cases.append(_compare(dense, slim, case, temperature))

@@ -188,7 +188,8 @@ def slim_predictor(predictor: Any, session: Session, source: str, folder: Path |
     # A DataParallel-trained checkpoint may carry "module." prefixes; nnU-Net would refuse it before us.
     given = predictor.list_of_parameters
     folds: list[StateDict] = list(given) if given else [dense.state_dict()]
-    config = session.config.for_trained()
+    mirrored = bool(predictor.use_mirroring and predictor.allowed_mirroring_axes)
+    config = session.config.for_trained().judged_as(mirrored)
     refuse_changed_plans(config, predictor.configuration_manager)
     started = time.perf_counter()
     slimmed, cached, speed = None, False, None
@@ -206,6 +207,8 @@ def slim_predictor(predictor: Any, session: Session, source: str, folder: Path |
     network = dense if slimmed is None else slimmed.network
     if slimmed is not None and given:
         predictor.list_of_parameters = list(slimmed.weights)
+    if slimmed is not None and config.recovery.target == "mirrored":
+        predictor.allowed_mirroring_axes = None  # one pass gives the mirrored answer
     if not config.apply or _untouched(config.run):
         network = torch.compile(network) if compiled else network
     elif slimmed is not None or given:  # a trainer's own network goes on learning: an engine would keep old weights
@@ -240,12 +243,12 @@ def _base(config: SlimConfig, network: nn.Module, folds: Sequence[StateDict]) ->
 
 
 def loading_key(predictor: Any, folder: str, folds: Any, checkpoint_name: str) -> tuple[Any, ...]:
-    """Return what decides the content of a loaded predictor: the folder, its files as they are now, the device."""
+    """Return what decides the content of a loaded predictor: folder, files as they are now, device and mirroring."""
     path = Path(folder).resolve()
     files = sorted(path.glob("*.json")) + sorted(path.glob(f"fold_*/{checkpoint_name}"))
     state = tuple((str(file), (stat := file.stat()).st_mtime_ns, stat.st_size) for file in files)
     wanted = folds if folds is None or isinstance(folds, (str, int)) else tuple(folds)
-    return str(path), wanted, checkpoint_name, str(predictor.device), state
+    return str(path), wanted, checkpoint_name, str(predictor.device), bool(predictor.use_mirroring), state
 
 
 def _untouched(run: RunConfig) -> bool:

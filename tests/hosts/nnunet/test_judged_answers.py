@@ -1,0 +1,108 @@
+"""Slim models are judged by the answer that their user takes: mirrored, plain, or the mirrored one in one pass."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers import load_stock
+
+from nnslim.context import NNSlimContext
+from nnslim.errors import ConfigError
+from nnslim.files import read_json
+
+_METHODS = [{"method": "tucker", "rank_factor": 0.5, "rank_min": 2}]
+_CONTENT = {"methods": _METHODS, "run": {"guard": False}, "recovery": {"steps": 4, "every": 4}}
+
+
+@pytest.fixture
+def compress(command, case_folder, tmp_path):
+    """Compress a model with images; return the folder, its nnslim.json and what was printed."""
+
+    def run(model, *options, expect=0, **recovery):
+        config, out = tmp_path / "config.yml", tmp_path / "slim"
+        config.write_text(json.dumps(_CONTENT | {"recovery": _CONTENT["recovery"] | recovery}))
+        _, said, err = command(
+            "compress", "-m", model, "-o", out, "-c", config, "-i", case_folder, *options, expect=expect
+        )
+        return (out, read_json(out / "nnslim.json"), said) if expect == 0 else err
+
+    return run
+
+
+@pytest.fixture
+def never_mirrored(make_model):
+    path = make_model() / "fold_0" / "checkpoint_final.pth"
+    torch.save(torch.load(path, weights_only=False) | {"inference_allowed_mirroring_axes": None}, path)
+    return path.parents[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "judged", "shown"),
+    [((), "mirrored", "(mirrored answers)"), (("--disable_tta",), "plain", "(plain answers)")],
+)
+def test_mirrored_answers_are_judged_unless_plain_ones_are_asked_for(
+    compress, command, make_model, case_folder, options, judged, shown
+):
+    model = make_model()
+    slim, record, said = compress(model, *options)
+    assert [fold["judged"] for fold in record["recovery"]] == [judged] and shown in said
+    assert record["config"]["calibration"]["mirrored"] is (judged == "mirrored")
+    agree = ("agree", "-m", slim, "--dense", model, "-i", case_folder)
+    assert ("slim against dense, mirrored:" in command(*agree, expect=0)[1]) is (judged == "mirrored")
+    assert read_json(slim / "nnslim.json")["agreement"]["mirrored"] is (judged == "mirrored")
+    assert "slim against dense: " in command(*agree, "--disable_tta", expect=0)[1]
+    command("report", "-m", slim, "-o", slim.parent / "page", expect=0)
+    page = next((slim.parent / "page").rglob("*.html")) if (slim.parent / "page").is_dir() else slim.parent / "page"
+    assert shown in page.read_text()
+
+
+def test_a_model_that_is_never_mirrored_is_judged_by_its_plain_answer(compress, never_mirrored):
+    assert compress(never_mirrored)[1]["recovery"][0]["judged"] == "plain"
+
+
+@pytest.mark.parametrize(("use_mirroring", "judged"), [(True, "mirrored"), (False, "plain")])
+def test_the_context_judges_what_the_predictor_does(make_model, case_folder, tmp_path, use_mirroring, judged):
+    model = make_model()
+    content = _CONTENT | {"cache": {"folder": str(tmp_path / "cache")}}
+    for _ in range(2):  # compressed, then recalled
+        with NNSlimContext(content, images=case_folder) as slim:
+            load_stock(model, use_mirroring=use_mirroring)
+        assert [fold["judged"] for fold in slim.report.to_dict()["models"][0]["recovery"]] == [judged]
+    assert slim.report.models[0].from_cache
+
+
+def test_one_pass_is_what_stock_nnunet_and_the_context_then_do(compress, make_model, stock_logits, case_folder):
+    model = make_model()
+    slim, record, said = compress(model, target="mirrored")
+    assert record["recovery"][0]["judged"] == "one pass" and "(one pass against mirrored answers)" in said
+    once, asked = (stock_logits(slim, (0,), use_mirroring=each) for each in (False, True))
+    assert torch.equal(once, asked)
+    assert not torch.equal(*(stock_logits(model, (0,), use_mirroring=each) for each in (False, True)))
+    config = _CONTENT | {"recovery": {"steps": 4, "every": 4, "target": "mirrored"}, "cache": {"write": False}}
+    with NNSlimContext(config | {"cache": {"read": False, "write": False}}, images=case_folder):
+        assert load_stock(model, use_mirroring=True).allowed_mirroring_axes is None
+
+
+def test_distill_makes_one_pass_of_a_slim_model(compress, command, make_model, stock_logits, case_folder, tmp_path):
+    model = make_model()
+    slim, _, _ = compress(model)
+    arguments = ("--teacher", model, "-i", case_folder, "-o", tmp_path / "once", "--steps", 2, "--target", "mirrored")
+    command("distill", "-m", slim, *arguments, expect=0)
+    once, asked = (stock_logits(tmp_path / "once", (0,), use_mirroring=each) for each in (False, True))
+    assert torch.equal(once, asked)
+    assert read_json(tmp_path / "once" / "nnslim.json")["recovery"][0]["judged"] == "one pass"
+
+
+def test_one_pass_that_cannot_be_learned_is_refused(compress, command, never_mirrored, tmp_path):
+    assert "never mirrored" in compress(never_mirrored, target="mirrored", expect=2)
+    assert "give recovery.steps" in compress(never_mirrored, target="mirrored", steps=0, expect=2)
+    assert "does not go with calibration.mirrored" in compress(
+        never_mirrored, "--disable_tta", target="mirrored", expect=2
+    )
+    given = ("-m", never_mirrored, "-o", tmp_path / "other", "-c", tmp_path / "config.yml")
+    assert "is learned from images" in command("compress", *given, expect=2)[2]
+    assert not (tmp_path / "slim").exists() and not (tmp_path / "other").exists()
+    with pytest.raises(ConfigError, match=r"one of|Input should be 'same' or 'mirrored'"):
+        NNSlimContext({"methods": _METHODS, "recovery": {"target": "both"}})
