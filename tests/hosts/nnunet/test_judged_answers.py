@@ -11,6 +11,7 @@ from helpers import load_stock
 from nnslim.context import NNSlimContext
 from nnslim.errors import ConfigError
 from nnslim.files import read_json
+from nnslim.hosts.nnunet.judge.agree_models import takes_mirrored
 
 _METHODS = [{"method": "tucker", "rank_factor": 0.5, "rank_min": 2}]
 _CONTENT = {"methods": _METHODS, "run": {"guard": False}, "recovery": {"steps": 4, "every": 4}}
@@ -87,12 +88,14 @@ def test_one_pass_is_what_stock_nnunet_and_the_context_then_do(compress, make_mo
 
 def test_distill_makes_one_pass_of_a_slim_model(compress, command, make_model, stock_logits, case_folder, tmp_path):
     model = make_model()
-    slim, _, _ = compress(model)
+    slim, _, _ = compress(model, "--disable_tta")
+    assert not takes_mirrored(slim)
     arguments = ("--teacher", model, "-i", case_folder, "-o", tmp_path / "once", "--steps", 2, "--target", "mirrored")
     command("distill", "-m", slim, *arguments, expect=0)
     once, asked = (stock_logits(tmp_path / "once", (0,), use_mirroring=each) for each in (False, True))
     assert torch.equal(once, asked)
     assert read_json(tmp_path / "once" / "nnslim.json")["recovery"][0]["judged"] == "one pass"
+    assert takes_mirrored(tmp_path / "once")  # compared with the dense model's mirrored answer, whatever came before
 
 
 def test_one_pass_that_cannot_be_learned_is_refused(compress, command, never_mirrored, tmp_path):

@@ -72,8 +72,11 @@ def takes_mirrored(slim: Path) -> bool:
     Raises:
         ModelError: it has no nnslim.json, or one that cannot be read.
     """
-    calibration = (read_record(slim).get("config") or {}).get("calibration") or {}
-    return calibration.get("mirrored") is not False
+    record = read_record(slim)
+    judged = {fold.get("judged") for fold in record.get("recovery") or ()} - {None}
+    if judged:  # of the last recovery, which may be that of a distillation
+        return "plain" not in judged
+    return ((record.get("config") or {}).get("calibration") or {}).get("mirrored") is not False
 
 
 def load_pair(dense: Path, slim: Path, settings: PredictSettings) -> tuple[Any, Any]:
