@@ -258,6 +258,24 @@ def case_labels(case_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def prepared(tmp_path: Path) -> Callable[..., Any]:
+    """Factory: images of these shapes, as if preprocessed, with the source of a model folder."""
+    from helpers import images_source
+
+    from nnslim.hosts.nnunet.cases.calibration_tiles import PreparedImages
+
+    def make(folder: Path, *shapes: tuple[int, ...], channels: int = 1) -> PreparedImages:
+        paths = []
+        for number, shape in enumerate(shapes):
+            paths.append(tmp_path / f"{number}.npy")
+            data = np.random.default_rng(number).standard_normal((channels, *shape)).astype(np.float32)
+            np.save(paths[-1], data)
+        return PreparedImages(images_source(folder), paths)
+
+    return make
+
+
+@pytest.fixture
 def case_folder(tmp_path: Path) -> Path:
     """A folder with three small readable images."""
     import nibabel as nib

@@ -179,6 +179,14 @@ def load_stock(folder: Path, folds: Any = (0,), **options: Any) -> Any:
     return predictor
 
 
+def images_source(folder: Path) -> Any:
+    """Return what preprocessing needs of a model folder."""
+    from nnslim.hosts.nnunet.cases.calibration_tiles import Source
+    from nnslim.hosts.nnunet.model.trained_model import read_trained_model
+
+    return Source.of(read_trained_model(folder))
+
+
 def slim_model(source: Path, target: Path, factor: float = 0.4, images: Path | None = None, **run: Any) -> Path:
     """Compress a model by Tucker with that rank factor, into `target`."""
     from nnslim.compression.config import load_config

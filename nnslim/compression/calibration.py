@@ -6,10 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from nnslim.surgery.streaming import Tiles
 
+Logits = Callable[[Tensor], Tensor]  # (1, C, *patch) to (1, heads, *patch)
+Patches = Callable[[int], Dataset]
 Judged = Literal["plain", "mirrored", "one pass"]  # see `Referee`
 
 
@@ -20,6 +23,9 @@ class Calibration:
     Attributes:
         tiles: for statistics.
         held_out: for measuring agreement with the dense network; with 4 images or more, nothing is learned from them.
+        answered: (dense network, its logits, axes to mirror along, forward passes at most) -> like `patches`, with the
+            dense network's prediction of the whole image, (heads, *patch) probabilities, beside each patch; None where
+            that would take more passes or too much space. The prediction is made once for each network.
         fresh: for comparing plans that are fitted but not learned: images that were not fitted to, if there are
             enough; None for `held_out`.
         patches: number of patches -> augmented patches to learn from; patch `index` is the same each time.
@@ -34,7 +40,7 @@ class Calibration:
 
     tiles: Tiles
     held_out: Tiles
-    patches: Callable[[int], Dataset]
+    patches: Patches
     regions: bool = False
     fingerprint: str = ""
     images: int = 0
@@ -43,3 +49,4 @@ class Calibration:
     seed: int = 0
     class_names: tuple[str, ...] = ()
     fresh: Tiles | None = None
+    answered: Callable[[nn.Module, Logits, tuple[int, ...], int], Patches | None] | None = None

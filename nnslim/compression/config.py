@@ -104,6 +104,11 @@ class RecoveryConfig(_Section):
     mirrored_teacher: bool = Field(
         True, description="learn the mean of the dense answers to mirror images, where the model may be mirrored"
     )
+    teacher: Literal["auto", "live"] = Field(
+        "auto",
+        description="live: the dense network answers each patch; auto: it predicts each image once, whole, and the "
+        "prediction is augmented with the image, where that takes at most twice as many passes",
+    )
     target: Literal["same", "mirrored"] = Field(
         "same",
         description="same: the slim model predicts as the dense one; mirrored: it learns the mirrored answer, and "

@@ -18,6 +18,7 @@ from nnslim.surgery.streaming import Tiles, hooked
 Axes = tuple[int, ...]
 _NORMS = (nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
 _SMOOTH = 1e-5
+_UNLIKELY = 1e-6
 
 
 def mirrors(axes: Sequence[int] | None, most: int | None = None) -> list[Axes]:
@@ -63,6 +64,11 @@ class Teacher:
         self._engines: dict[torch.Size, nn.Module] = {}  # the faster engine of a CPU, where nothing is learned
 
     @torch.no_grad()
+    def logits(self, batch: Tensor) -> Tensor:
+        """Return logits (B, heads, *patch) of the batch as it is."""
+        return self._logits(batch)
+
+    @torch.no_grad()
     def answer(self, batch: Tensor, step: int) -> Tensor:
         """Return logits (B, heads, *patch) for step number `step`."""
         way = self._ways[int(np.random.default_rng((self.seed, step)).integers(len(self._ways)))]
@@ -75,6 +81,11 @@ class Teacher:
         if batch.shape not in self._engines:
             self._engines[batch.shape] = with_fallback(self.dense, tuple(batch.shape), Settings("eager"))[0]
         return self._engines[batch.shape](batch)
+
+
+def as_logits(probabilities: Tensor, regions: bool) -> Tensor:
+    """Return logits whose softmax over channels, or sigmoid for regions, are these (B, C, *spatial) probabilities."""
+    return probabilities.logit(_UNLIKELY) if regions else probabilities.clamp_min(_UNLIKELY).log()
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, *, regions: bool = False) -> Tensor:

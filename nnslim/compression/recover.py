@@ -20,7 +20,14 @@ from torch.utils.data import DataLoader, Subset
 from nnslim.caches import read_kept, write_kept
 from nnslim.compression.calibration import Calibration
 from nnslim.compression.config import RecoveryConfig
-from nnslim.compression.distillation import Teacher, distillation_loss, recalibrate_norms, stage_ends, stage_loss
+from nnslim.compression.distillation import (
+    Teacher,
+    as_logits,
+    distillation_loss,
+    recalibrate_norms,
+    stage_ends,
+    stage_loss,
+)
 from nnslim.compression.referee import Referee
 from nnslim.errors import InputError
 from nnslim.files import checkpoint_bytes, no_memory, unreadable
@@ -151,21 +158,26 @@ class _Learning:
     def _learn(self) -> None:
         settings, recovery, size = self.settings, self.recovery, self.settings.batch_size
         total = settings.block_steps + settings.steps
-        rest = Subset(self.data.patches(total * size), range(recovery.steps * size, total * size))
+        patches = self.data.patches(total * size)
+        first = torch.stack([patches[number] for number in range(size)]).to(self.device)
+        half = learns_in_bfloat16((self.dense, self.slim), first, settings.precision)
+        axes = self.data.mirror_axes if settings.sees_mirrored else ()
+        teacher = Teacher(self.dense, axes=axes, half=half, seed=self.data.seed)
+        ends = stage_ends(self.dense, first[:1]) if settings.block_steps else []
+        answered = None
+        if self.data.answered is not None and settings.teacher == "auto" and settings.steps:
+            answered = self.data.answered(self.dense, teacher.logits, tuple(axes), 2 * settings.steps * size)
+            patches = answered(total * size) if answered else patches
+        rest = Subset(patches, range(recovery.steps * size, total * size))
         loader = DataLoader(rest, batch_size=size, shuffle=False, num_workers=settings.workers)
-        teacher, ends, half = None, [], False  # the first patches decide
         self.slim.train()
         for step, batch in enumerate(loader, start=recovery.steps):
             if settings.seconds is not None and self._elapsed() >= settings.seconds:
                 recovery.stopped = "time"
                 self._measure()
                 return
+            batch, wanted = batch if answered else (batch, None)
             batch = batch.to(self.device)
-            if teacher is None:
-                half = learns_in_bfloat16((self.dense, self.slim), batch, settings.precision)
-                axes = self.data.mirror_axes if settings.sees_mirrored else ()
-                teacher = Teacher(self.dense, axes=axes, half=half, seed=self.data.seed)
-                ends = stage_ends(self.dense, batch[:1]) if settings.block_steps else []
             rate, blocks = schedule(step, settings, self._elapsed() / settings.seconds if settings.seconds else 0.0)
             for group in self.optimiser.param_groups:
                 group["lr"] = rate
@@ -173,7 +185,11 @@ class _Learning:
                 if blocks:
                     loss = stage_loss(self.dense, self.slim, ends, batch)
                 else:
-                    loss = distillation_loss(self.slim(batch), teacher.answer(batch, step), regions=self.data.regions)
+                    if wanted is None:
+                        target = teacher.answer(batch, step)
+                    else:
+                        target = as_logits(wanted.to(self.device), self.data.regions)
+                    loss = distillation_loss(self.slim(batch), target, regions=self.data.regions)
             self._update(loss)
             recovery.steps = step + 1
             if self.progress is not None:

@@ -11,7 +11,7 @@ import tempfile
 import numpy as np
 import pytest
 import torch
-from helpers import make_predictor
+from helpers import images_source, make_predictor
 
 import nnslim.hosts.nnunet.cases.calibration_tiles as module
 from nnslim import NNSlimContext
@@ -41,10 +41,6 @@ def predictor_of(folder):
     return predictor
 
 
-def source_of(folder):
-    return Source.of(read_trained_model(folder))
-
-
 def write_image(folder, name, shape, seed=0):
     import nibabel as nib
 
@@ -63,27 +59,12 @@ def scratch(tmp_path, monkeypatch):
     return folder
 
 
-@pytest.fixture
-def prepared(tmp_path):
-    """Factory: images of these shapes, as if preprocessed, with the source of a model folder."""
-
-    def make(folder, *shapes, channels=1):
-        paths = []
-        for number, shape in enumerate(shapes):
-            paths.append(tmp_path / f"{number}.npy")
-            data = np.random.default_rng(number).standard_normal((channels, *shape)).astype(np.float32)
-            np.save(paths[-1], data)
-        return PreparedImages(source_of(folder), paths)
-
-    return make
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_prepare_images_equals_nnunets_preprocessing(make_model, case_folder, scratch, kind):
     folder = make_model(kind)
     predictor = predictor_of(folder)
     preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
-    with prepare_images(source_of(folder), case_folder, 10) as images:
+    with prepare_images(images_source(folder), case_folder, 10) as images:
         assert len(images) == 3 and list(scratch.iterdir())
         for number, name in enumerate("abc"):
             wanted, *_ = preprocessor.run_case(
@@ -100,10 +81,10 @@ def test_prepare_images_equals_nnunets_preprocessing(make_model, case_folder, sc
 
 def test_source_of_a_predictor_equals_that_of_its_folder(make_model):
     folder = make_model("regions")
-    one, other = source_of(folder), Source.of(predictor_of(folder))
+    one, other = images_source(folder), Source.of(predictor_of(folder))
     assert (one.patch, one.regions, one.mirror_axes) == (other.patch, other.regions, other.mirror_axes)
     assert one.patch == (16, 16, 16) and one.regions and one.mirror_axes == (0, 1, 2)
-    assert not source_of(make_model("2d", parent="flat")).regions
+    assert not images_source(make_model("2d", parent="flat")).regions
 
 
 @pytest.mark.parametrize("kind", ["plain", "2d", "anisotropic"])
@@ -168,7 +149,7 @@ def test_patches_are_the_same_each_time_and_all_different(make_model, prepared, 
     state = np.random.get_state()[1].tolist(), torch.get_rng_state()
     made = [patches[index] for index in range(5)]
     assert np.random.get_state()[1].tolist() == state[0] and torch.equal(torch.get_rng_state(), state[1])
-    assert all(tuple(one.shape) == (1, *source_of(folder).patch) and one.dtype == torch.float32 for one in made)
+    assert all(tuple(one.shape) == (1, *images_source(folder).patch) and one.dtype == torch.float32 for one in made)
     assert all(one.isfinite().all() for one in made)
     again = AugmentedPatches(images, 9, seed=3)  # whatever was drawn before, and however many there are
     np.random.seed(7)
@@ -223,7 +204,7 @@ def test_prepare_images_count_is_chosen_by_the_seed(make_model, tmp_path, scratc
         write_image(tmp_path / "many", f"case{number}_0000.nii.gz", (10, 10, 10), number)
 
     def chosen(seed, count=3):
-        with prepare_images(source_of(folder), tmp_path / "many", count, seed=seed) as images:
+        with prepare_images(images_source(folder), tmp_path / "many", count, seed=seed) as images:
             assert len(images) == count
             return images.fingerprint
 
@@ -235,7 +216,7 @@ def test_prepare_images_count_is_chosen_by_the_seed(make_model, tmp_path, scratc
 def test_prepare_images_plain_names_do_for_one_channel(make_model, tmp_path, scratch):
     write_image(tmp_path / "plain", "patient.nii.gz", (10, 12, 14))
     write_image(tmp_path / "numbered", "patient_0000.nii.gz", (10, 12, 14))
-    source, made = source_of(make_model()), []
+    source, made = images_source(make_model()), []
     for where in ("plain", "numbered", "plain/patient.nii.gz"):
         with prepare_images(source, tmp_path / where, 4) as images:
             made.append(images.fingerprint)
@@ -254,7 +235,7 @@ def two_channels(source):
 
 
 def test_prepare_images_two_channels_are_kept_in_order(make_model, tmp_path, scratch):
-    source = two_channels(source_of(make_model()))
+    source = two_channels(images_source(make_model()))
     for channel in (0, 1):
         write_image(tmp_path / "pairs", f"a_000{channel}.nii.gz", (18, 18, 18), channel)
     with prepare_images(source, tmp_path / "pairs", 4) as images:
@@ -273,7 +254,7 @@ def test_prepare_images_two_channels_are_kept_in_order(make_model, tmp_path, scr
 
 
 def test_prepare_images_faults_are_named_and_leave_nothing(make_model, case_folder, tmp_path, scratch):
-    source = source_of(make_model())
+    source = images_source(make_model())
     with pytest.raises(InputError, match="nowhere does not exist"):
         prepare_images(source, tmp_path / "nowhere", 4).__enter__()
     (tmp_path / "empty").mkdir()
@@ -288,7 +269,7 @@ def test_prepare_images_faults_are_named_and_leave_nothing(make_model, case_fold
 
 def test_prepare_images_cascade_is_refused(make_model, case_folder, scratch):
     with pytest.raises(ModelError, match="second stage of a cascade"):
-        prepare_images(source_of(make_model("cascade")), case_folder, 4).__enter__()
+        prepare_images(images_source(make_model("cascade")), case_folder, 4).__enter__()
 
 
 def test_prepare_images_full_disk_is_named(make_model, case_folder, scratch, monkeypatch):
@@ -301,7 +282,7 @@ def test_prepare_images_full_disk_is_named(make_model, case_folder, scratch, mon
 
     monkeypatch.setattr(module.np, "save", full)
     with pytest.raises(OutputError, match="the disk is full"):
-        prepare_images(source_of(make_model()), case_folder, 4).__enter__()
+        prepare_images(images_source(make_model()), case_folder, 4).__enter__()
     assert not list(scratch.iterdir())
 
 
