@@ -25,7 +25,8 @@ from nnslim.compression.config import SlimConfig, from_dict
 from nnslim.compression.plan_and_fit import fit_and_recover, plan_methods, settle
 from nnslim.compression.recover import Recovery, recover
 from nnslim.evaluation.overlap import dice_per_label
-from nnslim.hosts.nnunet.cases.calibration_tiles import Source, calibration_of
+from nnslim.hosts.nnunet.cases.calibration_tiles import calibration_of
+from nnslim.hosts.nnunet.cases.prepared_images import Source
 from nnslim.hosts.nnunet.cases.preprocess import list_cases, preprocess_case, silent
 from nnslim.hosts.nnunet.compress.compress_model import write_slim
 from nnslim.hosts.nnunet.model.compatibility import predictor_class

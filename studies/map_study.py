@@ -18,7 +18,8 @@ import numpy as np
 from nnslim.errors import InputError
 from nnslim.figures import new_figure, own_style, save_figure
 from nnslim.files import whole_folder
-from nnslim.hosts.nnunet.cases.calibration_tiles import ImageTiles, Source, prepare_images
+from nnslim.hosts.nnunet.cases.calibration_tiles import ImageTiles
+from nnslim.hosts.nnunet.cases.prepared_images import Source, prepare_images
 from nnslim.hosts.nnunet.model.trained_model import build_network, read_trained_model
 from nnslim.methods.sauron.feature_maps import feature_maps, save_maps
 from nnslim.tables import write_table

@@ -262,7 +262,7 @@ def prepared(tmp_path: Path) -> Callable[..., Any]:
     """Factory: images of these shapes, as if preprocessed, with the source of a model folder."""
     from helpers import images_source
 
-    from nnslim.hosts.nnunet.cases.calibration_tiles import PreparedImages
+    from nnslim.hosts.nnunet.cases.prepared_images import PreparedImages
 
     def make(folder: Path, *shapes: tuple[int, ...], channels: int = 1) -> PreparedImages:
         paths = []

@@ -181,7 +181,7 @@ def load_stock(folder: Path, folds: Any = (0,), **options: Any) -> Any:
 
 def images_source(folder: Path) -> Any:
     """Return what preprocessing needs of a model folder."""
-    from nnslim.hosts.nnunet.cases.calibration_tiles import Source
+    from nnslim.hosts.nnunet.cases.prepared_images import Source
     from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 
     return Source.of(read_trained_model(folder))

@@ -88,6 +88,9 @@ def distill(
     mirrored_teacher: Annotated[
         bool, typer.Option(help="learn the mean of the dense answers to mirror images, where the model may be mirrored")
     ] = True,
+    live_teacher: Annotated[
+        bool, typer.Option(help="ask the dense network for each patch, where else it would predict each image once")
+    ] = False,
     disable_tta: Annotated[bool, typer.Option("--disable_tta", help="judge plain answers")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     trust: common.TrustOption = False,
@@ -100,6 +103,7 @@ def distill(
     start(quiet)
     given = {"steps": steps, "block_steps": block_steps, "mirrored_teacher": mirrored_teacher, "target": target.value}
     given |= {"seconds": seconds, "batch_size": batch_size, "learning_rate": learning_rate}
+    given |= {"teacher": "live" if live_teacher else "auto"}
     plain = disable_tta or (target is Target.same and not takes_mirrored(model))
     settings = distill_config(images, device, mirrored=False if plain else None, **given)
     slim, dense = read_pair(model, teacher, trust=trust)

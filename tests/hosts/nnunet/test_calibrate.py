@@ -13,20 +13,14 @@ import pytest
 import torch
 from helpers import images_source, make_predictor
 
-import nnslim.hosts.nnunet.cases.calibration_tiles as module
+import nnslim.hosts.nnunet.cases.prepared_images as module
 from nnslim import NNSlimContext
 from nnslim.cli import main
 from nnslim.compression.config import from_dict
 from nnslim.errors import InputError, ModelError
-from nnslim.hosts.nnunet.cases.calibration_tiles import (
-    AugmentedPatches,
-    ImageTiles,
-    PreparedImages,
-    Source,
-    calibration_of,
-    images_fingerprint,
-    prepare_images,
-)
+from nnslim.hosts.nnunet.cases.augmented_patches import AugmentedPatches
+from nnslim.hosts.nnunet.cases.calibration_tiles import ImageTiles, calibration_of, images_fingerprint
+from nnslim.hosts.nnunet.cases.prepared_images import PreparedImages, Source, prepare_images
 from nnslim.hosts.nnunet.compress.compress_model import compress_model
 from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 from nnslim.network.spec import spec_of

@@ -10,7 +10,8 @@ import torch
 from helpers import load_stock
 
 from nnslim.compression.config import from_dict
-from nnslim.hosts.nnunet.cases.calibration_tiles import AugmentedPatches, PreparedImages, _Answers
+from nnslim.hosts.nnunet.cases.augmented_patches import AugmentedPatches, DenseAnswers
+from nnslim.hosts.nnunet.cases.prepared_images import PreparedImages
 from nnslim.hosts.nnunet.compress.compress_model import compress_model
 from nnslim.hosts.nnunet.model.trained_model import build_network, read_trained_model
 
@@ -24,7 +25,7 @@ def test_answers_are_what_nnunet_predicts_and_follow_their_patches(make_model, p
     images = prepared(folder, (24, 20, 18), (9, 20, 30))
     network = build_network(read_trained_model(folder)).eval()
     axes = tuple(images.source.mirror_axes) if mirrored else ()
-    answers = _Answers(images, 3)
+    answers = DenseAnswers(images, 3)
     with torch.no_grad():
         patches = answers(network, network, axes, 10**6)
         assert answers(network, None, axes, 10**6)(2)._answers is patches(2)._answers  # made once
@@ -43,7 +44,7 @@ def test_answers_are_what_nnunet_predicts_and_follow_their_patches(make_model, p
         assert likely.shape[1:] == image.shape[1:] and likely.min() >= 0 and likely.max() <= 1
         if kind != "regions":
             torch.testing.assert_close(likely.sum(0), torch.ones(image.shape[1:]), rtol=0, atol=2e-3)
-    monkeypatch.setattr("nnslim.hosts.nnunet.cases.calibration_tiles._PATCH_VALUES", 10)
+    monkeypatch.setattr("nnslim.hosts.nnunet.cases.augmented_patches._PATCH_VALUES", 10)
     assert answers(network, network, axes, 10**6) is None
 
 

@@ -165,7 +165,8 @@ def test_distill_comes_nearer_to_the_dense_answers(
     target = tmp_path / "nnUNetTrainer__nnUNetPlansBetter__x"
     out, _ = nnslim(
         "distill", "-m", slim, "--teacher", source, "-i", case_folder, "-o", target,
-        "--steps", 90, "--block-steps", 10, "--learning-rate", 3e-3, "--no-mirrored-teacher", "--disable_tta",
+        "--steps", 90, "--block-steps", 10, "--learning-rate", 3e-3, "--no-mirrored-teacher", "--live-teacher",
+        "--disable_tta",
     )  # fmt: skip
     for fold in folds:
         assert f"fold {fold}: 100 steps" in out

@@ -23,7 +23,7 @@ from helpers import ROOT, load_stock, make_predictor
 
 from nnslim.errors import ConfigError, InputError
 from nnslim.evaluation.label_files import read_volume
-from nnslim.hosts.nnunet.cases.calibration_tiles import Source, prepare_images
+from nnslim.hosts.nnunet.cases.prepared_images import Source, prepare_images
 from nnslim.hosts.nnunet.cases.preprocess import list_cases, silent
 from nnslim.hosts.nnunet.predict.directory import NNUNetJob, nnunet_cases, predict_folder
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings

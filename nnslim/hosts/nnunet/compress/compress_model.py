@@ -18,7 +18,8 @@ from nnslim.compression.recover import Progress
 from nnslim.compression.storage import bytes_of, in_half
 from nnslim.errors import ConfigError, ModelError, SlowerError
 from nnslim.files import whole_folder
-from nnslim.hosts.nnunet.cases.calibration_tiles import Source, calibration_of
+from nnslim.hosts.nnunet.cases.calibration_tiles import calibration_of
+from nnslim.hosts.nnunet.cases.prepared_images import Source
 from nnslim.hosts.nnunet.model.planned import built_from_plans
 from nnslim.hosts.nnunet.model.slim_plans import base_of, named_after, slim_plans, with_changed_plans
 from nnslim.hosts.nnunet.model.trained_model import (

@@ -16,7 +16,8 @@ from nnslim.compression.plan_and_fit import plan_methods, searched
 from nnslim.compression.recover import Progress
 from nnslim.errors import ConfigError, OutputError
 from nnslim.files import make_folder, whole_folder
-from nnslim.hosts.nnunet.cases.calibration_tiles import ImageTiles, Source, calibration_of, prepare_images
+from nnslim.hosts.nnunet.cases.calibration_tiles import ImageTiles, calibration_of
+from nnslim.hosts.nnunet.cases.prepared_images import Source, prepare_images
 from nnslim.hosts.nnunet.model.slim_plans import base_of
 from nnslim.hosts.nnunet.model.trained_model import TrainedModel, input_shape
 from nnslim.methods.base import Decision, method_named, write_decisions

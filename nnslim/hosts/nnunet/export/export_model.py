@@ -20,7 +20,8 @@ from nnslim.compression.storage import StateDict
 from nnslim.errors import BackendError, ConfigError, InputError, ModelError, OutputError, first_line
 from nnslim.evaluation.parity import Parity, parity
 from nnslim.files import make_folder, output_error, temporary_folder, write_bytes, write_json
-from nnslim.hosts.nnunet.cases.calibration_tiles import ImageTiles, Source, prepare_images
+from nnslim.hosts.nnunet.cases.calibration_tiles import ImageTiles
+from nnslim.hosts.nnunet.cases.prepared_images import Source, prepare_images
 from nnslim.hosts.nnunet.model.trained_model import TrainedModel, build_network, input_shape
 from nnslim.running import kept_models
 from nnslim.running.int8 import INT8_NAME, Quantised, offer, quantize
