@@ -12,7 +12,7 @@ from nnslim.commands import common
 from nnslim.commands.common import start, stepping, tell
 
 Store = Enum("Store", {name: name for name in ("half", "as-is")}, type=str)
-Target = Enum("Target", {name: name for name in ("same", "mirrored")}, type=str)
+Target = Enum("Target", {name: name for name in ("same", "mirrored", "ensemble")}, type=str)
 
 
 def compress(
@@ -84,7 +84,9 @@ def distill(
     seconds: Annotated[float | None, typer.Option(help="time budget per fold")] = None,
     batch_size: Annotated[int | None, typer.Option(help="patches per step; default: 2")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="learning rate of AdamW; default: 0.0005")] = None,
-    target: Annotated[Target, typer.Option(help="mirrored: give the mirrored answer in one pass")] = Target.same,
+    target: Annotated[
+        Target, typer.Option(help="in one pass: mirrored, the mirrored answer; ensemble, that of all folds")
+    ] = Target.same,
     mirrored_teacher: Annotated[
         bool, typer.Option(help="learn the mean of the dense answers to mirror images, where the model may be mirrored")
     ] = True,
@@ -106,11 +108,11 @@ def distill(
     given |= {"teacher": "live" if live_teacher else "auto"}
     plain = disable_tta or (target is Target.same and not takes_mirrored(model))
     settings = distill_config(images, device, mirrored=False if plain else None, **given)
-    slim, dense = read_pair(model, teacher, trust=trust)
+    slim, dense = read_pair(model, teacher, ensemble=target is Target.ensemble, trust=trust)
     with stepping(quiet) as step:
         recoveries = distill_model(slim, dense, output, settings, progress=step)
     lines = [
         f"fold {fold}: {recovery.steps} steps, estimated drop in Dice {recovery.before:.4f} -> {recovery.after:.4f}"
-        for fold, recovery in zip(slim.checkpoints, recoveries, strict=True)
+        for fold, recovery in zip(slim.checkpoints, recoveries, strict=False)  # of an ensemble, the first alone
     ]
     tell(*lines, f"written: {output}")

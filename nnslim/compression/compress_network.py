@@ -14,11 +14,12 @@ from torch import nn
 
 from nnslim.compression.calibration import Calibration
 from nnslim.compression.config import SlimConfig
+from nnslim.compression.distillation import FoldMean
 from nnslim.compression.guard import Guard
 from nnslim.compression.plan_and_fit import find_budget, fit_and_recover, plan_methods, searched, settle
 from nnslim.compression.recover import Progress, Recovery
 from nnslim.compression.storage import StateDict, agreement_record, in_half, stored, tile_agreement
-from nnslim.errors import SpecError
+from nnslim.errors import ConfigError, SpecError
 from nnslim.files import no_memory
 from nnslim.methods.base import Decision, Plan
 from nnslim.network.cost import Cost, Counts, measure_cost
@@ -93,8 +94,9 @@ def compress(
 
     Args:
         network: dense network of the folds; wrappers of torch.compile and DDP are looked through.
-        weights: state dicts of the folds, at least one. Those in half precision are computed on in float32 and
-            written in half precision again.
+        weights: state dicts of the folds, at least one; with `recovery.target: ensemble` at least two, of which the
+            first is compressed and learns the mean answer of all. Those in half precision are computed on in float32
+            and written in half precision again.
         input_shape: (1, channels, *patch) in voxels.
         data: calibration images; without them, planning uses the weights alone and nothing is recovered.
         checkpoint: the state of an interrupted recovery is kept in files named after it, `<name>.fold<N>`.
@@ -111,7 +113,13 @@ def compress(
     dense_cost = measure_cost(base, input_shape)
     device = config.calibration.torch_device() if data is not None else torch.device("cpu")
     first = _with_weights(base, weights, 0).to(device)
-    config, plans, speed, done = _planned(first, config, dense_cost, input_shape, data, progress, guard)
+    teacher = None
+    if config.active and data is not None and config.recovery.target == "ensemble":
+        if len(weights) < 2:
+            raise ConfigError("recovery.target: ensemble learns the mean of several folds; there is only one")
+        rest = [_with_weights(base, weights, number).to(device) for number in range(1, len(weights))]
+        teacher, weights = FoldMean([first, *rest]), weights[:1]
+    config, plans, speed, done = _planned(first, config, dense_cost, input_shape, data, progress, guard, teacher)
     states, recoveries, agreement = [], [], None
     for number in range(len(weights)):
         if number == 0 and done is not None:
@@ -119,7 +127,8 @@ def compress(
         else:
             beside = None if checkpoint is None else checkpoint.with_name(f"{checkpoint.name}.fold{number}")
             given = (_with_weights(base, weights, number).to(device), config, plans, input_shape, data)
-            slim, recovery, layer_errors = fit_and_recover(*given, checkpoint=beside, progress=progress)
+            learning = {"teacher": teacher, "checkpoint": beside, "progress": progress}
+            slim, recovery, layer_errors = fit_and_recover(*given, **learning)
         slim = slim.to("cpu").eval()
         # Half precision is kept where the model was stored in it.
         network, state = stored(slim, half=config.store == "half" or in_half(weights[number]))
@@ -156,11 +165,12 @@ def _planned(
     data: Calibration | None,
     progress: Progress | None,
     guard: Guard | None,
+    teacher: nn.Module | None,
 ) -> tuple[SlimConfig, tuple[Plan, ...], Speed | None, tuple[nn.Module, Recovery, dict[str, float]] | None]:
     """Return the settings in force, the plans, their measured speed, and the first fold where a search has made it."""
     done = None
     if config.active and (position := searched(config)) is not None:
-        config, plans, *made = find_budget(first, config, position, cost, input_shape, data, progress)
+        config, plans, *made = find_budget(first, config, position, cost, input_shape, data, progress, teacher)
         done = (*made, {})
     else:
         plans = plan_methods(first, config, cost, input_shape, data)

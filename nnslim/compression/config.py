@@ -109,10 +109,11 @@ class RecoveryConfig(_Section):
         description="live: the dense network answers each patch; auto: it predicts each image once, whole, and the "
         "prediction is augmented with the image, where that takes at most twice as many passes",
     )
-    target: Literal["same", "mirrored"] = Field(
+    target: Literal["same", "mirrored", "ensemble"] = Field(
         "same",
         description="same: the slim model predicts as the dense one; mirrored: it learns the mirrored answer, and "
-        "gives it in one pass",
+        "gives it in one pass; ensemble: one slim fold learns the mean of all folds' answers, mirrored where the model "
+        "may be mirrored, and gives it in one pass",
     )
     precision: Literal["auto", "f32", "bf16"] = Field(
         "auto", description="while learning; auto: bf16 where the device is fast in it"
@@ -130,7 +131,12 @@ class RecoveryConfig(_Section):
     @property
     def sees_mirrored(self) -> bool:
         """Whether the answers to learn are those to mirror images."""
-        return self.mirrored_teacher or self.target == "mirrored"
+        return self.mirrored_teacher or self.one_pass
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether the slim model gives in one pass what the dense one gives in several, and is not to be mirrored."""
+        return self.target != "same"
 
 
 class MethodEntry(_Section):
@@ -164,11 +170,11 @@ class SlimConfig(_Section):
     @model_validator(mode="after")
     def _learns_its_target(self) -> SlimConfig:
         """Refuse a target that nothing learns, or that is judged otherwise."""
-        if self.recovery.target == "mirrored":
-            if not self.recovery.learns:
-                raise ConfigError("recovery.target: mirrored is learned: give recovery.steps, such as 400")
-            if self.calibration.mirrored is False:
-                raise ConfigError("recovery.target: mirrored does not go with calibration.mirrored: false")
+        target = self.recovery.target
+        if self.recovery.one_pass and not self.recovery.learns:
+            raise ConfigError(f"recovery.target: {target} is learned: give recovery.steps, such as 400")
+        if target == "mirrored" and self.calibration.mirrored is False:
+            raise ConfigError("recovery.target: mirrored does not go with calibration.mirrored: false")
         return self
 
     @model_validator(mode="after")

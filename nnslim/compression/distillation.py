@@ -40,6 +40,18 @@ def flip(x: Tensor, axes: Axes) -> Tensor:
     return x.flip([axis + 2 for axis in axes]) if axes else x
 
 
+class FoldMean(nn.Module):
+    """Mean logits of several networks, which is how nnU-Net joins the folds of a model."""
+
+    def __init__(self, folds: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.folds = nn.ModuleList(folds)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, heads, *patch) for (B, C, *patch)."""
+        return torch.stack([fold(x) for fold in self.folds]).mean(0)
+
+
 @dataclass
 class Teacher:
     """Answers of the dense network, without gradients.

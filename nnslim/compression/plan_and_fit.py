@@ -85,6 +85,7 @@ def fit_and_recover(
     input_shape: Sequence[int],
     data: Calibration | None,
     *,
+    teacher: nn.Module | None = None,
     fitted: Fitted | None = None,
     target: float | None = None,
     checkpoint: Path | None = None,
@@ -93,6 +94,7 @@ def fit_and_recover(
     """Compress one network by plans that are made.
 
     Args:
+        teacher: see `recover`.
         fitted: what `settle` or `fit_plans` has made of them already; changed in place.
         target: learning ends early once the estimated drop is at most this.
         checkpoint: file for the state of learning; a call without the target goes on from it.
@@ -103,9 +105,10 @@ def fit_and_recover(
     spec = spec_of(slim)
     if data is None or spec is None or not spec.edits:
         return slim, None, errors
-    identity = f"{data.fingerprint} {network_fingerprint(dense)} {json.dumps(config.identity(), sort_keys=True)} {spec}"
+    weights = " ".join(network_fingerprint(one) for one in (dense, teacher) if one is not None)
+    identity = f"{data.fingerprint} {weights} {json.dumps(config.identity(), sort_keys=True)} {spec}"
     learning = {"checkpoint": checkpoint, "identity": identity, "target": target, "progress": progress}
-    return slim, recover(dense, slim, data, config.recovery, **learning), errors
+    return slim, recover(dense, slim, data, config.recovery, teacher=teacher, **learning), errors
 
 
 def settle(
@@ -167,6 +170,7 @@ def find_budget(
     input_shape: Sequence[int],
     data: Calibration | None,
     progress: Progress | None,
+    teacher: nn.Module | None = None,
 ) -> tuple[SlimConfig, tuple[Plan, ...], nn.Module, Recovery]:
     """Find the smallest share of MACs that keeps `max_drop`, recovery included.
 
@@ -179,6 +183,7 @@ def find_budget(
         dense: with the weights of the first fold.
         position: of the method in `config.methods`.
         data: calibration images; None is refused.
+        teacher: see `recover`.
     Returns:
         The configuration with the share in place of `max_drop`, its plans, and the slim network and recovery of the
         trial that showed it.
@@ -189,7 +194,7 @@ def find_budget(
     limit = entry.settings.drop_limit
     if data is None:
         raise ConfigError(f"max_drop={limit:g} is measured on images: name their folder (-i, or calibration.images)")
-    unfitted = Referee.of(dense, data, tiles=data.fresh)
+    unfitted = Referee.of(teacher or dense, data, tiles=data.fresh)
     step, drops, best = START, {}, None
     with temporary_folder() as work:
         while (
@@ -206,7 +211,7 @@ def find_budget(
                 fitted = fit_plans(dense, trial, plans, input_shape, data, progress)
                 drops[step] = _LEFT * unfitted.drop(fitted[0]) if config.recovery.learns else 0.0
                 if not drops[step] > limit:
-                    learning = {"target": limit, "checkpoint": state, "progress": progress}
+                    learning = {"teacher": teacher, "target": limit, "checkpoint": state, "progress": progress}
                     given = (dense, trial, plans, input_shape, data)
                     slim, recovery, _ = fit_and_recover(*given, fitted=fitted, **learning)
                     recovery = recovery or Recovery()
@@ -228,5 +233,6 @@ def find_budget(
         config, plans, slim, recovery = best
         if recovery.stopped == "target":
             given = (dense, config, plans, input_shape, data)
-            slim, recovery, _ = fit_and_recover(*given, fitted=(slim, {}), checkpoint=reached, progress=progress)
+            learning = {"teacher": teacher, "checkpoint": reached, "progress": progress}
+            slim, recovery, _ = fit_and_recover(*given, fitted=(slim, {}), **learning)
         return config, plans, slim, recovery or Recovery()

@@ -114,6 +114,7 @@ class _Learning:
 
     dense: nn.Module
     slim: nn.Module
+    answering: nn.Module
     data: Calibration
     settings: RecoveryConfig
     referee: Referee
@@ -160,13 +161,13 @@ class _Learning:
         total = settings.block_steps + settings.steps
         patches = self.data.patches(total * size)
         first = torch.stack([patches[number] for number in range(size)]).to(self.device)
-        half = learns_in_bfloat16((self.dense, self.slim), first, settings.precision)
+        half = learns_in_bfloat16((self.answering, self.slim), first, settings.precision)
         axes = self.data.mirror_axes if settings.sees_mirrored else ()
-        teacher = Teacher(self.dense, axes=axes, half=half, seed=self.data.seed)
+        teacher = Teacher(self.answering, axes=axes, half=half, seed=self.data.seed)
         ends = stage_ends(self.dense, first[:1]) if settings.block_steps else []
         answered = None
         if self.data.answered is not None and settings.teacher == "auto" and settings.steps:
-            answered = self.data.answered(self.dense, teacher.logits, tuple(axes), 2 * settings.steps * size)
+            answered = self.data.answered(self.answering, teacher.logits, tuple(axes), 2 * settings.steps * size)
             patches = answered(total * size) if answered else patches
         rest = Subset(patches, range(recovery.steps * size, total * size))
         loader = DataLoader(rest, batch_size=size, shuffle=False, num_workers=settings.workers)
@@ -283,6 +284,7 @@ def recover(
     data: Calibration,
     settings: RecoveryConfig,
     *,
+    teacher: nn.Module | None = None,
     checkpoint: Path | None = None,
     identity: str = "",
     target: float | None = None,
@@ -295,11 +297,14 @@ def recover(
 
     Args:
         dense, slim: on one device; left in eval mode.
+        teacher: whose logits are learned and judged by, such as the mean of several folds; default: `dense`, to whose
+            layers the norms and stages are fitted in any case.
         checkpoint: file for the state in between; the caller removes it when all is written.
         identity: a checkpoint of another identity is not used.
         target: stop as soon as the estimated drop is at most this.
     """
-    referee = Referee.of(dense.eval(), data, images=settings.sees_mirrored)
+    dense, answering = dense.eval(), (teacher or dense).eval()
+    referee = Referee.of(answering, data, images=settings.sees_mirrored)
     if settings.norms:
         before, saved = referee.drop(slim), {k: v.clone() for k, v in slim.state_dict().items()}
         recalibrate_norms(dense, slim, data.tiles)
@@ -308,7 +313,7 @@ def recover(
     if not settings.learns:
         drop = referee.drop(slim)
         return Recovery(before=drop, after=drop, judged=data.judged)
-    run = _Learning(dense, slim, data, settings, referee, checkpoint, identity, target, progress)
+    run = _Learning(dense, slim, answering, data, settings, referee, checkpoint, identity, target, progress)
     try:
         return run.go()
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from helpers import load_stock
 from nnslim.context import NNSlimContext
 from nnslim.errors import ConfigError
 from nnslim.files import read_json
-from nnslim.hosts.nnunet.judge.agree_models import takes_mirrored
+from nnslim.hosts.nnunet.judge.agree_models import load_pair, takes_mirrored
+from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 
 _METHODS = [{"method": "tucker", "rank_factor": 0.5, "rank_min": 2}]
 _CONTENT = {"methods": _METHODS, "run": {"guard": False}, "recovery": {"steps": 4, "every": 4}}
@@ -98,6 +100,48 @@ def test_distill_makes_one_pass_of_a_slim_model(compress, command, make_model, s
     assert takes_mirrored(tmp_path / "once")  # compared with the dense model's mirrored answer, whatever came before
 
 
+def test_one_slim_fold_learns_what_all_folds_answer(compress, command, make_model, stock_logits, case_folder, tmp_path):
+    model, far = make_model(folds=(0, 1)), []
+    wanted = stock_logits(model, (0, 1), use_mirroring=True).softmax(0)
+    for steps in (1, 40):
+        slim, record, said = compress(
+            model, target="ensemble", teacher="live", steps=steps, every=40, learning_rate=3e-3
+        )
+        assert sorted(path.name for path in slim.glob("fold_*")) == ["fold_0"] and record["folds"] == ["0"]
+        assert record["ensemble"] == ["0", "1"] and "(one pass against mirrored answers)" in said
+        once, asked = (stock_logits(slim, (0,), use_mirroring=each) for each in (False, True))
+        assert torch.equal(once, asked)
+        far.append(float((once.softmax(0) - wanted).square().mean()))
+        large, small = load_pair(model, slim, PredictSettings(device="cpu"))
+        assert (len(large.list_of_parameters), len(small.list_of_parameters)) == (2, 1)
+        shutil.move(slim, tmp_path / f"steps{steps}")
+    assert far[1] < far[0]
+    both, _, _ = compress(model)  # two slim folds, of which distillation makes one
+    out = tmp_path / "joined"
+    arguments = ("--teacher", model, "-i", case_folder, "-o", out, "--steps", 2, "--target", "ensemble")
+    assert "fold 0: 2 steps" in command("distill", "-m", both, *arguments, expect=0)[1]
+    assert sorted(path.name for path in out.glob("fold_*")) == ["fold_0"]
+    assert read_json(out / "nnslim.json")["ensemble"] == ["0", "1"]
+
+
+def test_the_context_makes_one_fold_of_an_ensemble(make_model, case_folder):
+    model = make_model(folds=(0, 1))
+    config = _CONTENT | {"recovery": {"steps": 2, "target": "ensemble"}, "cache": {"read": False, "write": False}}
+    with NNSlimContext(config, images=case_folder) as slim:
+        predictor = load_stock(model, folds=(0, 1), use_mirroring=True)
+    assert len(predictor.list_of_parameters) == 1 and predictor.allowed_mirroring_axes is None
+    assert slim.report.models[0].slimmed.recovery[0]["judged"] == "one pass"
+
+
+def test_an_ensemble_needs_several_folds(compress, command, make_model, case_folder, tmp_path):
+    model = make_model()
+    assert "there is only one" in compress(model, target="ensemble", expect=2)
+    slim, _, _ = compress(model)
+    arguments = ("--teacher", model, "-i", case_folder, "-o", tmp_path / "no", "--steps", 2, "--target", "ensemble")
+    assert "the teacher has only one" in command("distill", "-m", slim, *arguments, expect=2)[2]
+    assert not (tmp_path / "no").exists()
+
+
 def test_one_pass_that_cannot_be_learned_is_refused(compress, command, never_mirrored, tmp_path):
     assert "never mirrored" in compress(never_mirrored, target="mirrored", expect=2)
     assert "give recovery.steps" in compress(never_mirrored, target="mirrored", steps=0, expect=2)
@@ -107,5 +151,5 @@ def test_one_pass_that_cannot_be_learned_is_refused(compress, command, never_mir
     given = ("-m", never_mirrored, "-o", tmp_path / "other", "-c", tmp_path / "config.yml")
     assert "is learned from images" in command("compress", *given, expect=2)[2]
     assert not (tmp_path / "slim").exists() and not (tmp_path / "other").exists()
-    with pytest.raises(ConfigError, match=r"one of|Input should be 'same' or 'mirrored'"):
+    with pytest.raises(ConfigError, match=r"one of|Input should be 'same', 'mirrored' or 'ensemble'"):
         NNSlimContext({"methods": _METHODS, "recovery": {"target": "both"}})

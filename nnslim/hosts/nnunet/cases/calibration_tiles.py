@@ -99,10 +99,10 @@ def calibration_of(
     needed = config.active or config.store == "half" if needed is None else needed
     settings = config.calibration
     learns = config.recovery.learns or any(entry.settings.drop_limit is not None for entry in config.methods)
-    once = config.recovery.target == "mirrored"
-    if once and needed and settings.images is None:
+    target = config.recovery.target
+    if config.recovery.one_pass and needed and settings.images is None:
         raise ConfigError(
-            "recovery.target: mirrored is learned from images: name a folder of them (-i, calibration.images)"
+            f"recovery.target: {target} is learned from images: name a folder of them (-i, calibration.images)"
         )
     if settings.images is None or not needed:
         yield None
@@ -110,10 +110,10 @@ def calibration_of(
     # Learning and judging want images of their own; a sixth of them is for judging.
     count = settings.count + config.recovery.images if learns else settings.count
     source = Source.of(model)
-    if once and not source.mirror_axes:
+    if target == "mirrored" and not source.mirror_axes:
         raise ConfigError("recovery.target: mirrored has nothing to learn: this model is never mirrored")
     mirrored = bool(source.mirror_axes) and settings.mirrored is not False
-    judged: Judged = "one pass" if once else "mirrored" if mirrored else "plain"
+    judged: Judged = "plain" if not mirrored else "one pass" if config.recovery.one_pass else "mirrored"
     step = None if progress is None else partial(progress, "images")
     with prepare_images(source, settings.images, count, seed=settings.seed, progress=step) as images:
         held = (len(images) // 6 if len(images) >= 6 else int(len(images) >= 4)) if learns else 0

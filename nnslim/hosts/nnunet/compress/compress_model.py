@@ -79,7 +79,7 @@ def compress_model(
         )
     network, before = base_of(model) if config.active else (build_network(model), ())
     config = config.with_images(images).judged_as(bool(Source.of(model).mirror_axes))
-    target, once = Path(target), config.active and config.recovery.target == "mirrored"
+    target, once = Path(target), config.active and config.recovery.one_pass
     state = target.with_name(f".{target.name}.recovery")
     guard = None
     if config.run.measures:
@@ -102,22 +102,25 @@ def compress_model(
                 "--allow-slower if the model is meant for another machine"
             )
         slimmed = replace(slimmed, spec=SlimSpec((*before, *slimmed.spec.edits)))
-        changed = {}
+        changed: dict[str, Any] = {}
         if given is not model:
             slimmed = replace(slimmed, dense=Counts.of(measure_cost(network, input_shape(given))))
             pair = [one.configuration_manager for one in (given, model)]
             spacing = [[float(size) for size in one.spacing] for one in pair]  # mm, before and after
             patch = [[int(size) for size in one.patch_size] for one in pair]  # voxels
             changed = {"resolution": {"spacing": spacing, "patch": patch}}
-        write_slim(side, model, slimmed.weights, named_after(target.name, slim_plans(model, slimmed.spec)), once)
+        written = model.of_folds(len(slimmed.weights))
+        write_slim(side, written, slimmed.weights, named_after(target.name, slim_plans(model, slimmed.spec)), once)
         sizes = [sum(map(bytes_of, one.weights)) for one in (model, slimmed)]
-        files = [_checkpoint_bytes(model, folder) for folder in (model.path, side)]
+        files = [_checkpoint_bytes(one, folder) for one, folder in ((model, model.path), (written, side))]
         slimmed = replace(slimmed, weight_bytes=tuple(sizes), file_bytes=tuple(files))
+        if len(written.checkpoints) < len(model.checkpoints):
+            changed["ensemble"] = list(model.checkpoints)
         write_record(side, _record(model, slimmed, config), **changed)
         if config.active:
             write_decisions(slimmed.decisions, side / "plan.csv")
         if config.run.precision == "int8":
-            _calibrate_int8(side, list(model.checkpoints), config, progress)
+            _calibrate_int8(side, list(written.checkpoints), config, progress)
     for leftover in target.parent.glob(f"{state.name}.fold*"):
         leftover.unlink(missing_ok=True)
     return slimmed
@@ -172,7 +175,7 @@ def _record(model: TrainedModel, slimmed: Slimmed, config: SlimConfig) -> dict[s
         "checkpoint_bytes": slim_file,
         "source_weight_bytes": dense,
         "source_checkpoint_bytes": dense_file,  # nnU-Net's hold the optimiser's state, too
-        "folds": len(model.checkpoints),
+        "folds": len(slimmed.weights),
         "agreement": slimmed.half_agreement,
     }
     if model.is_slim and not config.active:
@@ -183,7 +186,7 @@ def _record(model: TrainedModel, slimmed: Slimmed, config: SlimConfig) -> dict[s
         "dataset": model.plans.get("dataset_name"),
         "configuration": model.configuration,
         "checkpoint": model.checkpoint_name,
-        "folds": list(model.checkpoints),
+        "folds": list(model.checkpoints)[: len(slimmed.weights)],
         "config": config.model_dump(mode="json"),
         "spec": slimmed.spec.to_dict(),
         "speed": slimmed.speed.to_dict() if slimmed.speed else None,

@@ -9,6 +9,7 @@ from typing import Any
 
 from nnslim._version import __version__
 from nnslim.compression.config import SlimConfig, from_dict
+from nnslim.compression.distillation import FoldMean
 from nnslim.compression.record import read_record, write_record
 from nnslim.compression.recover import Progress, Recovery, recover
 from nnslim.compression.storage import StateDict, in_half, stored
@@ -39,8 +40,10 @@ def distill_config(images: Path, device: str = "auto", *, mirrored: bool | None 
     return config
 
 
-def read_pair(slim: Path, teacher: Path, *, trust: bool = False) -> tuple[TrainedModel, TrainedModel]:
-    """Return a slim model and the same folds of the dense one that it was made from.
+def read_pair(
+    slim: Path, teacher: Path, *, ensemble: bool = False, trust: bool = False
+) -> tuple[TrainedModel, TrainedModel]:
+    """Return a slim model and the same folds of the dense one that it was made from; with `ensemble`, all its folds.
 
     Raises:
         ModelError: a folder is unusable, the model is not slim, or the teacher is slim, lacks a fold, or has another
@@ -49,7 +52,7 @@ def read_pair(slim: Path, teacher: Path, *, trust: bool = False) -> tuple[Traine
     read_record(slim)
     small = read_trained_model(slim, trust=trust)
     same = small.checkpoint_name if find_folds(Path(teacher), small.checkpoint_name) else None
-    dense = read_trained_model(teacher, list(small.checkpoints), same, trust=trust)
+    dense = read_trained_model(teacher, None if ensemble else list(small.checkpoints), same, trust=trust)
     if not small.is_slim or dense.is_slim:
         wrong, kind = (small, "not a slim model") if not small.is_slim else (dense, "a slim model, too")
         raise ModelError(f"{wrong.path} is {kind}; name the slim model with -m, the dense one with --teacher")
@@ -98,19 +101,25 @@ def distill_model(
     target, device, weights, recoveries = Path(target), config.calibration.torch_device(), [], []
     state = target.with_name(f".{target.name}.recovery")
     settings = json.dumps(config.data_identity(), sort_keys=True)
+    ensemble, mean = config.recovery.target == "ensemble", None
+    if ensemble and len(dense.checkpoints) < 2:
+        raise ConfigError("recovery.target: ensemble learns the mean of several folds; the teacher has only one")
+    kept = slim.of_folds(1) if ensemble else slim
     with whole_folder(target) as side:
         with calibration_of(dense, config, progress, needed=True) as data:
-            for number, fold in enumerate(slim.checkpoints):
+            if ensemble:
+                mean = FoldMean([build_network(dense, fold).to(device) for fold in dense.checkpoints])
+            for number, fold in enumerate(kept.checkpoints):
                 teacher, student = (build_network(model, fold).to(device) for model in (dense, slim))
-                files = [model.path / f"fold_{fold}" / model.checkpoint_name for model in (slim, dense)]
+                folds = [(slim, fold), *((dense, one) for one in (dense.checkpoints if ensemble else [fold]))]
+                files = [model.path / f"fold_{one}" / model.checkpoint_name for model, one in folds]
                 identity = f"{data.fingerprint} {settings} {[sha256_of(file) for file in files]}"
                 beside = state.with_name(f"{state.name}.fold{number}")
-                kept = {"checkpoint": beside, "identity": identity, "progress": progress}
-                recoveries.append(recover(teacher, student, data, config.recovery, **kept))
+                learning = {"teacher": mean, "checkpoint": beside, "identity": identity, "progress": progress}
+                recoveries.append(recover(teacher, student, data, config.recovery, **learning))
                 half = in_half(slim.checkpoints[fold]["network_weights"])
                 weights.append(stored(student.to("cpu"), half)[1])
-        once = config.recovery.target == "mirrored"
-        write_slim(side, slim, weights, named_after(target.name, slim.plans), once)
+        write_slim(side, kept, weights, named_after(target.name, slim.plans), config.recovery.one_pass)
         if (slim.path / "plan.csv").is_file():
             shutil.copyfile(slim.path / "plan.csv", side / "plan.csv")
         before = read_record(slim.path)
@@ -118,12 +127,13 @@ def distill_model(
             side,
             before,
             agreement=None,  # measured on the weights from before
+            ensemble=list(dense.checkpoints) if ensemble else None,
             recovery=[recovery.to_dict() for recovery in recoveries],
             distill={
                 "nnslim": __version__,
                 "slim": slim.path.name,
                 "teacher": dense.path.name,
-                "folds": list(slim.checkpoints),
+                "folds": list(kept.checkpoints),
                 "images": data.images,
                 "settings": config.recovery.model_dump(mode="json"),
                 "earlier": before.get("recovery", []),

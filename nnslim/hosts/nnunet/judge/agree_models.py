@@ -45,7 +45,8 @@ def agreement_of_models(
     """Predict each case with both models in this process, through nnU-Net's own preprocessing and sliding window.
 
     Where the settings name no folds, both models use those of the slim one, so that no ensemble is compared with one of
-    its members. The logits of one model and one case are in memory at a time.
+    its members, unless the slim one has learned to answer for all of them. The logits of one model and one case are in
+    memory at a time.
 
     Args:
         dense: model folder that the slim one was made from.
@@ -80,11 +81,15 @@ def takes_mirrored(slim: Path) -> bool:
 
 
 def load_pair(dense: Path, slim: Path, settings: PredictSettings) -> tuple[Any, Any]:
-    """Return initialised predictors of both, with the same folds; a ModelError tells why they cannot be compared."""
+    """Return initialised predictors of both, with the same folds; a ModelError tells why they cannot be compared.
+
+    A slim model that has learned the mean of several folds is compared with all of them.
+    """
     source = read_trained_model(slim, settings.folds, settings.checkpoint, trust=settings.trust)
     same = source.checkpoint_name if find_folds(dense, source.checkpoint_name) else settings.checkpoint
     small = load_predictor(slim, None, settings)
-    large = load_predictor(dense, None, replace(settings, folds=list(source.checkpoints), checkpoint=same))
+    folds = read_record(slim, required=False).get("ensemble") or list(source.checkpoints)
+    large = load_predictor(dense, None, replace(settings, folds=folds, checkpoint=same))
     _check_pair(large, small)
     return large, small
 

@@ -62,6 +62,10 @@ class TrainedModel:
         """State dicts of the folds, in order."""
         return [checkpoint["network_weights"] for checkpoint in self.checkpoints.values()]
 
+    def of_folds(self, count: int) -> TrainedModel:
+        """Return the model with its first `count` folds."""
+        return replace(self, checkpoints=dict(list(self.checkpoints.items())[:count]))
+
     def with_plans(self, plans: dict[str, Any], **changes: Any) -> TrainedModel:
         """Return the model with other plans, and other fields that the new plans are to be read with.
 

@@ -207,7 +207,7 @@ def slim_predictor(predictor: Any, session: Session, source: str, folder: Path |
     network = dense if slimmed is None else slimmed.network
     if slimmed is not None and given:
         predictor.list_of_parameters = list(slimmed.weights)
-    if slimmed is not None and config.recovery.target == "mirrored":
+    if slimmed is not None and config.recovery.one_pass:
         predictor.allowed_mirroring_axes = None  # one pass gives the mirrored answer
     if not config.apply or _untouched(config.run):
         network = torch.compile(network) if compiled else network
