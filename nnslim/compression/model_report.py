@@ -67,6 +67,10 @@ class ModelReport:
                 f"  estimated drop in Dice ({ANSWERS[recovery.get('judged', 'plain')]}) {after_drop}, was "
                 f"{before_drop} before {recovery['steps']} steps of recovery{where}"
             )
+            classes = {name: drop for name, drop in recovery.get("classes", {}).items() if drop is not None}
+            if len(classes) > 1:
+                worst = max(classes, key=classes.__getitem__)
+                lines.append(f"  of {len(classes)} classes {worst} loses most: {classes[worst]:.4f}{where}")
         if speed:
             lines.append(f"  forward pass {speed}")
         if sizes := self.slimmed.weight_bytes:  # not of the files: a trained one holds the optimiser's state, too

@@ -88,6 +88,7 @@ def fit_and_recover(
     teacher: nn.Module | None = None,
     fitted: Fitted | None = None,
     target: float | None = None,
+    target_worst: float | None = None,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, Recovery | None, dict[str, float]]:
@@ -96,7 +97,7 @@ def fit_and_recover(
     Args:
         teacher: see `recover`.
         fitted: what `settle` or `fit_plans` has made of them already; changed in place.
-        target: learning ends early once the estimated drop is at most this.
+        target, target_worst: see `recover`.
         checkpoint: file for the state of learning; a call without the target goes on from it.
     Returns:
         The slim network, how recovery went (None without data or edits), and the error of each layer before it.
@@ -107,8 +108,9 @@ def fit_and_recover(
         return slim, None, errors
     weights = " ".join(network_fingerprint(one) for one in (dense, teacher) if one is not None)
     identity = f"{data.fingerprint} {weights} {json.dumps(config.identity(), sort_keys=True)} {spec}"
-    learning = {"checkpoint": checkpoint, "identity": identity, "target": target, "progress": progress}
-    return slim, recover(dense, slim, data, config.recovery, teacher=teacher, **learning), errors
+    learning = {"teacher": teacher, "checkpoint": checkpoint, "identity": identity, "progress": progress}
+    limits = {"target": target, "target_worst": target_worst}
+    return slim, recover(dense, slim, data, config.recovery, **learning, **limits), errors
 
 
 def settle(
@@ -134,7 +136,7 @@ def settle(
     for plan in (plans[-1].rivals[0], plans[-1], *plans[-1].rivals[1:]):
         trial = (*plans[:-1], plan)
         fitted = fit_plans(dense, config, trial, input_shape, data, progress)
-        drops.append(np.mean(referee.drops(fitted[0]), axis=1))
+        drops.append(referee.drops(fitted[0]).mean(axis=1))
         trials.append((trial, fitted))
     return trials[_clearly_best(np.stack(drops))]
 
@@ -172,7 +174,7 @@ def find_budget(
     progress: Progress | None,
     teacher: nn.Module | None = None,
 ) -> tuple[SlimConfig, tuple[Plan, ...], nn.Module, Recovery]:
-    """Find the smallest share of MACs that keeps `max_drop`, recovery included.
+    """Find the smallest share of MACs that keeps `max_drop` (and `max_drop_worst`), recovery included.
 
     The search starts at a strong share and goes to weaker ones while the drop is too large, or to stronger ones while
     it is not. Each trial is a full compression with recovery, which ends as soon as the limit is met; the recovery of
@@ -191,18 +193,18 @@ def find_budget(
         ConfigError: there are no images. RankError: not even the weakest share keeps the limit.
     """
     entry = config.methods[position]
-    limit = entry.settings.drop_limit
+    limit, worst = entry.settings.drop_limit, entry.settings.worst_limit
     if data is None:
         raise ConfigError(f"max_drop={limit:g} is measured on images: name their folder (-i, or calibration.images)")
     unfitted = Referee.of(teacher or dense, data, tiles=data.fresh)
-    step, drops, best = START, {}, None
+    step, drops, best, kept = START, {}, None, True
     with temporary_folder() as work:
         while (
             0 <= step < len(SHARES)
             and step not in drops
             and sum(drop != math.inf for drop in drops.values()) < _MOST_TRIALS
         ):
-            share, state = SHARES[step], work / f"{step}"
+            share, state, kept = SHARES[step], work / f"{step}", True
             methods = list(config.methods)
             methods[position] = MethodEntry(method=entry.method, settings=entry.settings.with_macs(share))
             trial = config.model_copy(update={"methods": tuple(methods)})
@@ -211,15 +213,18 @@ def find_budget(
                 fitted = fit_plans(dense, trial, plans, input_shape, data, progress)
                 drops[step] = _LEFT * unfitted.drop(fitted[0]) if config.recovery.learns else 0.0
                 if not drops[step] > limit:
-                    learning = {"teacher": teacher, "target": limit, "checkpoint": state, "progress": progress}
+                    learning = {"teacher": teacher, "checkpoint": state, "progress": progress}
+                    learning |= {"target": limit, "target_worst": worst}
                     given = (dense, trial, plans, input_shape, data)
                     slim, recovery, _ = fit_and_recover(*given, fitted=fitted, **learning)
                     recovery = recovery or Recovery()
                     drops[step] = recovery.after
+                    kept = worst is None or not recovery.worst[1] > worst
             except RankError:  # cheaper than the layers that are never factored
                 drops[step] = math.inf
-            _log.info("max_drop: %g of the MACs give an estimated drop of %.4f", share, drops[step])
-            if drops[step] <= limit:
+            more = "" if kept else f", and {recovery.worst[1]:.4f} for {recovery.worst[0]}"
+            _log.info("max_drop: %g of the MACs give an estimated drop of %.4f%s", share, drops[step], more)
+            if drops[step] <= limit and kept:
                 best, reached = (trial, plans, slim, recovery), state
                 step += 1
             else:
@@ -227,8 +232,8 @@ def find_budget(
         if best is None:
             tried = ", ".join(f"{SHARES[n]:g}: {drop:.4f}" for n, drop in drops.items())
             raise RankError(
-                f"max_drop={limit:g} was not kept by any of the shares of MACs that were tried (share: estimated drop "
-                f"{tried}); allow more recovery steps, or a larger drop"
+                f"{entry.settings.limits_text} was not kept by any of the shares of MACs that were tried (share: "
+                f"estimated drop {tried}); allow more recovery steps, or a larger drop"
             )
         config, plans, slim, recovery = best
         if recovery.stopped == "target":

@@ -28,7 +28,7 @@ from nnslim.compression.distillation import (
     stage_ends,
     stage_loss,
 )
-from nnslim.compression.referee import Referee
+from nnslim.compression.referee import Judgement, Referee
 from nnslim.errors import InputError
 from nnslim.files import checkpoint_bytes, no_memory, unreadable
 from nnslim.network.spec import held_by
@@ -36,7 +36,7 @@ from nnslim.running.bfloat16 import bfloat16_is_safe, has_fast_bfloat16
 
 _log = logging.getLogger("nnslim")
 _MEMORY = 0.97  # of the running mean of the weights, per step
-_STATE_VERSION = 2  # of the file that an interrupted recovery leaves; raise it when its content changes
+_STATE_VERSION = 3  # of the file that an interrupted recovery leaves; raise it when its content changes
 
 Progress = Callable[[str, int, int], None]  # called with (what is done, units done, units in all)
 
@@ -51,6 +51,7 @@ class Recovery:
         history: (step, estimated drop).
         stopped: why it ended: "steps", "time", "no gain" or "target".
         judged: which answers the drops are of, see `Referee`.
+        classes: estimated drop of each class that a tile shows, after recovery.
         seconds: spent; not part of `to_dict`, which is reproducible.
     """
 
@@ -60,7 +61,21 @@ class Recovery:
     history: list[tuple[int, float]] = field(default_factory=list)
     stopped: str = "steps"
     judged: str = "plain"
+    classes: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The class that is estimated to lose most, and its drop; ("", NaN) where no tile shows any class."""
+        return max(self.classes.items(), key=lambda item: item[1], default=("", math.nan))
+
+    def take(self, judgement: Judgement, names: Sequence[str]) -> None:
+        """Keep the drops after recovery; classes without a name are numbered."""
+        self.after = judgement.drop
+        named = enumerate(judgement.classes.tolist(), start=1)
+        self.classes = {
+            names[number - 1] if number <= len(names) else str(number): drop for number, drop in named if drop == drop
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -75,6 +90,7 @@ class Recovery:
             "history": [[step, rounded(drop)] for step, drop in self.history],
             "stopped": self.stopped,
             "judged": self.judged,
+            "classes": {name: rounded(drop) for name, drop in self.classes.items()},
         }
 
 
@@ -121,6 +137,7 @@ class _Learning:
     checkpoint: Path | None
     identity: str
     target: float | None
+    target_worst: float | None
     progress: Progress | None
 
     def __post_init__(self) -> None:
@@ -140,9 +157,10 @@ class _Learning:
     def go(self) -> Recovery:
         """Run to the end and leave the best state in the slim network."""
         if not self._resume():
-            self.recovery.before = self.recovery.after = self.referee.drop(self.slim)
-            self._keep()
-        if self._reached(self.recovery.after):
+            judgement = self.referee.judge(self.slim)
+            self.recovery.before = judgement.drop
+            self._keep(judgement)
+        if self._reached():
             self.recovery.stopped = "target"
         elif self.recovery.stopped == "steps":  # else an earlier call ended it
             self._learn()
@@ -150,8 +168,11 @@ class _Learning:
         self.recovery.seconds = self._elapsed()
         return self.recovery
 
-    def _reached(self, drop: float) -> bool:
-        return self.target is not None and drop <= self.target
+    def _reached(self) -> bool:
+        """Whether the state that is kept meets the targets."""
+        if self.target is None or not self.recovery.after <= self.target:
+            return False
+        return self.target_worst is None or not self.recovery.worst[1] > self.target_worst
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self.started
@@ -211,20 +232,20 @@ class _Learning:
     def _measure(self) -> bool:
         """Measure agreement, keep the best state, write the checkpoint; True where learning should stop."""
         recovery = self.recovery
-        drop = self.referee.drop(self.mean.module)
-        recovery.history.append((recovery.steps, drop))
-        if not recovery.after <= drop:  # also where it was NaN
-            recovery.after = drop
-            self._keep()
+        judgement = self.referee.judge(self.mean.module)
+        recovery.history.append((recovery.steps, judgement.drop))
+        if not recovery.after <= judgement.drop:  # also where it was NaN
+            self._keep(judgement)
         recent = [value for _, value in recovery.history[-self.settings.patience :]]
-        if self._reached(drop):
+        if self._reached():
             recovery.stopped = "target"
         elif self.settings.patience and len(recovery.history) > self.settings.patience and min(recent) > recovery.after:
             recovery.stopped = "no gain"
         self._save()
         return recovery.stopped in ("target", "no gain")
 
-    def _keep(self) -> None:
+    def _keep(self, judgement: Judgement) -> None:
+        self.recovery.take(judgement, self.data.class_names)
         self.best = {key: value.detach().clone() for key, value in self.mean.module.state_dict().items()}
 
     def _save(self) -> None:
@@ -249,7 +270,7 @@ class _Learning:
         self.recovery, self.best = Recovery(**content["recovery"]), content["best"]
         self.recovery.history = [tuple(item) for item in self.recovery.history]
         self.started -= self.recovery.seconds
-        if self.recovery.stopped == "target" and not self._reached(self.recovery.after):
+        if self.recovery.stopped == "target" and not self._reached():
             self.recovery.stopped = "steps"  # no longer the target: it goes on
         _log.info("recovery goes on after step %d", self.recovery.steps)
         return True
@@ -288,6 +309,7 @@ def recover(
     checkpoint: Path | None = None,
     identity: str = "",
     target: float | None = None,
+    target_worst: float | None = None,
     progress: Progress | None = None,
 ) -> Recovery:
     """Run what the settings switch on, in place: norms, then learning from the dense network, stages before logits.
@@ -301,7 +323,8 @@ def recover(
             layers the norms and stages are fitted in any case.
         checkpoint: file for the state in between; the caller removes it when all is written.
         identity: a checkpoint of another identity is not used.
-        target: stop as soon as the estimated drop is at most this.
+        target, target_worst: stop as soon as the estimated drop, and that of the class that loses most, are at most
+            these.
     """
     dense, answering = dense.eval(), (teacher or dense).eval()
     referee = Referee.of(answering, data, images=settings.sees_mirrored)
@@ -311,9 +334,12 @@ def recover(
         if not referee.drop(slim) <= before:  # a line per channel can overshoot where the error is large
             slim.load_state_dict(saved)
     if not settings.learns:
-        drop = referee.drop(slim)
-        return Recovery(before=drop, after=drop, judged=data.judged)
-    run = _Learning(dense, slim, answering, data, settings, referee, checkpoint, identity, target, progress)
+        judgement = referee.judge(slim)
+        recovery = Recovery(before=judgement.drop, judged=data.judged)
+        recovery.take(judgement, data.class_names)
+        return recovery
+    limits = (target, target_worst)
+    run = _Learning(dense, slim, answering, data, settings, referee, checkpoint, identity, *limits, progress)
     try:
         return run.go()
     finally:

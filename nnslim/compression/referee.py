@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,24 @@ from nnslim.evaluation.expected import TEMPERATURE, expected_dices
 from nnslim.surgery.streaming import Tiles
 
 _TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How much Dice a slim network is estimated to lose.
+
+    Attributes:
+        drop: mean over classes and tiles; of several judged answers the largest; NaN where no tile shows any class.
+        classes: (classes,) mean over the tiles that show the class, of the same answer; NaN where none does.
+    """
+
+    drop: float
+    classes: np.ndarray
+
+    @property
+    def worst(self) -> float:
+        """The largest drop of a class, NaN where there is none."""
+        return float(np.nanmax(self.classes, initial=-np.inf)) if np.isfinite(self.classes).any() else math.nan
 
 
 @dataclass
@@ -89,13 +108,23 @@ class Referee:
 
     def drop(self, slim: nn.Module) -> float:
         """Return the estimated drop, mean over classes and tiles; NaN where no tile shows any class."""
-        ways = [[drop for drop in way if not math.isnan(drop)] for way in zip(*self.drops(slim), strict=True)]
-        return max((sum(way) / len(way) for way in ways if way), default=math.nan)
+        return self.judge(slim).drop
+
+    def judge(self, slim: nn.Module) -> Judgement:
+        """Return the estimated drop and that of each class."""
+        lost = self._lost(slim)
+        means = [_mean(one) for one in np.moveaxis(_over_classes(lost), 1, 0)]
+        chosen = int(np.argmax(np.nan_to_num(means, nan=-np.inf)))
+        return Judgement(means[chosen], np.array([_mean(one) for one in lost[:, chosen].T]))
+
+    def drops(self, slim: nn.Module) -> np.ndarray:
+        """Return (tiles, judged answers) estimated drops, mean over classes; NaN: no class."""
+        return _over_classes(self._lost(slim))
 
     @torch.inference_mode()
-    def drops(self, slim: nn.Module) -> list[list[float]]:
-        """Return the estimated drop of each tile, mean over classes, for each answer that is judged; NaN: no class."""
-        drops: list[list[float]] = []
+    def _lost(self, slim: nn.Module) -> np.ndarray:
+        """Return (tiles, judged answers, classes) estimated drops; NaN where a tile does not show the class."""
+        lost: list[list[np.ndarray]] = []
         training = slim.training
         slim.eval()
         ways = self._ways if "mirrored" in self.judged else [()]
@@ -105,7 +134,15 @@ class Referee:
             found = [self._decided(one) for one in self._answers(slim, tile, ways)[:2]]
             pairs = [(dense[judged != "plain"], found[judged == "mirrored"]) for judged in self.judged]
             made = [expected_dices(truth, pair, not self.regions, TEMPERATURE) for pair in pairs]
-            lost = [torch.as_tensor(wanted) - torch.as_tensor(got) for wanted, got in made]
-            drops.append([float(one[one.isfinite()].mean()) for one in lost])  # NaN where there is none
+            lost.append([wanted - got for wanted, got in made])
         slim.train(training)
-        return drops
+        return np.array(lost)
+
+
+def _over_classes(lost: np.ndarray) -> np.ndarray:
+    return np.apply_along_axis(_mean, -1, lost)
+
+
+def _mean(values: np.ndarray) -> float:
+    seen = values[np.isfinite(values)]
+    return float(seen.mean()) if len(seen) else math.nan

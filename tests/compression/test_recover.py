@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import logging
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,7 +23,7 @@ from nnslim.compression.compress_network import compress
 from nnslim.compression.config import RecoveryConfig, from_dict
 from nnslim.compression.distillation import recalibrate_norms, stage_ends, stage_loss
 from nnslim.compression.recover import Recovery, recover, schedule
-from nnslim.compression.referee import Referee
+from nnslim.compression.referee import Judgement, Referee
 from nnslim.errors import ConfigError, RankError
 from nnslim.files import checkpoint_bytes
 from nnslim.methods.tucker import TuckerConfig, plan_tucker
@@ -96,7 +98,12 @@ def scripted(monkeypatch):
 
     def script(*drops):
         left = list(drops)
-        monkeypatch.setattr(Referee, "drop", lambda self, slim: left.pop(0) if len(left) > 1 else left[0])
+
+        def judge(self, slim):
+            classes = left.pop(0) if len(left) > 1 else left[0]
+            return Judgement(float(np.mean(classes)), np.atleast_1d(classes))
+
+        monkeypatch.setattr(Referee, "judge", judge)
 
     return script
 
@@ -249,6 +256,23 @@ def test_recover_target_ends_early(dense, slim, scripted):
     assert (recovery.stopped, recovery.steps, recovery.after) == ("target", 16, 0.2)
     recovery = recover(dense, slim, make_data(), settings(), target=0.25, progress=cut_at(1))
     assert (recovery.stopped, recovery.steps, recovery.history) == ("target", 0, [])
+
+
+def test_recover_target_of_the_worst_class(dense, slim, scripted):
+    data = dataclasses.replace(make_data(), class_names=("liver", "spleen", "vein"))
+    scripted([0.5, 0.5], [0.0, 0.3], [0.05, 0.2])
+    recovery = recover(dense, slim, data, settings(), target=0.2, target_worst=0.25)
+    assert (recovery.stopped, recovery.steps, recovery.after) == ("target", 16, 0.125)
+    assert recovery.worst == ("spleen", 0.2)
+    assert recovery.to_dict()["classes"] == {"liver": 0.05, "spleen": 0.2}
+
+
+def test_judgement_means_tiles_that_show_the_class(dense, slim):
+    referee = Referee(dense, make_data().held_out)
+    judged, lost = referee.judge(slim), referee._lost(slim)
+    assert judged.drop == pytest.approx(np.nanmean(np.nanmean(lost[:, 0], axis=1)))
+    np.testing.assert_allclose(judged.classes, np.nanmean(lost[:, 0], axis=0))
+    assert judged.worst == max(judged.classes) and referee.drop(slim) == judged.drop
 
 
 @pytest.mark.parametrize(("patience", "steps"), [(1, 4), (2, 6), (3, 8), (0, 24)])
@@ -493,6 +517,32 @@ def test_find_budget_takes_the_smallest_share_within_the_limit(wide, monkeypatch
     assert chosen.budget == ("macs", search.SHARES[search.START + found])
     assert (plans, slim, recovery.after) == (found, found, drops.get(found, 0.0))
     assert type(chosen)(**chosen.model_dump()) == chosen
+
+
+def test_find_budget_keeps_the_limit_of_the_worst_class(wide, monkeypatch, caplog):
+    worst = {search.START: 0.02, search.START + 1: 0.04}
+    monkeypatch.setattr(
+        search, "plan_methods", lambda d, config, *_: search.SHARES.index(config.methods[0].settings.macs)
+    )
+    monkeypatch.setattr(search, "fit_plans", lambda *_: (wide, {}))
+
+    def fit(dense, config, plans, *_, target, target_worst, **__):
+        assert (target, target_worst) == (0.01, 0.03)
+        return plans, Recovery(after=0.001, classes={"liver": 0.0, "vein": worst[plans]}), {}
+
+    monkeypatch.setattr(search, "fit_and_recover", fit)
+    config = with_limit(0.01)
+    settings = config.methods[0].settings.model_copy(update={"max_drop_worst": 0.03})
+    config = config.model_copy(update={"methods": (config.methods[0].model_copy(update={"settings": settings}),)})
+    with caplog.at_level(logging.INFO, "nnslim"):
+        _, plans, _, _ = search.find_budget(wide, config, 0, None, SHAPE, make_data(), None)
+    assert plans == search.START and "0.0400 for vein" in caplog.text
+    worst[search.START] = 0.04
+    worst |= {step: 0.04 for step in range(search.START)}
+    with pytest.raises(RankError, match=r"max_drop=0\.01 with max_drop_worst=0\.03 was not kept"):
+        search.find_budget(wide, config, 0, None, SHAPE, make_data(), None)
+    with pytest.raises(ConfigError, match="name max_drop, too"):
+        from_dict({"methods": [{"method": "tucker", "max_drop_worst": 0.1}]})
 
 
 @pytest.mark.parametrize(("learns", "recovered"), [(True, [0]), (False, [0, 1, 2, 3])])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from nnslim.compression.calibration import Calibration
 from nnslim.compression.config import RecoveryConfig
 from nnslim.compression.distillation import Teacher, flip, mirrors
 from nnslim.compression.recover import learns_in_bfloat16, recover
-from nnslim.compression.referee import Referee
+from nnslim.compression.referee import Judgement, Referee
 from nnslim.network.walk import LayerIndex
 
 SHAPE = (2, 1, 16, 16)
@@ -132,7 +133,7 @@ def test_learning_from_mirror_images_moves_the_answer_towards_their_mean(dense, 
     def distance(mirrored):
         slim, data = copy.deepcopy(dense), data_of((0, 1))
         drops = [1.0, 0.0]  # so that the last state is kept
-        monkeypatch.setattr(Referee, "drop", lambda self, slim: drops.pop(0))
+        monkeypatch.setattr(Referee, "judge", lambda self, slim: Judgement(drops.pop(0), np.zeros(1)))
         settings = RecoveryConfig(steps=60, every=60, learning_rate=5e-3, mirrored_teacher=mirrored, precision="f32")
         recover(dense, slim, data, settings)
         with torch.no_grad():

@@ -49,6 +49,9 @@ class TuckerConfig(MethodConfig):
     max_drop: float | None = Field(
         None, gt=0, lt=1, description="budget: estimated drop in Dice; the fewest MACs that keep it, recovery included"
     )
+    max_drop_worst: float | None = Field(
+        None, gt=0, lt=1, description="with max_drop: estimated drop in Dice of the class that loses most"
+    )
     energy: float | None = Field(None, gt=0, le=1, description="share of the energy that each side keeps")
     plan: Path | None = Field(None, description="table of ranks (CSV)")
     fit: FitConfig = FitConfig()
@@ -87,14 +90,25 @@ class TuckerConfig(MethodConfig):
         modes = [mode for mode, named in given.items() if named]
         return {**raw, "rank_mode": modes[0]} if modes else raw
 
+    @model_validator(mode="after")
+    def _worst_needs_mean(self) -> TuckerConfig:
+        if self.max_drop_worst is not None and self.max_drop is None:
+            raise ValueError("max_drop_worst is a second limit: name max_drop, too")
+        return self
+
     @property
     def drop_limit(self) -> float | None:
         """See MethodConfig."""
         return self.max_drop
 
+    @property
+    def worst_limit(self) -> float | None:
+        """See MethodConfig."""
+        return self.max_drop_worst
+
     def with_macs(self, share: float) -> TuckerConfig:
         """See MethodConfig."""
-        return self.model_copy(update={"max_drop": None, "macs": share})
+        return self.model_copy(update={"max_drop": None, "max_drop_worst": None, "macs": share})
 
     @property
     def budget(self) -> tuple[str, float] | None:
