@@ -1,7 +1,8 @@
-"""Train one of the two networks that are measured beside the shipped one; for docs/results.md.
+"""Train one of the networks that are measured beside the shipped one; for docs/results.md.
 
 ./run.sh -m studies.second_models --model resenc --raw RAW --work WORK
 resenc: a ResidualEncoderUNet on Dataset004_Hippocampus.
+acdc2d, acdc3d: nnU-Net's own 2d and 3d_fullres networks on Dataset027_ACDC.
 manyclass: a small PlainConvUNet for the 41 classes of Dataset941_DeformedCT, which is written on first use from a
 labelled CT (--image, --labels).
 """
@@ -17,6 +18,7 @@ from nnslim.hosts.nnunet.model.trained_model import trainer_class
 from studies.command import new_parser, run_command
 from studies.deformed_dataset import write_deformed_dataset
 from studies.short_training import (
+    DEFAULT_PLANS,
     ShortTraining,
     add_training_options,
     copy_weights,
@@ -53,7 +55,7 @@ def use_small_patch(settings: dict[str, Any]) -> None:
 
 def trainer_of(model: str) -> type:
     """Return the trainer class; stock nnU-Net has one of the name that it stores."""
-    if model == "resenc":
+    if model != "manyclass":
         return trainer_class("nnUNetTrainer")
     # Left and right classes differ, so that mirrored images would be wrong. nnU-Net's SGD leaves all small classes at
     # Dice 0 for the few hundred iterations that a CPU affords; its Adam variant does not.
@@ -61,10 +63,12 @@ def trainer_of(model: str) -> type:
     return type(base.__name__, (base,), {"configure_optimizers": adam.configure_optimizers})
 
 
-# dataset number, plans, their edit, initial learning rate
+# dataset number, configuration, plans, their edit, initial learning rate
 MODELS = {
-    "resenc": (4, "nnUNetResEncPlans", use_residual_encoder, 1e-2),
-    "manyclass": (941, "nnUNetSmallPlans", use_small_patch, 1e-3),
+    "resenc": (4, "3d_fullres", "nnUNetResEncPlans", use_residual_encoder, 1e-2),
+    "manyclass": (941, "3d_fullres", "nnUNetSmallPlans", use_small_patch, 1e-3),
+    "acdc2d": (27, "2d", DEFAULT_PLANS, None, 1e-2),
+    "acdc3d": (27, "3d_fullres", DEFAULT_PLANS, None, 1e-2),
 }
 
 
@@ -79,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="fixes weights, augmentation and deformation (default: 0)")
     parser.add_argument("--copy-to", type=Path, help="also write a copy without optimiser state to this new folder")
     args = parser.parse_args(arguments)
-    dataset, plans_name, edit_plans, learning_rate = MODELS[args.model]
+    dataset, configuration, plans_name, edit_plans, learning_rate = MODELS[args.model]
 
     use_folders(args)
     os.environ["nnUNet_n_proc_DA"] = "1"  # nnU-Net's planner does not take 0
@@ -89,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not (args.image and args.labels):
             parser.error(f"{deformed} does not exist; give --image and --labels to write it")
         write_deformed_dataset(args.image, args.labels, deformed, *args.cases, seed=args.seed)
-    preprocess_once(dataset, "3d_fullres", processes=1)
+    preprocess_once(dataset, configuration, processes=1)
     seed_training(args.seed)
     length = ShortTraining(
         epochs=args.epochs,
@@ -101,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     folder = train_short(
         dataset,
-        "3d_fullres",
+        configuration,
         args.fold,
         length,
         plans_name=plans_name,
