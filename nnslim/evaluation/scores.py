@@ -143,10 +143,14 @@ def paired_differences(first: Evaluation, second: Evaluation, metric: str) -> pa
         case), the lowest one, and lowest_case; p of Wilcoxon's signed-rank test, two-sided, and p_holm, corrected by
         Holm for the number of classes (NaN for the mean).
     """
+    names = {one.key: one.name for one in first.classes}
     scores = first.scores(metric)
-    table = scores - second.scores(metric).reindex_like(scores)
-    table = table.rename(columns={one.key: one.name for one in first.classes})
-    table["mean over classes"] = table.mean(axis=1)
+    return paired_table((scores - second.scores(metric).reindex_like(scores)).rename(columns=names))
+
+
+def paired_table(differences: pandas.DataFrame) -> pandas.DataFrame:
+    """Return what `paired_differences` does, for differences with a row per case and a column per class."""
+    table = differences.assign(**{"mean over classes": differences.mean(axis=1)})
     table = table.dropna(axis=1, how="all")
     found = {"cases": table.count(), "mean": table.mean(), "sd": table.std(), "lowest": table.min()}
     p = pandas.Series({name: _signed_rank(table[name]) for name in table}, dtype=float)
