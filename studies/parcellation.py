@@ -159,7 +159,7 @@ def rows_of_factor(
     fit_tucker_network(dense, slim, config, cost, data.tiles)
     spent += time.perf_counter() - started
     yield row_of(f"{factor:g} fitted", slim, cost, tests, spent)
-    settings = RecoveryConfig(steps=steps, batch_size=1, learning_rate=rate, mirrored_teacher=False, norms=True)
+    settings = RecoveryConfig(steps=steps, batch_size=1, learning_rate=rate, mirrored_teacher=False)
     recovery = recover(dense, slim, data, settings, checkpoint=work / f"{factor:g}.recovery")
     torch.save(slim.state_dict(), work / f"{factor:g}.pt")
     yield row_of(f"{factor:g} recovered", slim, cost, tests, spent + recovery.seconds)

@@ -16,7 +16,9 @@ from nnslim.running.engine import Settings, with_fallback
 from nnslim.surgery.streaming import Tiles, hooked
 
 Axes = tuple[int, ...]
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _NORMS = (nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
+_FIXED = (_BATCH_NORM, nn.modules.dropout._DropoutNd)
 _SMOOTH = 1e-5
 _UNLIKELY = 1e-6
 
@@ -95,6 +97,18 @@ class Teacher:
         return self._engines[batch.shape](batch)
 
 
+def learning(network: nn.Module) -> None:
+    """Put a slim network into training mode, except for batch norms and dropout.
+
+    The answers that it learns are those of the dense network in eval mode, and a batch of two patches says little about
+    the means and variances of the data.
+    """
+    network.train()
+    for module in network.modules():
+        if isinstance(module, _FIXED):
+            module.eval()
+
+
 def as_logits(probabilities: Tensor, regions: bool) -> Tensor:
     """Return logits whose softmax over channels, or sigmoid for regions, are these (B, C, *spatial) probabilities."""
     return probabilities.logit(_UNLIKELY) if regions else probabilities.clamp_min(_UNLIKELY).log()
@@ -128,7 +142,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, *, regions: bool = False
 def stage_ends(network: nn.Module, tile: Tensor) -> list[str]:
     """Return the last norm layer of each resolution stage, in order of execution; the tile is (1, C, *patch)."""
     ran: list[tuple[str, tuple[int, ...]]] = []
-    names = [layer.name for layer in LayerIndex(network).of_type(*_NORMS)]
+    names = [layer.name for layer in LayerIndex(network).of_type(*_NORMS, _BATCH_NORM)]
     hooks = {n: lambda m, i, o, n=n: ran.append((n, tuple(o.shape[2:]))) for n in names}
     with hooked(network, {}, hooks), torch.no_grad():
         network(tile)
@@ -159,7 +173,9 @@ def recalibrate_norms(dense: nn.Module, slim: nn.Module, tiles: Tiles) -> None:
 
     For each channel the least-squares line from the slim norm's output to the dense norm's: an output that follows the
     dense one only partly is scaled down accordingly.
-    One pass over the tiles. Both networks are in eval mode, on one device.
+    One pass over the tiles. Batch norms are left alone: they do not normalise what they are given, so lines that are
+    fitted to all of them at once add up (a network of 20 lost all that its fit had won). Both networks are in eval
+    mode, on one device.
     """
     layers, others = LayerIndex(slim), LayerIndex(dense)
     found = [layer for layer in layers.of_type(*_NORMS) if layer.module.weight is not None and layer.name in others]

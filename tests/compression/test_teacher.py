@@ -170,3 +170,19 @@ def test_referee_judges_the_answer_that_will_be_taken(dense):
     once, plain = drop(Once().eval(), "one pass"), drop(dense, "one pass")
     assert once == pytest.approx(0, abs=1e-9)
     assert plain > once  # what mirroring gains
+
+
+@pytest.mark.parametrize("steps", ["steps", "block_steps"])
+def test_batch_norms_and_dropout_learn_as_they_predict(steps):
+    """Running statistics of two patches would replace those of the data."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout2d(0.5), nn.Conv2d(8, 3, 1)]
+    dense = nn.Sequential(*layers).eval()
+    layers[1].running_mean += 0.3
+    slim, seen = copy.deepcopy(dense), []
+    for number in (1, 3):
+        slim[number].register_forward_hook(lambda module, given, found: seen.append(module.training))
+    settings = RecoveryConfig(**{steps: 4}, every=4, learning_rate=1e-2, mirrored_teacher=False, precision="f32")
+    recover(dense, slim, data_of(()), settings)
+    assert len(seen) >= 8 and not any(seen)
+    assert torch.equal(slim[1].running_var, dense[1].running_var)
