@@ -170,7 +170,7 @@ def fidelity_table(
     Args:
         model_folder: dense model; only its first fold is used.
         configs: setting -> configuration (its recovery section says how the stage "recovered" learns).
-        images: unlabelled images for calibration and recovery.
+        images: unlabelled images for calibration and recovery, where a configuration names none.
         test_images, test_labels: cases to score on, `<case>_0000<ending>` and `<case><ending>`.
         output: CSV file; rows that it has are kept.
         stages: which of `STAGES`; each goes on from the one before it.
@@ -193,7 +193,7 @@ def fidelity_table(
         add("dense", "dense", dense, 0.0, 0.0, 0)
     for setting, config in configs.items():
         if missing := [stage for stage in stages if (setting, stage) not in table]:
-            config = config.with_images(images)
+            config = config if config.calibration.images else config.with_images(images)
             with calibration_of(model, config) as data:
                 for stage, slim, *facts in _stages_of(config, missing, labelled, dense, shape, data, model):
                     add(setting, stage, slim, *facts)
@@ -270,6 +270,18 @@ def _finetuned(model: TrainedModel, slim: nn.Module, labelled: Labelled) -> nn.M
         return build_network(read_trained_model(Path(work) / "tuned")).eval()
 
 
+def some_images(images: Path, ending: str, count: int, target: Path) -> Path:
+    """Link the images of `count` cases, evenly spaced in the order of their names, into a folder, and return it."""
+    cases = list_cases(images, ending).cases
+    names = sorted(cases)
+    target.mkdir(parents=True, exist_ok=True)
+    for name in {names[number * len(names) // count] for number in range(min(count, len(names)))}:
+        for file in cases[name]:
+            if not (link := target / file.name).is_symlink():
+                link.symlink_to(file.resolve())
+    return target
+
+
 def _no_learning(config: SlimConfig) -> SlimConfig:
     recovery = config.recovery.model_copy(update={"steps": 0, "block_steps": 0})
     return config.model_copy(update={"recovery": recovery})
@@ -289,6 +301,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank-min", type=int, default=8, help="smallest rank (default: 8)")
     parser.add_argument("--stages", nargs="*", default=["weights", "data", "recovered"])
     parser.add_argument("--calibration-images", type=int, default=8)
+    parser.add_argument(
+        "--image-counts", type=int, nargs="*", default=[], help="also with so few of the images, such as 1 4 16"
+    )
     parser.add_argument("--tiles-per-image", type=int, default=1)
     parser.add_argument("--recovery-images", type=int, default=40)
     parser.add_argument("--steps", type=int, default=400, help="steps of logit distillation (default: 400)")
@@ -332,6 +347,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name: from_dict({"methods": [{"method": "tucker", "rank_min": args.rank_min, **chosen}], **common})
         for name, chosen in settings.items()
     }
+    ending = read_trained_model(args.model).dataset["file_ending"]
+    for count in args.image_counts:
+        folder = args.output.with_name(f"{args.output.stem}_images{count}")
+        few = some_images(args.images, ending, count, folder)
+        configs |= {
+            f"{name}, {count} image(s)": config.with_images(few)
+            for name, config in configs.items()
+            if config.calibration.images is None
+        }
     labelled = None
     if args.dataset is not None:
         tuning = TrainingSettings(
