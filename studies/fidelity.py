@@ -242,6 +242,8 @@ def _stages_of(
         seconds = planning + time.perf_counter() - started
         recovery = recover(dense, slim, data, unlearned.recovery)  # only estimates the drop
         yield "weights", slim, seconds, recovery.after, recovery.steps
+    if not set(stages) - {"weights"}:
+        return
     started = time.perf_counter()
     slim, recovery, _ = fit_and_recover(dense, unlearned, plans, shape, data)
     seconds = planning + time.perf_counter() - started
