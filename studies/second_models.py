@@ -2,7 +2,8 @@
 
 ./run.sh -m studies.second_models --model resenc --raw RAW --work WORK
 resenc: a ResidualEncoderUNet on Dataset004_Hippocampus.
-acdc2d, acdc3d: nnU-Net's own 2d and 3d_fullres networks on Dataset027_ACDC.
+acdc2d, acdc3d: nnU-Net's own 2d and 3d_fullres networks on Dataset027_ACDC, but with 128x128 voxels in plane, which a
+CPU can train.
 manyclass: a small PlainConvUNet for the 41 classes of Dataset941_DeformedCT, which is written on first use from a
 labelled CT (--image, --labels).
 """
@@ -18,7 +19,6 @@ from nnslim.hosts.nnunet.model.trained_model import trainer_class
 from studies.command import new_parser, run_command
 from studies.deformed_dataset import write_deformed_dataset
 from studies.short_training import (
-    DEFAULT_PLANS,
     ShortTraining,
     add_training_options,
     copy_weights,
@@ -53,6 +53,11 @@ def use_small_patch(settings: dict[str, Any]) -> None:
     }
 
 
+def use_narrow_patch(settings: dict[str, Any]) -> None:
+    """Cut the patch to 128x128 voxels in plane; the network is the same."""
+    settings["patch_size"] = [*settings["patch_size"][:-2], 128, 128]
+
+
 def trainer_of(model: str) -> type:
     """Return the trainer class; stock nnU-Net has one of the name that it stores."""
     if model != "manyclass":
@@ -67,8 +72,8 @@ def trainer_of(model: str) -> type:
 MODELS = {
     "resenc": (4, "3d_fullres", "nnUNetResEncPlans", use_residual_encoder, 1e-2),
     "manyclass": (941, "3d_fullres", "nnUNetSmallPlans", use_small_patch, 1e-3),
-    "acdc2d": (27, "2d", DEFAULT_PLANS, None, 1e-2),
-    "acdc3d": (27, "3d_fullres", DEFAULT_PLANS, None, 1e-2),
+    "acdc2d": (27, "2d", "nnUNetNarrowPlans", use_narrow_patch, 1e-2),
+    "acdc3d": (27, "3d_fullres", "nnUNetNarrowPlans", use_narrow_patch, 1e-2),
 }
 
 
