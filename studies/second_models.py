@@ -73,7 +73,7 @@ MODELS = {
     "resenc": (4, "3d_fullres", "nnUNetResEncPlans", use_residual_encoder, 1e-2),
     "manyclass": (941, "3d_fullres", "nnUNetSmallPlans", use_small_patch, 1e-3),
     "acdc2d": (27, "2d", "nnUNetNarrowPlans", use_narrow_patch, 1e-2),
-    "acdc3d": (27, "3d_fullres", "nnUNetNarrowPlans", use_narrow_patch, 1e-2),
+    "acdc3d": (27, "3d_fullres", "nnUNetNarrow3dPlans", use_narrow_patch, 1e-2),
 }
 
 
