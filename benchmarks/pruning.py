@@ -185,7 +185,9 @@ def torch_pruned(dense: Path, macs: float, target: Path) -> Path:
     """Let Torch-Pruning prune the trained model; its widths become a SlimSpec, so that all else is the same."""
     from benchmarks.peers import prune
     from nnslim.benchmark.passes import network_facts
-    from nnslim.hosts.nnunet.compress.compress_model import write_network
+    from nnslim.files import whole_folder
+    from nnslim.hosts.nnunet.compress.compress_model import write_slim
+    from nnslim.hosts.nnunet.model.slim_plans import named_after, slim_plans
     from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_trained_model
     from nnslim.network.spec import SlimSpec, apply_spec
     from nnslim.network.walk import deep_supervision
@@ -196,9 +198,11 @@ def torch_pruned(dense: Path, macs: float, target: Path) -> Path:
     facts = network_facts(network, shape)
     with deep_supervision(network, True):  # else the heads that only run in training would keep their inputs
         pruned = prune(network, shape, int(macs * facts["macs"]))
-    apply_spec(SlimSpec(narrow_edits(widths_of(network), pruned)), slim)
+    spec = SlimSpec(narrow_edits(widths_of(network), pruned))
+    apply_spec(spec, slim)
     slim.load_state_dict(pruned.state_dict())
-    write_network(model, slim, target)
+    with whole_folder(target) as side:
+        write_slim(side, model, [slim.state_dict()], named_after(target.name, slim_plans(model, spec)))
     return target
 
 
