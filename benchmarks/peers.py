@@ -87,10 +87,10 @@ def onnx_runtime(network: nn.Module, shape: Sequence[int], threads: int) -> Call
     return lambda x: session.run(None, {"x": x.numpy()})
 
 
-def prune(network: nn.Module, shape: Sequence[int], macs: int) -> nn.Module:
+def prune(network: nn.Module, shape: Sequence[int], macs: int, multiple: int = 4) -> nn.Module:
     """Return the network with channels removed by Torch-Pruning, at about that many MACs.
 
-    Whole channels by the size of their kernels, the same share everywhere; inputs and heads stay.
+    Whole channels by the size of their kernels, the same share everywhere, widths in multiples; inputs and heads stay.
 
     Raises:
         BackendError: Torch-Pruning is not installed.
@@ -109,7 +109,7 @@ def prune(network: nn.Module, shape: Sequence[int], macs: int) -> nn.Module:
             importance=torch_pruning.importance.MagnitudeImportance(p=2),
             pruning_ratio=ratio,
             ignored_layers=[made.get_submodule(name) for name in heads],
-            round_to=4,
+            round_to=multiple,
         )
         pruner.step()
         made = swap_norms(made, nn.BatchNorm3d, nn.InstanceNorm3d)

@@ -17,6 +17,7 @@ Example: ./run.sh benchmarks/pruning.py -d 4 -m MODEL --test-images imagesTs --t
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import os
 import statistics
@@ -187,22 +188,25 @@ def torch_pruned(dense: Path, macs: float, target: Path) -> Path:
     from nnslim.benchmark.passes import network_facts
     from nnslim.files import whole_folder
     from nnslim.hosts.nnunet.compress.compress_model import write_slim
-    from nnslim.hosts.nnunet.model.slim_plans import named_after, slim_plans
-    from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, read_trained_model
+    from nnslim.hosts.nnunet.model.slim_plans import base_of, named_after, slim_plans
+    from nnslim.hosts.nnunet.model.trained_model import input_shape, read_trained_model
     from nnslim.network.spec import SlimSpec, apply_spec
     from nnslim.network.walk import deep_supervision
     from nnslim.surgery.narrow import narrow_edits, widths_of
 
     model = read_trained_model(dense, [0])
-    network, slim, shape = build_network(model), build_network(model), input_shape(model)
+    (network, before), shape = base_of(model), input_shape(model)  # Sauron's trainer writes a spec, if an empty one
+    slim = copy.deepcopy(network)
     facts = network_facts(network, shape)
     with deep_supervision(network, True):  # else the heads that only run in training would keep their inputs
-        pruned = prune(network, shape, int(macs * facts["macs"]))
-    spec = SlimSpec(narrow_edits(widths_of(network), pruned))
-    apply_spec(spec, slim)
+        pruned = prune(network, shape, int(macs * facts["macs"]), multiple=1)
+    edits = narrow_edits(widths_of(network), pruned)
+    apply_spec(SlimSpec(edits), slim)
     slim.load_state_dict(pruned.state_dict())
     with whole_folder(target) as side:
-        write_slim(side, model, [slim.state_dict()], named_after(target.name, slim_plans(model, spec)))
+        write_slim(
+            side, model, [slim.state_dict()], named_after(target.name, slim_plans(model, SlimSpec((*before, *edits))))
+        )
     return target
 
 
