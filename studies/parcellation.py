@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="CSV file")
     parser.add_argument("--rank-factors", type=float, nargs="+", default=[0.7, 0.5, 0.3], help="(0.7 0.5 0.3)")
     parser.add_argument("--steps", type=int, default=300, help="steps of recovery (300)")
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of recovery (0.001)")
+    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of recovery (0.0002)")
     parser.add_argument("--patch", type=int, default=48, help="edge of what is fitted to and learned from, voxels (48)")
     parser.add_argument("--tiles", type=int, default=4, help="crops to fit to (4)")
     parser.add_argument("--crop", type=int, default=64, help="edge of the test crops, voxels (64)")
