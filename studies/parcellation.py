@@ -1,4 +1,4 @@
-"""How much of a brain parcellation of 160 outputs survives compression: HighRes3DNet, which is not nnU-Net's.
+"""How much of a brain parcellation of 160 outputs survives compression (HighRes3DNet); for docs/results.md.
 
 ./run.sh -m studies.parcellation --package highresnet-0.3.2.tar.gz -o parcellation.csv
 The package comes from `pip download highresnet==0.3.2 --no-deps --no-binary :all:`; it holds the network (MIT) and

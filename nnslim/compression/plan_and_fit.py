@@ -136,7 +136,7 @@ def settle(
     for plan in (plans[-1].rivals[0], plans[-1], *plans[-1].rivals[1:]):
         trial = (*plans[:-1], plan)
         fitted = fit_plans(dense, config, trial, input_shape, data, progress)
-        drops.append(referee.drops(fitted[0]).mean(axis=1))
+        drops.append(np.mean(referee.drops(fitted[0]), axis=1))
         trials.append((trial, fitted))
     return trials[_clearly_best(np.stack(drops))]
 
