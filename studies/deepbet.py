@@ -132,6 +132,13 @@ def read_t1(path: Path) -> Tensor:
     return torch.nan_to_num(torch.from_numpy(volume[..., 0] if volume.ndim == 4 else volume))
 
 
+def template() -> Path:
+    """Return the MNI152 T1 template at 1 mm that nilearn holds."""
+    import nilearn
+
+    return Path(nilearn.__file__).parent / "datasets" / "data" / "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
+
+
 def prepare(volume: Tensor, box: tuple[slice, ...] | None = None) -> Tensor:
     """Return network input as deepbet makes it: the whole volume at once, resampled and normalised.
 
@@ -196,12 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.t1 is None:
-        import nilearn
-
-        folder = Path(nilearn.__file__).parent / "datasets" / "data"
-        args.t1 = folder / "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
-    volume = read_t1(args.t1)
+    volume = read_t1(args.t1 or template())
     tiles = [deformed(volume, 1 + number) for number in range(args.tiles)]
     tests = [prepare(volume), *(deformed(volume, 1001 + number) for number in range(args.tests))]
     dense = load_deepbet(args.wheel)

@@ -19,7 +19,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -35,6 +34,7 @@ from nnslim.network.cost import Cost, measure_cost
 from nnslim.network.spec import SlimSpec, apply_spec
 from nnslim.tables import markdown
 from studies.command import new_parser, run_command
+from studies.deepbet import read_t1, template
 from studies.table import GrowingTable
 
 _CLASSES = 160
@@ -62,15 +62,6 @@ def load_network(package: Path) -> nn.Module:
         network = module.HighRes3DNet(in_channels=1, out_channels=_CLASSES, add_dropout_layer=True)
         network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     return network.eval()
-
-
-def template() -> Tensor:
-    """Return the MNI152 T1 template at 1 mm, (X, Y, Z), from nilearn."""
-    import nilearn
-
-    folder = Path(nilearn.__file__).parent / "datasets" / "data"
-    image = nib.load(folder / "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz")
-    return torch.from_numpy(nib.as_closest_canonical(image).get_fdata(dtype=np.float32))
 
 
 def deformed_crop(volume: Tensor, size: int, seed: int) -> Tensor:
@@ -180,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
-    volume, dense, table = template(), load_network(args.package), GrowingTable(args.output, "row")
+    volume, dense, table = read_t1(template()), load_network(args.package), GrowingTable(args.output, "row")
     shape = (1, 1, *(args.crop,) * 3)
     cost = measure_cost(dense, shape)
     images = [deformed_crop(volume, args.crop, _TESTS + number) for number in range(args.tests)]

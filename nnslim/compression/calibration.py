@@ -23,9 +23,6 @@ class Calibration:
     Attributes:
         tiles: for statistics.
         held_out: for measuring agreement with the dense network; with 4 images or more, nothing is learned from them.
-        answered: (dense network, its logits, axes to mirror along, forward passes at most) -> like `patches`, with the
-            dense network's prediction of the whole image, (heads, *patch) probabilities, beside each patch; None where
-            that would take more passes or too much space. The prediction is made once for each network.
         fresh: for comparing plans that are fitted but not learned: images that were not fitted to, if there are
             enough; None for `held_out`.
         patches: number of patches -> augmented patches to learn from; patch `index` is the same each time.
@@ -36,6 +33,9 @@ class Calibration:
         judged: the answer that the user will take, see `Referee`.
         seed: the configuration's.
         class_names: in the order of the network's channels, without background.
+        answered: (dense network, its logits, axes to mirror along, forward passes at most) -> like `patches`, with the
+            dense network's prediction of the whole image, (heads, *patch) probabilities, beside each patch; None where
+            that would take more passes or too much space. The prediction is made once for each network.
     """
 
     tiles: Tiles

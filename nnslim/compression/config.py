@@ -131,7 +131,7 @@ class RecoveryConfig(_Section):
     @property
     def sees_mirrored(self) -> bool:
         """Whether the answers to learn are those to mirror images."""
-        return self.mirrored_teacher or self.one_pass
+        return self.mirrored_teacher or self.target == "mirrored"
 
     @property
     def one_pass(self) -> bool:

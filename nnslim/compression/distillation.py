@@ -97,7 +97,7 @@ class Teacher:
         return self._engines[batch.shape](batch)
 
 
-def learning(network: nn.Module) -> None:
+def to_training_mode(network: nn.Module) -> None:
     """Put a slim network into training mode, except for batch norms and dropout.
 
     The answers that it learns are those of the dense network in eval mode, and a batch of two patches says little about

@@ -231,8 +231,9 @@ def find_budget(
                 step -= 1
         if best is None:
             tried = ", ".join(f"{SHARES[n]:g}: {drop:.4f}" for n, drop in drops.items())
+            second = "" if worst is None else f" with max_drop_worst={worst:g}"
             raise RankError(
-                f"{entry.settings.limits_text} was not kept by any of the shares of MACs that were tried (share: "
+                f"max_drop={limit:g}{second} was not kept by any of the shares of MACs that were tried (share: "
                 f"estimated drop {tried}); allow more recovery steps, or a larger drop"
             )
         config, plans, slim, recovery = best

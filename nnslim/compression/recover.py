@@ -24,10 +24,10 @@ from nnslim.compression.distillation import (
     Teacher,
     as_logits,
     distillation_loss,
-    learning,
     recalibrate_norms,
     stage_ends,
     stage_loss,
+    to_training_mode,
 )
 from nnslim.compression.referee import Judgement, Referee
 from nnslim.errors import InputError
@@ -193,7 +193,7 @@ class _Learning:
             patches = answered(total * size) if answered else patches
         rest = Subset(patches, range(recovery.steps * size, total * size))
         loader = DataLoader(rest, batch_size=size, shuffle=False, num_workers=settings.workers)
-        learning(self.slim)
+        to_training_mode(self.slim)
         for step, batch in enumerate(loader, start=recovery.steps):
             if settings.seconds is not None and self._elapsed() >= settings.seconds:
                 recovery.stopped = "time"

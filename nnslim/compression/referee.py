@@ -30,11 +30,6 @@ class Judgement:
     drop: float
     classes: np.ndarray
 
-    @property
-    def worst(self) -> float:
-        """The largest drop of a class, NaN where there is none."""
-        return float(np.nanmax(self.classes, initial=-np.inf)) if np.isfinite(self.classes).any() else math.nan
-
 
 @dataclass
 class Referee:
@@ -113,6 +108,8 @@ class Referee:
     def judge(self, slim: nn.Module) -> Judgement:
         """Return the estimated drop and that of each class."""
         lost = self._lost(slim)
+        if not len(lost):
+            return Judgement(math.nan, np.array([]))
         means = [_mean(one) for one in np.moveaxis(_over_classes(lost), 1, 0)]
         chosen = int(np.argmax(np.nan_to_num(means, nan=-np.inf)))
         return Judgement(means[chosen], np.array([_mean(one) for one in lost[:, chosen].T]))

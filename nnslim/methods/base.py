@@ -43,12 +43,6 @@ class MethodConfig(BaseModel):
         """The estimated drop of the class that loses most, within which that search stays; None: any."""
         return None
 
-    @property
-    def limits_text(self) -> str:
-        """The two limits as messages name them."""
-        worst = "" if self.worst_limit is None else f" with max_drop_worst={self.worst_limit:g}"
-        return f"max_drop={self.drop_limit:g}{worst}"
-
     def with_macs(self, share: float) -> MethodConfig:
         """Return the settings with a share of the dense MACs as the budget, in place of `drop_limit`."""
         raise ConfigError(f"{type(self).__name__} has no budget to search")

@@ -18,6 +18,8 @@ from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 _METHODS = [{"method": "tucker", "rank_factor": 0.5, "rank_min": 2}]
 _CONTENT = {"methods": _METHODS, "run": {"guard": False}, "recovery": {"steps": 4, "every": 4}}
 
+_CONTEXT = _CONTENT | {"cache": {"read": False, "write": False}}
+
 
 @pytest.fixture
 def compress(command, case_folder, tmp_path):
@@ -100,6 +102,18 @@ def test_distill_makes_one_pass_of_a_slim_model(compress, command, make_model, s
     assert takes_mirrored(tmp_path / "once")  # compared with the dense model's mirrored answer, whatever came before
 
 
+def test_the_context_learns_the_mirrored_answer_of_a_predictor_that_does_not_mirror(make_model, case_folder):
+    config = _CONTEXT | {"recovery": {"steps": 2, "target": "mirrored"}}
+    with NNSlimContext(config, images=case_folder) as slim:
+        load_stock(make_model(), use_mirroring=False)
+    assert slim.report.models[0].slimmed.recovery[0]["judged"] == "one pass"
+
+
+def test_an_ensemble_is_judged_plain_where_plain_answers_are_asked_for(compress, make_model):
+    _, record, _ = compress(make_model(folds=(0, 1)), "--disable_tta", target="ensemble")
+    assert record["recovery"][0]["judged"] == "plain" and record["folds"] == ["0"]
+
+
 def test_one_slim_fold_learns_what_all_folds_answer(compress, command, make_model, stock_logits, case_folder, tmp_path):
     model, far = make_model(folds=(0, 1)), []
     wanted = stock_logits(model, (0, 1), use_mirroring=True).softmax(0)
@@ -126,7 +140,7 @@ def test_one_slim_fold_learns_what_all_folds_answer(compress, command, make_mode
 
 def test_the_context_makes_one_fold_of_an_ensemble(make_model, case_folder):
     model = make_model(folds=(0, 1))
-    config = _CONTENT | {"recovery": {"steps": 2, "target": "ensemble"}, "cache": {"read": False, "write": False}}
+    config = _CONTEXT | {"recovery": {"steps": 2, "target": "ensemble"}}
     with NNSlimContext(config, images=case_folder) as slim:
         predictor = load_stock(model, folds=(0, 1), use_mirroring=True)
     assert len(predictor.list_of_parameters) == 1 and predictor.allowed_mirroring_axes is None

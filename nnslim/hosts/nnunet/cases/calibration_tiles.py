@@ -113,7 +113,8 @@ def calibration_of(
     if target == "mirrored" and not source.mirror_axes:
         raise ConfigError("recovery.target: mirrored has nothing to learn: this model is never mirrored")
     mirrored = bool(source.mirror_axes) and settings.mirrored is not False
-    judged: Judged = "plain" if not mirrored else "one pass" if config.recovery.one_pass else "mirrored"
+    once = target == "mirrored" or (target == "ensemble" and mirrored)
+    judged: Judged = "one pass" if once else "mirrored" if mirrored else "plain"
     step = None if progress is None else partial(progress, "images")
     with prepare_images(source, settings.images, count, seed=settings.seed, progress=step) as images:
         held = (len(images) // 6 if len(images) >= 6 else int(len(images) >= 4)) if learns else 0

@@ -118,6 +118,7 @@ def prepare_images(
 
 
 def save_image(path: Path, array: np.ndarray) -> None:
+    """Write an array to a temporary .npy file; an OutputError names the folder."""
     try:
         np.save(path, array)
     except OSError as error:
