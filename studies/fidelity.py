@@ -103,7 +103,8 @@ class _Judge:
 
     def _columns(self, setting: str, stage: str) -> dict[str, Any]:
         table = pandas.DataFrame(self._scores.rows).set_index(["setting", "stage", "answer", "case"]).astype(float)
-        table = table[~table.index.duplicated(keep="last")]  # of a run that ended before its row was written
+        # Twice is a case of a run that ended before its row was written.
+        table = table[~table.index.duplicated(keep="last")].sort_index()
         found = {way: table.loc[(setting, stage, way)] for way in self.ways}
         means = {way: one.mean() for way, one in found.items()}
         columns = {f"dice_{way}": round(float(one.mean()), 4) for way, one in means.items()}
@@ -276,8 +277,9 @@ def some_images(images: Path, ending: str, count: int, target: Path) -> Path:
     """Link the images of `count` cases, evenly spaced in the order of their names, into a folder, and return it."""
     cases = list_cases(images, ending).cases
     names = sorted(cases)
+    count = min(count, len(names))
     target.mkdir(parents=True, exist_ok=True)
-    for name in {names[number * len(names) // count] for number in range(min(count, len(names)))}:
+    for name in (names[number * len(names) // count] for number in range(count)):
         for file in cases[name]:
             if not (link := target / file.name).is_symlink():
                 link.symlink_to(file.resolve())
