@@ -37,7 +37,8 @@ from nnslim.running.bfloat16 import bfloat16_is_safe, has_fast_bfloat16
 
 _log = logging.getLogger("nnslim")
 _MEMORY = 0.97  # of the running mean of the weights, per step
-_STATE_VERSION = 3  # of the file that an interrupted recovery leaves; raise it when its content changes
+_WORSE, _SLOWER = 0.02, 0.3  # a drop so much beyond the best says that the rate is too high; it falls to this share
+_STATE_VERSION = 4  # of the file that an interrupted recovery leaves; raise it when its content changes
 
 Progress = Callable[[str, int, int], None]  # called with (what is done, units done, units in all)
 
@@ -51,6 +52,7 @@ class Recovery:
         before, after: estimated drop in Dice on the held-out tiles, see `Agreement`.
         history: (step, estimated drop).
         stopped: why it ended: "steps", "time", "no gain" or "target".
+        slowed: how often the rate was lowered because learning did harm.
         judged: which answers the drops are of, see `Referee`.
         classes: estimated drop of each class that a tile shows, after recovery.
         seconds: spent; not part of `to_dict`, which is reproducible.
@@ -61,6 +63,7 @@ class Recovery:
     after: float = math.nan
     history: list[tuple[int, float]] = field(default_factory=list)
     stopped: str = "steps"
+    slowed: int = 0
     judged: str = "plain"
     classes: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
@@ -90,6 +93,7 @@ class Recovery:
             "estimated_drop_after": rounded(self.after),
             "history": [[step, rounded(drop)] for step, drop in self.history],
             "stopped": self.stopped,
+            "slowed": self.slowed,
             "judged": self.judged,
             "classes": {name: rounded(drop) for name, drop in self.classes.items()},
         }
@@ -203,7 +207,7 @@ class _Learning:
             batch = batch.to(self.device)
             rate, blocks = schedule(step, settings, self._elapsed() / settings.seconds if settings.seconds else 0.0)
             for group in self.optimiser.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * _SLOWER**recovery.slowed
             with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
                 if blocks:
                     loss = stage_loss(self.dense, self.slim, ends, batch)
@@ -237,6 +241,8 @@ class _Learning:
         recovery.history.append((recovery.steps, judgement.drop))
         if not recovery.after <= judgement.drop:  # also where it was NaN
             self._keep(judgement)
+        elif judgement.drop > recovery.after + _WORSE:
+            self._slow_down()
         recent = [value for _, value in recovery.history[-self.settings.patience :]]
         if self._reached():
             recovery.stopped = "target"
@@ -244,6 +250,15 @@ class _Learning:
             recovery.stopped = "no gain"
         self._save()
         return recovery.stopped in ("target", "no gain")
+
+    def _slow_down(self) -> None:
+        """Go on from the best state at a lower rate: without instance norms a network bears only small steps."""
+        self.recovery.slowed += 1
+        for network in (self.slim, self.mean.module):
+            network.load_state_dict(self.best)
+        self.mean.n_averaged.fill_(1)
+        self.optimiser.state.clear()
+        _log.info("recovery: learning does harm at step %d; it goes on more slowly", self.recovery.steps)
 
     def _keep(self, judgement: Judgement) -> None:
         self.recovery.take(judgement, self.data.class_names)

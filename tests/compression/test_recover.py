@@ -1,4 +1,4 @@
-"""Recovery without labels: learning from the dense network, budgets, interruption, and the search for a budget."""
+"""Recovery without labels: learning from the dense network, budgets of time and drop, interruption."""
 
 from __future__ import annotations
 
@@ -11,53 +11,22 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import Dataset
+from calibration_images import SHAPE, make_data, smooth
 
 from nnslim.caches import read_kept, write_kept
-from nnslim.compression import plan_and_fit as search
 from nnslim.compression import recover as module
 from nnslim.compression.cache import cache_key, recall_weights, store_weights
-from nnslim.compression.calibration import Calibration
 from nnslim.compression.compress_network import compress
 from nnslim.compression.config import RecoveryConfig, from_dict
 from nnslim.compression.distillation import recalibrate_norms, stage_ends, stage_loss
 from nnslim.compression.recover import Recovery, recover, schedule
 from nnslim.compression.referee import Judgement, Referee
-from nnslim.errors import ConfigError, RankError
 from nnslim.files import checkpoint_bytes
 from nnslim.methods.tucker import TuckerConfig, plan_tucker
 from nnslim.network.cost import measure_cost
 from nnslim.network.spec import SlimSpec, apply_spec, spec_of
 from nnslim.network.walk import LayerIndex
 from nnslim.surgery.streaming import hooked
-
-SHAPE = (1, 1, 16, 16)
-
-
-def smooth(seed):
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randn(1, 1, 5, 5, generator=generator)
-    return nn.functional.interpolate(coarse, SHAPE[2:], mode="bilinear") + 0.1 * torch.randn(SHAPE, generator=generator)
-
-
-class Patches(Dataset):
-    """Patch `index` is the same each time."""
-
-    def __init__(self, length):
-        self.length, self.asked = length, []
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, index):
-        self.asked.append(index)
-        return smooth(1000 + index)[0]
-
-
-def make_data(regions=False, fingerprint="images"):
-    held_out = [smooth(seed) for seed in (100, 101, 102)]
-    return Calibration([smooth(seed) for seed in range(3)], held_out, Patches, regions, fingerprint, 6)
 
 
 @pytest.fixture
@@ -165,6 +134,21 @@ def test_recover_resumed_equals_the_uninterrupted_run(dense, slim, tmp_path, ste
     )
     assert steps == list(range(8 * (step // 8) + 1, 25))
     assert found.to_dict() == wanted.to_dict() and same(again, whole)
+
+
+def test_recover_goes_back_and_slows_down_where_learning_does_harm(dense, slim, tmp_path):
+    settled = settings(steps=48, learning_rate=0.3)  # far too high
+    start = copy.deepcopy(slim)
+    recovery = recover(dense, slim, make_data(), settled)
+    assert recovery.slowed >= 2 and recovery.history[0][1] > recovery.before + 0.02
+    assert recovery.after < recovery.before and recovery.to_dict()["slowed"] == recovery.slowed
+    assert distance(dense, slim) < distance(dense, start)
+    for step in (9, 20):  # before and after the first of them
+        again, path = copy.deepcopy(start), tmp_path / f"{step}"
+        with pytest.raises(Cut):
+            recover(dense, again, make_data(), settled, checkpoint=path, progress=cut_at(step))
+        resumed = recover(dense, again, make_data(), settled, checkpoint=path)
+        assert resumed.history == recovery.history and same(slim, again)
 
 
 def test_recover_finished_run_is_only_read_back(dense, slim, tmp_path):
@@ -469,133 +453,6 @@ def test_recover_beyond_its_target_equals_the_run_without(dense, slim, tmp_path,
     assert (early.stopped, early.steps) == ("target", 16) and not same(cut, whole)
     found = recover(dense, cut, make_data(), settings(), checkpoint=path)
     assert found.to_dict() == wanted.to_dict() and same(cut, whole)
-
-
-def with_limit(limit, **recovery):
-    return from_dict({"methods": [{"method": "tucker", "max_drop": limit}], "recovery": recovery})
-
-
-@pytest.fixture
-def wide(tiny_net):
-    network = tiny_net("plain2d", features=(16, 24, 32))
-    LayerIndex(network)["decoder.seg_layers.1"].module.weight.data *= 6
-    return network
-
-
-@pytest.mark.parametrize(
-    ("drops", "tried", "found"),
-    [
-        ({}, [0, 1, 2, 3], 3),  # nothing is ever lost
-        ({2: 0.02}, [0, 1, 2], 1),
-        ({0: 0.02}, [0, -1], -1),
-        ({0: 0.02, -1: math.nan}, [0, -1, -2], -2),
-        ({0: 0.01, 1: 0.0101}, [0, 1], 0),
-        ({0: RankError, -1: RankError}, [0, -1, -2], -2),
-        ({1: RankError}, [0, 1], 0),
-    ],
-)
-def test_find_budget_takes_the_smallest_share_within_the_limit(wide, monkeypatch, drops, tried, found):
-    """Shares by their distance from the first one that is tried."""
-    seen = []
-
-    def plan(dense, config, *_):
-        seen.append(search.SHARES.index(config.methods[0].settings.macs) - search.START)
-        if drops.get(seen[-1]) is RankError:
-            raise RankError("too small")
-        return seen[-1]
-
-    def fit(dense, config, plans, *_, target, **__):
-        assert target == 0.01
-        return plans, Recovery(after=drops.get(plans, 0.0)), {}
-
-    monkeypatch.setattr(search, "plan_methods", plan)
-    monkeypatch.setattr(search, "fit_plans", lambda *_: (wide, {}))
-    monkeypatch.setattr(search, "fit_and_recover", fit)
-    config, plans, slim, recovery = search.find_budget(wide, with_limit(0.01), 0, None, SHAPE, make_data(), None)
-    assert seen == tried
-    chosen = config.methods[0].settings
-    assert chosen.budget == ("macs", search.SHARES[search.START + found])
-    assert (plans, slim, recovery.after) == (found, found, drops.get(found, 0.0))
-    assert type(chosen)(**chosen.model_dump()) == chosen
-
-
-def test_find_budget_keeps_the_limit_of_the_worst_class(wide, monkeypatch, caplog):
-    worst = {search.START: 0.02, search.START + 1: 0.04}
-    monkeypatch.setattr(
-        search, "plan_methods", lambda d, config, *_: search.SHARES.index(config.methods[0].settings.macs)
-    )
-    monkeypatch.setattr(search, "fit_plans", lambda *_: (wide, {}))
-
-    def fit(dense, config, plans, *_, target, target_worst, **__):
-        assert (target, target_worst) == (0.01, 0.03)
-        return plans, Recovery(after=0.001, classes={"liver": 0.0, "vein": worst[plans]}), {}
-
-    monkeypatch.setattr(search, "fit_and_recover", fit)
-    config = with_limit(0.01)
-    settings = config.methods[0].settings.model_copy(update={"max_drop_worst": 0.03})
-    config = config.model_copy(update={"methods": (config.methods[0].model_copy(update={"settings": settings}),)})
-    with caplog.at_level(logging.INFO, "nnslim"):
-        _, plans, _, _ = search.find_budget(wide, config, 0, None, SHAPE, make_data(), None)
-    assert plans == search.START and "0.0400 for vein" in caplog.text
-    worst[search.START] = 0.04
-    worst |= {step: 0.04 for step in range(search.START)}
-    with pytest.raises(RankError, match=r"max_drop=0\.01 with max_drop_worst=0\.03 was not kept"):
-        search.find_budget(wide, config, 0, None, SHAPE, make_data(), None)
-    with pytest.raises(ConfigError, match="name max_drop, too"):
-        from_dict({"methods": [{"method": "tucker", "max_drop_worst": 0.1}]})
-
-
-@pytest.mark.parametrize(("learns", "recovered"), [(True, [0]), (False, [0, 1, 2, 3])])
-def test_find_budget_leaves_out_what_recovery_cannot_win_back(wide, monkeypatch, learns, recovered):
-    """The fit of the second share loses .021: learning is believed to leave half of it, more than the limit."""
-    tried, fits = [], []
-    monkeypatch.setattr(search, "plan_methods", lambda dense, config, *_: config.methods[0].settings.macs)
-    monkeypatch.setattr(search, "fit_plans", lambda *given: fits.append(given[2]) or (given[2], {}))
-    drops = {search.SHARES[search.START]: 0.019, search.SHARES[search.START + 1]: 0.021}
-    monkeypatch.setattr(search.Referee, "drop", lambda self, share: drops.get(share, 0.0))
-
-    def fit(dense, config, plans, *_, **__):
-        tried.append(search.SHARES.index(plans) - search.START)
-        return plans, Recovery(after=0.0), {}
-
-    monkeypatch.setattr(search, "fit_and_recover", fit)
-    limit = with_limit(0.01, steps=4) if learns else with_limit(0.01)
-    _, _, slim, _ = search.find_budget(wide, limit, 0, None, SHAPE, make_data(), None)
-    assert tried == recovered and slim == search.SHARES[search.START + recovered[-1]]
-    assert len(fits) == (2 if learns else 4)
-
-
-def test_find_budget_limit_never_kept_raises_and_names_the_trials(wide, monkeypatch):
-    monkeypatch.setattr(search, "plan_methods", lambda *_: ())
-    monkeypatch.setattr(search, "fit_plans", lambda *_: (wide, {}))
-    monkeypatch.setattr(search, "fit_and_recover", lambda *_, **__: (None, Recovery(after=0.5), {}))
-    with pytest.raises(RankError, match=r"max_drop=0\.01 was not kept .*0\.083: 0\.5000, .*0\.25: 0\.5000"):
-        search.find_budget(wide, with_limit(0.01), 0, None, SHAPE, make_data(), None)
-
-
-def test_compress_max_drop_keeps_the_limit(wide):
-    config = with_limit(0.3, steps=8, every=4, batch_size=1)
-    slimmed = compress(wide, [wide.state_dict()], config, SHAPE, data=make_data())
-    assert slimmed.recovery[0]["estimated_drop_after"] <= 0.3
-    assert slimmed.slim.macs < 0.72 * slimmed.dense.macs
-
-
-def test_found_share_is_recovered_to_the_end(wide):
-    config = with_limit(0.3, steps=8, every=4, batch_size=1)
-    slimmed = compress(wide, [wide.state_dict()], config, SHAPE, data=make_data())
-    (recovery,) = slimmed.recovery
-    assert (recovery["stopped"], recovery["steps"]) == ("steps", 8)
-    assert recovery["estimated_drop_after"] == min(drop for drop in [recovery["estimated_drop_before"]] + [
-        drop for _, drop in recovery["history"]
-    ])  # fmt: skip
-
-
-def test_compress_max_drop_without_data_raises(wide):
-    with pytest.raises(ConfigError, match=r"max_drop=0\.1 is measured on images: name their folder"):
-        compress(wide, [wide.state_dict()], with_limit(0.1), SHAPE)
-    two = from_dict({"methods": [{"method": "tucker", "max_drop": 0.1}] * 2})
-    with pytest.raises(ConfigError, match="only one method"):
-        compress(wide, [wide.state_dict()], two, SHAPE, data=make_data())
 
 
 CONFIG = {
