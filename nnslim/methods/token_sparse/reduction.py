@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -109,10 +109,10 @@ class TokenReduction(nn.Module):
         self.scorers = make_scorers(kinds, dim, shared=shared) if mode == "drop" else None
         self.topk = TopK(tau, noise)
         self.set_ratio(ratios)
-        self.heard: list[Scored] | None = None
+        self.heard: dict[Any, Scored] | None = None
 
-    def listen(self, heard: list[Scored]) -> None:
-        """Append to a list, in training, what learned scorers say; see `SupervisedLoss`."""
+    def listen(self, heard: dict[Any, Scored]) -> None:
+        """Keep there, in training, what learned scorers say in the last forward pass; see `SupervisedLoss`."""
         self.heard = heard
 
     def set_ratio(self, ratio: float | Sequence[float]) -> None:
@@ -172,7 +172,7 @@ class TokenReduction(nn.Module):
         scores = self.scorers[stage](StageInput(patches, prefix, received, now.content))
         if self.training and self.heard is not None and self.learned[stage]:
             total = now.length + sum(group.shape[1] for group in now.groups)
-            self.heard.append(Scored(scores, now.positions[:, now.prefix :] - now.prefix, total))
+            self.heard[id(self), stage] = Scored(scores, now.positions[:, now.prefix :] - now.prefix, total)
         split = self.topk(scores, keep)
         policy = torch.cat((now.alive.new_ones(batch, now.prefix, 1), split.policy.to(now.x.dtype)), dim=1)
         stays, goes = policy * now.alive, (1 - policy) * now.alive

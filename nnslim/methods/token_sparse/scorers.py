@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -139,13 +139,14 @@ def make_scorers(kinds: Sequence[Scorer], dim: int, *, shared: bool = False) -> 
     return scorers
 
 
-def scorer_loss(heard: Sequence[Scored], foreground: Tensor) -> Tensor:
+def scorer_loss(heard: Iterable[Scored], foreground: Tensor) -> Tensor:
     """Return the binary cross-entropy between scores and which tokens hold foreground, mean over stages.
 
     A learned score is a log-probability: exp(score) is read as the probability that the token's cube holds foreground.
 
     Args:
-        heard: see `TokenReduction.heard`; at least one. foreground: (B, 1, *size), 1 for labelled voxels, 0 elsewhere.
+        heard: of one forward pass, see `TokenReduction.heard`; at least one.
+        foreground: (B, 1, *size), 1 for labelled voxels, 0 elsewhere.
     """
     losses = []
     for said in heard:
@@ -157,7 +158,10 @@ def scorer_loss(heard: Sequence[Scored], foreground: Tensor) -> Tensor:
 
 
 class SupervisedLoss(nn.Module):
-    """A training's loss, plus `weight` times `scorer_loss` where learned scorers ran since the last call."""
+    """A training's loss, plus `weight` times `scorer_loss` where learned scorers ran since the last call.
+
+    Only the last forward pass counts: a trainer may run its network more often, to look at it.
+    """
 
     def __init__(
         self, loss: nn.Module, reductions: Sequence[nn.Module], weight: float, foreground: Callable[[Tensor], Tensor]
@@ -172,7 +176,7 @@ class SupervisedLoss(nn.Module):
         self.loss = loss
         self.weight = weight
         self._foreground = foreground
-        self._heard: list[Scored] = []
+        self._heard: dict[Any, Scored] = {}
         for reduction in reductions:
             reduction.listen(self._heard)
 
@@ -180,6 +184,6 @@ class SupervisedLoss(nn.Module):
         """Return the loss; nothing is added in evaluation, in which scorers are not listened to."""
         total = self.loss(output, target)
         if self._heard:
-            total = total + self.weight * scorer_loss(self._heard, self._foreground(target))
+            total = total + self.weight * scorer_loss(self._heard.values(), self._foreground(target))
             self._heard.clear()
         return total
