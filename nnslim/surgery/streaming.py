@@ -17,6 +17,7 @@ from nnslim.network.graph import PASSING
 from nnslim.network.walk import LayerIndex
 
 Hooks = Mapping[str, Callable]
+Sampled = tuple[Places, Tensor]  # places and the rows of outputs there, float64 on the CPU
 _NO_HOOKS: Hooks = MappingProxyType({})
 _NORM = (nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
 
@@ -117,37 +118,48 @@ def stream_moments(
         samples: positions for each layer, over all tiles.
         seed: decides the positions; each layer and tile has its own stream, so the grouping of layers does not matter.
     """
+    convs = {request.layer: request.conv for request in requests}
+    for tile, found in sample_dense(dense, tiles, convs, samples=samples, seed=seed):
+        _sample_slim(slim, tile, requests, found)
+
+
+def sample_dense(
+    dense: nn.Module, tiles: Tiles, convs: Mapping[str, nn.Module], *, samples: int, seed: int
+) -> Iterator[tuple[Tensor, dict[str, Sampled]]]:
+    """Yield each tile, on the network's device, with what the layers `convs` put out at sampled places.
+
+    See `stream_moments`. The pass ends at the last layer that is needed.
+    """
     device = next(dense.parameters()).device
-    each = -(-samples // len(tiles))
+    count = -(-samples // len(tiles))
     order = {layer.name: number for number, layer in enumerate(LayerIndex(dense).values())}
+
+    def take(found: dict[str, Sampled], tile: int, name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + tile) * 10_007 + order[name])
+        places = choose_places(convs[name], inputs[0], output, count, generator)
+        found[name] = places, sample_outputs(convs[name], output, places)
+        if len(found) == len(convs):
+            raise EndOfPass
+
     for number, tile in enumerate(tiles):
-        seeds = {request.layer: (seed * 1_000_003 + number) * 10_007 + order[request.layer] for request in requests}
-        _stream_tile(dense, slim, tile.to(device), requests, each, seeds)
+        tile, found = tile.to(device), {}
+        hooks = {name: partial(take, found, number, name) for name in convs}
+        with torch.inference_mode(), suppress(EndOfPass), hooked(dense, {}, hooks):
+            dense(tile)
+        yield tile, found
 
 
 @torch.inference_mode()
-def _stream_tile(
-    dense: nn.Module, slim: nn.Module, tile: Tensor, requests: Sequence[Request], count: int, seeds: Mapping[str, int]
-) -> None:
-    """Sample one tile: first the dense network's outputs, then the slim one's inputs at the same places."""
-    found: dict[str, tuple[Places, Tensor]] = {}
+def _sample_slim(slim: nn.Module, tile: Tensor, requests: Sequence[Request], found: Mapping[str, Sampled]) -> None:
+    """Add the slim network's inputs of one tile, at the places where the dense one's outputs were taken."""
     taken: list[str] = []
 
-    def take_output(request: Request, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        generator = torch.Generator().manual_seed(seeds[request.layer])
-        places = choose_places(request.conv, inputs[0], output, count, generator)
-        found[request.layer] = places, sample_outputs(request.conv, output, places)
-        if len(found) == len(requests):
-            raise EndOfPass
-
-    def take_input(request: Request, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def take(request: Request, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         places, outputs = found[request.layer]
         request.add(sample_inputs(request.conv, inputs[0], places), outputs)
         taken.append(request.layer)
         if len(taken) == len(requests):
             raise EndOfPass
 
-    with suppress(EndOfPass), hooked(dense, {}, {request.layer: partial(take_output, request) for request in requests}):
-        dense(tile)
-    with suppress(EndOfPass), hooked(slim, {request.layer: partial(take_input, request) for request in requests}, {}):
+    with suppress(EndOfPass), hooked(slim, {request.layer: partial(take, request) for request in requests}, {}):
         slim(tile)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import weakref
 
 import pytest
@@ -11,12 +12,13 @@ import torch
 from torch import nn
 
 from nnslim.maths.moments import Moments
-from nnslim.methods.tucker import TuckerConfig, plan_tucker
+from nnslim.methods.tucker import TuckerConfig, fit_chains, plan_tucker
 from nnslim.methods.tucker.edit import TuckerConv
 from nnslim.methods.tucker.fit_chains import fit_tucker_network
 from nnslim.network.cost import measure_cost
 from nnslim.network.spec import SlimSpec, apply_spec
 from nnslim.network.walk import LayerIndex
+from nnslim.surgery.in_step import InStep
 from nnslim.surgery.streaming import Request, stream_moments
 
 KINDS = ["plain3d", "plain2d", "residual3d", "anisotropic"]
@@ -144,19 +146,17 @@ def test_fit_network_transposed_layers_and_heads_are_fitted(tiny_net):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_fit_network_little_memory_is_nearly_as_good(tiny_net, monkeypatch, transposed):
-    from nnslim.methods.tucker import fit_chains as fit
-
     setup, tiles = Setup(tiny_net, transposed=transposed), smooth_tiles("plain3d", 4)
     unseen = smooth_tiles("plain3d", 3, seed=9)
     exact, _ = setup.fitted(tiles)
     kinds = []
-    real = fit.stream_moments
+    real = InStep.fill
 
-    def watched(dense, slim, given, requests, **options):
+    def watched(self, requests):
         kinds.extend((type(request.moments).__name__, request.project is not None) for request in requests)
-        real(dense, slim, given, requests, **options)
+        return real(self, requests)
 
-    monkeypatch.setattr(fit, "stream_moments", watched)
+    monkeypatch.setattr(InStep, "fill", watched)
     # In bytes, because a megabyte holds the moments of any tiny layer: room for rank space, not for whole layers; in
     # the second case only for that of transposed convolutions, so that theirs are wide, too.
     memory = 10_000 if transposed else 290_000
@@ -198,16 +198,77 @@ class CountedTiles:
             del tile
 
 
+def threads():
+    return {thread.name for thread in threading.enumerate()}
+
+
+def untouched(network):
+    return not any("forward" in module.__dict__ or module._forward_pre_hooks for module in network.modules())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lost", [5, 13])  # memory is short at the second layer that is fitted, or later
+def test_fit_network_from_passes_in_step_is_the_fit_from_passes_of_their_own(tiny_net, monkeypatch, kind, lost):
+    setup, tiles, before = Setup(tiny_net, kind), smooth_tiles(kind, 3), threads()
+    config = setup.with_fit(samples=200)
+    monkeypatch.setattr(fit_chains, "_room_left", lambda x: False)
+    wanted, errors = setup.fitted(tiles, config)
+    for allowed in (10**9, lost):
+        left = iter(range(allowed))
+        monkeypatch.setattr(fit_chains, "_room_left", lambda x, left=left: next(left, None) is not None)
+        found, same_errors = setup.fitted(tiles, config)
+        assert same_errors == errors
+        state = wanted.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in found.state_dict().items())
+        assert untouched(found) and untouched(setup.dense) and threads() == before
+    assert next(left, None) is None
+
+
+def test_fit_network_runs_each_network_once_for_each_tile(tiny_net):
+    setup, tiles = Setup(tiny_net), CountedTiles(3)
+    first = LayerIndex(setup.dense)["encoder.stages.0.0.convs.0.conv"].module
+    runs = []
+    first.register_forward_hook(lambda *_: runs.append(1))
+    setup.slim = copy.deepcopy(setup.slim)
+    LayerIndex(setup.slim)["encoder.stages.0.0.convs.0.norm"].module.register_forward_hook(lambda *_: runs.append(2))
+    setup.fitted(tiles, setup.with_fit(samples=200))
+    # One more tile and pass of the dense network find the norms that follow.
+    assert tiles.made == 4 and runs.count(1) == 4 and runs.count(2) == 3
+
+
+class Stop(Exception):  # noqa: N818  stands for Ctrl-C
+    pass
+
+
+def test_fit_network_that_is_stopped_leaves_no_pass_behind(tiny_net):
+    setup, before = Setup(tiny_net), threads()
+
+    def stop(done, total):
+        if done == 2:
+            raise Stop
+
+    slim = copy.deepcopy(setup.slim)
+    with pytest.raises(Stop):
+        fit_tucker_network(setup.dense, slim, setup.config, setup.cost, smooth_tiles("plain3d", 3), on_layer=stop)
+    assert threads() == before and untouched(slim)
+    slim = copy.deepcopy(setup.slim)
+    handle = LayerIndex(slim)["decoder.stages.0.convs.0.norm"].module.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit_tucker_network(setup.dense, slim, setup.config, setup.cost, smooth_tiles("plain3d", 3))
+    handle.remove()
+    assert threads() == before and untouched(slim)
+
+
 @pytest.mark.parametrize("count", [3, 9])
-def test_fit_network_keeps_no_tile(tiny_net, count):
+def test_fit_network_keeps_no_tile_where_memory_is_short(tiny_net, monkeypatch, count):
+    monkeypatch.setattr(fit_chains, "_room_left", lambda x: False)
     setup, tiles = Setup(tiny_net), CountedTiles(count)
     gc.disable()  # reference counts alone must do
     try:
         setup.fitted(tiles, setup.with_fit(samples=200, layers_per_pass=4))
     finally:
         gc.enable()
-    assert tiles.most <= 2 and tiles.alive == 0
-    assert tiles.made > 2 * count
+    assert tiles.alive == 0 and tiles.made > 2 * count
 
 
 class WatchedTiles(CountedTiles):

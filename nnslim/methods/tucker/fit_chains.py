@@ -26,7 +26,11 @@ from nnslim.methods.tucker.edit import TuckerConv, kernel_of
 from nnslim.methods.tucker.survey import output_metric
 from nnslim.network.cost import Cost
 from nnslim.network.walk import Layer, LayerIndex, replace_layer
+from nnslim.running.machine import available_bytes
+from nnslim.surgery.in_step import InStep
 from nnslim.surgery.streaming import Request, Tiles, following_norms, stream_moments
+
+_RESERVE = 2**31  # bytes of memory that the passes of all tiles leave alone
 
 
 @dataclass
@@ -80,24 +84,44 @@ def fit_tucker_network(
         if task.chain is not None:
             replace_layer(task.place, copy.deepcopy(task.conv))
     errors: dict[str, float] = {}
-    for start in range(0, len(tasks), config.fit.layers_per_pass):
-        group = tasks[start : start + config.fit.layers_per_pass]
-        errors |= fitter.fit(group)
-        for task in group:
-            if task.chain is not None:
-                replace_layer(task.place, task.chain)
-        if on_layer is not None:
-            on_layer(start + len(group), len(tasks))
+    with fitter.in_step(tasks):
+        for start in range(0, len(tasks), config.fit.layers_per_pass):
+            group = tasks[start : start + config.fit.layers_per_pass]
+            errors |= fitter.fit(group)
+            for task in group:
+                if task.chain is not None:
+                    replace_layer(task.place, task.chain)
+                    fitter.passes.replace(task.name, task.chain)
+            if on_layer is not None:
+                on_layer(start + len(group), len(tasks))
     return errors
 
 
-@dataclass(frozen=True)
+def _room_left(x: Tensor) -> bool:
+    """Whether memory is left for the passes of all tiles to go on from a layer that is given `x`."""
+    if x.is_cuda:
+        free = torch.cuda.mem_get_info(x.device)[0] + torch.cuda.memory_reserved(x.device)
+        free -= torch.cuda.memory_allocated(x.device)
+    else:
+        free = available_bytes()
+    return free is None or free > _RESERVE + 8 * x.nbytes
+
+
+@dataclass
 class _Fitter:
     dense: nn.Module
     slim: nn.Module
     tiles: Tiles
     settings: FitConfig
     seed: int
+    passes: InStep | None = None
+
+    def in_step(self, tasks: Sequence[_Task]) -> InStep:
+        """Return the passes that these tasks are fitted from, front to back, as long as memory suffices."""
+        convs = {task.name: task.conv for task in tasks}
+        options = {"samples": self.settings.samples, "seed": self.seed, "enough": _room_left}
+        self.passes = InStep(self.dense, self.slim, self.tiles, convs, **options)
+        return self.passes
 
     def tasks(self, order: Sequence[str], compensate: bool) -> list[_Task]:
         originals, places = LayerIndex(self.dense), LayerIndex(self.slim)
@@ -131,8 +155,9 @@ class _Fitter:
         return view.bytes <= self.settings.memory_mb * 2**20
 
     def _stream(self, requests: Sequence[Request]) -> None:
-        samples, seed = self.settings.samples, self.seed
-        stream_moments(self.dense, self.slim, self.tiles, requests, samples=samples, seed=seed)
+        if rest := self.passes.fill(requests):
+            samples, seed = self.settings.samples, self.seed
+            stream_moments(self.dense, self.slim, self.tiles, rest, samples=samples, seed=seed)
 
     def _problem(self, kernel: Tensor, moments: Moments, metric: Tensor) -> Problem:
         ridge = self.settings.ridge
