@@ -48,6 +48,7 @@ from nnslim.hosts.nnunet.train.finetune_model import finetune_model
 from nnslim.hosts.nnunet.train.settings import TrainingSettings
 from nnslim.network.cost import measure_cost
 from nnslim.network.spec import SlimSpec, apply_spec, spec_of
+from nnslim.running.engine import Settings, with_fallback
 from nnslim.tables import markdown
 from studies.command import new_parser, run_command
 from studies.table import GrowingTable, shown
@@ -125,10 +126,11 @@ class _Judge:
         from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
         model, source = self.model, Source.of(self.model)
+        network = with_fallback(network.eval(), input_shape(model), Settings("eager"))[0]
         with silent():
             predictor = predictor_class()(use_mirroring=mirrored, device=torch.device("cpu"), allow_tqdm=False)
             predictor.manual_initialization(
-                network.eval(),
+                network,
                 model.plans_manager,
                 model.configuration_manager,
                 None,
