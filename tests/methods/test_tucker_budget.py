@@ -426,6 +426,29 @@ def test_survey_leaves_the_network_as_it_was_and_repeats_itself(net, tiles):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
+class Remembered(list):
+    """Tiles that keep what is known from them."""
+
+    def __init__(self, tiles):
+        super().__init__(tiles)
+        self.known = {}
+
+
+def test_a_search_over_budgets_surveys_the_same_weights_once(net, cost, tiles):
+    runs, kept = [], Remembered(tiles)
+    LayerIndex(net)[CONV].module.register_forward_hook(lambda *_: runs.append(1))
+    plans, counts = [], []
+    for macs in (0.5, 0.4, 0.4):
+        plans.append(plan_tucker(net, TuckerConfig(macs=macs, rank_min=2), cost, kept))
+        counts.append(len(runs) - sum(counts))
+    assert counts[0] > 3 * counts[1] == 3 * counts[2]  # what is left judges the plans that compete
+    assert plans[1] == plans[2] == plan_tucker(net, TuckerConfig(macs=0.4, rank_min=2), cost, tiles) != plans[0]
+    runs.clear()
+    LayerIndex(net)[CONV].module.weight.data.mul_(1.5)  # such as the next fold's
+    plan_tucker(net, TuckerConfig(macs=0.4, rank_min=2), cost, kept)
+    assert len(runs) == counts[0]
+
+
 def test_survey_dead_layer_is_worth_less_than_one_that_counts(net, tiles):
     muted = _copy(net)
     norm = LayerIndex(muted)["encoder.stages.2.0.convs.0.norm"].module

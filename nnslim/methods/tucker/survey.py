@@ -16,6 +16,7 @@ from nnslim.maths.moments import ChannelMoments, LinearView, Moments
 from nnslim.methods.base import OnLayer
 from nnslim.methods.tucker.edit import kernel_of
 from nnslim.network.walk import LayerIndex
+from nnslim.running.kept_models import network_fingerprint
 from nnslim.surgery.streaming import Request, Tiles, following_norms, stream_moments
 
 
@@ -97,11 +98,31 @@ def survey(
 ) -> Survey:
     """Survey layers of a dense network, in one pass over the tiles and one short probe per layer.
 
+    The same survey of the same weights is made once where tiles keep what is `known`, so that a search over budgets
+    costs one.
+
     Args:
         network: eval mode; not modified. names: convolutions without groups.
         tiles: calibration tiles; None surveys the weights alone.
         samples, damping: as in `FitConfig`. probe: measure the sensitivities.
     """
+    known = getattr(tiles, "known", {})
+    key = (network_fingerprint(network), tuple(names), samples, seed, damping, probe)
+    if key not in known:
+        known[key] = _survey(network, names, tiles, samples, seed, damping, probe, on_step)
+    return known[key]
+
+
+def _survey(
+    network: nn.Module,
+    names: Sequence[str],
+    tiles: Tiles | None,
+    samples: int,
+    seed: int,
+    damping: float,
+    probe: bool,
+    on_step: OnLayer,
+) -> Survey:
     layers = LayerIndex(network)
     kernels = {name: kernel_of(layers[name].module).detach().cpu().double().flatten(2) for name in names}
     plain = {name: Spectrum.of(kernel) for name, kernel in kernels.items()}

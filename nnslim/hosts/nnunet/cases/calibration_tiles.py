@@ -30,6 +30,9 @@ class ImageTiles:
 
     Mirrored, each tile is followed by one of its mirror images: test-time mirroring shows the network what the images
     alone never do.
+
+    Attributes:
+        known: what was found out from these tiles, by all that it depends on, for whoever asks again.
     """
 
     def __init__(self, images: PreparedImages, per_image: int, *, seed: int = 0, mirrored: bool = False) -> None:
@@ -39,7 +42,7 @@ class ImageTiles:
             per_image: tiles of each image at most, chosen by the seed among those that show more than air.
             mirrored: follow each by a mirror image, along one or more of the axes that the model may be mirrored along.
         """
-        self._images = images
+        self._images, self.known = images, {}
         self._chosen = [
             (number, corner)
             for number in range(len(images))
