@@ -9,6 +9,7 @@ there. Rows that the file has are kept; the compressed weights are written besid
 
 from __future__ import annotations
 
+import argparse
 import copy
 import importlib.util
 import tarfile
@@ -138,10 +139,10 @@ def row_of(name: str, network: nn.Module, cost: Cost, tests: Any, seconds: float
 
 
 def rows_of_factor(
-    factor: float, dense: nn.Module, cost: Cost, tests: Any, data: Calibration, steps: int, rate: float, work: Path
+    factor: float, dense: nn.Module, cost: Cost, tests: Any, data: Calibration, args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of a rank factor: weights only, fitted, recovered; seconds are those of compression so far."""
-    config = TuckerConfig(rank_factor=factor, rank_min=8)
+    config, work = TuckerConfig(rank_factor=factor, rank_min=8, fit={"samples": args.samples}), args.output.parent
     started = time.perf_counter()
     slim = apply_spec(SlimSpec(plan_tucker(dense, config, cost).edits), copy.deepcopy(dense), fill=True).eval()
     spent = time.perf_counter() - started
@@ -150,7 +151,7 @@ def rows_of_factor(
     fit_tucker_network(dense, slim, config, cost, data.tiles)
     spent += time.perf_counter() - started
     yield row_of(f"{factor:g} fitted", slim, cost, tests, spent)
-    settings = RecoveryConfig(steps=steps, batch_size=1, learning_rate=rate, mirrored_teacher=False)
+    settings = RecoveryConfig(steps=args.steps, batch_size=1, learning_rate=args.rate, mirrored_teacher=False)
     recovery = recover(dense, slim, data, settings, checkpoint=work / f"{factor:g}.recovery")
     torch.save(slim.state_dict(), work / f"{factor:g}.pt")
     yield row_of(f"{factor:g} recovered", slim, cost, tests, spent + recovery.seconds)
@@ -165,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of recovery (0.0002)")
     parser.add_argument("--patch", type=int, default=48, help="edge of what is fitted to and learned from, voxels (48)")
     parser.add_argument("--tiles", type=int, default=4, help="crops to fit to (4)")
+    parser.add_argument("--samples", type=int, default=60000, help="positions per layer to fit to (60000)")
     parser.add_argument("--crop", type=int, default=64, help="edge of the test crops, voxels (64)")
     parser.add_argument("--tests", type=int, default=4, help="test crops (4)")
     parser.add_argument("--threads", type=int, help="torch threads (default: all)")
@@ -183,8 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = Calibration(fitted, held_out, partial(Crops, volume, args.patch))
     for factor in args.rank_factors:
         if (f"{factor:g} recovered",) not in table:
-            given = (factor, dense, cost, tests, data, args.steps, args.rate, args.output.parent)
-            for row in rows_of_factor(*given):
+            for row in rows_of_factor(factor, dense, cost, tests, data, args):
                 if (row["row"],) not in table:
                     table.add(row)
     print(markdown(table.rows))

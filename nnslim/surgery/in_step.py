@@ -33,7 +33,7 @@ class InStep:
         *,
         samples: int,
         seed: int,
-        enough: Callable[[Tensor], bool],
+        enough: Callable[[], bool],
     ) -> None:
         """Run the dense network.
 
@@ -41,7 +41,7 @@ class InStep:
             dense, slim: in eval mode, on one device. convs: the dense network's layers to sample, in order of
                 execution; the slim network has them too, under the same names.
             samples, seed: see `stream_moments`.
-            enough: given the layer's input, whether memory is left for the passes to go on.
+            enough: whether memory is left for the passes to go on.
         """
         layers = LayerIndex(slim)
         self._gates = {name: layers[name].module for name in convs}
@@ -76,7 +76,8 @@ class InStep:
         """Fill the moments of layers, in order of execution; return those for which memory does not suffice."""
         for done, request in enumerate(requests):
             for one, _ in self._passes:
-                if one.brought_to(request.layer) and not self._enough(one.x):
+                one.bring_to(request.layer)
+                if not self._enough():
                     self.close()
                     break
             if not self._passes:
@@ -131,8 +132,8 @@ class _Pass:
         if self._ending:
             raise EndOfPass
 
-    def brought_to(self, name: str) -> bool:
-        """Run to a layer; False where the pass ends before it."""
+    def bring_to(self, name: str) -> None:
+        """Run to a layer; a pass that does not come there runs to its end."""
         while self._at != name and not self._over:
             if self._thread.ident is None:
                 self._thread.start()
@@ -141,7 +142,6 @@ class _Pass:
             self._back.acquire()
             if self._failed is not None:
                 raise self._failed
-        return not self._over
 
     def end(self) -> None:
         """Let the pass end at the next layer where it would wait."""

@@ -202,6 +202,12 @@ def threads():
     return {thread.name for thread in threading.enumerate()}
 
 
+def memory_is_short_after(count, monkeypatch):
+    """Let a fit find no more than half of its memory from the measurement of that number on."""
+    left = iter([100, *[90] * count])
+    monkeypatch.setattr(fit_chains, "available_bytes", lambda: next(left, 50))
+
+
 def untouched(network):
     return not any("forward" in module.__dict__ or module._forward_pre_hooks for module in network.modules())
 
@@ -211,17 +217,15 @@ def untouched(network):
 def test_fit_network_from_passes_in_step_is_the_fit_from_passes_of_their_own(tiny_net, monkeypatch, kind, lost):
     setup, tiles, before = Setup(tiny_net, kind), smooth_tiles(kind, 3), threads()
     config = setup.with_fit(samples=200)
-    monkeypatch.setattr(fit_chains, "_room_left", lambda x: False)
+    memory_is_short_after(0, monkeypatch)
     wanted, errors = setup.fitted(tiles, config)
-    for allowed in (10**9, lost):
-        left = iter(range(allowed))
-        monkeypatch.setattr(fit_chains, "_room_left", lambda x, left=left: next(left, None) is not None)
+    for allowed in (1000, lost):
+        memory_is_short_after(allowed, monkeypatch)
         found, same_errors = setup.fitted(tiles, config)
         assert same_errors == errors
         state = wanted.state_dict()
         assert all(torch.equal(value, state[key]) for key, value in found.state_dict().items())
         assert untouched(found) and untouched(setup.dense) and threads() == before
-    assert next(left, None) is None
 
 
 def test_fit_network_runs_each_network_once_for_each_tile(tiny_net):
@@ -261,7 +265,7 @@ def test_fit_network_that_is_stopped_leaves_no_pass_behind(tiny_net):
 
 @pytest.mark.parametrize("count", [3, 9])
 def test_fit_network_keeps_no_tile_where_memory_is_short(tiny_net, monkeypatch, count):
-    monkeypatch.setattr(fit_chains, "_room_left", lambda x: False)
+    memory_is_short_after(0, monkeypatch)
     setup, tiles = Setup(tiny_net), CountedTiles(count)
     gc.disable()  # reference counts alone must do
     try:

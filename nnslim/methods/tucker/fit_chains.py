@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -29,8 +30,6 @@ from nnslim.network.walk import Layer, LayerIndex, replace_layer
 from nnslim.running.machine import available_bytes
 from nnslim.surgery.in_step import InStep
 from nnslim.surgery.streaming import Request, Tiles, following_norms, stream_moments
-
-_RESERVE = 2**31  # bytes of memory that the passes of all tiles leave alone
 
 
 @dataclass
@@ -97,14 +96,12 @@ def fit_tucker_network(
     return errors
 
 
-def _room_left(x: Tensor) -> bool:
-    """Whether memory is left for the passes of all tiles to go on from a layer that is given `x`."""
-    if x.is_cuda:
-        free = torch.cuda.mem_get_info(x.device)[0] + torch.cuda.memory_reserved(x.device)
-        free -= torch.cuda.memory_allocated(x.device)
-    else:
-        free = available_bytes()
-    return free is None or free > _RESERVE + 8 * x.nbytes
+def _free_bytes(device: torch.device) -> int | None:
+    """Return how much memory of the device is free; None if unknown."""
+    if device.type != "cuda":
+        return available_bytes()
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 @dataclass
@@ -117,9 +114,14 @@ class _Fitter:
     passes: InStep | None = None
 
     def in_step(self, tasks: Sequence[_Task]) -> InStep:
-        """Return the passes that these tasks are fitted from, front to back, as long as memory suffices."""
-        convs = {task.name: task.conv for task in tasks}
-        options = {"samples": self.settings.samples, "seed": self.seed, "enough": _room_left}
+        """Return the passes that these tasks are fitted from, front to back, while half of the free memory suffices."""
+        convs, device = {task.name: task.conv for task in tasks}, next(self.dense.parameters()).device
+        least = (_free_bytes(device) or 0) // 2
+
+        def enough() -> bool:
+            return (_free_bytes(device) or math.inf) > least
+
+        options = {"samples": self.settings.samples, "seed": self.seed, "enough": enough}
         self.passes = InStep(self.dense, self.slim, self.tiles, convs, **options)
         return self.passes
 
