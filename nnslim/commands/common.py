@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nnslim.files import remove_dead_folders
 
@@ -125,11 +125,23 @@ def tell(*lines: str, failed: bool = False) -> None:
 
 @contextmanager
 def stepping(quiet: bool, first: str = "reading") -> Iterator[Step]:
-    """Show a progress bar for work of several steps, the `first` of them known by name; yield what is told of each."""
+    """Show a progress bar for work of several steps, the `first` of them known by name; yield what is told of each.
+
+    Time that has passed, and time that is left, are those of the step.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeElapsedColumn(), console=stderr, disable=quiet, transient=True) as bar:
-        task = bar.add_task(first, total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+    times = (TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
+    with Progress(*columns, *times, console=stderr, disable=quiet, transient=True) as bar:
+        task, shown = bar.add_task(first, total=None), first
+
+        def tell_step(what: str, done: int, total: int) -> None:
+            nonlocal shown
+            if what != shown:
+                bar.reset(task)
+                shown = what
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield tell_step
 
 
 @contextmanager

@@ -155,6 +155,7 @@ class _Learning:
         self.mean = mean.eval().requires_grad_(False)
         self.mean.update_parameters(self.slim)  # the start counts as one of the states
         self.held = held_by(self.slim)
+        self._total = self.settings.block_steps + self.settings.steps
         self.recovery = Recovery(judged=self.data.judged)
         self.best: dict[str, Tensor] = {}
         self.started = time.perf_counter()
@@ -184,7 +185,7 @@ class _Learning:
 
     def _learn(self) -> None:
         settings, recovery, size = self.settings, self.recovery, self.settings.batch_size
-        total = settings.block_steps + settings.steps
+        total = self._total
         patches = self.data.patches(total * size)
         first = torch.stack([patches[number] for number in range(size)]).to(self.device)
         half = learns_in_bfloat16((self.answering, self.slim), first, settings.precision)
@@ -239,6 +240,9 @@ class _Learning:
         recovery = self.recovery
         judgement = self.referee.judge(self.mean.module)
         recovery.history.append((recovery.steps, judgement.drop))
+        left = self._elapsed() * (self._total / max(1, recovery.steps) - 1) / 60
+        told = (recovery.steps, self._total, judgement.drop, left)
+        _log.info("recovery: step %d of %d, estimated drop %.4f, at most %.0f min to go", *told)
         if not recovery.after <= judgement.drop:  # also where it was NaN
             self._keep(judgement)
         elif judgement.drop > recovery.after + _WORSE:

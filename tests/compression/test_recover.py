@@ -77,7 +77,8 @@ def scripted(monkeypatch):
     return script
 
 
-def test_recover_brings_the_slim_network_nearer_and_keeps_the_best(dense, slim):
+def test_recover_brings_the_slim_network_nearer_and_keeps_the_best(dense, slim, caplog):
+    caplog.set_level(logging.INFO, "nnslim")
     data, before = make_data(), distance(dense, slim)
     steps = []
     recovery = recover(
@@ -85,6 +86,9 @@ def test_recover_brings_the_slim_network_nearer_and_keeps_the_best(dense, slim):
     )
     assert [step for step, _ in recovery.history] == [20, 40, 60] and recovery.stopped == "steps"
     assert steps == [(step, 60) for step in range(1, 61)]
+    told = [record.getMessage() for record in caplog.records]
+    for (step, drop), line in zip(recovery.history, told, strict=True):
+        assert line.startswith(f"recovery: step {step} of 60, estimated drop {drop:.4f}, at most 0 min")
     assert recovery.after == min([recovery.before, *(drop for _, drop in recovery.history)]) < recovery.before
     assert Referee(dense, data.held_out).drop(slim) == pytest.approx(recovery.after, abs=1e-9)
     assert distance(dense, slim) < 0.9 * before
