@@ -320,6 +320,18 @@ def damages(path: Path, *, kinds: bool = True) -> Iterator[str]:
     put(content)
 
 
+def spied(kind: type, monkeypatch: Any) -> list[Any]:
+    """Return a list that is given each object of a class as it is made."""
+    made, real = [], kind.__init__
+
+    def watched(self: Any, *given: Any, **options: Any) -> None:
+        made.append(self)
+        real(self, *given, **options)
+
+    monkeypatch.setattr(kind, "__init__", watched)
+    return made
+
+
 def remove(path: Path) -> None:
     """Remove whatever is there."""
     if path.is_dir() and not path.is_symlink():

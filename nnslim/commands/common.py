@@ -37,6 +37,9 @@ PreviousStageOption = Annotated[
 TrustOption = Annotated[
     bool, typer.Option("--trust-checkpoint", help="load checkpoints as nnU-Net does, including code in them")
 ]
+AccumulateOption = Annotated[int, typer.Option(help="iterations whose gradients make one step of the optimiser")]
+WarmupOption = Annotated[int, typer.Option(help="steps over which the learning rate rises from 0")]
+ClipOption = Annotated[float | None, typer.Option(help="bound of a step's gradient norm; default: nnU-Net's 12")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="no progress bar, warnings and errors only")]
 # As words, not from the engine: importing that takes torch's seconds, also for --help.
 Backend = Enum("Backend", {name: name for name in ("auto", "stock", "eager", "compile", "openvino")}, type=str)

@@ -8,11 +8,14 @@ from typing import Annotated
 import typer
 
 from nnslim.commands.common import (
+    AccumulateOption,
     CheckpointOption,
+    ClipOption,
     FoldOption,
     PreviousStageOption,
     QuietOption,
     TrustOption,
+    WarmupOption,
     counting,
     start,
 )
@@ -32,6 +35,9 @@ def finetune(
     learning_rate: Annotated[float, typer.Option(help="in the first epoch")] = 1e-4,
     schedule: Annotated[str, typer.Option(help="learning rate: constant or poly")] = "constant",
     weight_decay: Annotated[float | None, typer.Option(help="default: the trainer's")] = None,
+    accumulate: AccumulateOption = 1,
+    warmup_steps: WarmupOption = 0,
+    gradient_clip: ClipOption = None,
     teacher: Annotated[Path | None, typer.Option(help="dense model to distil from as well")] = None,
     distill: Annotated[float, typer.Option(help="weight of the distillation term, with --teacher")] = 1.0,
     trainer: Annotated[str | None, typer.Option(help="class name; default: the one of the checkpoint")] = None,

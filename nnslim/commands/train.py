@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nnslim.commands.common import QuietOption, counting, start
+from nnslim.commands.common import AccumulateOption, ClipOption, QuietOption, WarmupOption, counting, start
 
 _METHOD_OPTIONS = ("epochs", "iterations", "validation_iterations", "batch_size", "learning_rate", "precision", "seed")
 _METHOD_OPTIONS += ("strength", "macs", "params", "reach")
@@ -29,6 +29,9 @@ def train(
     validation_iterations: Annotated[int | None, typer.Option(help="per epoch; default: the trainer's")] = None,
     batch_size: Annotated[int | None, typer.Option(help="default: the plans'")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="in the first epoch; default: the trainer's")] = None,
+    accumulate: AccumulateOption = 1,
+    warmup_steps: WarmupOption = 0,
+    gradient_clip: ClipOption = None,
     strength: Annotated[float | None, typer.Option(help="sauron: weight of the distance loss (lambda)")] = None,
     macs: Annotated[float | None, typer.Option(help="sauron: stop at this share of the MACs")] = None,
     params: Annotated[float | None, typer.Option(help="sauron: stop at this share of the parameters")] = None,
@@ -57,7 +60,12 @@ def train(
     given = {key: value for key, value in options.items() if value is not None}
     section = changed_settings(chosen, given, "nnslim train")
     run = {"folds": [fold], "device": device, "resume": resume, "validation": validate, "processes": processes}
-    run |= {"run_name": run_name}
+    run |= {
+        "run_name": run_name,
+        "accumulate": accumulate,
+        "warmup_steps": warmup_steps,
+        "gradient_clip": gradient_clip,
+    }
     settings = changed_settings(TrainingSettings(), {**run, "sauron": section}, "nnslim train")
     with counting(quiet, "epochs") as count:
         folder = train_dataset(dataset, settings, count, configuration=configuration, plans_name=plans)

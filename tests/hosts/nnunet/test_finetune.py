@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from helpers import final_of, offer_gloo_trainer, plant_bomb, stock_prediction, write_ball_dataset
+from helpers import final_of, offer_gloo_trainer, plant_bomb, spied, stock_prediction, write_ball_dataset
 
 from nnslim.cli import main
 from nnslim.compression.config import RunConfig, changed_settings, tucker
@@ -23,6 +23,7 @@ from nnslim.hosts.nnunet.compress.compress_model import compress_model
 from nnslim.hosts.nnunet.model.trained_model import model_key, read_trained_model
 from nnslim.hosts.nnunet.train.finetune_model import begin_record, finetune_model, fold_job, run_ranks
 from nnslim.hosts.nnunet.train.finetune_trainer import DistilledLoss, fold_trainer
+from nnslim.hosts.nnunet.train.optimizer_steps import OptimizerSteps
 from nnslim.hosts.nnunet.train.settings import FINETUNING, TrainingSettings
 from nnslim.network.spec import spec_of
 from studies.short_training import ShortTraining, train_short
@@ -223,7 +224,9 @@ def test_finetune_with_a_teacher_runs_through(ball, tmp_path):
 
 def test_command_takes_any_trainer_and_fold(ball, tmp_path, monkeypatch, capfd, caplog):
     """tucker-cnn's script knew fold 0, 3d_fullres and one trainer."""
-    options = "-f 1 -f all --epochs 1 --iterations 1 --validation-iterations 1 --batch-size 2 --processes 1 -q"
+    options = "-f 1 -f all --epochs 1 --iterations 2 --validation-iterations 1 --batch-size 2 --processes 1 -q"
+    options += " --accumulate 2 --warmup-steps 3 --gradient-clip 1"
+    steps = spied(OptimizerSteps, monkeypatch)
     named = "--trainer nnUNetTrainerNoMirroring"
     output = tmp_path / "nnUNetTrainerNoMirroring__SlimTuned__3d_fullres"
     command = f"nnslim finetune -m {ball.slim} -d 998 -o {output} {options} {named}"
@@ -242,6 +245,7 @@ def test_command_takes_any_trainer_and_fold(ball, tmp_path, monkeypatch, capfd, 
         assert torch.isfinite(stock_prediction(output, (fold,))[1]).all()
     record = json.loads((output / "nnslim.json").read_text())
     assert record["folds"] == ["1", "all"] == list(record["finetune"]["folds"])
+    assert [(one.taken, one.accumulate, one.warmup, one.clip) for one in steps] == [(1, 2, 3, 1.0)] * 2
 
 
 def test_prepare_data_other_preprocessing_gets_its_own_folder_once(ball, tmp_path, caplog):

@@ -13,13 +13,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import final_of, offer_gloo_trainer, plant_bomb, stock_prediction, train_sauron_rank, write_ball_dataset
+from helpers import (
+    final_of,
+    offer_gloo_trainer,
+    plant_bomb,
+    spied,
+    stock_prediction,
+    train_sauron_rank,
+    write_ball_dataset,
+)
 
 from nnslim.compression.record import SlimRecord
 from nnslim.context import NNSlimContext
 from nnslim.errors import ConfigError, InputError, ModelError, OutputError
 from nnslim.hosts.nnunet.model.trained_model import build_network, read_trained_model, trainer_class
 from nnslim.hosts.nnunet.train import train_dataset as train_module
+from nnslim.hosts.nnunet.train.optimizer_steps import OptimizerSteps
 from nnslim.hosts.nnunet.train.sauron_trainer import sauron_trainer_class
 from nnslim.hosts.nnunet.train.settings import TrainingSettings
 from nnslim.hosts.nnunet.train.train_dataset import train_dataset
@@ -264,11 +273,14 @@ def test_context_makes_sauron_of_any_training_in_it_and_takes_it_back(world, res
     assert torch.isfinite(stock_prediction(folder)[1]).all()
 
 
-def test_train_command_runs_and_its_options_reach_the_training(world, results, command, tmp_path):
+def test_train_command_runs_and_its_options_reach_the_training(world, results, command, tmp_path, monkeypatch):
     """The original's --batch_size took the value of --epochs, and other options did nothing."""
     options = "--epochs 1 --iterations 2 --validation-iterations 1 --batch-size 3 --learning-rate 0.002 --strength 0"
-    code, out, err = command("train", "-d", 998, "--method", "sauron", "-f", 1, *options.split(), "-q")
+    control = ["--accumulate", "2", "--warmup-steps", "3", "--gradient-clip", "1"]
+    steps = spied(OptimizerSteps, monkeypatch)
+    code, out, err = command("train", "-d", 998, "--method", "sauron", "-f", 1, *options.split(), *control, "-q")
     assert code == 0, err
+    assert [(one.taken, one.accumulate, one.warmup, one.clip) for one in steps] == [(1, 2, 3, 1.0)]
     folder = results / NAME
     assert out.strip() == f"written: {folder}"
     final = final_of(folder, 1)
