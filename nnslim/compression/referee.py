@@ -131,7 +131,8 @@ class Referee:
             found = [self._decided(one) for one in self._answers(slim, tile, ways)[:2]]
             pairs = [(dense[judged != "plain"], found[judged == "mirrored"]) for judged in self.judged]
             made = [expected_dices(truth, pair, not self.regions, TEMPERATURE) for pair in pairs]
-            lost.append([wanted - got for wanted, got in made])
+            # A class that neither finds says nothing, however much of it the softened probabilities expect.
+            lost.append([np.where((wanted > 0) | (got > 0), wanted - got, np.nan) for wanted, got in made])
         slim.train(training)
         return np.array(lost)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nnslim.errors import InputError
-from nnslim.evaluation.expected import TEMPERATURE, as_segmentation, drop_of, expected_dices, harden
+from nnslim.evaluation.expected import TEMPERATURE, as_segmentation, drop_of, expected_dices, expected_drop_of, harden
 from nnslim.evaluation.overlap import dice_of_counts, joint_counts
 
 _NAN = float("nan")
@@ -239,7 +239,7 @@ def compare_answers(
             raise InputError(f"shapes differ: dense {tuple(dense.shape)}, slim {tuple(slim.shape)}")
         slim = harden(slim, background)
     decided = [harden(dense, background), as_segmentation(slim)]
-    drop = drop_of(*expected_dices(dense, decided, background, temperature))
+    drop = expected_drop_of(*expected_dices(dense, decided, background, temperature))
     counts = _overlaps(*decided, len(class_names), background)
     found = {"dice": [dice_of_counts(*one) for one in counts], "expected_drop": drop}
     volumes = [[one[side] for one in counts] for side in (0, 1)]

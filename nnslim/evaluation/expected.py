@@ -101,3 +101,12 @@ def drop_of(dense: np.ndarray, slim: np.ndarray) -> np.ndarray:
     """Return dense - slim. A class that is rightly found empty (NaN) counts as 1 where the other model finds some."""
     neither = np.isnan(dense) & np.isnan(slim)
     return np.where(neither, _NAN, np.nan_to_num(dense, nan=1.0) - np.nan_to_num(slim, nan=1.0))
+
+
+def expected_drop_of(dense: np.ndarray, slim: np.ndarray) -> np.ndarray:
+    """Return `drop_of` two expected Dice; NaN for a class that neither model finds.
+
+    Softened probabilities expect a little of nearly every class. Counted as a drop of 0, the many classes that an image
+    does not show would hide what the others lose.
+    """
+    return np.where((dense == 0) & (slim == 0), _NAN, drop_of(dense, slim))

@@ -263,6 +263,24 @@ def test_judgement_means_tiles_that_show_the_class(dense, slim):
     assert referee.drop(slim) == judged.drop and math.isnan(Referee(dense, []).drop(slim))
 
 
+def test_classes_that_no_tile_shows_hide_nothing(dense, slim):
+    """Softened probabilities expect a little of all 40 classes; a drop of 0 for each would make the mean a tenth."""
+
+    def with_classes(network):
+        made = copy.deepcopy(network)
+        head = LayerIndex(made)["decoder.seg_layers.1"].module
+        weight = torch.cat([head.weight.data, torch.zeros(37, *head.weight.shape[1:])])
+        bias = torch.cat([head.bias.data, torch.full((37,), -6.0)])
+        head.weight, head.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+        return made
+
+    tiles = make_data().held_out
+    few, many = Referee(dense, tiles), Referee(with_classes(dense), tiles)
+    wanted, found = few.judge(slim), many.judge(with_classes(slim))
+    assert wanted.drop > 0.001 and found.drop == pytest.approx(wanted.drop, rel=0.3)
+    assert np.isnan(found.classes[3:]).all() and len(found.classes) == 39  # the first of them is found in a few voxels
+
+
 @pytest.mark.parametrize(("patience", "steps"), [(1, 4), (2, 6), (3, 8), (0, 24)])
 def test_recover_patience_ends_after_measurements_without_a_gain(dense, slim, scripted, patience, steps):
     scripted(0.5, 0.3, 0.4)

@@ -90,6 +90,20 @@ def test_temperature_divides_the_logits():
     assert found == pytest.approx(expected_dice(torch.sigmoid(logits / 2), masks, background=False), abs=1e-5)
 
 
+def test_class_that_neither_model_finds_has_no_drop():
+    logits = torch.zeros(3, 10, 10, 10)
+    logits[0, :5], logits[1, 5:] = 4, 4  # the second class is expected in 1.8 % of the voxels, and found in none
+    slim = logits.argmax(0)
+    slim[5] = 0
+    found = compare_answers("a", logits.softmax(0), slim, (1, 1, 1), ("one", "two")).classes
+    assert found["one"].expected_drop > 0.05 and math.isnan(found["two"].expected_drop)
+    slim[0, 0, 0] = 2
+    assert (
+        abs(compare_answers("a", logits.softmax(0), slim, (1, 1, 1), ("one", "two")).classes["two"].expected_drop)
+        < 0.01
+    )
+
+
 def test_expected_dice_bad_input_is_named():
     with pytest.raises(InputError, match=r"shape \(5,\) does not fit 2 channels of \(4,\)"):
         expected_dice(FOUR, np.zeros(5, int))
