@@ -26,12 +26,6 @@ from studies.parcellation import load_network
 _WIDER = (1.25, 1.5, 2.0, 3.0, 100.0)  # ranks of the chain around a split core, over those of the chain without
 
 
-def kept_by_tucker(kernel: Tensor, ranks: tuple[int, int]) -> tuple[float, Tensor]:
-    """Return the energy that a chain of these ranks keeps, and its core; the kernel is (O, I, taps)."""
-    core = partial_tucker(kernel, ranks).core
-    return float(core.square().sum()), core
-
-
 def kept_by_split(core: Tensor, cost: float) -> float:
     """Return the most energy that a split along one axis keeps of (O, I, 27), at a cost in products for each voxel."""
     outputs, inputs = core.shape[:2]
@@ -53,8 +47,9 @@ def compare(kernel: Tensor, factor: float) -> dict[str, float]:
     for wider in _WIDER:
         larger = [min(size, round(rank * wider)) for size, rank in zip((outputs, inputs), ranks, strict=True)]
         chain = sum(size * rank for size, rank in zip((outputs, inputs), larger, strict=True) if rank < size)
-        both = max(both, kept_by_split(kept_by_tucker(kernel, tuple(larger))[1], cost - chain))
-    found = {"tucker": kept_by_tucker(kernel, tuple(ranks))[0], "split": kept_by_split(kernel, cost), "both": both}
+        both = max(both, kept_by_split(partial_tucker(kernel, tuple(larger)).core, cost - chain))
+    tucker = float(partial_tucker(kernel, tuple(ranks)).core.square().sum())
+    found = {"tucker": tucker, "split": kept_by_split(kernel, cost), "both": both}
     return {"times_fewer": outputs * inputs * taps / cost} | {name: value / energy for name, value in found.items()}
 
 

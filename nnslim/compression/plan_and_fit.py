@@ -202,10 +202,10 @@ def find_budget(
         while (
             0 <= step < len(SHARES)
             and step not in drops
-            and sum(drop != math.inf for drop in drops.values()) < _MOST_TRIALS
+            and (number := 1 + sum(drop != math.inf for drop in drops.values())) <= _MOST_TRIALS
         ):
             share, state, kept = SHARES[step], work / f"{step}", True
-            _log.info("max_drop: trial %d of at most %d, with %g of the MACs", len(drops) + 1, _MOST_TRIALS, share)
+            _log.info("max_drop: trial %d of at most %d, with %g of the MACs", number, _MOST_TRIALS, share)
             methods = list(config.methods)
             methods[position] = MethodEntry(method=entry.method, settings=entry.settings.with_macs(share))
             trial = config.model_copy(update={"methods": tuple(methods)})
