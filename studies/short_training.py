@@ -126,12 +126,18 @@ def preprocess_once(dataset_id: int, configuration: str, processes: int) -> Path
     if not (folder / "nnUNetPlans.json").is_file():
         api.extract_fingerprints([dataset_id], num_processes=processes, show_progress_bar=False)
         api.plan_experiments([dataset_id])
-    if not (folder / f"nnUNetPlans_{configuration}").is_dir():
+    if not is_preprocessed(folder, f"nnUNetPlans_{configuration}"):
         api.preprocess([dataset_id], configurations=(configuration,), num_processes=[processes])
     splits = Path(os.environ["nnUNet_raw"]) / folder.name / "splits_final.json"
     if splits.is_file():
         shutil.copyfile(splits, folder / "splits_final.json")
     return folder
+
+
+def is_preprocessed(folder: Path, identifier: str) -> bool:
+    """Return whether every case of a preprocessed dataset is there; a stopped run leaves some, or an empty folder."""
+    cases = {path.name.split(".")[0] for path in (folder / "gt_segmentations").iterdir()}
+    return cases <= {path.stem for path in (folder / identifier).glob("*.pkl")}
 
 
 def derive_plans(folder: Path, name: str, configuration: str, edit: Callable[[dict[str, Any]], None]) -> Path:
