@@ -136,8 +136,8 @@ def preprocess_once(dataset_id: int, configuration: str, processes: int) -> Path
 
 def is_preprocessed(folder: Path, identifier: str) -> bool:
     """Return whether every case of a preprocessed dataset is there; a stopped run leaves some, or an empty folder."""
-    cases = {path.name.split(".")[0] for path in (folder / "gt_segmentations").iterdir()}
-    return cases <= {path.stem for path in (folder / identifier).glob("*.pkl")}
+    cases = {path.name.split(".")[0] for path in (folder / "gt_segmentations").glob("*")}
+    return bool(cases) and cases <= {path.stem for path in (folder / identifier).glob("*.pkl")}
 
 
 def derive_plans(folder: Path, name: str, configuration: str, edit: Callable[[dict[str, Any]], None]) -> Path:

@@ -36,6 +36,12 @@ _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _NORM = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 
 
+@pytest.fixture(autouse=True)
+def slim_networks_as_torch_runs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tests compare bits; those of `self_running` take this back."""
+    monkeypatch.setenv("NNSLIM_BACKEND", "stock")
+
+
 def _tiny_net(
     kind: str,
     deep_supervision: bool = False,

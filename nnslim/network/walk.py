@@ -50,6 +50,11 @@ def unwrap(network: nn.Module) -> nn.Module:
             return network
 
 
+def is_compiled(network: nn.Module) -> bool:
+    """Return whether torch.compile wraps a network. Its class is found by name: importing it takes a second."""
+    return any(cls.__name__ == "OptimizedModule" for cls in type(network).__mro__)
+
+
 class LayerIndex(Mapping[str, Layer]):
     """All modules of `root` by any of their names; iteration gives each object once, in registration order."""
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import plant_bomb
 
+from nnslim import NNSlimContext
 from nnslim.compression.compress_network import compress
 from nnslim.compression.config import RunConfig, tucker
 from nnslim.errors import ModelError, OutputError, SpecError
@@ -20,6 +21,8 @@ from nnslim.hosts.nnunet.model.trained_model import build_network, input_shape, 
 from nnslim.hosts.nnunet.predict.load import load_predictor
 from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings
 from nnslim.network.spec import spec_of
+from nnslim.running import engine
+from nnslim.running.rewrites import rewritten
 
 UNTIMED = {"run": RunConfig(guard=False)}  # a guard decides by measured times, which depend on what else runs
 HALF = tucker(rank_factor=0.5, rank_min=2).model_copy(update=UNTIMED)
@@ -48,6 +51,23 @@ def test_compress_folder_any_kind_stock_predictor_gives_logits_of_slim_network(
     assert torch.equal(got, expected)
     dense = stock_logits(model.path, folds=(0, 1))
     assert dense.shape == got.shape and (dense - got).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stock_predictor_gets_the_engine_with_a_slim_folder(kind, make_model, stock_logits, tmp_path, monkeypatch):
+    """Outside of any context, for each fold in turn; a context takes the plain network out of it."""
+    made = []
+    monkeypatch.setattr(engine, "rewritten", lambda *given: made.append(rewritten(*given)) or made[-1])
+    compress_model(read_trained_model(make_model(kind, folds=(0, 1))), tmp_path / "slim", HALF)
+    expected = stock_logits(tmp_path / "slim", folds=(0, 1))
+    assert not made
+    monkeypatch.setenv("NNSLIM_BACKEND", "eager")
+    found = stock_logits(tmp_path / "slim", folds=(0, 1))
+    assert len(made) == 2, "an engine for each fold"
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 * float(expected.abs().max()))  # sums in half
+    with NNSlimContext({"run": {"backend": "stock"}}):
+        assert torch.equal(stock_logits(tmp_path / "slim", folds=(0, 1)), expected)
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

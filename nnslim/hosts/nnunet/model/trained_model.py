@@ -26,6 +26,7 @@ from nnslim.files import no_memory, read_json_object, save_checkpoint, unreadabl
 from nnslim.hosts.nnunet.model.checked_plans import LimitedBuild, check_architecture, check_named
 from nnslim.hosts.nnunet.model.compatibility import check_version, nnunet_version
 from nnslim.hosts.nnunet.model.model_files import chosen_folds
+from nnslim.network.walk import unwrap
 from nnslim.optional import name_and_home
 
 # Names that DataParallel, DistributedDataParallel and torch.compile put before a network's own.
@@ -275,9 +276,9 @@ def build_untrained(model: TrainedModel) -> nn.Module:
     try:
         with LimitedBuild(model.path):
             if "plans_manager" in inspect.signature(build).parameters:
-                return build(model.plans_manager, settings, inputs, heads, enable_deep_supervision=False)
+                return unwrap(build(model.plans_manager, settings, inputs, heads, enable_deep_supervision=False))
             # nnU-Net 2.3.1 to 2.6; some of them write into the arguments
-            return build(
+            network = build(
                 settings.network_arch_class_name,
                 copy.deepcopy(settings.network_arch_init_kwargs),
                 settings.network_arch_init_kwargs_req_import,
@@ -285,6 +286,7 @@ def build_untrained(model: TrainedModel) -> nn.Module:
                 heads,
                 enable_deep_supervision=False,
             )
+            return unwrap(network)
     except NNSlimError:
         raise
     except Exception as error:  # networks check their arguments, which anybody may have written, in many ways

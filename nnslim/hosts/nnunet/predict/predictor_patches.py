@@ -26,7 +26,7 @@ from nnslim.hosts.nnunet.model.checked_plans import LimitedBuild, check_director
 from nnslim.hosts.nnunet.model.compatibility import predictor_class
 from nnslim.hosts.nnunet.model.slim_plans import refuse_changed_plans, trained_base
 from nnslim.hosts.nnunet.predict.sliding_window import window_logits
-from nnslim.network.walk import unwrap
+from nnslim.network.walk import is_compiled, unwrap
 from nnslim.patching import AttributePatch
 from nnslim.running.engine import check_precision
 from nnslim.running.runner import Runner, kept_random_state
@@ -183,7 +183,7 @@ def slim_predictor(predictor: Any, session: Session, source: str, folder: Path |
     """
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
-    compiled = hasattr(predictor.network, "_orig_mod")
+    compiled = is_compiled(predictor.network)
     dense = unwrap(predictor.network)
     # A DataParallel-trained checkpoint may carry "module." prefixes; nnU-Net would refuse it before us.
     given = predictor.list_of_parameters

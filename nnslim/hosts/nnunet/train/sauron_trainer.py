@@ -24,7 +24,7 @@ from nnslim.methods.sauron import Pruner, SauronConfig
 from nnslim.methods.sauron.feature_maps import feature_maps, save_maps
 from nnslim.methods.sauron.pruning_history import PruningHistory
 from nnslim.network.spec import Edit, SlimSpec, spec_of
-from nnslim.network.walk import unwrap
+from nnslim.network.walk import is_compiled, unwrap
 from nnslim.patching import AttributePatch
 from nnslim.surgery.narrow import ElasticEdit, fit_widths, narrow_edits, narrow_optimizer, widths_of
 
@@ -177,7 +177,7 @@ class SauronTraining(SteadyTraining):
         """Put torch.compile's and DDP's wrappers around the changed network anew: both hold on to the old tensors."""
         inner = self.network.module if self.is_ddp else self.network
         network = unwrap(self.network)
-        if hasattr(inner, "_orig_mod"):
+        if is_compiled(inner):
             torch._dynamo.reset()  # else the changes add up to its limit of recompilations
             network = torch.compile(network)
         if self.is_ddp:
