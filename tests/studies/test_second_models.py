@@ -11,7 +11,7 @@ import torch
 from helpers import make_predictor, write_ball_dataset
 
 from nnslim.hosts.nnunet.model.trained_model import read_trained_model, trainer_class
-from studies.deformed_dataset import write_deformed_dataset
+from studies.deformed_dataset import BRAIN, write_brain_dataset, write_deformed_dataset
 from studies.short_training import ShortTraining, copy_weights, derive_plans, train_short
 
 
@@ -86,3 +86,32 @@ def test_deformed_dataset_is_the_seeds_alone(tmp_path):
     assert json.loads((first / "dataset.json").read_text())["labels"] == {"background": 0, "class_5": 1, "class_117": 2}
     (split,) = json.loads((first / "splits_final.json").read_text())
     assert split["val"] == ["deformed_000", "deformed_006"] and len(split["train"]) == 5
+
+
+def test_brain_dataset_paints_both_sides_alike_and_keeps_the_last_maps_for_testing(tmp_path):
+    labels = np.zeros((60, 64, 48), np.int16)
+    labels[6:54, 6:58, 6:42] = 507  # the head, which is no class
+    labels[10:28, 10:50, 10:38], labels[32:50, 10:50, 10:38] = BRAIN["left_thalamus"], BRAIN["right_thalamus"]
+    labels[26:34, 20:40, 16:30] = BRAIN["brain_stem"]
+    maps = [tmp_path / f"map_{number}.nii.gz" for number in range(6)]
+    for path in maps:
+        nib.save(nib.Nifti1Image(labels, np.eye(4)), path)
+    first, second = (write_brain_dataset(maps, tmp_path / name, 2, 1, seed=3) for name in ("a", "b"))
+    names = sorted(path.relative_to(first) for path in first.rglob("*.nii.gz"))
+    assert [str(path) for path in names if path.parts[0] == "labelsTs"] == [
+        f"labelsTs/brain_{place:02d}_0.nii.gz" for place in (2, 3, 4, 5)
+    ]
+    assert len(names) == 2 * (2 * 2 + 4)
+    for name in names:
+        np.testing.assert_array_equal(*(np.asarray(nib.load(root / name).dataobj) for root in (first, second)))
+    dataset = json.loads((first / "dataset.json").read_text())
+    assert len(dataset["labels"]) == 33 and dataset["numTraining"] == 4
+    (split,) = json.loads((first / "splits_final.json").read_text())
+    assert split == {"train": ["brain_01_0", "brain_01_1"], "val": ["brain_00_0", "brain_00_1"]}
+    image, found = (nib.load(first / f"{name}.nii.gz") for name in ("imagesTr/brain_01_0_0000", "labelsTr/brain_01_0"))
+    values, found = np.asarray(image.dataobj), np.asarray(found.dataobj)
+    assert image.header.get_zooms() == (2, 2, 2) and values.shape == found.shape
+    classes = {name: dataset["labels"][name] for name in ("left_thalamus", "right_thalamus", "brain_stem")}
+    assert set(np.unique(found)) == {0, *classes.values()}
+    left, right, stem = (np.median(values[found == number]) for number in classes.values())
+    assert abs(left - right) < 0.2 * abs(left - stem), "sides differ by the scanner alone"
