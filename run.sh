@@ -37,8 +37,8 @@ install() {
     fi
 }
 
-# The stamp holds what the environment was made from, so that a changed requirement is installed at the next start.
-wanted="$extras $(cat "$root/pyproject.toml" "$root/requirements.txt" | cksum)"
+# The stamp holds what the environment was made from, so that a changed requirement or kernel is installed at the next start.
+wanted="$extras $(cat "$root"/{pyproject.toml,requirements.txt,hatch_build.py,nnslim/*/*.c} | cksum)"
 if [ ! -x "$venv/bin/python" ] || [ "$(cat "$venv/.nnslim-installed" 2>/dev/null)" != "$wanted" ]; then
     install
     echo "$wanted" > "$venv/.nnslim-installed"

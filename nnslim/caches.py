@@ -45,41 +45,25 @@ def _usable(folder: Path | None, named: str | None) -> Path:
     return private_folder()
 
 
-@functools.lru_cache(maxsize=64)
-def own_folder(folder: Path) -> Path:
-    """Return `folder`, made where it is missing, if only this user and root can write it; else the `private_folder`."""
-    if (problem := _not_own(folder)) is None:
-        return folder
-    _log.warning("%s is not used: %s; %s takes its place", folder, problem, private_folder())
-    return private_folder()
-
-
 @functools.lru_cache(maxsize=1)
 def private_folder() -> Path:
     """Return a temporary folder that only this user can write: one for all processes unless somebody has its name."""
     with temporary_errors():
         folder = Path(tempfile.gettempdir()) / f"nnslim_cache_{os.geteuid()}"
-        if _not_own(folder) is not None:
+        if not _is_own(folder):
             folder = Path(tempfile.mkdtemp(prefix="nnslim-"))
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
-def _not_own(folder: Path) -> str | None:
-    """Make a folder where it is missing; say why others than this user and root can write it, None if they cannot."""
+def _is_own(folder: Path) -> bool:
+    """Make a folder where it is missing; return whether only this user and root can write it."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return _foreign(folder.lstat())
-    except OSError as error:
-        return error.strerror
-
-
-def _foreign(found: os.stat_result) -> str | None:
-    if stat.S_ISLNK(found.st_mode):
-        return "it is a link"
-    if found.st_uid not in (0, os.geteuid()):
-        return f"it belongs to another user ({found.st_uid})"
-    return "others can write it" if found.st_mode & OTHERS else None
+        found = folder.lstat()
+    except OSError:
+        return False
+    return not (stat.S_ISLNK(found.st_mode) or found.st_uid not in (0, os.geteuid()) or found.st_mode & OTHERS)
 
 
 def write_kept(path: Path, content: bytes) -> None:
@@ -87,19 +71,14 @@ def write_kept(path: Path, content: bytes) -> None:
     write_bytes(path, content + _checksum(path, content), own=True)
 
 
-def read_kept(path: Path, *, own: bool = False) -> bytes | None:
-    """Return what `write_kept` wrote: None if nothing is there, and with a warning if it is anything else.
-
-    Args:
-        own: also refuse a file that others than this user and root can write, since it holds code.
-    """
+def read_kept(path: Path) -> bytes | None:
+    """Return what `write_kept` wrote: None if nothing is there, and with a warning if it is anything else."""
     try:
         with open(path, "rb", opener=_as_it_is) as stream:
-            problem = _foreign(os.fstat(stream.fileno())) if own else None
-            content = b"" if problem else stream.read() or b""
-        if not problem and content[-_SUM:] == _checksum(path, content[:-_SUM]):
+            content = stream.read() or b""
+        if content[-_SUM:] == _checksum(path, content[:-_SUM]):
             return content[:-_SUM]
-        problem = problem or "it is not what was written"
+        problem = "it is not what was written"
         remove(path)
     except (FileNotFoundError, NotADirectoryError):
         return None

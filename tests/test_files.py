@@ -18,7 +18,7 @@ import pytest
 from helpers import NOBODY, ROOT, damages, in_process
 
 from nnslim import caches
-from nnslim.caches import own_folder, private_folder, read_kept, user_cache, write_kept
+from nnslim.caches import private_folder, read_kept, user_cache, write_kept
 from nnslim.errors import OutputError
 from nnslim.files import (
     make_folder,
@@ -37,7 +37,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give fi
 def own_temporary_folder(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
     for each in range(2):
-        for function in (private_folder, own_folder, caches._usable):
+        for function in (private_folder, caches._usable):
             function.cache_clear()
         if each == 0:
             yield
@@ -181,50 +181,13 @@ def test_kept_files_are_written_by_many_at_once(tmp_path, caplog):
     assert not failed and not caplog.records and [file.name for file in tmp_path.iterdir()] == ["kept"]
 
 
-def test_kept_code_is_refused_where_others_can_write_it(tmp_path, caplog):
+def test_kept_file_is_not_open_to_others_whatever_the_umask_is(tmp_path):
     path, before = tmp_path / "kept", os.umask(0)
     try:
-        write_kept(path, b"code")
+        write_kept(path, b"content")
     finally:
         os.umask(before)
-    assert not path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH), "whatever the umask is"
-    assert read_kept(path, own=True) == b"code"
-    for mode in (0o777, 0o620, 0o602):
-        path.chmod(mode)
-        caplog.clear()
-        assert read_kept(path, own=True) is None and "others can write it" in caplog.text
-        write_kept(path, b"code")
-        assert read_kept(path, own=True) == b"code"
-
-
-@needs_root
-def test_kept_code_and_its_folder_belong_to_this_user_or_root(tmp_path, caplog):
-    path, folder = tmp_path / "kept", tmp_path / "native"
-    write_kept(path, b"code")
-    os.chown(path, 12345, -1)
-    assert read_kept(path) == b"code", "a cache of weights may be shared"
-    assert read_kept(path, own=True) is None and "belongs to another user (12345)" in caplog.text
-    folder.mkdir()
-    os.chown(folder, 12345, -1)
-    assert own_folder(folder) != folder and f"{folder} is not used: it belongs to another user" in caplog.text
-
-
-@pytest.mark.parametrize("kind", ["open to all", "link", "file"])
-def test_folder_of_code_that_others_can_change_is_not_used(tmp_path, caplog, kind):
-    folder, elsewhere = tmp_path / "native", tmp_path / "elsewhere"
-    elsewhere.mkdir(mode=0o700)
-    assert own_folder(elsewhere) == elsewhere
-    if kind == "open to all":
-        folder.mkdir()
-        folder.chmod(0o777)
-    elif kind == "link":
-        folder.symlink_to(elsewhere)
-    else:
-        folder.write_text("")
-    for _ in range(2):
-        private = own_folder(folder)
-        assert private not in (folder, elsewhere) and private.stat().st_mode & 0o022 == 0
-    assert len(caplog.records) == 1, "said once"
+    assert not path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH) and read_kept(path) == b"content"
 
 
 def test_cache_is_elsewhere_where_the_named_folder_cannot_be_used(tmp_path, monkeypatch, caplog):

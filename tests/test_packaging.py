@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 import subprocess
 import sys
@@ -11,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
+
+import hatch_build
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +50,31 @@ def test_wheel_holds_every_module_preset_and_the_model(wheel):
     assert {f"nnslim/configs/{p.name}" for p in (ROOT / "configs").glob("*.yml")} <= names
     assert any(name.endswith("fold_0/checkpoint_final.pth") for name in names)
     assert wheel.stat().st_size < 15e6
+
+
+def test_wheel_holds_the_kernels_for_any_python_and_each_set_of_features(wheel):
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    if hatch_build.compiler() is None:
+        assert not names and wheel.name.endswith("-py3-none-any.whl")
+    else:
+        sets = hatch_build.FEATURES.get(platform.machine(), ((),))
+        assert len(names) == 2 * len(sets) and all(name.startswith(hatch_build.FOLDER) for name in names)
+        assert re.search(r"-py3-none-(?!any)\w+\.whl$", wheel.name)
+
+
+def test_source_distribution_builds_and_without_a_compiler_gives_python_alone(built, tmp_path):
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    for number, path in enumerate((os.environ["PATH"], str(tmp_path))):
+        environment = {**os.environ, "PATH": path, "CC": ""}
+        command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / f"{number}")]
+        done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    (whole,), (plain,) = ((tmp_path / number).glob("*.whl") for number in "01")
+    assert [name for name in zipfile.ZipFile(whole).namelist() if name.endswith(".so")] or not hatch_build.compiler()
+    assert plain.name.endswith("-py3-none-any.whl") and "built without its kernels" in done.stdout + done.stderr
+    assert not [name for name in zipfile.ZipFile(plain).namelist() if name.endswith(".so")]
 
 
 def test_unpacked_wheel_imports_and_finds_presets_and_model_without_the_source_tree(wheel, tmp_path):

@@ -119,12 +119,15 @@ def _backends() -> list[str]:
     from nnslim.running.engine import candidates
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    compiler = native.compiler()
-    if compiler is None:
-        kernels = "no C compiler (CC, cc, gcc, clang); some layers are several times slower"
+    found = native.kernels()
+    if found is not None:
+        kernels = found.path.name.partition(".")[0].replace("+", ", ")
+    elif os.environ.get("NNSLIM_NATIVE") == "0":
+        kernels = "switched off by NNSLIM_NATIVE=0"
     else:
-        off = f"not built by {compiler}, or switched off by NNSLIM_NATIVE=0"
-        kernels = off if native.kernels() is None else f"built by {compiler}"
+        kernels = (
+            "none for this processor, some layers are several times slower; install a C compiler, then nnslim again"
+        )
     return [
         f"auto compares {', '.join(candidates(device))} on {device.type}",
         f"native kernels: {kernels}",

@@ -2,8 +2,8 @@
  *
  * A tensor is rows of voxels, C floats each. Matrices of weights are row-major, (inputs, outputs padded to a multiple of
  * LANES with zeros). Every function works on rows lo..hi, shared between `threads` threads where the compiler has OpenMP;
- * without it the caller shares the rows between threads of its own. None keeps state or allocates on the heap. Built at
- * first use for the very machine, see native.py. */
+ * without it the caller shares the rows between threads of its own. None keeps state or allocates on the heap. Built by
+ * hatch_build.py for several sets of processor features. */
 #include <stddef.h>
 #include <string.h>
 

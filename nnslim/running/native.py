@@ -1,15 +1,11 @@
-"""The kernels of kernels.c and labels.c: built once by the machine's C compiler, called on tensors by threads."""
+"""The kernels of kernels.c and labels.c, built when nnslim was installed: called on tensors by threads."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
-import platform
-import shutil
-import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,109 +14,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnslim.caches import own_folder, read_kept, user_cache, write_kept
-from nnslim.errors import NNSlimError, OutputError
-from nnslim.files import temporary_folder
-from nnslim.running.machine import cpu_flags, cpu_name
+from nnslim.running.machine import cpu_flags
 
 LANES = 8  # floats of one vector; widths are padded to a multiple
 WIDEST = 512  # channels that the kernels have room for
-_SOURCES = (Path(__file__).with_name("kernels.c"), Path(__file__).parents[1] / "resampling" / "labels.c")
-_FLAGS = ("-pipe", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC")
+_COMPILED = Path(__file__).with_name("compiled")
 _log = logging.getLogger("nnslim")
 
 
-def compiler() -> str | None:
-    """Return the C compiler to build with: CC, else cc, gcc or clang; None where there is none."""
-    named = os.environ.get("CC", "").split()
-    return next((found for name in (*named[:1], "cc", "gcc", "clang") if (found := shutil.which(name))), None)
+def libraries() -> list[Path]:
+    """Return the libraries that this processor can run, the best first; see hatch_build.py for their names."""
+
+    def features(path: Path) -> set[str]:
+        return set(path.name.partition(".")[0].split("+")) - {"any"}
+
+    usable = [path for path in _COMPILED.glob("*.so") if features(path) <= cpu_flags()]
+    return sorted(usable, key=lambda path: (len(features(path)), ".threads" in path.name, path.name), reverse=True)
 
 
 @functools.lru_cache(maxsize=1)
 def kernels() -> Kernels | None:
-    """Return the kernels, building them where that was not done yet; None where they are not available, with a message.
+    """Return the kernels; None where they are not available, with a message.
 
     NNSLIM_NATIVE=0 does without them. Everything works without them, several times slower in places.
     """
     if os.environ.get("NNSLIM_NATIVE") == "0":
         return None
-    problem: Exception | None = None
-    for threads in (True, False):
+    for path in libraries():
         try:
-            return built_kernels(threads)
-        except (OSError, subprocess.SubprocessError, NNSlimError) as error:
-            problem = problem or error
-    _log.info("native kernels are not used: %s", problem)
+            return Kernels(path)
+        except (OSError, AttributeError) as error:  # no OpenMP in this torch, or not a file of this version
+            _log.info("%s is not used: %s", path, error)
+    _log.info("native kernels are not used: none was built for this processor when nnslim was installed")
     return None
-
-
-def built_kernels(threads: bool) -> Kernels:
-    """Return the kernels, built where a usable library is not there yet.
-
-    With threads they call OpenMP functions without naming a library for them: they are found in the one that torch has
-    loaded. So torch's threads do the work, and do not wait actively beside others.
-
-    Raises:
-        OSError: no compiler, or it failed.
-    """
-    chosen = compiler()
-    if chosen is None:
-        raise OSError("no C compiler found (CC, cc, gcc, clang)")
-    flags = (*_FLAGS, "-fopenmp") if threads else _FLAGS
-    # The machine's features belong to the key: a cache may be shared by different machines.
-    features = " ".join(sorted(cpu_flags())) or cpu_name()
-    texts = [source.read_text(encoding="utf-8") for source in _SOURCES]
-    parts = (*texts, *flags, chosen, platform.machine(), features)
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    path = own_folder(user_cache() / "native") / f"kernels-{key}.so"
-    if (known := read_kept(path, own=True)) is not None:
-        try:
-            return Kernels(_loaded(known))
-        except AttributeError as error:
-            _log.warning("%s cannot be used and is made anew: %s", path, error)
-    content = _compiled(chosen, flags)
-    made = Kernels(_loaded(content))
-    try:
-        write_kept(path, content)
-    except OutputError as error:  # a full or read-only cache
-        _log.info("the kernels are not kept: %s", error)
-    return made
-
-
-def _compiled(chosen: str, flags: Sequence[str]) -> bytes:
-    with temporary_folder() as folder:
-        compiled = {str(source): f"{folder}/{source.stem}.o" for source in _SOURCES}
-        for source, file in compiled.items():
-            _run(chosen, *flags, "-c", "-o", file, source)
-        _run(chosen, "-shared", "-o", f"{folder}/kernels.so", *compiled.values())
-        return (folder / "kernels.so").read_bytes()
-
-
-def _loaded(content: bytes) -> ctypes.CDLL:
-    """Load from memory: of a file, others could change what was checked, or cut it, which kills a process."""
-    try:
-        handle = os.memfd_create("nnslim-kernels")  # stays open, so that its name stays its own
-        with open(handle, "wb", closefd=False) as stream:
-            stream.write(content)
-        return ctypes.CDLL(f"/proc/self/fd/{handle}")
-    except (AttributeError, OSError):  # no such system, or it does not allow that
-        with temporary_folder() as folder:
-            (folder / "kernels.so").write_bytes(content)
-            return ctypes.CDLL(str(folder / "kernels.so"))
-
-
-def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    if done.returncode:
-        message = done.stderr.strip().splitlines() or ["no message"]
-        raise OSError(f"{command[0]} failed: {message[-1]}")
 
 
 class Kernels:
     """Calls with tensors; rows are (N, C) float32 on the CPU, contiguous, C a multiple of LANES unless said."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
+    def __init__(self, path: Path) -> None:
+        """Load a library; an OSError or AttributeError where that cannot be done."""
+        self.path = path
+        self._library = library = ctypes.CDLL(str(path))
         for name in ("moments", "pass", "transposed", "conv"):
             getattr(library, f"nnslim_{name}").restype = None
         for name in ("labels", "labels_blocks", "labels_scratch"):

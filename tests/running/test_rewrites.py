@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 
-import numpy as np
 import pytest
 import torch
-from helpers import ROOT
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -19,7 +14,6 @@ from nnslim.compression.config import tucker
 from nnslim.errors import BackendError, RewriteError
 from nnslim.network.cost import measure_cost
 from nnslim.network.graph import layer_of, trace
-from nnslim.running import native
 from nnslim.running.cpu import DirectConv, TiledTransposed, channels_last, direct
 from nnslim.running.engine import Settings, candidates, make_engine, with_fallback
 from nnslim.running.norm_pass import NormPass
@@ -241,159 +235,3 @@ def test_tiled_transposed_convolution_equals_torchs(kernel, width, add):
     assert more is None or torch.equal(more, kept)
     assert direct(nn.ConvTranspose3d(4, 4, 3, 2, 1)) is None and direct(nn.Conv3d(4, 4, 3, padding="same")) is None
     assert direct(nn.Conv3d(4, 4, 3, padding=1, padding_mode="reflect")) is None
-
-
-needs_native = pytest.mark.skipif(native.compiler() is None, reason="no C compiler on this machine")
-
-
-@needs_native
-@pytest.mark.parametrize("threaded", [True, False])
-@pytest.mark.parametrize("rows", [1, 63, 64, 1000, 20011])
-@pytest.mark.parametrize("channels", [8, 24])
-def test_native_moments_and_pass_equal_numpys(rows, channels, threaded, monkeypatch):
-    kernels = native.kernels()
-    assert kernels is not None, "there is a compiler, but the kernels were not built"
-    monkeypatch.setattr(kernels, "threaded", threaded and kernels.threaded)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    rng = np.random.default_rng(rows)
-    z = (rng.standard_normal((rows, channels)) + 100).astype("f")  # a mean of a hundred deviations
-    mean, covariance = kernels.moments(torch.from_numpy(z), full=True)
-    exact = z.astype("d")
-    np.testing.assert_allclose(mean, exact.mean(0), rtol=1e-7)
-    np.testing.assert_allclose(covariance, np.cov(exact.T, bias=True), atol=2e-5)
-    mean, variance = kernels.moments(torch.from_numpy(z), full=False)
-    np.testing.assert_allclose(variance, exact.var(0), atol=2e-5)
-    w, shift = rng.standard_normal((channels, 16)).astype("f"), rng.standard_normal(16).astype("f")
-    products = []
-    for width in (8, 25):
-        room = ((0, 0), (0, -width % 8))
-        v, c = rng.standard_normal((16, width)).astype("f"), rng.standard_normal((1, width)).astype("f")
-        padded = torch.from_numpy(np.pad(v, room)), torch.from_numpy(np.pad(c, room)[0])
-        products.append((*padded, torch.full((rows, width), float("nan")), v, c))
-    keep = torch.full((rows, 16), float("nan"))
-    tensors = [torch.from_numpy(a) for a in (z - 100, w, shift)]
-    kernels.norm_pass(tensors[0], tensors[1], torch.ones(16), tensors[2], 0.1, [p[:3] for p in products], keep)
-    y = (exact - 100) @ w + shift
-    y = np.where(y > 0, y, 0.1 * y)
-    np.testing.assert_allclose(keep, y, rtol=1e-4, atol=1e-4)
-    for _, _, out, v, c in products:
-        np.testing.assert_allclose(out, y @ v + c, rtol=1e-4, atol=2e-4)
-
-
-@needs_native
-def test_kernels_are_built_once_and_not_where_there_is_no_compiler(tmp_path, monkeypatch):
-    monkeypatch.setenv("NNSLIM_CACHE", str(tmp_path))
-    built, compiled = [], native._compiled
-    monkeypatch.setattr(native, "_compiled", lambda *given: built.append(1) or compiled(*given))
-    native.kernels.cache_clear()
-    try:
-        for _ in range(2):
-            assert native.kernels() is not None
-            native.kernels.cache_clear()
-        assert len(built) == 1 and len(list((tmp_path / "native").glob("*.so"))) == 1
-        monkeypatch.setenv("NNSLIM_NATIVE", "0")
-        assert native.kernels() is None
-        monkeypatch.delenv("NNSLIM_NATIVE")
-        monkeypatch.setattr(native, "compiler", lambda: None)
-        monkeypatch.setenv("NNSLIM_CACHE", str(tmp_path / "other"))
-        native.kernels.cache_clear()
-        assert native.kernels() is None, "no compiler: no kernels, no error"
-    finally:
-        native.kernels.cache_clear()
-
-
-_PLANTED = """
-#include <stdio.h>
-__attribute__((constructor)) static void planted(void) { fclose(fopen(MARK, "w")); }
-"""
-_ATTACKS = """
-import ctypes, logging, os, subprocess, sys, torch
-from pathlib import Path
-from helpers import damages
-from nnslim.caches import own_folder, write_kept
-from nnslim.running import native
-
-class Lines(logging.Handler):
-    def emit(self, record): lines.append(record.getMessage())
-lines, z = [], torch.randn(500, 8)
-os.umask(0o022)
-logging.getLogger("nnslim").addHandler(Lines(logging.WARNING))
-
-def check(name, warnings=1):
-    lines.clear()
-    native.kernels.cache_clear()
-    own_folder.cache_clear()
-    made = native.kernels()
-    assert made is not None, (name, lines)
-    answer = made.moments(z, full=True)
-    assert all(torch.equal(a, b) for a, b in zip(answer, fresh)), name
-    assert len(lines) == warnings and not Path("ran").exists(), (name, lines)
-
-folder = Path("cache/native")
-fresh = native.kernels().moments(z, full=True)
-(library,) = folder.glob("*.so")
-good = library.read_bytes()
-made = native._compiled  # some of the damages are made good from memory, since building takes a second
-native._compiled = lambda *given: good[:-64]
-for name in damages(library):
-    check(name)
-    check(name + ", the next time", 0)
-native._compiled = made
-check("whole", 0)
-planted = Path("planted.so")
-subprocess.run([native.compiler(), "-shared", "-fPIC", '-DMARK="ran"', "-o", planted, "planted.c"], check=True)
-library.unlink(); library.write_bytes(planted.read_bytes()); library.chmod(0o777)
-check("planted")
-write_kept(library, planted.read_bytes()); library.chmod(0o777)
-check("planted with its checksum, open to all")
-library.unlink(); library.symlink_to(Path("planted.so").resolve())
-check("planted as a link")
-subprocess.run([native.compiler(), "-shared", "-fPIC", "-o", planted, "-xc", "/dev/null"], check=True)
-write_kept(library, planted.read_bytes())
-check("without the functions")
-if os.geteuid() == 0:
-    os.chown(library, 12345, -1)
-    check("another user's")
-    os.chown(folder, 12345, -1)
-    check("in another user's folder")
-    os.chown(folder, 0, -1)
-folder.chmod(0o777)
-check("in a folder that is open to all")
-folder.chmod(0o700)
-library.write_bytes(good)
-held = native.kernels()
-for file in Path("cache").rglob("*.so"):
-    file.write_bytes(b"")  # cut while it is in use
-held.moments(z, full=True)
-print("survived")
-"""
-
-
-@needs_native
-def test_kernels_that_somebody_planted_or_damaged_are_never_used(tmp_path):
-    (tmp_path / "planted.c").write_text(_PLANTED)
-    (tmp_path / "temporary").mkdir()
-    paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-    given = {**os.environ, "NNSLIM_CACHE": "cache", "PYTHONPATH": paths, "TMPDIR": str(tmp_path / "temporary")}
-    command = [sys.executable, "-c", _ATTACKS]
-    ran = subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True, check=False)
-    assert ran.stdout == "survived\n", ran.stderr
-
-
-@needs_native
-def test_kernels_are_built_by_several_processes_at_once(tmp_path):
-    code = "from nnslim.running.native import kernels; import torch; print(kernels().moments(torch.ones(9, 8), True))"
-    given = {**os.environ, "NNSLIM_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = [subprocess.Popen(command, env=given, **pipes) for _ in range(3)]
-    answers = {process.communicate() for process in running}
-    assert len(answers) == 1 and "tensor" in answers.pop()[0]
-    assert len(list((tmp_path / "native").iterdir())) == 1, "nothing is left beside"
-
-
-@needs_native
-def test_kernels_are_loaded_where_a_file_in_memory_is_not_allowed(tmp_path, monkeypatch):
-    monkeypatch.setenv("NNSLIM_CACHE", str(tmp_path))
-    monkeypatch.delattr(os, "memfd_create")
-    assert native.built_kernels(True).moments(torch.ones(9, 8), full=False)[0].tolist() == [1.0] * 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from helpers import damages
 from torch import nn
 
 from nnslim.running import engine as backends
-from nnslim.running import machine, native
+from nnslim.running import machine
 from nnslim.running.engine import Settings
 from nnslim.running.speed import Speed, compare_speed
 from nnslim.running.timing import alternated, pass_seconds
@@ -127,7 +128,7 @@ def test_heap_is_left_alone_where_the_user_or_another_allocator_rules(tmp_path):
     environments = [{name: "1048576"} for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")]
     environments += [{name: "2"} for name in ("MALLOC_TOP_PAD_", "MALLOC_ARENA_MAX", "MALLOC_MMAP_MAX_")]
     environments.append({"GLIBC_TUNABLES": "glibc.cpu.x86_rep_movsb_threshold=4096:glibc.malloc.arena_max=1"})
-    if (compiler := native.compiler()) is not None:
+    if (compiler := shutil.which("cc")) is not None:
         made = tmp_path / "other.so"
         subprocess.run([compiler, "-shared", "-fPIC", "-o", made, tmp_path / "other.c"], check=True)
         environments.append({"LD_PRELOAD": str(made)})
