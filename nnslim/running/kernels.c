@@ -22,10 +22,15 @@ int nnslim_has_threads(void) {
 #endif
 }
 
-#define LANES 8
-#define ROWS 12   /* rows of one vector, or half as many of two: 12 accumulators of the 16 registers of AVX2 */
-#define TILE 96   /* voxels at a time: their wide rows stay in the cache */
+#define LANES 8    /* what widths are padded to: half of a wide vector, where there are wide ones */
+#define ROWS 12    /* rows at a time: as many accumulators of the 16 registers of AVX2 */
+#define TILE 96    /* voxels at a time: their wide rows stay in the cache */
 #define WIDEST 512 /* channels; the caller keeps to it */
+#ifdef __AVX512VL__
+#define PAIR ROWS /* rows of two vectors at a time: there are 32 registers */
+#else
+#define PAIR (ROWS / 2)
+#endif
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4)));
 #define INLINE static inline __attribute__((always_inline))
@@ -36,39 +41,52 @@ INLINE vec splat(float s) { return (vec){s, s, s, s, s, s, s, s}; }
 INLINE long padded(long n) { return (n + LANES - 1) / LANES * LANES; }
 
 /* y[r] = bias + sum_k x[r][k] b[k] for `rows` rows and `vectors` vectors of columns; both are constants after inlining. */
-INLINE void block(const float *x, long ldx, long inner, const float *b, long ldb, const float *bias, float *y, long ldy,
-                  int rows, int vectors) {
-    vec sum[ROWS][2];
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vectors; v++) sum[r][v] = bias ? load(bias + v * LANES) : splat(0);
-    for (long k = 0; k < inner; k++) {
-        vec w[2];
-        for (int v = 0; v < vectors; v++) w[v] = load(b + k * ldb + v * LANES);
-        for (int r = 0; r < rows; r++) {
-            vec s = splat(x[r * ldx + k]);
-            for (int v = 0; v < vectors; v++) sum[r][v] += s * w[v];
-        }
+#define BLOCK(name, type)                                                                                              \
+    INLINE void name(const float *x, long ldx, long inner, const float *b, long ldb, const float *bias, float *y,      \
+                     long ldy, int rows, int vectors) {                                                                \
+        const int lanes = sizeof(type) / sizeof(float);                                                                \
+        type sum[ROWS][2];                                                                                             \
+        for (int r = 0; r < rows; r++)                                                                                 \
+            for (int v = 0; v < vectors; v++) sum[r][v] = bias ? *(const type *)(bias + v * lanes) : (type){0};        \
+        for (long k = 0; k < inner; k++) {                                                                             \
+            type w[2];                                                                                                 \
+            for (int v = 0; v < vectors; v++) w[v] = *(const type *)(b + k * ldb + v * lanes);                         \
+            for (int r = 0; r < rows; r++)                                                                             \
+                for (int v = 0; v < vectors; v++) sum[r][v] += x[r * ldx + k] * w[v];                                  \
+        }                                                                                                              \
+        for (int r = 0; r < rows; r++)                                                                                 \
+            for (int v = 0; v < vectors; v++) *(type *)(y + r * ldy + v * lanes) = sum[r][v];                          \
     }
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vectors; v++) store(y + r * ldy + v * LANES, sum[r][v]);
-}
+BLOCK(block, vec)
+
+/* The same for all rows, `step` rows at a time; one by one at the end. */
+#define ALL_ROWS(block, step, vectors)                                                                                 \
+    do {                                                                                                               \
+        long r = 0;                                                                                                    \
+        for (; r + (step) <= rows; r += (step))                                                                        \
+            block(x + r * ldx, ldx, inner, b + c, columns, at, y + r * ldy + c, ldy, step, vectors);                   \
+        for (; r < rows; r++) block(x + r * ldx, ldx, inner, b + c, columns, at, y + r * ldy + c, ldy, 1, vectors);    \
+    } while (0)
+
+#ifdef __AVX512F__
+#define WIDE (2 * LANES)
+typedef float wide_vec __attribute__((vector_size(WIDE * 4), aligned(4)));
+BLOCK(wide_block, wide_vec)
+#endif
 
 /* y (rows, columns) = bias + x (rows, inner) b (inner, columns); columns is a multiple of LANES. */
 static void product(const float *x, long ldx, long rows, long inner, const float *b, long columns, const float *bias,
                     float *y, long ldy) {
-    for (long c = 0; c < columns; c += 2 * LANES) {
-        int two = c + LANES < columns, step = two ? ROWS / 2 : ROWS;
-        const float *at = bias ? bias + c : NULL;
-        long r = 0;
-        for (; r + step <= rows; r += step) {
-            if (two) block(x + r * ldx, ldx, inner, b + c, columns, at, y + r * ldy + c, ldy, ROWS / 2, 2);
-            else block(x + r * ldx, ldx, inner, b + c, columns, at, y + r * ldy + c, ldy, ROWS, 1);
-        }
-        for (; r < rows; r++) {
-            if (two) block(x + r * ldx, ldx, inner, b + c, columns, at, y + r * ldy + c, ldy, 1, 2);
-            else block(x + r * ldx, ldx, inner, b + c, columns, at, y + r * ldy + c, ldy, 1, 1);
-        }
-    }
+    long c = 0;
+    const float *at = bias;
+#define ADVANCE(by) c += (by), at = bias ? bias + c : NULL
+#ifdef WIDE
+    for (; c + 2 * WIDE <= columns; ADVANCE(2 * WIDE)) ALL_ROWS(wide_block, PAIR, 2);
+    for (; c + WIDE <= columns; ADVANCE(WIDE)) ALL_ROWS(wide_block, ROWS, 1);
+#endif
+    for (; c + 2 * LANES <= columns; ADVANCE(2 * LANES)) ALL_ROWS(block, PAIR, 2);
+    for (; c < columns; ADVANCE(LANES)) ALL_ROWS(block, ROWS, 1);
+#undef ADVANCE
 }
 
 /* Like product, into rows of any width: the last columns go through a buffer. */
