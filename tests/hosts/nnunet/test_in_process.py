@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import subprocess
+import sys
 
 import nibabel as nib
 import nnunetv2.inference.data_iterators as data_iterators
@@ -11,7 +13,7 @@ import nnunetv2.utilities.utils as listing
 import numpy as np
 import pytest
 import torch
-from helpers import load_stock
+from helpers import ROOT, load_stock
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnslim import NNSlimContext
@@ -166,3 +168,22 @@ def test_wrapper_put_around_it_inside_the_block_is_called_once_and_stays(make_mo
             nnUNetPredictor.predict_from_files = ours
     assert calls == [str(one_image)] and (tmp_path / "out" / "a.nii.gz").is_file()
     assert vars(nnUNetPredictor)["predict_from_files"] is stock
+
+
+def test_default_trainer_s_network_is_built_without_importing_trainers():
+    """They import scikit-learn and seaborn, which takes seconds; what they build is the same."""
+    code = (
+        "import sys\n"
+        "from nnslim.hosts.nnunet.model.shipped import shipped_model\n"
+        "from nnslim.hosts.nnunet.model.trained_model import build_network, read_trained_model\n"
+        "from nnslim.hosts.nnunet.predict.load import load_predictor\n"
+        "from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings\n"
+        "model = read_trained_model(shipped_model())\n"
+        "alone = str(build_network(model))\n"
+        "load_predictor(shipped_model(), None, PredictSettings())\n"
+        "assert not {'sklearn', 'seaborn', 'nnunetv2.training.nnUNetTrainer.nnUNetTrainer'} & set(sys.modules)\n"
+        "import nnunetv2.training.nnUNetTrainer.nnUNetTrainer\n"
+        "assert str(build_network(model)) == alone\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

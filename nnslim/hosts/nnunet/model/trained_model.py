@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -31,6 +32,7 @@ from nnslim.optional import name_and_home
 
 # Names that DataParallel, DistributedDataParallel and torch.compile put before a network's own.
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
+_TRAINER = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer"
 _HAS_ALLOW_LIST = hasattr(torch.serialization, "safe_globals")  # torch >= 2.4; older ones load everything or nothing
 
 
@@ -271,10 +273,13 @@ def build_untrained(model: TrainedModel) -> nn.Module:
         ModelError: the trainer is unknown, or the architecture cannot be built.
     """
     inputs, heads = channels_and_heads(model)
-    build = trainer_class(model.trainer_name).build_network_architecture
     settings = model.configuration_manager
+    by_plans = model.trainer_name == "nnUNetTrainer" and _TRAINER not in sys.modules  # importing it takes seconds
+    build = None if by_plans else trainer_class(model.trainer_name).build_network_architecture
     try:
         with LimitedBuild(model.path):
+            if build is None:
+                return unwrap(_from_plans(settings, inputs, heads))
             if "plans_manager" in inspect.signature(build).parameters:
                 return unwrap(build(model.plans_manager, settings, inputs, heads, enable_deep_supervision=False))
             # nnU-Net 2.3.1 to 2.6; some of them write into the arguments
@@ -291,6 +296,16 @@ def build_untrained(model: TrainedModel) -> nn.Module:
         raise
     except Exception as error:  # networks check their arguments, which anybody may have written, in many ways
         raise _does_not_fit(model, error) from error
+
+
+def _from_plans(settings: Any, inputs: int, heads: int) -> nn.Module:
+    """Build what nnU-Net's default trainer builds."""
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+    kwargs = copy.deepcopy(settings.network_arch_init_kwargs)
+    required = settings.network_arch_init_kwargs_req_import
+    name = settings.network_arch_class_name
+    return get_network_from_plans(name, kwargs, required, inputs, heads, allow_init=True, deep_supervision=False)
 
 
 def build_network(model: TrainedModel, fold: str | None = None) -> nn.Module:
