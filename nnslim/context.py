@@ -11,14 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from nnslim.compression.config import RunConfig, SlimConfig, load_config
+from nnslim.compression.config import RunConfig, SlimConfig, default_config, load_config
 from nnslim.errors import HostError
 from nnslim.hosts.nnunet.cases.export_patches import ExportPatches
 from nnslim.hosts.nnunet.predict.predictor_patches import Session, predictor_patches
 from nnslim.hosts.nnunet.train.sauron_trainer import training_patches
 from nnslim.methods.base import MethodConfig
 
-DEFAULT_CONFIG = "tucker-balanced"
 _log = logging.getLogger("nnslim")
 _lock = threading.RLock()
 _active: list[tuple[int, NNSlimContext]] = []  # the thread that entered it, and the context
@@ -43,7 +42,7 @@ class NNSlimContext(Session, metaclass=_EntersItself):
             totalsegmentator(input="ct.nii.gz", output="seg")
         print(slim.report)
 
-    `with NNSlimContext:` and `NNSlimContext()` use the preset of `DEFAULT_CONFIG`.
+    `with NNSlimContext:` and `NNSlimContext()` use the preset of `default_config`.
 
     Works for TotalSegmentator and for any code that uses nnUNetPredictor in this process. With a method that works in
     training (sauron), nnU-Net's `run_training` trains with it. Contexts nest: the inner one is in force. The patches
@@ -59,7 +58,7 @@ class NNSlimContext(Session, metaclass=_EntersItself):
 
     def __init__(
         self,
-        config: SlimConfig | MethodConfig | Mapping[str, Any] | str | Path = DEFAULT_CONFIG,
+        config: SlimConfig | MethodConfig | Mapping[str, Any] | str | Path | None = None,
         *,
         images: str | Path | None = None,
     ) -> None:
@@ -67,12 +66,13 @@ class NNSlimContext(Session, metaclass=_EntersItself):
 
         Args:
             config: SlimConfig, a method's configuration, a dictionary (tucker-cnn's is accepted), the path of a
-                YAML file, or a preset name.
+                YAML file, or a preset name; None: `default_config`, tucker-auto with images and tucker-balanced else.
             images: folder of unlabelled calibration images for the models that are loaded inside the block, in place
                 of `calibration.images`. They are used once per model; then the cache has the result.
         Raises:
             ConfigError: the configuration cannot be used.
         """
+        config = default_config(images) if config is None else config
         super().__init__(load_config(config).with_images(None if images is None else Path(images)))
         self._entered = False
 

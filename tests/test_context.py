@@ -19,7 +19,6 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 import nnslim.maths.lowrank
 from nnslim import NNSlimContext
 from nnslim.compression.config import from_dict, load_config, tucker
-from nnslim.context import DEFAULT_CONFIG
 from nnslim.errors import ConfigError, HostError
 from nnslim.hosts.nnunet.compress.compress_model import compress_model
 from nnslim.hosts.nnunet.model.compatibility import check_version
@@ -438,11 +437,22 @@ def test_context_bad_config_fails_before_anything_is_patched():
     assert dict(vars(nnUNetPredictor)) == before
 
 
+def test_no_config_means_the_search_with_images_and_the_gentle_preset_without(case_folder, caplog):
+    caplog.set_level("INFO", "nnslim")
+    assert NNSlimContext(images=case_folder).config == load_config("tucker-auto").with_images(case_folder)
+    assert "no config is named: tucker-auto" in caplog.text
+    caplog.clear()
+    assert NNSlimContext().config == load_config("tucker-balanced")
+    assert "no config is named: tucker-balanced" in caplog.text
+    caplog.clear()
+    assert NNSlimContext("tucker-small").config == load_config("tucker-small") and not caplog.text
+
+
 def test_context_class_itself_and_no_argument_use_the_default_configuration(make_model):
     """tucker-cnn's README hands the class itself to `with`, which raised there."""
     before = dict(vars(nnUNetPredictor))
     with NNSlimContext as outer:
-        assert outer.config == NNSlimContext().config == load_config(DEFAULT_CONFIG)
+        assert outer.config == NNSlimContext().config == load_config("tucker-balanced")
         with NNSlimContext(HALF) as inner:
             load_stock(make_model())
         with pytest.raises(KeyError), NNSlimContext:

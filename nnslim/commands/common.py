@@ -26,7 +26,12 @@ Step = Callable[[str, int, int], None]
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
-ConfigOption = Annotated[str, typer.Option("-c", "--config", help="preset name or YAML file")]
+ConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        "-c", "--config", help="preset name or YAML file; default: tucker-auto with images, else tucker-balanced"
+    ),
+]
 ModelOption = Annotated[Path, typer.Option("-m", "--model", help="trained model folder: trainer__plans__configuration")]
 ImagesOption = Annotated[Path | None, typer.Option("-i", "--images", help="folder of unlabelled calibration images")]
 FoldOption = Annotated[list[str] | None, typer.Option("-f", "--fold", help="fold, repeatable; default: all")]

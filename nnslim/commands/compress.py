@@ -18,7 +18,7 @@ Target = Enum("Target", {name: name for name in ("same", "mirrored", "ensemble")
 def compress(
     model: common.ModelOption,
     output: Annotated[Path, typer.Option("-o", "--output", help="folder to write; must not exist")],
-    config: common.ConfigOption,
+    config: common.ConfigOption = None,
     images: common.ImagesOption = None,
     fold: common.FoldOption = None,
     checkpoint: common.CheckpointOption = None,
@@ -33,13 +33,13 @@ def compress(
     quiet: common.QuietOption = False,
 ) -> None:
     """Compress a trained model into a folder that stock nnU-Net loads."""
-    from nnslim.compression.config import changed_settings, load_config
+    from nnslim.compression.config import changed_settings, default_config, load_config
     from nnslim.compression.model_report import ModelReport
     from nnslim.hosts.nnunet.compress.compress_model import compress_model
     from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 
     start(quiet)
-    settings = load_config(config)
+    settings = load_config(config or default_config(images))
     if store is not None:
         settings = settings.model_copy(update={"store": store.value})
     if disable_tta:
@@ -54,7 +54,7 @@ def compress(
 def plan(
     model: common.ModelOption,
     output: Annotated[Path, typer.Option("-o", "--output", help="CSV file to write; must not exist")],
-    config: common.ConfigOption,
+    config: Annotated[str, typer.Option("-c", "--config", help="preset name or YAML file")],
     images: common.ImagesOption = None,
     fold: Annotated[str | None, typer.Option("-f", "--fold", help="whose weights decide; default: the first")] = None,
     checkpoint: common.CheckpointOption = None,

@@ -14,7 +14,9 @@ from nnslim.commands.common import ConfigOption, ImagesOption, QuietOption, star
 from nnslim.errors import HostError, NNSlimError
 
 
-def run(context: typer.Context, config: ConfigOption, images: ImagesOption = None, quiet: QuietOption = False) -> None:
+def run(
+    context: typer.Context, config: ConfigOption = None, images: ImagesOption = None, quiet: QuietOption = False
+) -> None:
     """Run nnUNetv2_predict, TotalSegmentator or any Python script unchanged, inside the context.
 
     Example: nnslim run -c tucker-balanced -- TotalSegmentator -i ct.nii.gz -o seg

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,8 @@ _LEGACY = {"tucker_args", "apply_tucker", "inference_bs", "ckpt_path", "save_mod
 # Keys of tucker-cnn's files for its scripts, around that dictionary.
 _LEGACY_FILE = {"tucker_config", "out_root", "out_id", "label_root", "metric_csv_path", "eval_workers", "fast_model"}
 _LEGACY_FILE |= {"dataset_id", "pretrained_weights", "epochs", "learning_rate", "optimizer"}
+
+_log = logging.getLogger("nnslim")
 
 
 class _Section(BaseModel):
@@ -340,6 +343,21 @@ def presets() -> dict[str, Path]:
     inside = package / "configs"
     folder = inside if inside.is_dir() else package.parent / "configs"
     return {path.stem: path for path in sorted(folder.glob("*.yml"))}
+
+
+def default_config(images: str | Path | None) -> str:
+    """Return the preset that is meant where none is named, and log which it is and what to expect of it."""
+    if images is None:
+        _log.info(
+            "no config is named: tucker-balanced, which keeps half of the channels as ranks. Without images (-i) the "
+            "weights alone decide: in our measurements this cost 0.02 of Dice with 2 classes, and most of it with 41"
+        )
+        return "tucker-balanced"
+    _log.info(
+        "no config is named: tucker-auto, which searches for the fewest MACs with an estimated drop in Dice of at most "
+        "0.005; it takes a quarter of an hour for a small network, longer for a large one"
+    )
+    return "tucker-auto"
 
 
 def load_config(config: SlimConfig | MethodConfig | Mapping[str, Any] | str | Path) -> SlimConfig:

@@ -173,6 +173,12 @@ def test_slim_network_is_instance_of_base_and_carries_spec(make_model, tmp_path)
     assert len(network(torch.zeros(1, 1, 16, 16, 16))) == 2  # deep supervision still gives one output per stage
 
 
+def test_compress_without_a_config_says_what_it_does(make_model, tmp_path, command, caplog):
+    _, out, _ = command("compress", "-m", make_model(), "-o", tmp_path / "slim", "--allow-slower", expect=0)
+    assert "no config is named: tucker-balanced" in caplog.text and "written" in out
+    assert (tmp_path / "slim" / "plans.json").is_file()
+
+
 def test_compress_folder_slim_source_is_refused(make_model, tmp_path):
     compress_model(read_trained_model(make_model()), tmp_path / "slim", HALF)
     with pytest.raises(ModelError, match="slim model already"):
