@@ -133,7 +133,7 @@ def measure_speed(setting: Setting) -> dict[str, Any]:
     args, work = setting.args, setting.work
     rows = {"nnUNetv2_predict": (work / "stock", setting.stock(work / "stock"))}
     for backend in args.backend:
-        options = ["--backend", backend, *(["--mirroring"] if args.mirroring else [])]
+        options = ["--backend", backend, *([] if args.mirroring else ["--disable_tta"])]
         rows[f"nnslim predict --backend {backend}"] = (work / backend, setting.ours(work / backend, *options))
     works = [partial(setting.run, command, output) for output, command in rows.values()]
     seconds = alternated(works, args.rounds, warmups=0)

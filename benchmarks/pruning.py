@@ -234,7 +234,17 @@ def score(row: Row, model: Path, folder: Path, args: argparse.Namespace) -> dict
     if not (predictions / "done").is_file():
         arguments = ["-i", args.test_images, "-o", predictions, "-m", model]
         if row.precision == "int8":
-            command = [*_NNSLIM, "predict", *arguments, "--backend", "openvino", "--precision", "int8", "--quiet"]
+            command = [
+                *_NNSLIM,
+                "predict",
+                *arguments,
+                "--backend",
+                "openvino",
+                "--precision",
+                "int8",
+                "--disable_tta",
+                "--quiet",
+            ]
             run(command, folder, folder / "log.txt")
         else:
             predict_stock(model, args.test_images, predictions)

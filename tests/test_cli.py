@@ -98,8 +98,12 @@ def test_compress_then_predict_then_again(make_model, half, case_folder, tmp_pat
 
 def test_predict_equals_stock_nnunet(make_model, case_folder, tmp_path, nnslim):
     source = make_model()
-    nnslim("predict", "-i", case_folder, "-o", tmp_path / "ours", "-m", source, "-q", "--backend", "stock", expect=0)
-    predictor = make_predictor()
+    common = ("-i", case_folder, "-m", source, "-q", "--backend", "stock")
+    nnslim("predict", *common, "-o", tmp_path / "ours", expect=0)
+    nnslim("predict", *common, "-o", tmp_path / "plain", "--disable_tta", expect=0)
+    old = nnslim("predict", *common, "-o", tmp_path / "old", "--no-mirroring", expect=0)
+    assert "--disable_tta switches it off" in old.stderr
+    predictor = make_predictor(use_mirroring=True)
     predictor.initialize_from_trained_model_folder(str(source), (0,))
     predictor.predict_from_files(
         str(case_folder),
@@ -108,8 +112,10 @@ def test_predict_equals_stock_nnunet(make_model, case_folder, tmp_path, nnslim):
         num_processes_segmentation_export=1,
     )
     for name in "abc":
-        ours, stock = (np.asarray(nib.load(tmp_path / k / f"{name}.nii.gz").dataobj) for k in ("ours", "stock"))
+        files = (nib.load(tmp_path / k / f"{name}.nii.gz") for k in ("ours", "stock", "plain", "old"))
+        ours, stock, plain, old = (np.asarray(file.dataobj) for file in files)
         assert np.array_equal(ours, stock) and len(np.unique(ours)) > 1
+        assert np.array_equal(plain, old) and not np.array_equal(ours, plain)
 
 
 def test_predict_cascade_equals_stock_nnunet_and_asks_for_the_stage_before(
@@ -122,6 +128,7 @@ def test_predict_cascade_equals_stock_nnunet_and_asks_for_the_stage_before(
         labels = (image.get_fdata() > 1).astype(np.uint8) + (image.get_fdata() > 2)
         nib.save(nib.Nifti1Image(labels.astype(np.uint8), image.affine), stage / f"{name}.nii.gz")
     common = ("predict", "-q", "--backend", "stock", "-i", case_folder, "-o", tmp_path / "ours", "-m", source)
+    common += ("--disable_tta",)
     assert "needs the segmentations of '3d_lowres'" in fault(*common)
     nnslim(*common, "--previous-stage", stage, expect=0)
     predictor = make_predictor()
@@ -145,7 +152,8 @@ def test_run_stock_command_inside_the_context_equals_compressed_folder(make_mode
     done = fresh("run", "-c", half, "--", *command, expect=0)
     assert "parameters" in done.stderr and "fewer" in done.stderr
     nnslim("compress", "-q", "-m", source, "-o", tmp_path / "slim", "-c", half, expect=0)
-    nnslim("predict", "-q", "-i", case_folder, "-o", tmp_path / "folder", "-m", tmp_path / "slim", expect=0)
+    folder = ("-o", tmp_path / "folder", "-m", tmp_path / "slim", "--disable_tta")
+    nnslim("predict", "-q", "-i", case_folder, *folder, expect=0)
     for name in "abc":
         one, two = (np.asarray(nib.load(tmp_path / k / f"{name}.nii.gz").dataobj) for k in ("run", "folder"))
         assert np.array_equal(one, two)

@@ -17,7 +17,7 @@ from nnslim.errors import ConfigError, shown
 
 Engine = Enum("Engine", {name: name for name in ("local", "ray", "slurm")}, type=str)
 _STEP = 0.5
-_MODEL_ONLY = ("--fold", "-chk", "--previous-stage", "--mirroring", "--step-size", "--trust-checkpoint")
+_MODEL_ONLY = ("--fold", "-chk", "--previous-stage", "--disable_tta", "--step-size", "--trust-checkpoint")
 _MODEL_ONLY += ("--out-filters", "--in-filters")
 
 
@@ -43,9 +43,12 @@ def predict(
     overlap: Annotated[bool, typer.Option(help="read, predict and write neighbouring cases at the same time")] = True,
     fold: common.FoldOption = None,
     checkpoint: common.CheckpointOption = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or mps")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or mps")] = "auto",
     step_size: Annotated[float, typer.Option(help="tile step as a share of the patch, 0..1")] = _STEP,
-    mirroring: Annotated[bool, typer.Option(help="test-time mirroring, up to 8x the time")] = False,
+    disable_tta: Annotated[
+        bool, typer.Option("--disable_tta", help="no test-time mirroring: up to 8 times faster, a little less accurate")
+    ] = False,
+    mirroring: Annotated[bool | None, typer.Option(hidden=True)] = None,
     previous_stage: common.PreviousStageOption = None,
     out_filters: Annotated[
         Path | None, typer.Option(help="Sauron's table whose last row says the filters of each layer, for any plans")
@@ -73,7 +76,16 @@ def predict(
     """Predict a folder: a bad case is reported and the others continue; finished cases are whole and not repeated."""
     if (model is None) == (task is None):
         raise ConfigError("give one of -m MODEL and --task TASK")
-    goes_with_models = (fold, checkpoint, previous_stage, mirroring, step_size != _STEP, trust, out_filters, in_filters)
+    goes_with_models = (
+        fold,
+        checkpoint,
+        previous_stage,
+        disable_tta,
+        step_size != _STEP,
+        trust,
+        out_filters,
+        in_filters,
+    )
     _refuse(task is not None, _MODEL_ONLY, goes_with_models, "-m; TotalSegmentator decides it for its tasks")
     _refuse(model is not None, ("--ml", "--roi"), (ml, roi), "--task")
     _refuse(engine.value != "ray", ("--ray-address",), (ray_address,), "--engine ray")
@@ -87,8 +99,13 @@ def predict(
     from nnslim.prediction.case import Crew, crew_here
     from nnslim.prediction.engines.slurm import part_of
     from nnslim.prediction.run_directory import FolderSettings
+    from nnslim.running.machine import chosen_device
 
     start(quiet)
+    if mirroring is not None:
+        stderr.print("nnslim: mirroring is the default, as in nnU-Net; --disable_tta switches it off", markup=False)
+        disable_tta = not mirroring
+    device = chosen_device(device)
     if engine.value == "ray":
         runner, crew = "ray", Crew(workers or 0, threads, int(device == "cuda"), overlap, ray_address)
     else:
@@ -113,7 +130,7 @@ def predict(
             from nnslim.hosts.nnunet.predict.directory import PredictSettings, predict_folder
 
             widths = (table and table.absolute() for table in (out_filters, in_filters))
-            given = (device, step_size, mirroring, fold, checkpoint, trust, previous_stage, *widths)
+            given = (device, step_size, not disable_tta, fold, checkpoint, trust, previous_stage, *widths)
             settings = PredictSettings(*given, **chosen)
             results = predict_folder(images, output, model, settled, settings, count, folder)
     failed = [case for case in results if case.status == "failed"]

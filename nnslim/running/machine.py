@@ -66,6 +66,15 @@ def cpu_name() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
+def chosen_device(name: str) -> str:
+    """Return the device that "auto" stands for, cuda where torch has it and else cpu; any other name as it is."""
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def has_fast_bfloat16() -> bool:
     """Return whether convolutions in bfloat16 can be faster here than in float32: AVX-512 BF16 or AMX."""
     return not cpu_flags().isdisjoint(("avx512_bf16", "amx_bf16"))

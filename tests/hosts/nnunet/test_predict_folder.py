@@ -313,7 +313,7 @@ def test_command_names_faults_of_its_options(make_model, case_folder, tmp_path, 
 
     assert "give one of -m MODEL and --task TASK" in fault()
     assert "give one of -m MODEL and --task TASK" in fault("-m", "x", "--task", "total")
-    for option in (("-f", "0"), ("--step-size", "0.7"), ("--mirroring",), ("--trust-checkpoint",)):
+    for option in (("-f", "0"), ("--step-size", "0.7"), ("--disable_tta",), ("--trust-checkpoint",)):
         name = "--fold" if option[0] == "-f" else option[0]
         assert f"{name} goes with -m; TotalSegmentator decides it" in fault("--task", "total", *option)
     assert "--ml goes with --task" in fault("-m", "x", "--ml")

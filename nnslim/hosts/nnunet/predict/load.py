@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from nnslim.prediction.case import Case
 from nnslim.running.engine import Settings
 from nnslim.running.machine import machine_threads
 from nnslim.running.runner import Runner
+
+_log = logging.getLogger("nnslim")
 
 
 def load_predictor(model: Path, config: Any, settings: PredictSettings, began: Mapping[str, Any] | None = None) -> Any:
@@ -71,6 +74,9 @@ def load_predictor(model: Path, config: Any, settings: PredictSettings, began: M
             next(iter(source.checkpoints.values())).get("inference_allowed_mirroring_axes"),
         )
     slim_predictor(predictor, session, str(model), Path(model))
+    axes = predictor.allowed_mirroring_axes if settings.mirroring else None
+    mirrored = f"mirrored in {2 ** len(axes)} ways" if axes else "not mirrored"
+    _log.info("device %s, %s, backend %s, precision %s", device, mirrored, run.backend, run.precision)
     return predictor
 
 
