@@ -220,7 +220,129 @@ void nnslim_transposed(const float *x, long lo, long hi, long threads, const lon
 
 /* Output lines lo..hi of a 3D convolution with stride 1 and "same" zero padding, few channels.
  * x (D, H, W, inputs); w (kd, kh, kw, inputs, outputs); out (D, H, W, outputs); outputs a multiple of LANES.
- * `scratch` holds (W + kw - 1) * inputs * kd * kh floats. */
+ * `scratch` holds (W + kw + 16) * inputs * kd * kh floats.
+ *
+ * Where there are wide vectors, WIDE voxels of a line are one, so that few outputs fill it, too. The lines that a voxel
+ * sees are kept as planes, (inputs, length); the next line needs only the foremost ones anew. */
+#ifdef WIDE
+#define VOXELS 3 /* vectors at a time: with LANES outputs 24 accumulators of 32 registers */
+
+#ifdef __has_builtin
+#if __has_builtin(__builtin_shufflevector)
+#define PAIRED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#endif
+#endif
+
+INLINE void transpose(vec r[LANES]) {
+#ifdef PAIRED
+    vec s[LANES], t[LANES];
+    for (int i = 0; i < LANES; i += 2) {
+        s[i] = PAIRED(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        s[i + 1] = PAIRED(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < LANES; i += 4)
+        for (int k = 0; k < 2; k++) {
+            t[i + 2 * k] = PAIRED(s[i + k], s[i + k + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            t[i + 2 * k + 1] = PAIRED(s[i + k], s[i + k + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    for (int i = 0; i < LANES / 2; i++) {
+        r[i] = PAIRED(t[i], t[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        r[i + 4] = PAIRED(t[i], t[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+#else
+    float from[LANES][LANES], to[LANES][LANES];
+    memcpy(from, r, sizeof(from));
+    for (int i = 0; i < LANES; i++)
+        for (int k = 0; k < LANES; k++) to[k][i] = from[i][k];
+    memcpy(r, to, sizeof(to));
+#endif
+}
+
+/* (across, inputs) -> (inputs, length), with `before` zeros in front of each plane and zeros behind it. */
+static void planes(const float *line, long across, long inputs, long before, long length, float *to) {
+    for (long k = 0; k < inputs; k++) {
+        memset(to + k * length, 0, before * sizeof(float));
+        memset(to + k * length + before + across, 0, (length - before - across) * sizeof(float));
+    }
+    for (long first = 0; first < across; first += LANES)
+        for (long k = 0; k < inputs; k += LANES) {
+            float *at = to + k * length + before + first;
+            if (first + LANES <= across && k + LANES <= inputs) {
+                vec r[LANES];
+                for (int i = 0; i < LANES; i++) r[i] = load(line + (first + i) * inputs + k);
+                transpose(r);
+                for (int i = 0; i < LANES; i++) store(at + i * length, r[i]);
+            } else {
+                for (long i = first; i < across && i < first + LANES; i++)
+                    for (long c = k; c < inputs && c < k + LANES; c++)
+                        to[c * length + before + i] = line[i * inputs + c];
+            }
+        }
+}
+
+/* LANES outputs of `some` voxels, at most `vectors` * WIDE. */
+INLINE void voxels(const float *const *lines, long at, int taps, long across, long inputs, long length, const float *w,
+                   long outputs, const float *bias, float *y, long some, int vectors) {
+    wide_vec sum[LANES][VOXELS];
+    for (int o = 0; o < LANES; o++)
+        for (int v = 0; v < vectors; v++) sum[o][v] = bias[o] + (wide_vec){0};
+    for (int t = 0; t < taps; t++) {
+        if (!lines[t]) continue;
+        for (long k = 0; k < inputs; k++)
+            for (long j = 0; j < across; j++) {
+                const float *x = lines[t] + k * length + at + j, *weight = w + ((t * across + j) * inputs + k) * outputs;
+                wide_vec seen[VOXELS];
+                for (int v = 0; v < vectors; v++) seen[v] = *(const wide_vec *)(x + v * WIDE);
+                for (int o = 0; o < LANES; o++)
+                    for (int v = 0; v < vectors; v++) sum[o][v] += weight[o] * seen[v];
+            }
+    }
+    for (int v = 0; v < vectors; v++) {
+        float lane[LANES][WIDE];
+        for (int o = 0; o < LANES; o++) memcpy(lane[o], &sum[o][v], sizeof(lane[o]));
+        for (int half = 0; half < WIDE; half += LANES) {
+            vec r[LANES];
+            for (int o = 0; o < LANES; o++) r[o] = load(lane[o] + half);
+            transpose(r);
+            for (int i = 0; i < LANES && v * WIDE + half + i < some; i++)
+                store(y + (v * WIDE + half + i) * outputs, r[i]);
+        }
+    }
+}
+
+static void conv(const float *x, long lo, long hi, const long *size, long inputs, const float *w, const long *kernel,
+                 long outputs, const float *bias, float *out, float *scratch) {
+    long deep = size[0], high = size[1], across = size[2], kd = kernel[0], kh = kernel[1], kw = kernel[2];
+    long length = (across + WIDE - 1) / WIDE * WIDE + kw - 1;
+    const float *lines[128];
+    for (long line = lo; line < hi; line++) {
+        long d = line / high, h = line % high;
+        for (long a = 0; a < kd; a++)
+            for (long b = 0; b < kh; b++) {
+                long from = d + a - kd / 2, at = h + b - kh / 2, t = a * kh + b;
+                lines[t] = NULL;
+                if (from < 0 || from >= deep || at < 0 || at >= high) continue;
+                float *kept = scratch + (a * kh + at % kh) * inputs * length;
+                if (line == lo || h == 0 || b == kh - 1)
+                    planes(x + (from * high + at) * across * inputs, across, inputs, kw / 2, length, kept);
+                lines[t] = kept;
+            }
+        for (long o = 0; o < outputs; o += LANES)
+            for (long first = 0; first < across;) {
+                long some = across - first, vectors = (some + WIDE - 1) / WIDE, parts = (vectors + VOXELS - 1) / VOXELS;
+                float *y = out + (line * across + first) * outputs + o;
+#define SOME(count) voxels(lines, first, kd * kh, kw, inputs, length, w + o, outputs, bias + o, y, some, count)
+                vectors = (vectors + parts - 1) / parts; /* parts of about one size: a single vector is slow */
+                if (vectors == 3) SOME(3);
+                else if (vectors == 2) SOME(2);
+                else SOME(1);
+#undef SOME
+                first += vectors * WIDE;
+            }
+    }
+}
+#else
+/* Elsewhere LANES outputs of a voxel are a vector. */
 #define SPAN 12
 INLINE void span(const float *const *lines, int taps, long across, long inputs, const float *w, long outputs,
                  const float *bias, float *y, int count) {
@@ -280,10 +402,11 @@ static void conv(const float *x, long lo, long hi, const long *size, long inputs
             }
     }
 }
+#endif
 
 /* `scratch` holds that much for each thread. */
 void nnslim_conv(const float *x, long lo, long hi, long threads, const long *size, long inputs, const float *w,
                  const long *kernel, long outputs, const float *bias, float *out, float *scratch) {
-    long each = (size[2] + kernel[2] - 1) * inputs * kernel[0] * kernel[1];
+    long each = (size[2] + kernel[2] + 16) * inputs * kernel[0] * kernel[1];
     EACH_THREAD conv(x, BOUND(t), BOUND(t + 1), size, inputs, w, kernel, outputs, bias, out, scratch + t * each);
 }

@@ -97,3 +97,27 @@ def test_build_where_the_compiler_knows_less_makes_what_it_can(tmp_path, monkeyp
     assert best.moments(torch.ones(9, 8), full=False)[0].tolist() == [1.0] * 8
     monkeypatch.setattr(hatch_build, "compiler", lambda: None)
     assert hatch_build.build(tmp_path) == [] and not list((tmp_path / hatch_build.FOLDER).iterdir())
+
+
+@needs_compiler
+@pytest.mark.parametrize("path", native.libraries(), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "kernel", "size"),
+    [
+        (8, 8, (3, 3, 3), (5, 7, 30)),
+        (16, 8, (3, 3, 3), (4, 5, 128)),
+        (5, 16, (1, 3, 5), (3, 9, 33)),
+        (24, 8, (5, 3, 3), (6, 5, 47)),
+        (8, 8, (3, 3, 3), (3, 3, 7)),
+    ],
+)
+def test_native_convolution_equals_torchs_on_lines_of_any_length(inputs, outputs, kernel, size, path, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    generator = torch.Generator().manual_seed(0)
+    x, bias = (torch.randn(*shape, generator=generator) for shape in ((*size, inputs), (outputs,)))
+    weight = torch.randn(*kernel, inputs, outputs, generator=generator)
+    out = torch.full((*size, outputs), float("nan"))
+    native.Kernels(path).conv(x, weight, bias, out)
+    moved = x.double().movedim(-1, 0)[None], weight.double().permute(4, 3, 0, 1, 2), bias.double()
+    wanted = torch.nn.functional.conv3d(*moved, padding=[edge // 2 for edge in kernel])[0].movedim(0, -1)
+    assert float((out - wanted).abs().max()) < 2e-6 * float(wanted.abs().max())
