@@ -40,10 +40,11 @@ INLINE void store(float *p, vec v) { *(vec *)p = v; }
 INLINE vec splat(float s) { return (vec){s, s, s, s, s, s, s, s}; }
 INLINE long padded(long n) { return (n + LANES - 1) / LANES * LANES; }
 
-/* y[r] = bias + sum_k x[r][k] b[k] for `rows` rows and `vectors` vectors of columns; both are constants after inlining. */
+/* y[r] = bias + sum_k x[r * ldx + k * step] b[k] for `rows` rows and `vectors` vectors of columns; both are constants
+ * after inlining. */
 #define BLOCK(name, type)                                                                                              \
-    INLINE void name(const float *x, long ldx, long inner, const float *b, long ldb, const float *bias, float *y,      \
-                     long ldy, int rows, int vectors) {                                                                \
+    INLINE void name(const float *x, long ldx, long step, long inner, const float *b, long ldb, const float *bias,     \
+                     float *y, long ldy, int rows, int vectors) {                                                      \
         const int lanes = sizeof(type) / sizeof(float);                                                                \
         type sum[ROWS][2];                                                                                             \
         for (int r = 0; r < rows; r++)                                                                                 \
@@ -52,27 +53,29 @@ INLINE long padded(long n) { return (n + LANES - 1) / LANES * LANES; }
             type w[2];                                                                                                 \
             for (int v = 0; v < vectors; v++) w[v] = *(const type *)(b + k * ldb + v * lanes);                         \
             for (int r = 0; r < rows; r++)                                                                             \
-                for (int v = 0; v < vectors; v++) sum[r][v] += x[r * ldx + k] * w[v];                                  \
+                for (int v = 0; v < vectors; v++) sum[r][v] += x[r * ldx + k * step] * w[v];                           \
         }                                                                                                              \
         for (int r = 0; r < rows; r++)                                                                                 \
             for (int v = 0; v < vectors; v++) *(type *)(y + r * ldy + v * lanes) = sum[r][v];                          \
     }
 BLOCK(block, vec)
 
-/* The same for all rows, `step` rows at a time; one by one at the end. */
-#define ALL_ROWS(block, step, vectors)                                                                                 \
+/* The same for all rows, `some` rows at a time; one by one at the end. */
+#define ALL_ROWS(block, some, vectors)                                                                                 \
     do {                                                                                                               \
         long r = 0;                                                                                                    \
-        for (; r + (step) <= rows; r += (step))                                                                        \
-            block(x + r * ldx, ldx, inner, b + c, columns, at, y + r * ldy + c, ldy, step, vectors);                   \
-        for (; r < rows; r++) block(x + r * ldx, ldx, inner, b + c, columns, at, y + r * ldy + c, ldy, 1, vectors);    \
+        for (; r + (some) <= rows; r += (some))                                                                        \
+            block(x + r * ldx, ldx, 1, inner, b + c, columns, at, y + r * ldy + c, ldy, some, vectors);                \
+        for (; r < rows; r++) block(x + r * ldx, ldx, 1, inner, b + c, columns, at, y + r * ldy + c, ldy, 1, vectors); \
     } while (0)
 
 #ifdef __AVX512F__
 #define WIDE (2 * LANES)
+#else
+#define WIDE LANES
+#endif
 typedef float wide_vec __attribute__((vector_size(WIDE * 4), aligned(4)));
 BLOCK(wide_block, wide_vec)
-#endif
 
 /* y (rows, columns) = bias + x (rows, inner) b (inner, columns); columns is a multiple of LANES. */
 static void product(const float *x, long ldx, long rows, long inner, const float *b, long columns, const float *bias,
@@ -80,11 +83,8 @@ static void product(const float *x, long ldx, long rows, long inner, const float
     long c = 0;
     const float *at = bias;
 #define ADVANCE(by) c += (by), at = bias ? bias + c : NULL
-#ifdef WIDE
     for (; c + 2 * WIDE <= columns; ADVANCE(2 * WIDE)) ALL_ROWS(wide_block, PAIR, 2);
     for (; c + WIDE <= columns; ADVANCE(WIDE)) ALL_ROWS(wide_block, ROWS, 1);
-#endif
-    for (; c + 2 * LANES <= columns; ADVANCE(2 * LANES)) ALL_ROWS(block, PAIR, 2);
     for (; c < columns; ADVANCE(LANES)) ALL_ROWS(block, ROWS, 1);
 #undef ADVANCE
 }
@@ -130,17 +130,22 @@ static void moments(const float *z, long lo, long hi, long channels, const float
             for (long c = 0; c < channels; c++) square[c] += products[c];
             continue;
         }
-        for (long i = 0; i < channels; i += 4)
-            for (long c = 0; c < channels; c += LANES) {
-                vec s[4] = {splat(0), splat(0), splat(0), splat(0)};
-                for (long r = 0; r < rows; r++) {
-                    vec d = load(tile + r * channels + c);
-                    for (int k = 0; k < 4; k++) s[k] += splat(tile[r * channels + i + k]) * d;
-                }
-                for (int k = 0; k < 4; k++)
-                    for (int l = 0; l < LANES; l++) square[(i + k) * channels + c + l] += s[k][l];
+        for (long i = 0; i < channels; i += LANES)
+            for (long c = i / WIDE * WIDE, width; c < channels; c += width) { /* the rest is symmetric */
+                float part[LANES][2 * WIDE];
+                const float *x = tile + i, *b = tile + c;
+#define PART(block, vectors) block(x, 1, channels, rows, b, channels, NULL, part[0], 2 * WIDE, LANES, vectors)
+                if (c + 2 * WIDE <= channels && PAIR == ROWS) width = 2 * WIDE, PART(wide_block, 2);
+                else if (c + WIDE <= channels) width = WIDE, PART(wide_block, 1);
+                else width = LANES, PART(block, 1);
+#undef PART
+                for (long k = 0; k < LANES; k++)
+                    for (long l = 0; l < width; l++) square[(i + k) * channels + c + l] += part[k][l];
             }
     }
+    if (full)
+        for (long i = 0; i < channels; i++)
+            for (long c = 0; c < i; c++) square[i * channels + c] = square[c * channels + i];
 }
 
 /* One (C) of `sum` and one (C) or (C, C) of `square` for each thread. */
@@ -224,7 +229,7 @@ void nnslim_transposed(const float *x, long lo, long hi, long threads, const lon
  *
  * Where there are wide vectors, WIDE voxels of a line are one, so that few outputs fill it, too. The lines that a voxel
  * sees are kept as planes, (inputs, length); the next line needs only the foremost ones anew. */
-#ifdef WIDE
+#if WIDE > LANES
 #define VOXELS 3 /* vectors at a time: with LANES outputs 24 accumulators of 32 registers */
 
 #ifdef __has_builtin
