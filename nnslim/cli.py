@@ -30,7 +30,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
 )
 _AGAIN = "nothing half-written is left; give the same command again"
 _LEARNING = f"{_AGAIN}: learning (recovery) goes on where it stopped"
@@ -54,10 +54,17 @@ def _stoppable(command: Callable[..., None]) -> Callable[..., None]:
 
 
 # In this order in --help.
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(_stoppable(run))
-_with_data = (predict, evaluate, benchmark, agree, finetune, distill, train, inflate)
-for _command in (compress, plan, *_with_data, export, report, doctor):
-    app.command()(_stoppable(_command))
+_PANELS = {
+    "Compress": (compress, plan, distill),
+    "Predict": (predict, run, export),
+    "Judge": (agree, evaluate, benchmark, report),
+    "Train": (train, finetune, inflate),
+    "Look": (doctor,),
+}
+for _panel, _commands in _PANELS.items():
+    for _command in _commands:
+        _passed_on = {"allow_extra_args": True, "ignore_unknown_options": True} if _command is run else None
+        app.command(context_settings=_passed_on, rich_help_panel=_panel)(_stoppable(_command))
 
 
 @app.callback(invoke_without_command=True)

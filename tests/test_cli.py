@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,8 +18,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import typer
 from helpers import NOBODY, ROOT, in_process, make_predictor
 
+from nnslim.cli import app
 from nnslim.errors import ModelError
 from nnslim.hosts.nnunet.model.trained_model import load_checkpoint
 
@@ -317,3 +321,16 @@ def test_run_faults_exit_2(half, fault):
 def test_bad_arguments_exit_2(nnslim):
     done = nnslim("compress", "--modle", "x", expect=2)
     assert "No such option" in done.stderr
+
+
+def test_help_of_every_command_has_an_example_whose_options_exist():
+    program = typer.main.get_command(app)
+    assert len(program.commands) == 14
+    for name, command in program.commands.items():
+        (example,) = re.findall(rf"Example: nnslim {name}(.*)", command.help)
+        given = shlex.split(example)
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        own = given[: given.index("--")] if "--" in given else given
+        assert {word for word in own if word.startswith("-")} <= known, example
+        required = [parameter for parameter in command.params if parameter.required]
+        assert all(set(parameter.opts) & set(own) for parameter in required), example

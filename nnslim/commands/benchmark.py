@@ -43,7 +43,10 @@ def benchmark(
     trust: TrustOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure a model and its slim forms side by side: time, memory, MACs; benchmark.csv, benchmark.json, pictures."""
+    """Measure a model and its slim forms side by side: time, memory, MACs; benchmark.csv, benchmark.json, pictures.
+
+    Example: nnslim benchmark -m MODEL -c tucker-balanced -o results
+    """
     from nnslim.benchmark.timings import screen_table, stage_table
     from nnslim.hosts.nnunet.judge.benchmark_models import BenchmarkSettings, benchmark_models, ways_of
 

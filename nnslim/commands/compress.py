@@ -32,7 +32,10 @@ def compress(
     trust: common.TrustOption = False,
     quiet: common.QuietOption = False,
 ) -> None:
-    """Compress a trained model into a folder that stock nnU-Net loads."""
+    """Compress a trained model into a folder that stock nnU-Net loads.
+
+    Example: nnslim compress -m MODEL -o SLIM -i IMAGES
+    """
     from nnslim.compression.config import changed_settings, default_config, load_config
     from nnslim.compression.model_report import ModelReport
     from nnslim.hosts.nnunet.compress.compress_model import compress_model
@@ -61,7 +64,10 @@ def plan(
     trust: common.TrustOption = False,
     quiet: common.QuietOption = False,
 ) -> None:
-    """Choose the ranks only and write them as a table, to be edited and passed back: {method: tucker, plan: FILE}."""
+    """Choose the ranks only and write them as a table, to be edited and passed back: {method: tucker, plan: FILE}.
+
+    Example: nnslim plan -m MODEL -c budget.yml -i IMAGES -o plan.csv
+    """
     from nnslim.compression.config import load_config
     from nnslim.hosts.nnunet.compress.plan_model import plan_model
     from nnslim.hosts.nnunet.model.trained_model import read_trained_model
@@ -98,7 +104,10 @@ def distill(
     trust: common.TrustOption = False,
     quiet: common.QuietOption = False,
 ) -> None:
-    """Let a slim model learn the dense model's answers on images without labels; an interrupted run goes on."""
+    """Let a slim model learn the dense model's answers on images without labels; an interrupted run goes on.
+
+    Example: nnslim distill -m SLIM --teacher MODEL -i IMAGES -o BETTER --steps 500
+    """
     from nnslim.hosts.nnunet.compress.distill_model import distill_config, distill_model, read_pair
     from nnslim.hosts.nnunet.judge.agree_models import takes_mirrored
 

@@ -24,7 +24,10 @@ _PACKAGES = (
 
 
 def doctor() -> None:
-    """Explain this machine: versions, what is compatible, which CPU and GPU features there are, where files go."""
+    """Explain this machine: versions, what is compatible, which CPU and GPU features there are, where files go.
+
+    Example: nnslim doctor
+    """
     from nnslim.compression.config import presets
     from nnslim.methods.base import methods
 

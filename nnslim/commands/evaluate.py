@@ -44,7 +44,10 @@ def evaluate(
     workers: Annotated[int | None, typer.Option(min=1, help="processes; default: all CPUs where it pays")] = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Dice, NSD and HD95 of predictions against references, per case and class: CSV, summary.json, pictures."""
+    """Dice, NSD and HD95 of predictions against references, per case and class: CSV, summary.json, pictures.
+
+    Example: nnslim evaluate -p PREDICTIONS -g LABELS -o metrics.csv
+    """
     from nnslim.evaluation.directories import evaluate_directories
     from nnslim.evaluation.scores import score_lines, write_csv, write_summary
     from nnslim.files import make_folder
@@ -99,7 +102,10 @@ def agree(
     trust: TrustOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Compare a slim model with the dense one on your images, per class; kept in nnslim.json and agreement.png."""
+    """Compare a slim model with the dense one on your images, per class; kept in nnslim.json and agreement.png.
+
+    Example: nnslim agree -m SLIM --dense MODEL -i IMAGES
+    """
     from nnslim.compression.record import RECORD, read_record
     from nnslim.hosts.nnunet.judge.agree_models import agreement_of_models, takes_mirrored, write_agreement
     from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings

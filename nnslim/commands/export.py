@@ -38,7 +38,10 @@ def export(
     trust: TrustOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write the network as an ONNX or OpenVINO file that runs without torch and nnU-Net, and compare it on a tile."""
+    """Write the network as an ONNX or OpenVINO file that runs without torch and nnU-Net, and compare it on a tile.
+
+    Example: nnslim export -m MODEL --format onnx -o network.onnx
+    """
     from nnslim.hosts.nnunet.export.export_model import ExportSettings, export_model, keep_int8, read_patch
     from nnslim.hosts.nnunet.model.trained_model import read_trained_model
 

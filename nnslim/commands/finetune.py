@@ -53,7 +53,10 @@ def finetune(
     trust: TrustOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train a slim model further on a dataset with labels, inside nnU-Net's own trainer."""
+    """Train a slim model further on a dataset with labels, inside nnU-Net's own trainer.
+
+    Example: nnslim finetune -m SLIM -d 4 -o TUNED --epochs 10
+    """
     from nnslim.compression.config import changed_settings
     from nnslim.hosts.nnunet.train.finetune_model import finetune_model
     from nnslim.hosts.nnunet.train.settings import TrainingSettings

@@ -32,7 +32,10 @@ def inflate(
     trust: TrustOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Make 3D weights from a trained 2D model: nnUNetv2_train -pretrained_weights FILE starts from them."""
+    """Make 3D weights from a trained 2D model: nnUNetv2_train -pretrained_weights FILE starts from them.
+
+    Example: nnslim inflate -m MODEL_2D -f 0 -o start.pth
+    """
     if output is None and folder is None:
         raise ConfigError("nothing to write: name a file (-o FILE.pth), a model directory (--folder DIR), or both")
     if output is not None and output.suffix != ".pth":

@@ -73,7 +73,10 @@ def predict(
     trust: common.TrustOption = False,
     quiet: common.QuietOption = False,
 ) -> None:
-    """Predict a folder: a bad case is reported and the others continue; finished cases are whole and not repeated."""
+    """Predict a folder: a bad case is reported and the others continue; finished cases are whole and not repeated.
+
+    Example: nnslim predict -i IMAGES -o OUT -m MODEL
+    """
     if (model is None) == (task is None):
         raise ConfigError("give one of -m MODEL and --task TASK")
     goes_with_models = (

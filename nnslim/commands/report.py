@@ -37,7 +37,10 @@ def report(
     trust: TrustOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write one HTML page about a slim model: layers, time, classes, pictures; it loads nothing from elsewhere."""
+    """Write one HTML page about a slim model: layers, time, classes, pictures; it loads nothing from elsewhere.
+
+    Example: nnslim report -m SLIM --dense MODEL -i IMAGES -l LABELS
+    """
     from nnslim.hosts.nnunet.judge.agree_models import takes_mirrored
     from nnslim.hosts.nnunet.judge.report_data import ReportSettings, write_page
     from nnslim.hosts.nnunet.predict.predict_settings import PredictSettings

@@ -48,6 +48,8 @@ def train(
 
     The trained model is an ordinary one: nnUNetv2_predict finds it by -tr nnUNetTrainerSauron. Where it misses --macs
     or --params, it is written, and the exit code is 1.
+
+    Example: nnslim train -d 4 --method sauron --macs 0.5
     """
     from nnslim.compression.config import changed_settings, load_config, training_settings
     from nnslim.compression.record import read_record
