@@ -13,11 +13,12 @@ from nnslim import former
 from nnslim._version import __version__
 
 if TYPE_CHECKING:
+    from nnslim.any_network import compress, fast, load, save
     from nnslim.compression.config import SlimConfig, load_config
     from nnslim.context import NNSlimContext
 
-__all__ = ["NNSlimContext", "SlimConfig", "__version__", "load_config"]
-_HOMES = {
+__all__ = ["NNSlimContext", "SlimConfig", "__version__", "compress", "fast", "load", "load_config", "save"]
+_HOMES = dict.fromkeys(("compress", "fast", "load", "save"), "nnslim.any_network") | {
     "NNSlimContext": "nnslim.context",
     "SlimConfig": "nnslim.compression.config",
     "load_config": "nnslim.compression.config",

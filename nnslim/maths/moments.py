@@ -36,7 +36,9 @@ class LinearView:
 
     @classmethod
     def of(cls, conv: nn.Module) -> LinearView | None:
-        """Return the view of a convolution, None for one that has none: groups, or overlapping blocks."""
+        """Return the view of a convolution, None for what has none: groups, overlapping blocks, or another layer."""
+        if not hasattr(conv, "kernel_size"):
+            return None
         plain = conv.groups == 1 and not isinstance(conv.padding, str)
         if plain and conv.transposed:
             apart = tuple(conv.kernel_size) == tuple(conv.stride) and set(conv.dilation) == {1}

@@ -11,8 +11,9 @@ import platform
 import resource
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from nnslim.caches import read_kept, user_cache
@@ -206,6 +207,13 @@ def keep_heap() -> Iterator[bool]:
                 # threshold stays off for this process, as after any call of mallopt.
                 set_malloc(128 * 1024, 65536)
                 c_library().malloc_trim(0)
+
+
+def keep_heap_with(holder: object) -> None:
+    """Keep the heap as long as an object lives: who calls it patch by patch has no block to do that in."""
+    block = ExitStack()
+    block.enter_context(keep_heap())
+    weakref.finalize(holder, block.close)
 
 
 def set_malloc(trim_threshold: int, mmap_max: int) -> None:

@@ -6,7 +6,6 @@ import functools
 import os
 import weakref
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from nnslim.errors import ConfigError
 from nnslim.running.engine import BACKENDS, Settings
-from nnslim.running.machine import keep_heap
+from nnslim.running.machine import keep_heap_with
 from nnslim.running.runner import Runner
 
 VARIABLE = "NNSLIM_BACKEND"
@@ -44,15 +43,6 @@ def self_running(network: nn.Module) -> nn.Module:
     return network
 
 
-def _keep_heap_for(network: nn.Module) -> None:
-    """Keep the heap as long as the network lives: a host that calls it patch by patch has no block to do that in."""
-    if network not in _with_heap:
-        _with_heap.add(network)
-        block = ExitStack()
-        block.enter_context(keep_heap())
-        weakref.finalize(network, block.close)
-
-
 def _plain(network: nn.Module, cls: type[nn.Module]) -> nn.Module:
     """Return an instance of a class that shares its state with the network, whatever becomes of either."""
     made = cls.__new__(cls)
@@ -71,8 +61,9 @@ def _self_running_class(cls: type[nn.Module]) -> type[nn.Module]:
         def forward(self, x: Tensor) -> Any:
             if not _may_run(self, x):
                 return super().forward(x)
-            if x.device.type == "cpu" and not torch.is_grad_enabled():
-                _keep_heap_for(self)
+            if x.device.type == "cpu" and not torch.is_grad_enabled() and self not in _with_heap:
+                _with_heap.add(self)
+                keep_heap_with(self)
             return _runners[self](x)
 
         def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
