@@ -83,7 +83,10 @@ else:
 
         def initialize(self, version: str, build_data: dict) -> None:
             """See `BuildHookInterface`."""
-            made = build(Path(self.root))
+            try:
+                made = build(Path(self.root))
+            except OSError:  # a tree that cannot be written, a compiler that cannot be started
+                made = []
             if not made:
                 self.app.display_warning(
                     "nnslim is built without its kernels, which need a C compiler (CC, gcc, clang)"

@@ -18,7 +18,7 @@ from nnslim.compression import compress_network
 from nnslim.compression.calibration import Calibration
 from nnslim.compression.compress_network import Slimmed, rebuild
 from nnslim.compression.config import SlimConfig, default_config, load_config
-from nnslim.errors import InputError, SpecError
+from nnslim.errors import InputError, SpecError, one_line
 from nnslim.files import make_folder, save_checkpoint, unreadable
 from nnslim.methods.base import MethodConfig
 from nnslim.network.spec import SlimSpec, spec_of
@@ -28,7 +28,6 @@ from nnslim.running.machine import keep_heap_with
 from nnslim.running.runner import Runner
 
 _FEW = 4  # tiles: with fewer, those that are learned from also judge
-_FORMAT = 1
 _UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, MemoryError, pickle.UnpicklingError)
 
 
@@ -44,7 +43,7 @@ def compress(
     """Return a slim form of a network, the decision for each layer, and the counts before and after.
 
     Args:
-        network: takes (1, C, *spatial), 2D or 3D; not modified. Of a list of outputs the first counts.
+        network: takes (1, C, *spatial), 2D or 3D; not modified.
         config: what NNSlimContext takes; None: `default_config`, by whether there are tiles.
         example: input of the shape that counts and plans hold for; default: the first tile.
         tiles: inputs (1, C, *spatial) of one shape, prepared as the network wants them; no labels. The weights are
@@ -102,7 +101,7 @@ def save(network: nn.Module, path: str | Path) -> None:
     if spec is None:
         raise InputError("save: the network carries no SlimSpec; save what nnslim.compress returned, its network")
     make_folder(Path(path).parent)
-    content = {"nnslim": _FORMAT, "spec": json.dumps(spec.to_dict()), "weights": unwrap(network).state_dict()}
+    content = {"spec": json.dumps(spec.to_dict()), "weights": unwrap(network).state_dict()}
     save_checkpoint(content, Path(path))
 
 
@@ -116,10 +115,13 @@ def load(path: str | Path, network: nn.Module) -> nn.Module:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        spec = SlimSpec.from_dict(json.loads(content["spec"]))
-    except (*_UNREADABLE, SpecError) as error:
-        raise InputError(unreadable(Path(path), error)) from error
-    return rebuild(network, spec, content["weights"])
+        spec, weights = json.loads(content["spec"]), content["weights"]
+    except _UNREADABLE as error:
+        raise InputError(unreadable(Path(path), error, "is no file of nnslim.save")) from error
+    try:
+        return rebuild(network, SlimSpec.from_dict(spec), weights)
+    except RuntimeError as error:  # what torch says of keys and shapes
+        raise SpecError(f"{path} does not fit this {type(unwrap(network)).__name__}: {one_line(error)}") from error
 
 
 def fast(network: nn.Module, example: Tensor, *, backend: Backend = "auto") -> nn.Module:

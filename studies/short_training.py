@@ -136,7 +136,8 @@ def preprocess_once(dataset_id: int, configuration: str, processes: int) -> Path
 
 def is_preprocessed(folder: Path, identifier: str) -> bool:
     """Return whether every case of a preprocessed dataset is there; a stopped run leaves some, or an empty folder."""
-    cases = {path.name.split(".")[0] for path in (folder / "gt_segmentations").glob("*")}
+    ending = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
+    cases = {path.name.removesuffix(ending) for path in (folder / "gt_segmentations").glob(f"*{ending}")}
     return bool(cases) and cases <= {path.stem for path in (folder / identifier).glob("*.pkl")}
 
 

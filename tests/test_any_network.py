@@ -8,7 +8,7 @@ from monai.inferers import SlidingWindowInferer
 from monai.networks import nets
 
 import nnslim
-from nnslim.errors import InputError
+from nnslim.errors import InputError, SpecError
 from nnslim.network.spec import spec_of
 
 HALF = {"methods": [{"method": "tucker", "rank_factor": 0.5, "rank_min": 4}]}
@@ -91,3 +91,7 @@ def test_faults_are_named(tmp_path):
             nnslim.load(tmp_path / name, network)
     slim = nnslim.compress(network, HALF, torch.zeros(CUBE))
     assert spec_of(slim.network) is not None and spec_of(network) is None
+    nnslim.save(slim.network, tmp_path / "slim.pt")
+    for other in (nets.UNet(3, 1, 4, (16, 32, 64), (2, 2), num_res_units=2), made("DynUNet")):
+        with pytest.raises(SpecError):
+            nnslim.load(tmp_path / "slim.pt", other)

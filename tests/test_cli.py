@@ -81,13 +81,15 @@ def half(tmp_path: Path) -> Path:
     return path
 
 
-def test_compress_then_predict_then_again(make_model, half, case_folder, tmp_path, nnslim):
+def test_compress_then_predict_then_again(make_model, half, case_folder, tmp_path, nnslim, caplog):
     source = make_model(folds=(0, 1))
     done = nnslim("compress", "-m", source, "-o", tmp_path / "slim", "-c", half, expect=0)
     assert "2 fold(s), compressed" in done.stdout and "fewer" in done.stdout
     out = tmp_path / "out"
     done = nnslim("predict", "-i", case_folder, "-o", out, "-m", tmp_path / "slim", expect=0)
     assert "3 predicted, 0 there already, 0 failed" in done.stdout
+    (said,) = (text for text in caplog.messages if text.startswith("device "))
+    assert said == "device cpu, mirrored in 8 ways, backend auto, precision f32"
     for name in "abc":
         image, labels = nib.load(case_folder / f"{name}_0000.nii.gz"), nib.load(out / f"{name}.nii.gz")
         assert labels.shape == image.shape and np.allclose(labels.affine, image.affine, atol=1e-5)

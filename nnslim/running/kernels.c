@@ -223,6 +223,13 @@ void nnslim_transposed(const float *x, long lo, long hi, long threads, const lon
     EACH_THREAD transposed(x, BOUND(t), BOUND(t + 1), size, inputs, w, columns, bias, kernel, width, add, out);
 }
 
+/* The line of the input that tap (a, b) sees from an output line; NULL where that is padding. */
+INLINE const float *neighbour(const float *x, const long *size, long inputs, const long *kernel, long line, long a,
+                              long b) {
+    long d = line / size[1] + a - kernel[0] / 2, h = line % size[1] + b - kernel[1] / 2;
+    return d < 0 || d >= size[0] || h < 0 || h >= size[1] ? NULL : x + (d * size[1] + h) * size[2] * inputs;
+}
+
 /* Output lines lo..hi of a 3D convolution with stride 1 and "same" zero padding, few channels.
  * x (D, H, W, inputs); w (kd, kh, kw, inputs, outputs); out (D, H, W, outputs); outputs a multiple of LANES.
  * `scratch` holds (W + kw + 16) * inputs * kd * kh floats.
@@ -317,21 +324,18 @@ INLINE void voxels(const float *const *lines, long at, int taps, long across, lo
 
 static void conv(const float *x, long lo, long hi, const long *size, long inputs, const float *w, const long *kernel,
                  long outputs, const float *bias, float *out, float *scratch) {
-    long deep = size[0], high = size[1], across = size[2], kd = kernel[0], kh = kernel[1], kw = kernel[2];
+    long across = size[2], kd = kernel[0], kh = kernel[1], kw = kernel[2];
     long length = (across + WIDE - 1) / WIDE * WIDE + kw - 1;
     const float *lines[128];
     for (long line = lo; line < hi; line++) {
-        long d = line / high, h = line % high;
-        for (long a = 0; a < kd; a++)
-            for (long b = 0; b < kh; b++) {
-                long from = d + a - kd / 2, at = h + b - kh / 2, t = a * kh + b;
-                lines[t] = NULL;
-                if (from < 0 || from >= deep || at < 0 || at >= high) continue;
-                float *kept = scratch + (a * kh + at % kh) * inputs * length;
-                if (line == lo || h == 0 || b == kh - 1)
-                    planes(x + (from * high + at) * across * inputs, across, inputs, kw / 2, length, kept);
-                lines[t] = kept;
-            }
+        long h = line % size[1];
+        for (long t = 0; t < kd * kh; t++) {
+            const float *from = neighbour(x, size, inputs, kernel, line, t / kh, t % kh);
+            float *kept = scratch + (t / kh * kh + (h + t % kh + kh - kh / 2) % kh) * inputs * length;
+            int anew = line == lo || h == 0 || t % kh == kh - 1;
+            if (from && anew) planes(from, across, inputs, kw / 2, length, kept);
+            lines[t] = from ? kept : NULL;
+        }
         for (long o = 0; o < outputs; o += LANES)
             for (long first = 0; first < across;) {
                 long some = across - first, vectors = (some + WIDE - 1) / WIDE, parts = (vectors + VOXELS - 1) / VOXELS;
@@ -374,22 +378,18 @@ static void spans(const float *const *lines, int taps, long across, long inputs,
 
 static void conv(const float *x, long lo, long hi, const long *size, long inputs, const float *w, const long *kernel,
                  long outputs, const float *bias, float *out, float *scratch) {
-    long deep = size[0], high = size[1], across = size[2];
-    long kd = kernel[0], kh = kernel[1], kw = kernel[2], length = (across + kw - 1) * inputs;
+    long across = size[2], kd = kernel[0], kh = kernel[1], kw = kernel[2], length = (across + kw - 1) * inputs;
     const float *lines[128], *shifted[128];
     for (long line = lo; line < hi; line++) {
-        long d = line / high, h = line % high;
-        for (long a = 0; a < kd; a++)
-            for (long b = 0; b < kh; b++) {
-                long from = d + a - kd / 2, at = h + b - kh / 2, t = a * kh + b;
-                lines[t] = NULL;
-                if (from < 0 || from >= deep || at < 0 || at >= high) continue;
-                float *copy = scratch + t * length;
-                memset(copy, 0, kw / 2 * inputs * sizeof(float));
-                memcpy(copy + kw / 2 * inputs, x + (from * high + at) * across * inputs, across * inputs * sizeof(float));
-                memset(copy + (across + kw / 2) * inputs, 0, (kw - 1 - kw / 2) * inputs * sizeof(float));
-                lines[t] = copy;
-            }
+        for (long t = 0; t < kd * kh; t++) {
+            const float *from = neighbour(x, size, inputs, kernel, line, t / kh, t % kh);
+            float *copy = scratch + t * length;
+            lines[t] = from ? copy : NULL;
+            if (!from) continue;
+            memset(copy, 0, kw / 2 * inputs * sizeof(float));
+            memcpy(copy + kw / 2 * inputs, from, across * inputs * sizeof(float));
+            memset(copy + (across + kw / 2) * inputs, 0, (kw - 1 - kw / 2) * inputs * sizeof(float));
+        }
         for (long o = 0; o < outputs; o += LANES)
             for (long first = 0; first < across;) {
                 for (int t = 0; t < kd * kh; t++) shifted[t] = lines[t] ? lines[t] + first * inputs : NULL;

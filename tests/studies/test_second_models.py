@@ -12,7 +12,7 @@ from helpers import make_predictor, write_ball_dataset
 
 from nnslim.hosts.nnunet.model.trained_model import read_trained_model, trainer_class
 from studies.deformed_dataset import BRAIN, write_brain_dataset, write_deformed_dataset
-from studies.short_training import ShortTraining, copy_weights, derive_plans, train_short
+from studies.short_training import ShortTraining, copy_weights, derive_plans, is_preprocessed, train_short
 
 
 def _halve_widths(settings):
@@ -115,3 +115,18 @@ def test_brain_dataset_paints_both_sides_alike_and_keeps_the_last_maps_for_testi
     assert set(np.unique(found)) == {0, *classes.values()}
     left, right, stem = (np.median(values[found == number]) for number in classes.values())
     assert abs(left - right) < 0.2 * abs(left - stem), "sides differ by the scanner alone"
+
+
+def test_a_preprocessing_that_was_stopped_is_not_taken_for_a_finished_one(tmp_path):
+    """The folder alone was the sign; nnU-Net then failed in the training, or trained without some cases."""
+    (tmp_path / "gt_segmentations").mkdir()
+    (tmp_path / "dataset.json").write_text('{"file_ending": ".nii.gz"}')
+    assert not is_preprocessed(tmp_path, "made")
+    for name in ("a", "b.1"):
+        (tmp_path / "gt_segmentations" / f"{name}.nii.gz").touch()
+    (tmp_path / "made").mkdir()
+    assert not is_preprocessed(tmp_path, "made")
+    (tmp_path / "made" / "a.pkl").touch()
+    assert not is_preprocessed(tmp_path, "made")
+    (tmp_path / "made" / "b.1.pkl").touch()
+    assert is_preprocessed(tmp_path, "made")

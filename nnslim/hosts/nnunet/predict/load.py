@@ -73,10 +73,11 @@ def load_predictor(model: Path, config: Any, settings: PredictSettings, began: M
             source.trainer_name,
             next(iter(source.checkpoints.values())).get("inference_allowed_mirroring_axes"),
         )
-    slim_predictor(predictor, session, str(model), Path(model))
-    axes = predictor.allowed_mirroring_axes if settings.mirroring else None
+    mirrors = settings.mirroring and not session.config.recovery.one_pass
+    axes = predictor.allowed_mirroring_axes if mirrors else None
     mirrored = f"mirrored in {2 ** len(axes)} ways" if axes else "not mirrored"
     _log.info("device %s, %s, backend %s, precision %s", device, mirrored, run.backend, run.precision)
+    slim_predictor(predictor, session, str(model), Path(model))
     return predictor
 
 
