@@ -49,7 +49,8 @@ def compress(
         tiles: inputs (1, C, *spatial) of one shape, prepared as the network wants them; no labels. The weights are
             fitted to them; where the configuration has recovery, the slim network learns from them, and every fourth
             is kept apart to judge it (with fewer than four, all judge).
-        class_names: of the outputs without background. regions: outputs are independent (sigmoid), not exclusive.
+        class_names: of the outputs without background; default: their numbers.
+        regions: outputs are independent (sigmoid), not exclusive; so is a single output.
     Raises:
         ConfigError, SpecError, RankError: the configuration does not fit. InputError: neither example nor tiles.
     """
@@ -61,7 +62,13 @@ def compress(
     if odd := next((tuple(tile.shape) for tile in kept if tuple(tile.shape) != tuple(kept[0].shape)), None):
         raise InputError(f"compress: tiles are of one shape, found {tuple(kept[0].shape)} and {odd}")
     plain = copy.deepcopy(unwrap(network)).cpu().eval()
-    data = _calibration(kept, settings.calibration.seed, class_names, regions) if kept else None
+    data = None
+    if kept:
+        with torch.inference_mode():
+            outputs = plain.float()(kept[0]).shape[1]
+        regions = regions or outputs == 1
+        names = class_names or [str(number) for number in range(1, outputs + regions)]
+        data = _calibration(kept, settings.calibration.seed, names, regions)
     return compress_network.compress(plain, [plain.state_dict()], settings, shape, data=data)
 
 

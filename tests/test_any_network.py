@@ -57,14 +57,14 @@ def test_networks_are_compressed_saved_loaded_and_run(name, tmp_path):
 
 def test_fit_to_tiles_loses_less_than_the_weights_alone_and_recovery_less_still():
     network, (x, *fitted) = made("UNet"), tiles(9)
-    learned = HALF | {"recovery": {"steps": 30, "learning_rate": 1e-3, "every": 15}}
+    learned = HALF | {"store": "half", "recovery": {"steps": 30, "learning_rate": 1e-3, "every": 15}}
     errors = []
     for settings, given in ((HALF, None), (HALF, fitted), (learned, fitted)):
         slim = nnslim.compress(network, settings, x, tiles=given)
         with torch.inference_mode():
             errors.append(float((slim.network(x) - network(x)).norm()))
     assert errors[2] < errors[1] < errors[0]
-    assert slim.recovery[0]["steps"] == 30
+    assert slim.recovery[0]["steps"] == 30 and set(slim.half_agreement["classes"]) == {"1", "2"}
 
 
 def test_sliding_window_of_monai_takes_what_fast_gives():
